@@ -1,0 +1,45 @@
+"""Package metadata: pinned floors that resolve on Python 3.11 and 3.12 and newer."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = {}
+exec((ROOT / 'vaediff' / '__init__.py').read_text(), VERSION)
+
+setup(
+    name='vaediff',
+    version=VERSION['__version__'],
+    description='Variational autoencoders joined with diffusion: train, distill, sample and measure, in JAX.',
+    long_description=(ROOT / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['vaediff', 'vaediff.*']),
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py>=2.1',
+        'clu>=0.0.12',
+        'flax>=0.12.8,<0.13',
+        'grain>=0.2.18',
+        'importlib_resources>=6.4',  # tensorflow-datasets imports it without declaring it
+        'jax>=0.10.2,<0.12',
+        'jaxtyping>=0.3',
+        'matplotlib>=3.9',
+        'ml-collections>=1.1',
+        'numpy>=2.2',
+        'optax>=0.2.8',
+        'orbax-checkpoint>=0.12.8,<0.13',
+        'pillow>=10.3',
+        'scikit-learn>=1.5',
+        'tensorboardX>=2.6.2',
+        'tensorflow-datasets>=4.9.10',
+        'tqdm>=4.66',
+    ],
+    extras_require={
+        'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
+        'tpu': ['jax[tpu]>=0.10.2,<0.12'],
+        'prepare': ['tensorflow-cpu>=2.21'],
+        'test': ['beartype>=0.20', 'pytest>=8.2', 'pytest-xdist>=3.6', 'ruff>=0.8', 'tensorboard>=2.20'],
+    },
+)

@@ -1,0 +1,46 @@
+"""Flax modules as pure functions: the only seam between `models/` and the rest of the package.
+
+Everything outside `models/` sees `init(key) -> Params` and `apply(params, ...) -> array`, and `Params` is
+a plain nested dict. No mutable collections: networks hold parameters and nothing else.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from vaediff.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """One architecture, any number of parameter trees.
+
+  Attributes:
+    module: the Flax module.
+    inputs: shapes of the arguments of one forward pass with batch 1, in order; used by `init` and by
+      cost counting, so that neither needs data.
+  """
+
+  module: nn.Module
+  inputs: tuple[jax.ShapeDtypeStruct, ...]
+
+  def init(self, key: jax.Array) -> Params:
+    """Returns freshly initialised parameters."""
+    zeros = [jax.numpy.zeros(s.shape, s.dtype) for s in self.inputs]
+    return self.module.init(key, *zeros)['params']
+
+  def apply(
+      self,
+      params: Params,
+      *args: Any,
+      method: str | None = None,
+      key_dropout: jax.Array | None = None,
+      **kwargs: Any,
+  ) -> Any:
+    """Applies the module (or its named method); dropout is on exactly when `key_dropout` is given."""
+    if method is None:
+      kwargs['deterministic'] = key_dropout is None
+    rngs = None if key_dropout is None else {'dropout': key_dropout}
+    return self.module.apply({'params': params}, *args, method=method, rngs=rngs, **kwargs)

@@ -1,0 +1,30 @@
+"""Array and container aliases shared by the whole package.
+
+Images are NHWC. On the host they are uint8 in [0, 255]; inside a step they are float32 in [-1, 1]
+(`vaediff.data.pixels.to_unit_range` is the only place that scales them).
+"""
+
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
+
+Image = Float[Array, 'batch height width channels']
+"""A batch of images, float32, in [-1, 1]."""
+ImageBytes = UInt8[Array, 'batch height width channels']
+"""A batch of images as stored, uint8, in [0, 255]."""
+Latent = Float[Array, 'batch latent']
+"""A batch of latent codes z of the VAE, unit prior variance."""
+Time = Float[Array, ' batch']
+"""One time t in [0, 1] per example; 0 is data, 1 is noise."""
+Keys = Key[Array, ' batch']
+"""One PRNG key per example."""
+Mask = Bool[Array, ' batch']
+Labels = Integer[Array, ' batch']
+Scalar = Float[Array, '']
+
+Params = dict[str, Any]
+"""Parameters of one network: plain nested dicts of arrays."""
+Batch = dict[str, Array]
+"""`image` (uint8), `label` (int32); optionally `x0_vae` (uint8), `z` (float32), `mask` (float32)."""
+Metrics = dict[str, Array]
+"""Scalars by name, already averaged over the batch."""
