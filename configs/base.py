@@ -1,0 +1,280 @@
+"""Every key that any code reads, declared once, with its unit; and the variants that every config shares.
+
+A config file calls `default()`, edits what differs, and ends with `finish(config, variant, VARIANTS)`.
+Types come from these defaults: a wrong type or an unknown key fails at once.
+"""
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from configs import presets
+
+Variants = Mapping[str, Callable[[ConfigDict], None]]
+
+
+def default() -> ConfigDict:
+  """The stages `vae` and `refiner` with DiffuseVAE's common settings (arXiv:2201.00308)."""
+  config = ConfigDict()
+  config.name = ''  # run folder: runs/<name>; variants are appended
+  config.stages = ('vae', 'refiner')  # trained in this order by the one loop
+  config.seed = 0  # of initialisation, data order and training noise
+  config.data = data()
+  config.mesh = ConfigDict({'data': -1, 'fsdp': 1})  # devices per axis; -1 = the rest
+  config.vae = vae_stage()
+  config.refiner = refiner_stage()
+  config.reconstruct = ConfigDict({
+      'num_images': 16,  # images of the evaluation split
+      'posterior': 'mean',  # 'mean' | 'sample': which z of q(z | x)
+  })
+  config.interpolate = ConfigDict({
+      'num_points': 9,  # images in a row, both ends included
+      'num_rows': 2,  # rows of each kind
+      'from_label': 0,  # attribute direction: mean z of to_label minus mean z of from_label
+      'to_label': 1,
+      'num_encoded': 1024,  # most images encoded for the class means
+  })
+  config.restore = ConfigDict({
+      'task': 'super_resolution',  # 'super_resolution' | 'denoise' | 'inpaint'
+      'num_images': 16,
+      'factor': 2,  # super_resolution: box-downsampled by this factor
+      'noise_std': 0.2,  # denoise: standard deviation, in units of the range [-1, 1]
+      'hole_fraction': 0.5,  # inpaint: side of the square hole over the side of the image
+  })
+  config.benchmark = ConfigDict({
+      'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
+      'matmul_size': 2048,  # side of the square matrices that measure the device's peak
+  })
+  return config
+
+
+def data() -> ConfigDict:
+  """Where pixels come from and how they are cropped and resized; read by `vaediff.data`."""
+  return ConfigDict({
+      'source': 'tfds',  # 'tfds' | 'idx' | 'image_folder' | 'npz' | 'synthetic'
+      'name': '',  # TFDS name with its config, as 'celeb_a_hq/256'
+      'path': '',  # folder or file for idx, image_folder, npz and noto_emoji
+      'data_dir': '',  # '' = $TFDS_DATA_DIR or ~/tensorflow_datasets; also holds the array cache
+      'train_split': 'train',
+      'eval_split': 'test',
+      'image_size': 32,  # pixels, height = width
+      'channels': 3,
+      'crop': 'none',  # 'none' | 'center'
+      'crop_size': 0,  # pixels; 0 = the shorter side
+      'resize': 'none',  # 'none' | 'pad' | 'nearest' | 'bilinear' | 'bicubic' | 'lanczos' | 'box'
+      'materialize': True,  # store once as memory-mapped uint8 arrays
+      'num_threads': 2,  # reading threads per process
+      'prefetch': 4,  # batches read ahead per process
+  })
+
+
+def optim(learning_rate: float, **changes) -> ConfigDict:
+  """Adam with warm-up, clipping and an exponential moving average of the parameters."""
+  config = ConfigDict({
+      'learning_rate': learning_rate,
+      'schedule': 'constant',  # after warm-up: 'constant' | 'cosine' (to 0 at the last step)
+      'warmup_steps': 0,  # linear from 0
+      'b1': 0.9,
+      'b2': 0.999,
+      'eps': 1e-8,
+      'weight_decay': 0.0,  # decoupled (AdamW)
+      'clip_norm': 0.0,  # global gradient norm; 0 = off
+      'ema_decay': 0.0,  # 0 = no average is kept, the parameters themselves are used
+      'ema_warmup': False,  # decay = min(ema_decay, (1 + step) / (10 + step))
+  })
+  config.update(changes)
+  return config
+
+
+def train(num_steps: int, batch_size: int, **changes) -> ConfigDict:
+  """How long a stage trains and how often it reports; all durations in optimizer steps."""
+  config = ConfigDict({
+      'num_steps': num_steps,
+      'batch_size': batch_size,  # images per step over all devices
+      'flip': False,  # random horizontal flips of image and condition together
+      'log_every_steps': 100,
+      'save_every_steps': 5000,
+      'eval_every_steps': 5000,
+      'grid_every_steps': 10000,  # sample grids; 0 = none
+      'grid_images': 16,
+      'eval_images': 2048,  # most images of the evaluation split; 0 = all
+      'keep_checkpoints': 2,
+  })
+  config.update(changes)
+  return config
+
+
+def vae_stage() -> ConfigDict:
+  """Stage 1: the ResNet VAE of DiffuseVAE."""
+  config = ConfigDict()
+  config.experiment = 'vae'  # file in vaediff/experiments
+  config.model = ConfigDict({**presets.VAE['cifar10'], 'stem': 'nearest', 'dtype': 'float32'})
+  config.loss = ConfigDict({
+      'beta': 1.0,  # weight of the KL term
+      'reduction': 'sum',  # over the batch: 'sum' (official) | 'mean'; over pixels and latents always a sum
+  })
+  config.optim = optim(1e-4)
+  config.train = train(200_000, 128)
+  config.prior = ConfigDict({
+      'kind': 'normal',  # 'normal' | 'gmm' (ex-post density estimation)
+      'covariance': 'full',  # 'full' | 'diag' | 'tied'
+      'num_components': (25, 50, 100),  # candidates; the best held-out log-likelihood wins
+      'holdout_fraction': 0.1,
+      'num_encoded': 50_000,  # most training images encoded for the fit
+  })
+  config.sample = ConfigDict({'num_images': 64, 'batch_size': 64, 'seed': 0, 'save_npz': False})
+  return config
+
+
+def refiner_stage() -> ConfigDict:
+  """Stage 2: the conditional diffusion U-Net."""
+  config = ConfigDict()
+  config.experiment = 'refiner'
+  config.vae = ConfigDict({
+      'stage': 'vae',  # the frozen VAE: this stage ...
+      'workdir': '',  # ... of this other run; '' = this run
+  })
+  config.model = ConfigDict({
+      'variant': 'openai',  # 'openai' | 'ddim'
+      'channels': 128,
+      'channel_multipliers': (1, 2, 2, 2),
+      'num_res_blocks': 2,
+      'attention_resolutions': (16,),  # in pixels
+      'num_heads': 8,
+      'dropout': 0.1,
+      'scale_shift_norm': False,
+      'remat': False,  # recompute activations in the backward pass
+      'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
+  })
+  config.diffusion = ConfigDict({
+      'schedule': 'linear',  # 'linear' (betas 1e-4 .. 0.02, 1000 steps) | 'cosine'
+      'prediction': 'eps',  # 'eps' | 'x0' | 'v'
+      'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
+      'condition': 'formulation1',  # 'none' | 'formulation1' | 'formulation2'
+      'z_conditioning': False,
+      'condition_dropout': 0.0,  # probability, per example, of the learned null condition
+      'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
+  })
+  config.optim = optim(2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999)
+  config.train = train(500_000, 128)
+  config.sample = ConfigDict({
+      'num_images': 64,
+      'batch_size': 64,  # images in memory at a time, over all devices
+      'seed': 0,
+      'sampler': 'ddim',  # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m'
+      'num_steps': 50,
+      'grid': 'uniform',  # of times: 'uniform' | 'quadratic' | 'karras'
+      'eta': 0.0,  # ddim: 0 = deterministic, 1 = ancestral
+      'variance': 'large',  # ddpm: 'small' | 'large'
+      'temperature': 1.0,  # standard deviation of the starting noise
+      'guidance_weight': 0.0,  # classifier-free guidance; 0 = conditional network only
+      't_start': 1.0,  # below 1: start from x0_vae noised to this time
+      'clip': 'static',  # of x0_hat: 'static' to [-1, 1] | 'dynamic' | 'none'
+      'threshold_percentile': 99.5,  # dynamic thresholding, in percent
+      'with_vae': True,  # show the VAE sample beside each refined one
+      'save_npz': False,
+  })
+  return config
+
+
+# Variants shared by every config -------------------------------------------------------------------
+
+
+def _debug(config: ConfigDict) -> None:
+  """The same stages, tiny, on synthetic images: seconds on a CPU."""
+  if config.data.name != 'digits':
+    config.data.source, config.data.path = 'synthetic', ''
+    config.data.train_split, config.data.eval_split = 'train', 'test'
+    config.data.image_size = 16
+    config.data.crop, config.data.crop_size, config.data.resize = 'none', 0, 'none'
+  size = config.data.image_size
+  config.vae.model.update(presets.tiny_vae(size))
+  config.refiner.model.update({
+      'channels': 8,
+      'channel_multipliers': (1, 2),
+      'num_res_blocks': 1,
+      'attention_resolutions': (size // 2,),
+      'num_heads': 2,
+  })
+  for stage in (config.vae, config.refiner):
+    stage.train.update({
+        'num_steps': 4,
+        'batch_size': 8,
+        'log_every_steps': 1,
+        'save_every_steps': 2,
+        'eval_every_steps': 2,
+        'grid_every_steps': 4,
+        'grid_images': 4,
+        'eval_images': 16,
+    })
+    stage.sample.update({'num_images': 4, 'batch_size': 4})
+  config.vae.prior.update({'num_components': (1, 2), 'num_encoded': 64})
+  config.refiner.sample.num_steps = 4
+  config.refiner.optim.warmup_steps = 2
+  config.reconstruct.num_images = 4
+  config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32})
+  config.restore.num_images = 4
+  config.benchmark.update({'num_repeats': 2, 'matmul_size': 256})
+
+
+def _unconditional(config: ConfigDict) -> None:
+  """The DDPM baseline: no VAE condition, one stage."""
+  config.stages = ('refiner',)
+  config.refiner.diffusion.update({'condition': 'none', 'z_conditioning': False})
+
+
+def _formulation1(config: ConfigDict) -> None:
+  config.refiner.diffusion.condition = 'formulation1'
+
+
+def _formulation2(config: ConfigDict) -> None:
+  config.refiner.diffusion.condition = 'formulation2'
+
+
+def _z(config: ConfigDict) -> None:
+  """The U-Net also reads the latent code, with scale-shift normalisation as in the official code."""
+  config.refiner.diffusion.z_conditioning = True
+  config.refiner.model.scale_shift_norm = True
+
+
+def _gmm(config: ConfigDict) -> None:
+  """Ex-post density estimation: z from a Gaussian mixture fitted to the encoded training set."""
+  config.vae.prior.kind = 'gmm'
+
+
+def _guided(config: ConfigDict) -> None:
+  """Trained with condition dropout, sampled with classifier-free guidance."""
+  config.refiner.diffusion.condition_dropout = 0.1
+  config.refiner.sample.guidance_weight = 0.5
+
+
+def _bfloat16(config: ConfigDict) -> None:
+  config.vae.model.dtype = 'bfloat16'
+  config.refiner.model.dtype = 'bfloat16'
+
+
+VARIANTS: Variants = {
+    'unconditional': _unconditional,
+    'formulation1': _formulation1,
+    'formulation2': _formulation2,
+    'z': _z,
+    'gmm': _gmm,
+    'guided': _guided,
+    'bfloat16': _bfloat16,
+    'debug': _debug,
+}
+
+
+def finish(config: ConfigDict, variant: str, variants: Variants = {}) -> ConfigDict:  # noqa: B006
+  """Applies the comma-separated variants in the order given and locks the config.
+
+  Raises:
+    ValueError: for an unknown variant; the message lists the valid ones.
+  """
+  known = {**VARIANTS, **variants}
+  for name in filter(None, variant.split(',')):
+    if name not in known:
+      raise ValueError(f'config {config.name!r} has no variant {name!r}; valid: {", ".join(sorted(known))}')
+    known[name](config)
+    config.name = f'{config.name}-{name}'
+  return config.lock()

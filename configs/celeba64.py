@@ -1,0 +1,27 @@
+"""DiffuseVAE on CelebA, 64x64.
+
+    python -m vaediff.main --config=configs/celeba64.py
+
+Data: TFDS `celeb_a` (218x178), resized to 64x64 without a crop as in the official code
+(arXiv:2201.00308); `:crop140` takes the centre 140 pixels instead. The two are not comparable.
+Attention at 4 pixels, as the official code has it in effect.
+
+Hardware, hours and figures: not yet measured.
+"""
+
+from configs import base, presets
+
+
+def _crop140(config):
+  config.data.update({'crop': 'center', 'crop_size': 140})
+
+
+def get_config(variant: str = ''):
+  config = base.default()
+  config.name = 'celeba64'
+  config.data.update({'name': 'celeb_a', 'image_size': 64, 'resize': 'bilinear', 'eval_split': 'validation'})
+  config.vae.model.update(presets.VAE['celeba64'])
+  config.vae.train = base.train(475_000, 128)
+  config.refiner.model.update({'channel_multipliers': (1, 2, 2, 2, 4), 'attention_resolutions': (4,)})
+  config.refiner.train = base.train(546_000, 128, flip=True)
+  return base.finish(config, variant, {'crop140': _crop140})

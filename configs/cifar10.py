@@ -1,0 +1,32 @@
+"""DiffuseVAE on CIFAR-10, 32x32.
+
+    python -m vaediff.main --config=configs/cifar10.py
+
+Data: TFDS `cifar10`. Settings of the official code (arXiv:2201.00308): 9.24 M VAE, U-Net of width 128 with
+attention at 16 pixels, dropout 0.3, flips for the refiner only. Steps: 1,000 and 2,850 epochs of batch 128.
+Variants: `large` (width 160, 3 blocks), `ddim_unet` (the U-Net of the DDIM code, global batch 256).
+
+Hardware, hours and figures: not yet measured.
+"""
+
+from configs import base, presets
+
+
+def _large(config):
+  config.refiner.model.update({'channels': 160, 'num_res_blocks': 3})
+
+
+def _ddim_unet(config):
+  config.refiner.model.variant = 'ddim'
+  config.refiner.train.batch_size = 256
+
+
+def get_config(variant: str = ''):
+  config = base.default()
+  config.name = 'cifar10'
+  config.data.update({'name': 'cifar10', 'image_size': 32})
+  config.vae.model.update(presets.VAE['cifar10'])
+  config.vae.train = base.train(390_000, 128)
+  config.refiner.model.dropout = 0.3
+  config.refiner.train = base.train(1_111_000, 128, flip=True)
+  return base.finish(config, variant, {'large': _large, 'ddim_unet': _ddim_unet})

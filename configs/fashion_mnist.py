@@ -1,0 +1,45 @@
+"""DiffuseVAE on Fashion-MNIST, 28x28 padded to 32x32, grey.
+
+    python -m vaediff.main --config=configs/fashion_mnist.py
+
+Data: TFDS `fashion_mnist`, or the four idx files of a folder (Debian's package dataset-fashion-mnist
+installs them) with `:idx` and, for another folder, `--config.data.path=...`.
+Networks: a quarter of the width of the CIFAR-10 ones, so that a CPU can train them overnight.
+
+Hardware, hours and figures: not yet measured.
+"""
+
+from configs import base, presets
+
+
+def _idx(config):
+  config.data.source = 'idx'
+  config.data.path = '/usr/share/datasets/fashion-mnist'
+
+
+def get_config(variant: str = ''):
+  config = base.default()
+  config.name = 'fashion_mnist'
+  config.data.update({
+      'name': 'fashion_mnist',
+      'image_size': 32,
+      'channels': 1,
+      'resize': 'pad',
+  })
+  config.vae.model.update(
+      presets.vae(
+          '32x2,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x2,4d4,4t1,1x1',
+          '1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x3',
+          '32:32,16:64,8:64,4:128,1:256',
+          64,
+      )
+  )
+  config.vae.train = base.train(30_000, 128)
+  config.refiner.model.update({
+      'channels': 32,
+      'channel_multipliers': (1, 2, 2, 2),
+      'attention_resolutions': (8,),
+      'num_heads': 4,
+  })
+  config.refiner.train = base.train(100_000, 128)
+  return base.finish(config, variant, {'idx': _idx})

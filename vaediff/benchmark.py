@@ -1,0 +1,157 @@
+"""Speed of this device: train steps, samplers, data loading, beside its measured matmul peak."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vaediff import cost, draw, experiments, log, sharding
+from vaediff import train as training
+from vaediff.data import loader, sources
+from vaediff.experiments.base import Experiment
+
+
+def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
+  """Measures and prints one JSON object; returns it. Networks are freshly initialised, no run is needed.
+
+  Keys: `device`, `matmul_flops_per_second` (the peak that others are compared with, float32 operands at
+  JAX's default precision), `loader_images_per_second`, and per stage `compile_seconds`, median
+  `step_seconds`, `images_per_second`, `flops_per_second` (twice the multiply-accumulates of the forward and
+  backward pass over the step time), `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
+  `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead).
+  """
+  repeats = config.benchmark.num_repeats
+  mesh = sharding.make_mesh(config.mesh)
+  peak = matmul_peak(config.benchmark.matmul_size, repeats) * mesh.size
+  source = sources.open_source(config.data, 'train')
+  result = {
+      'config': config.name,
+      'device': f'{jax.devices()[0].device_kind} x {mesh.size}',
+      'jax': jax.__version__,
+      'matmul_flops_per_second': peak,
+      'loader_images_per_second': loader_speed(config, config[stages[-1]].train.batch_size, source, repeats),
+      'stages': {},
+  }
+  for stage in stages:
+    log.say(f'measuring stage {stage}')
+    result['stages'][stage] = measure_stage(config, stage, source, mesh, peak)
+  print(json.dumps(result, indent=2), flush=True)
+  return result
+
+
+def measure_stage(
+    config: ConfigDict, stage: str, source: sources.Source, mesh: Mesh, peak: float
+) -> dict[str, Any]:
+  """Returns the figures of one stage: its train step and, where it samples by steps, its sampler."""
+  experiment, section, repeats = experiments.build(config, stage), config[stage], config.benchmark.num_repeats
+  abstract = training.abstract_state(experiment, mesh)
+  where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  replicated = sharding.replicated(mesh)
+  frozen = {
+      name: jax.jit(source_.model.init, out_shardings=replicated)(jax.random.key(1))
+      for name, source_ in experiment.frozen.items()
+  }
+  state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
+  rows = np.arange(section.train.batch_size) % len(source)
+  batch = sharding.put_batch(source.read(rows), sharding.batch_sharding(mesh))
+  if section.experiment == 'refiner' and section.diffusion.x0_vae_source == 'precomputed':
+    batch['x0_vae'] = batch['image']
+    batch['z'] = jnp.zeros((len(rows), experiment.latent_dim))
+  key = jax.device_put(jax.random.key(2), replicated)
+
+  started = time.monotonic()
+  step = training.make_step(experiment, where, replicated).lower(state, frozen, batch, key).compile()
+  compile_seconds = time.monotonic() - started
+  flops = 2 * cost.macs(experiment.train_step, abstract, frozen, batch, key)
+
+  def one_step():
+    nonlocal state
+    state, metrics, _ = step(state, frozen, batch, key)
+    return metrics
+
+  seconds = median_seconds(one_step, repeats)
+  return {
+      'compile_seconds': compile_seconds,
+      'step_seconds': seconds,
+      'batch_size': section.train.batch_size,
+      'images_per_second': section.train.batch_size / seconds,
+      'flops_per_second': flops / seconds,
+      'fraction_of_matmul_peak': flops / seconds / peak,
+      **measure_sampler(experiment, section, state.eval_params, frozen, mesh, repeats),
+  }
+
+
+def measure_sampler(
+    experiment: Experiment, section: ConfigDict, params: Any, frozen: Any, mesh: Mesh, repeats: int
+) -> dict[str, float]:
+  """Returns sampling time against the same number of bare forward passes of the denoiser."""
+  if 'denoiser' not in experiment.networks:
+    return {}
+  count = sharding.round_up(min(section.sample.batch_size, section.sample.num_images), mesh)
+  run = draw.make_draw(experiment, mesh, seed=0)
+  model = experiment.networks['denoiser']
+  where = sharding.batch_sharding(mesh)
+  args = [
+      None if shape is None else jax.device_put(jnp.ones((count, *shape.shape[1:]), shape.dtype), where)
+      for shape in model.inputs
+  ]
+  forward = jax.jit(model.apply)
+  given = {}
+  if args[2] is not None:
+    given['x0_vae'] = np.asarray(args[2])
+  if experiment.latent_dim:
+    given['z'] = np.zeros((count, experiment.latent_dim), np.float32)
+  repeats = max(2, repeats // 3)
+  forward_seconds = median_seconds(lambda: forward(params['denoiser'], *args), 3 * repeats)
+  sample_seconds = median_seconds(lambda: run(params, frozen, {}, np.arange(count), given), repeats)
+  evaluations = experiment.num_function_evaluations
+  return {
+      'sample_batch_size': count,
+      'sample_seconds': sample_seconds,
+      'forward_seconds': forward_seconds,
+      'num_function_evaluations': evaluations,
+      'sampler_over_forward': sample_seconds / (evaluations * forward_seconds),
+  }
+
+
+def matmul_peak(size: int, repeats: int) -> float:
+  """Returns the FLOP/s of one device in a square float32 matrix product."""
+  a = jax.random.normal(jax.random.key(0), (size, size))
+  product = jax.jit(lambda a: a @ a)
+  return 2 * size**3 / median_seconds(lambda: product(a), repeats)
+
+
+def loader_speed(config: ConfigDict, batch_size: int, source: sources.Source, repeats: int) -> float:
+  """Returns the images per second that the loader delivers when nothing else runs."""
+  batches = loader.train_batches(
+      source,
+      batch_size=batch_size,
+      seed=0,
+      start_step=0,
+      num_threads=config.data.num_threads,
+      prefetch=config.data.prefetch,
+  )
+  next(batches)
+  count = 10 * repeats
+  started = time.monotonic()
+  for _ in range(count):
+    next(batches)
+  return count * batch_size / (time.monotonic() - started)
+
+
+def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+  """Returns the median time of a call, its result waited for, after one call that is not counted."""
+  jax.block_until_ready(function())
+  times = []
+  for _ in range(repeats):
+    started = time.monotonic()
+    jax.block_until_ready(function())
+    times.append(time.monotonic() - started)
+  return statistics.median(times)

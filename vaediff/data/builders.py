@@ -1,0 +1,165 @@
+"""TFDS data sets of our own, written as array_record so that neither writing nor reading needs TensorFlow.
+
+`Digits` comes with scikit-learn, so it needs no download; `NotoEmoji` reads an unpacked npm package.
+Images are handed to TFDS as PIL images: it encodes arrays with TensorFlow, but PIL images without.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from vaediff.errors import UserError
+
+DIGITS_NUM_TRAIN = 1500
+EMOJI_CATEGORIES = (
+    'Activities',
+    'Animals & Nature',
+    'Component',
+    'Flags',
+    'Food & Drink',
+    'Objects',
+    'People & Body',
+    'Smileys & Emotion',
+    'Symbols',
+    'Travel & Places',
+)
+EMOJI_SKIN_TONES = {
+    '1F3FB': 'light',
+    '1F3FC': 'medium-light',
+    '1F3FD': 'medium',
+    '1F3FE': 'medium-dark',
+    '1F3FF': 'dark',
+}
+EMOJI_HOW_TO = """Run
+  npm pack emoji-datasource-google
+  tar -xzf emoji-datasource-google-*.tgz
+and set data.path to the folder `package` which the second command makes."""
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+  """1,797 handwritten digits, 8x8 grey: 1,500 to train, 297 to test (UCI, in scikit-learn)."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description=self.__doc__,
+        features=tfds.features.FeaturesDict({
+            'image': tfds.features.Image(shape=(8, 8, 1)),
+            'label': tfds.features.ClassLabel(num_classes=10),
+        }),
+        homepage='https://archive.ics.uci.edu/dataset/80',
+    )
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    return {
+        'train': self._generate_examples(slice(None, DIGITS_NUM_TRAIN)),
+        'test': self._generate_examples(slice(DIGITS_NUM_TRAIN, None)),
+    }
+
+  def _generate_examples(self, part: slice) -> Iterator[tuple[int, dict[str, Any]]]:
+    from sklearn import datasets  # Only building needs scikit-learn.
+
+    digits = datasets.load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    # RandomState's stream never changes between NumPy versions (NEP 19), so neither do the splits.
+    for i in np.random.RandomState(0).permutation(len(images))[part]:
+      yield int(i), {'image': Image.fromarray(images[i]), 'label': int(digits.target[i])}
+
+
+class NotoEmoji(tfds.core.GeneratorBasedBuilder):
+  """Google's Noto emoji, 64x64 RGB on white, with category and caption, also in other skin tones.
+
+  A base emoji and its skin tones, and bases drawn alike (some flags and families are one picture under
+  several names), are all in the same split, about one group in ten in `test`.
+  """
+
+  VERSION = tfds.core.Version('1.0.0')
+  MANUAL_DOWNLOAD_INSTRUCTIONS = EMOJI_HOW_TO
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description=self.__doc__,
+        features=tfds.features.FeaturesDict({
+            'image': tfds.features.Image(shape=(64, 64, 3)),
+            'label': tfds.features.ClassLabel(names=list(EMOJI_CATEGORIES)),
+            'caption': tfds.features.Text(),
+        }),
+        homepage='https://github.com/iamcal/emoji-data',
+    )
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    package = pathlib.Path(dl_manager.manual_dir)
+    return {split: self._generate_examples(package, split) for split in ('train', 'test')}
+
+  def _generate_examples(
+      self, package: pathlib.Path, split: str
+  ) -> Iterator[tuple[str, dict[str, Any]]]:
+    groups: dict[bytes, str] = {}  # Picture of a base emoji -> the first code that shows it.
+    for base in json.loads((package / 'emoji.json').read_text()):
+      if not base['has_img_google']:
+        continue
+      picture = _emoji_file(package, base).read_bytes()
+      if emoji_split(groups.setdefault(picture, base['unified'])) != split:
+        continue
+      variants = {'': base, **base.get('skin_variations', {})}
+      for tones, variant in variants.items():
+        if variant['has_img_google']:
+          yield variant['unified'], {
+              'image': on_white(Image.open(_emoji_file(package, variant))),
+              'label': base['category'],
+              'caption': emoji_caption(base['name'], tones),
+          }
+
+
+def emoji_split(unified: str) -> str:
+  """Returns 'test' for about one code point sequence in ten, else 'train'."""
+  return 'test' if int(hashlib.sha256(unified.encode()).hexdigest(), 16) % 10 == 0 else 'train'
+
+
+def emoji_caption(name: str, tones: str) -> str:
+  """Returns e.g. 'santa claus, medium-dark skin tone', from a name and tones such as '1F3FE-1F3FB'."""
+  distinct = dict.fromkeys(tones.split('-')) if tones else {}
+  return ', '.join([name.lower(), *(f'{EMOJI_SKIN_TONES[t]} skin tone' for t in distinct)])
+
+
+def check_emoji_package(path: str) -> pathlib.Path:
+  """Returns the folder of the unpacked npm package `emoji-datasource-google`.
+
+  Raises:
+    UserError: it lacks emoji.json or the images; the message says how to get them.
+  """
+  package = pathlib.Path(path).expanduser()
+  for needed in ('emoji.json', 'img/google/64'):
+    if not path or not (package / needed).exists():
+      raise UserError(
+          f'data.path={path!r} has no {needed}; noto_emoji is built from the npm package'
+          f' emoji-datasource-google. {EMOJI_HOW_TO}'
+      )
+  return package
+
+
+def on_white(image: Image.Image) -> Image.Image:
+  """Returns the image (of any mode) as RGB, what is transparent shown white."""
+  rgba = image.convert('RGBA')
+  white = Image.new('RGBA', rgba.size, 'white')
+  return Image.alpha_composite(white, rgba).convert('RGB')
+
+
+def _emoji_file(package: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
+  file = package / 'img' / 'google' / '64' / record['image']
+  if not file.is_file():
+    raise UserError(f'{file} is named in emoji.json but missing. {EMOJI_HOW_TO}')
+  return file
+
+
+OWN_BUILDERS = {'digits': Digits, 'noto_emoji': NotoEmoji}
+"""Data sets built on demand, by TFDS name."""

@@ -1,0 +1,63 @@
+"""Images by index: image i depends on the seed and i alone, whatever the batch size or device count."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vaediff import images, prior, sharding
+from vaediff.experiments.base import Experiment
+from vaediff.types import Params
+
+
+def image_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns, per image index, the key of its latent code and the key of its sampler."""
+  keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i)))(indices)
+  return keys[:, 0], keys[:, 1]
+
+
+def make_draw(experiment: Experiment, mesh: Mesh, seed: int) -> Callable[..., dict[str, np.ndarray]]:
+  """Returns draw(params, frozen, prior, indices, given=None) -> uint8 images on the host, by name.
+
+  `given` holds arrays with one row per index that take the place of what would be drawn: `z`, `x0_vae`,
+  `noise`. One compiled program serves every call of the same size.
+  """
+
+  def run(params, frozen, prior_arrays, indices, given):
+    key_z, key_x = image_keys(seed, indices)
+    condition = dict(given)
+    if experiment.latent_dim and 'z' not in condition:
+      condition['z'] = prior.draw(prior_arrays, key_z, experiment.latent_dim)
+    return experiment.sample(params, frozen, condition, key_x)
+
+  where = sharding.batch_sharding(mesh)
+  compiled = jax.jit(run)
+
+  def draw(
+      params: dict[str, Params],
+      frozen: dict[str, Params],
+      prior_arrays: prior.Prior,
+      indices: np.ndarray,
+      given: dict[str, np.ndarray] | None = None,
+  ) -> dict[str, np.ndarray]:
+    count = len(indices)
+    padded = sharding.round_up(count, mesh)
+    rows = np.minimum(np.arange(padded), count - 1)
+    given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in (given or {}).items()}
+    chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
+    result = jax.device_get(compiled(params, frozen, prior_arrays, chosen, given))
+    return {name: images.to_uint8(value[:count]) for name, value in result.items()}
+
+  return draw
+
+
+def batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
+  """Yields the indices 0 .. count - 1 in batches of one size; the last is padded by its own last index."""
+  for start in range(0, count, batch_size):
+    yield np.minimum(np.arange(start, start + batch_size), count - 1)
+
+
+def as_grid(value: np.ndarray) -> np.ndarray:
+  """Returns a roughly square grid of uint8 images."""
+  return images.grid(value, int(np.ceil(np.sqrt(len(value)))))

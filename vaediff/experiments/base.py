@@ -1,0 +1,138 @@
+"""What an experiment is: hyperparameters and modules that turn into pure functions of arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vaediff.models.functional import Model
+from vaediff.optim import Optimizer, global_norm
+from vaediff.types import Batch, Image, Keys, Metrics, Params
+
+
+@flax.struct.dataclass
+class Network:
+  """One trainable network: parameters, optimizer state and, where one is kept, the parameter average."""
+
+  params: Params
+  opt_state: Any
+  ema_params: Params | None
+
+  @property
+  def eval_params(self) -> Params:
+    """The averaged parameters if there are any, else the parameters."""
+    return self.params if self.ema_params is None else self.ema_params
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a stage changes while it trains.
+
+  Attributes:
+    step: number of updates done, int32.
+    networks: by name, such as `denoiser`, or `generator` and `discriminator`.
+    extra: arrays that are neither parameters nor optimizer state, such as codebook statistics.
+  """
+
+  step: jax.Array
+  networks: dict[str, Network]
+  extra: dict[str, jax.Array]
+
+  @property
+  def eval_params(self) -> dict[str, Params]:
+    """The parameters to evaluate and sample with, by network."""
+    return {name: network.eval_params for name, network in self.networks.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frozen:
+  """A network of an earlier stage that an experiment reads: `frozen[name]` holds its parameters.
+
+  Attributes:
+    stage: name of the stage that trained it.
+    network: its name in that stage.
+    workdir: the run that holds it; '' = this run.
+    model: its architecture, as this experiment builds it.
+  """
+
+  stage: str
+  network: str
+  workdir: str
+  model: Model
+
+
+class Experiment(Protocol):
+  """One idea as pure functions of arrays. `params` are by network name, images in `batch` are uint8.
+
+  Attributes:
+    networks: the networks that this stage trains.
+    frozen: the networks of earlier stages that it reads.
+    latent_dim: size of the latent code its samples start from; 0 = none.
+    noise_shape: shape of the noise one sample starts from; () = none.
+  """
+
+  networks: Mapping[str, Model]
+  frozen: Mapping[str, Frozen]
+  latent_dim: int
+  noise_shape: tuple[int, ...]
+
+  def init(self, key: jax.Array) -> TrainState:
+    """Returns the state at step 0."""
+    ...
+
+  def train_step(
+      self, state: TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    """Returns the state after one update, and scalars; one of them is `loss`."""
+    ...
+
+  def eval_step(
+      self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns scalars averaged over the examples with `batch['mask'] == 1`."""
+    ...
+
+  def sample(
+      self, params: dict[str, Params], frozen: dict[str, Params], condition: dict[str, jax.Array], keys: Keys
+  ) -> dict[str, Image]:
+    """Returns images in [-1, 1]; image i depends on `keys[i]` and the condition of i alone."""
+    ...
+
+
+def init_network(model: Model, optimizer: Optimizer, key: jax.Array) -> Network:
+  """Returns a network at step 0."""
+  params = model.init(key)
+  return Network(
+      params=params, opt_state=optimizer.transform.init(params), ema_params=optimizer.init_ema(params)
+  )
+
+
+def apply_gradients(network: Network, grads: Params, optimizer: Optimizer, step: jax.Array) -> Network:
+  """Returns the network after one optimizer update and one update of its average."""
+  updates, opt_state = optimizer.transform.update(grads, network.opt_state, network.params)
+  params = jax.tree.map(lambda p, u: p + u, network.params, updates)
+  return Network(
+      params=params,
+      opt_state=opt_state,
+      ema_params=optimizer.update_ema(network.ema_params, params, step),
+  )
+
+
+def update_one(
+    state: TrainState, name: str, grads: Params, optimizer: Optimizer
+) -> tuple[TrainState, Metrics]:
+  """Returns the state after an update of the one network that the stage trains, and its gradient norm."""
+  network = apply_gradients(state.networks[name], grads, optimizer, state.step)
+  networks = {**state.networks, name: network}
+  return (
+      TrainState(step=state.step + 1, networks=networks, extra=state.extra),
+      {f'grad_norm/{name}': global_norm(grads)},
+  )
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns the mean of per-example values over the examples with mask 1."""
+  return jnp.sum(values * mask) / jnp.sum(mask)

@@ -1,0 +1,362 @@
+"""Stage 2 of DiffuseVAE: a diffusion U-Net that refines the VAE's reconstruction x0_vae.
+
+With y_t = x_t - shift, where the shift is 0 (no condition, Formulation 1) or x0_vae (Formulation 2), both
+formulations are plain DDPM in y: y_t = alpha_t x0 + sigma_t eps. The shift is added only where the network
+reads x_t (Pandey et al. 2022, arXiv:2201.00308, section 3.3 and appendix B, with the coefficients
+corrected). Losses, samplers and guidance work in y alone.
+
+A dropped condition (classifier-free guidance) has no shift and the network's learned nulls.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vaediff.data import pixels
+from vaediff.diffusion import gaussian, guidance, losses, samplers, schedules
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.experiments.vae import build_model, draw_latent
+from vaediff.models.functional import Model
+from vaediff.models.unet import UNet
+from vaediff.optim import Optimizer, make_optimizer
+from vaediff.types import Batch, Image, Keys, Latent, Mask, Metrics, Params
+
+CONDITIONS = {'none': 0, 'formulation1': 1, 'formulation2': 2}
+X0_VAE_SOURCES = ('sample', 'mean', 'precomputed')
+VARIANCES = ('small', 'large')
+CLIPS = ('static', 'dynamic', 'none')
+SAMPLER_OPTIONS = {'ddpm': ('variance',), 'ddim': ('eta',), 'heun': (), 'dpmpp_2m': ()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Condition:
+  """What one batch is conditioned on; None where the network reads nothing of the kind."""
+
+  x0_vae: Image | None
+  z: Latent | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refiner:
+  """The refiner stage; trains the network `denoiser`.
+
+  Attributes:
+    denoiser: the U-Net.
+    vae: the frozen VAE, or None when neither x0_vae nor z is read.
+    optimizer: of the U-Net.
+    schedule: alpha and sigma of t.
+    prediction: what the U-Net predicts, 'x0', 'eps' or 'v'.
+    loss_weight: of the squared error of x0, by name.
+    formulation: 0 = no image condition, 1, 2.
+    z_conditioning: the U-Net reads z.
+    condition_dropout: probability, per example, of the null condition.
+    x0_vae_source: 'sample' or 'mean' of q(z | x) at each step, or 'precomputed' (in the batch).
+    flip: random horizontal flips of image and condition.
+    latent_dim: size of z; 0 without a VAE.
+    noise_shape: shape of x_T and of an image, (height, width, channels).
+    settings: the stage's `sample` section: sampler, step count and so on.
+  """
+
+  denoiser: Model
+  vae: Model | None
+  vae_source: base.Frozen | None
+  optimizer: Optimizer
+  schedule: schedules.Schedule
+  prediction: str
+  loss_weight: str
+  formulation: int
+  z_conditioning: bool
+  condition_dropout: float
+  x0_vae_source: str
+  flip: bool
+  latent_dim: int
+  noise_shape: tuple[int, int, int]
+  settings: Mapping[str, Any]
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> Self:
+    """Builds the experiment of `config.<stage>`."""
+    section, size, channels = config[stage], config.data.image_size, config.data.channels
+    diffusion = section.diffusion
+    check_diffusion(diffusion, flip=section.train.flip)
+    check_sample(section.sample)
+    formulation = CONDITIONS[diffusion.condition]
+    needs_vae = formulation > 0 or diffusion.z_conditioning
+    if section.sample.t_start < 1 and formulation == 0:
+      raise UserError(
+          "sample.t_start < 1 starts from a noised x0_vae, which diffusion.condition = 'none' does not have"
+      )
+    if section.sample.guidance_weight > 0 and diffusion.condition_dropout == 0:
+      raise UserError(
+          'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0'
+      )
+    source, latent_dim = None, 0
+    if needs_vae:
+      vae_section = config[section.vae.stage]
+      latent_dim = vae_section.model.latent_dim
+      source = base.Frozen(
+          stage=section.vae.stage,
+          network='vae',
+          workdir=section.vae.workdir,
+          model=build_model(vae_section.model, config.data),
+      )
+    module = UNet(
+        image_size=size,
+        image_channels=channels,
+        condition_on_image=formulation > 0,
+        latent_dim=latent_dim if diffusion.z_conditioning else 0,
+        learned_null=diffusion.condition_dropout > 0,
+        **section.model.to_dict(),
+    )
+    image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    inputs = [image, jax.ShapeDtypeStruct((1,), jnp.float32)]
+    inputs.append(image if formulation > 0 else None)
+    inputs.append(jax.ShapeDtypeStruct((1, latent_dim), jnp.float32) if diffusion.z_conditioning else None)
+    return cls(
+        denoiser=Model(module=module, inputs=tuple(inputs)),
+        vae=source.model if source else None,
+        vae_source=source,
+        optimizer=make_optimizer(section.optim, section.train.num_steps),
+        schedule=schedules.make_schedule(diffusion.schedule),
+        prediction=diffusion.prediction,
+        loss_weight=diffusion.loss_weight,
+        formulation=formulation,
+        z_conditioning=diffusion.z_conditioning,
+        condition_dropout=diffusion.condition_dropout,
+        x0_vae_source=diffusion.x0_vae_source,
+        flip=section.train.flip,
+        latent_dim=latent_dim,
+        noise_shape=(size, size, channels),
+        settings=section.sample.to_dict(),
+    )
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """The one network of this stage."""
+    return {'denoiser': self.denoiser}
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen]:
+    """The VAE, where the U-Net reads x0_vae or z."""
+    return {'vae': self.vae_source} if self.vae_source else {}
+
+  @property
+  def num_function_evaluations(self) -> int:
+    """Forward passes of the U-Net per sampled image."""
+    calls = samplers.num_function_evaluations(self.settings['sampler'], self.settings['num_steps'])
+    return calls * (2 if self.settings['guidance_weight'] > 0 else 1)
+
+  def init(self, key: jax.Array) -> base.TrainState:
+    """Returns the state at step 0."""
+    network = base.init_network(self.denoiser, self.optimizer, key)
+    return base.TrainState(step=jnp.int32(0), networks={'denoiser': network}, extra={})
+
+  # The condition ----------------------------------------------------------------------------------
+
+  def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
+    """Returns mean and log variance of the frozen VAE's q(z | x)."""
+    del params
+    return self.vae.apply(frozen['vae'], x, method='encode')
+
+  def condition(self, frozen: dict[str, Params], given: dict[str, jax.Array]) -> Condition:
+    """Returns the condition from `given`: 'z', and 'x0_vae' where it is not decode(z)."""
+    if self.vae is None:
+      return Condition(x0_vae=None, z=None)
+    x0_vae = given['x0_vae'] if 'x0_vae' in given else self.vae.apply(frozen['vae'], given['z'], method='decode')
+    return Condition(
+        x0_vae=x0_vae if self.formulation > 0 else None, z=given['z'] if self.z_conditioning else None
+    )
+
+  def examples(
+      self, frozen: dict[str, Params], batch: Batch, key: jax.Array, *, flip: bool
+  ) -> tuple[Image, Condition]:
+    """Returns x0 and its condition, flipped together."""
+    key_flip, key_z = jax.random.split(key)
+    x0 = pixels.to_unit_range(batch['image'])
+    mask = pixels.random_flip(key_flip, x0.shape[0]) if flip else None
+    if flip:
+      x0 = pixels.flip(x0, mask)
+    if self.vae is None:
+      return x0, Condition(x0_vae=None, z=None)
+    if 'x0_vae' in batch:
+      x0_vae = pixels.to_unit_range(batch['x0_vae'])
+      given = {'x0_vae': pixels.flip(x0_vae, mask) if flip else x0_vae}
+      if self.z_conditioning:
+        given['z'] = batch['z']
+    else:
+      mean, logvar = self.vae.apply(frozen['vae'], x0, method='encode')
+      given = {'z': draw_latent(mean, logvar, key_z) if self.x0_vae_source == 'sample' else mean}
+    return x0, self.condition(frozen, given)
+
+  # Training ---------------------------------------------------------------------------------------
+
+  def predict(
+      self,
+      params: Params,
+      y: Image,
+      t: jax.Array,
+      condition: Condition,
+      drop: Mask | None = None,
+      key_dropout: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns the U-Net's output at y_t; the only place where Formulation 2 adds its shift."""
+    x_t = y
+    if self.formulation > 0:
+      shift = gaussian.shift(self.formulation, condition.x0_vae)
+      x_t = y + (shift if drop is None else jnp.where(drop[:, None, None, None], 0.0, shift))
+    return self.denoiser.apply(
+        params, x_t, t, condition.x0_vae, condition.z, drop, key_dropout=key_dropout
+    )
+
+  def example_losses(
+      self,
+      params: Params,
+      x0: Image,
+      condition: Condition,
+      key: jax.Array,
+      *,
+      training: bool,
+  ) -> jax.Array:
+    """Returns the weighted denoising loss of each example at one random time."""
+    key_t, key_eps, key_drop, key_dropout = jax.random.split(key, 4)
+    t = schedules.sample_time(self.schedule, key_t, x0.shape[0])
+    eps = jax.random.normal(key_eps, x0.shape)
+    drop = None
+    if training and self.condition_dropout > 0:
+      drop = jax.random.bernoulli(key_drop, self.condition_dropout, (x0.shape[0],))
+    y = gaussian.q_sample(x0, eps, t, self.schedule)
+    output = self.predict(params, y, t, condition, drop, key_dropout if training else None)
+    return losses.denoising_loss(self.prediction, output, x0, eps, t, self.schedule, self.loss_weight)
+
+  def train_step(
+      self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update of the denoising loss."""
+    key_example, key_loss = jax.random.split(key)
+    x0, condition = self.examples(frozen, batch, key_example, flip=self.flip)
+
+    def loss_fn(params: Params) -> jax.Array:
+      return jnp.mean(self.example_losses(params, x0, condition, key_loss, training=True))
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.networks['denoiser'].params)
+    state, norms = base.update_one(state, 'denoiser', grads, self.optimizer)
+    return state, {'loss': loss, **norms}
+
+  def eval_step(
+      self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns the denoising loss without dropout or flips."""
+    key_example, key_loss = jax.random.split(key)
+    x0, condition = self.examples(frozen, batch, key_example, flip=False)
+    values = self.example_losses(params['denoiser'], x0, condition, key_loss, training=False)
+    return {'loss': base.masked_mean(values, batch['mask'])}
+
+  # Sampling ---------------------------------------------------------------------------------------
+
+  def denoise(self, params: Params, condition: Condition) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns (y, t) -> x0_hat with guidance and clipping, for the samplers."""
+
+    def with_drop(dropped: bool):
+      def denoise(y, t):
+        drop = jnp.full(t.shape, dropped) if self.condition_dropout > 0 else None
+        output = self.predict(params, y, t, condition, drop)
+        return gaussian.to_x0(self.prediction, output, y, t, self.schedule)
+
+      return denoise
+
+    denoise = guidance.guided(with_drop(False), with_drop(True), self.settings['guidance_weight'])
+    if self.settings['clip'] == 'static':
+      return guidance.clip(denoise)
+    if self.settings['clip'] == 'dynamic':
+      return guidance.threshold(denoise, self.settings['threshold_percentile'])
+    return denoise
+
+  def sample(
+      self, params: dict[str, Params], frozen: dict[str, Params], condition: dict[str, jax.Array], keys: Keys
+  ) -> dict[str, Image]:
+    """Returns {'x0': refined images} and, where there is one, {'x0_vae': what they were refined from}.
+
+    Args:
+      params: `denoiser`.
+      frozen: `vae`.
+      condition: 'z' where a VAE is read; optionally 'x0_vae' (takes the place of decode(z)) and 'noise'
+        (takes the place of the noise at the start, unit variance).
+      keys: one per image.
+    """
+    settings = self.settings
+    given = self.condition(frozen, condition)
+    keys = jax.vmap(lambda key: jax.random.split(key))(keys)
+    if 'noise' in condition:
+      noise = condition['noise']
+    else:
+      noise = jax.vmap(lambda key: jax.random.normal(key, self.noise_shape))(keys[:, 0])
+    y = settings['temperature'] * noise
+    if settings['t_start'] < 1:
+      t = jnp.full(noise.shape[0], settings['t_start'])
+      y = gaussian.q_sample(given.x0_vae, y, t, self.schedule)
+    sampler = settings['sampler']
+    x0 = samplers.get_sampler(sampler)(
+        self.denoise(params['denoiser'], given),
+        self.schedule,
+        y,
+        keys[:, 1],
+        num_steps=settings['num_steps'],
+        grid=settings['grid'],
+        t_start=settings['t_start'],
+        **{name: settings[name] for name in SAMPLER_OPTIONS[sampler]},
+    )
+    images = {'x0': jnp.clip(x0, -1.0, 1.0)}
+    return images if given.x0_vae is None else {'x0_vae': given.x0_vae, **images}
+
+
+def check_diffusion(config: ConfigDict, *, flip: bool) -> None:
+  """Raises UserError where a stage's `diffusion` section holds a value that is not allowed."""
+  allowed = {
+      'schedule': schedules.SCHEDULES,
+      'prediction': gaussian.PREDICTIONS,
+      'loss_weight': losses.LOG_WEIGHTS,
+      'condition': CONDITIONS,
+      'x0_vae_source': X0_VAE_SOURCES,
+  }
+  check_names(config, 'diffusion', allowed)
+  if not 0 <= config.condition_dropout < 1:
+    raise UserError(f'diffusion.condition_dropout must be in [0, 1), got {config.condition_dropout}')
+  if config.x0_vae_source == 'precomputed' and config.z_conditioning and flip:
+    raise UserError(
+        "diffusion.x0_vae_source = 'precomputed' with z_conditioning cannot be joined with train.flip: the "
+        "stored z belongs to the image as it is; use 'mean', or train.flip = False"
+    )
+
+
+def check_sample(config: ConfigDict) -> None:
+  """Raises UserError where a stage's `sample` section holds a value that is not allowed."""
+  allowed = {
+      'sampler': samplers.SAMPLERS,
+      'grid': samplers.GRIDS,
+      'variance': VARIANCES,
+      'clip': CLIPS,
+  }
+  check_names(config, 'sample', allowed)
+  if config.num_steps < 1:
+    raise UserError(f'sample.num_steps must be >= 1, got {config.num_steps}')
+  if not 0 < config.t_start <= 1:
+    raise UserError(f'sample.t_start must be in (0, 1], got {config.t_start}')
+  if not 0 < config.threshold_percentile <= 100:
+    raise UserError(f'sample.threshold_percentile must be in (0, 100], got {config.threshold_percentile}')
+  for field in ('eta', 'temperature', 'guidance_weight'):
+    if config[field] < 0:
+      raise UserError(f'sample.{field} must be >= 0, got {config[field]}')
+  if config.eta > 1:
+    raise UserError(f'sample.eta must be in [0, 1], got {config.eta}')
+
+
+def check_names(config: ConfigDict, section: str, allowed: Mapping[str, Any]) -> None:
+  """Raises UserError where a field's value is not among the allowed names, which it lists."""
+  for field, names in allowed.items():
+    if config[field] not in names:
+      raise UserError(f'{section}.{field} is {config[field]!r}; valid: {", ".join(names)}')

@@ -1,0 +1,150 @@
+"""Stage 1 of DiffuseVAE: a ResNet VAE trained on the evidence lower bound.
+
+  loss = sum_pixels (x - x_hat)^2 + beta * KL(q(z | x) || N(0, I)),   pixels in [0, 1],
+
+which is the negative ELBO of a Gaussian decoder of variance 1/2 up to a constant when beta = 1
+(Pandey et al. 2022, arXiv:2201.00308, section 3).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vaediff.data import pixels
+from vaediff.diffusion import losses
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.models import vae as vae_model
+from vaediff.models.functional import Model
+from vaediff.optim import Optimizer, make_optimizer
+from vaediff.types import Batch, Image, Keys, Latent, Metrics, Params
+
+
+def build_model(config: ConfigDict, data: ConfigDict) -> Model:
+  """Returns the VAE that a stage's `model` section describes, for the images of `data`."""
+  size, channels = data.image_size, data.channels
+  return Model(
+      module=vae_model.Vae(image_channels=channels, **config.to_dict()),
+      inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
+  )
+
+
+def draw_latent(mean: Latent, logvar: Latent, key: jax.Array) -> Latent:
+  """Returns z ~ N(mean, exp(logvar)), reparameterised."""
+  return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vae:
+  """The VAE stage; trains the network `vae`.
+
+  Attributes:
+    vae: the architecture.
+    optimizer: its optimizer.
+    beta: weight of the KL term.
+    reduction: over the batch, 'sum' (official code) or 'mean'.
+    flip: random horizontal flips.
+    latent_dim: size of z.
+  """
+
+  vae: Model
+  optimizer: Optimizer
+  beta: float
+  reduction: str
+  flip: bool
+  latent_dim: int
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> Self:
+    """Builds the experiment of `config.<stage>`."""
+    section = config[stage]
+    if section.loss.reduction not in ('sum', 'mean'):
+      raise UserError(f"loss.reduction must be 'sum' or 'mean', got {section.loss.reduction!r}")
+    return cls(
+        vae=build_model(section.model, config.data),
+        optimizer=make_optimizer(section.optim, section.train.num_steps),
+        beta=section.loss.beta,
+        reduction=section.loss.reduction,
+        flip=section.train.flip,
+        latent_dim=section.model.latent_dim,
+    )
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """The one network of this stage."""
+    return {'vae': self.vae}
+
+  @property
+  def noise_shape(self) -> tuple[int, ...]:
+    """Samples start from z alone."""
+    return ()
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen]:
+    """Nothing is read from earlier stages."""
+    return {}
+
+  def init(self, key: jax.Array) -> base.TrainState:
+    """Returns the state at step 0."""
+    network = base.init_network(self.vae, self.optimizer, key)
+    return base.TrainState(step=jnp.int32(0), networks={'vae': network}, extra={})
+
+  def terms(self, params: Params, x: Image, key: jax.Array) -> dict[str, jax.Array]:
+    """Returns, per example, the squared error (sum over pixels in [0, 1]) and the KL term (nats)."""
+    mean, logvar = self.vae.apply(params, x, method='encode')
+    x_hat = self.vae.apply(params, draw_latent(mean, logvar, key), method='decode')
+    return {
+        'reconstruction': losses.squared_error_sum(x, x_hat),
+        'kl': losses.kl_to_standard_normal(mean, logvar),
+    }
+
+  def train_step(
+      self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one Adam update of the negative ELBO, and the loss terms per example."""
+    del frozen
+    key_flip, key_z = jax.random.split(key)
+    x = pixels.to_unit_range(batch['image'])
+    if self.flip:
+      x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
+
+    def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+      terms = {name: jnp.mean(values) for name, values in self.terms(params, x, key_z).items()}
+      loss = terms['reconstruction'] + self.beta * terms['kl']
+      scale = x.shape[0] if self.reduction == 'sum' else 1
+      return scale * loss, {'loss': loss, **{f'loss/{name}': value for name, value in terms.items()}}
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.networks['vae'].params)
+    state, norms = base.update_one(state, 'vae', grads, self.optimizer)
+    return state, {**metrics, **norms}
+
+  def eval_step(
+      self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns the loss terms, and the mean squared error per pixel in [0, 1] of decode(mean z)."""
+    del frozen
+    x = pixels.to_unit_range(batch['image'])
+    terms = self.terms(params['vae'], x, key)
+    x_hat = self.vae.apply(params['vae'], x)
+    values = {
+        'loss': terms['reconstruction'] + self.beta * terms['kl'],
+        **{f'loss/{name}': value for name, value in terms.items()},
+        'mse': losses.squared_error_sum(x, x_hat) / x[0].size,
+    }
+    return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
+    """Returns mean and log variance of q(z | x)."""
+    del frozen
+    return self.vae.apply(params['vae'], x, method='encode')
+
+  def sample(
+      self, params: dict[str, Params], frozen: dict[str, Params], condition: dict[str, jax.Array], keys: Keys
+  ) -> dict[str, Image]:
+    """Returns {'x0_vae': decode(z)} for `condition['z']`; the decoder draws nothing from the keys."""
+    del frozen, keys
+    return {'x0_vae': self.vae.apply(params['vae'], condition['z'], method='decode')}

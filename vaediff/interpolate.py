@@ -1,0 +1,91 @@
+"""Rows of images between two ends: in z, in x_T, between data images, and along an attribute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaediff import draw, log, prior
+from vaediff.errors import UserError
+from vaediff.sample import eval_images, write_grid
+from vaediff.trained import Trained
+
+
+def interpolate(trained: Trained) -> dict[str, float]:
+  """Writes `interpolation.png`; each row is one interpolation (VAE images above, refined below).
+
+  The kinds, in order: between two z's of the prior with one x_T; between two x_T's (slerp) with one z;
+  between two encoded images of the evaluation split; and from an encoded image along an attribute
+  direction. A row shares the noise of every sampler step. Without latents only the x_T rows exist.
+  """
+  settings = trained.config.interpolate
+  weights = np.linspace(0.0, 1.0, settings.num_points, dtype=np.float32)
+  by_row = [rows_of(trained, row, weights) for row in range(settings.num_rows)]
+  pictures = []
+  for kind in by_row[0]:
+    for row, kinds in enumerate(by_row):
+      pictures += trained.draw(np.full(len(weights), row), kinds[kind]).values()
+  write_grid(trained, 'interpolation', np.concatenate(pictures), settings.num_points)
+  return {'num_rows': settings.num_rows * len(by_row[0])}
+
+
+def rows_of(trained: Trained, row: int, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+  """Returns, for each kind of interpolation, what is given to the sampler at each weight."""
+  experiment, kinds = trained.experiment, {}
+  ends = np.array([2 * row, 2 * row + 1])
+  key_z, key_x = draw.image_keys(trained.settings.seed, jnp.asarray(ends))
+  if experiment.latent_dim:
+    z = np.asarray(prior.draw(trained.prior, key_z, experiment.latent_dim))
+    kinds['z'] = {'z': lerp(z[0], z[1], weights)}
+  if experiment.noise_shape:
+    noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, experiment.noise_shape))(key_x))
+    kinds['x_T'] = {'noise': slerp(noise[0], noise[1], weights)}
+    if experiment.latent_dim:
+      kinds['x_T']['z'] = np.repeat(z[:1], len(weights), axis=0)
+  if experiment.latent_dim:
+    data, labels = eval_images(trained, trained.config.interpolate.num_encoded)
+    codes, _ = trained.encode(data)
+    kinds['encoded'] = {'z': lerp(*codes[ends % len(codes)], weights)}
+    if len(np.unique(labels)) > 1:
+      direction, starts = attribute_direction(trained, codes, labels)
+      kinds['attribute'] = {'z': codes[starts[row % len(starts)]] + weights[:, None] * direction}
+    elif row == 0:
+      log.say('no attribute rows: all images looked at have one label')
+  return kinds
+
+
+def attribute_direction(
+    trained: Trained, codes: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the mean z of `to_label` minus that of `from_label`, and which images have `from_label`.
+
+  Raises:
+    UserError: when no image that was looked at has one of the labels.
+  """
+  settings = trained.config.interpolate
+  chosen = {}
+  for field in ('from_label', 'to_label'):
+    chosen[field] = np.flatnonzero(labels == settings[field])
+    if not len(chosen[field]):
+      present = ', '.join(map(str, np.unique(labels)))
+      raise UserError(
+          f'config.interpolate.{field} is {settings[field]}, which none of the {len(labels)} images looked at '
+          f'has; labels there: {present}. Choose one of them, or raise config.interpolate.num_encoded'
+      )
+  means = {field: codes[index].mean(axis=0) for field, index in chosen.items()}
+  return means['to_label'] - means['from_label'], chosen['from_label']
+
+
+def lerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Returns (1 - w) a + w b for each weight w."""
+  w = weights.reshape(-1, *[1] * a.ndim)
+  return (1 - w) * a + w * b
+
+
+def slerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Returns the points on the great circle from a to b, so that unit-variance noise keeps its variance."""
+  cosine = np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
+  angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+  if np.sin(angle) < 1e-4:  # the same or opposite directions: no unique great circle
+    return lerp(a, b, weights)
+  w = weights.reshape(-1, *[1] * a.ndim)
+  return ((np.sin((1 - w) * angle) * a + np.sin(w * angle) * b) / np.sin(angle)).astype(a.dtype)

@@ -1,0 +1,119 @@
+"""Scalars and pictures of one stage: console, `metrics.jsonl` and TensorBoard. Process 0 only.
+
+`metrics.jsonl` holds one object per line, `{"stage": ..., "step": ..., "<metric>": value, ...}`. A resumed
+run drops the lines past its checkpoint before it writes them again, so none is repeated or lost.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+def say(text: str) -> None:
+  """Prints a line on process 0, above the progress bar if there is one."""
+  if jax.process_index() == 0:
+    tqdm.tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class StageLog:
+  """Writes one stage's metrics.
+
+  Args:
+    folder: `<workdir>/<stage>`.
+    stage: its name.
+    start_step: steps done before; later lines in the files are dropped.
+    num_steps: steps in all, for the progress bar and the time left.
+  """
+
+  def __init__(self, folder: pathlib.Path, stage: str, start_step: int, num_steps: int):
+    self._stage, self._num_steps, self._start_step = stage, num_steps, start_step
+    self._active = jax.process_index() == 0
+    self._start = time.monotonic()
+    if not self._active:
+      return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'metrics.jsonl'
+    _drop_lines_after(path, start_step)
+    self._file = open(path, 'a', encoding='utf-8')
+    self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=start_step + 1)
+    self._bar = tqdm.tqdm(
+        total=num_steps,
+        initial=start_step,
+        desc=stage,
+        unit='step',
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )
+
+  def progress(self, step: int) -> None:
+    """Moves the progress bar."""
+    if self._active:
+      self._bar.update(step - self._bar.n)
+
+  def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Writes one line of metrics, already on the host."""
+    if not self._active:
+      return
+    values = {name: float(value) for name, value in metrics.items()}
+    self._file.write(json.dumps({'stage': self._stage, 'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+    say(self._line(step, values))
+
+  def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    """Writes a uint8 picture [height, width, channels] to TensorBoard."""
+    if self._active:
+      self._board.add_image(name, picture, step, dataformats='HWC')
+
+  def flush(self) -> None:
+    """Makes everything written so far durable; called before a checkpoint is saved."""
+    if self._active:
+      self._file.flush()
+      os.fsync(self._file.fileno())
+      self._board.flush()
+
+  def close(self) -> None:
+    """Closes files and bar."""
+    if self._active:
+      self._bar.close()
+      self._file.close()
+      self._board.close()
+
+  def _line(self, step: int, values: Mapping[str, float]) -> str:
+    seconds = time.monotonic() - self._start
+    left = seconds / max(step - self._start_step, 1) * (self._num_steps - step)
+    shown = '  '.join(f'{name} {value:.5g}' for name, value in values.items())
+    return f'{self._stage} {step}/{self._num_steps}  {shown}  ETA {duration(left)}'
+
+
+def duration(seconds: float) -> str:
+  """Returns h:mm:ss."""
+  minutes, seconds = divmod(int(round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02d}:{seconds:02d}'
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text(encoding='utf-8').splitlines(keepends=True):
+    try:
+      keep = line.endswith('\n') and json.loads(line)['step'] <= step
+    except ValueError:
+      keep = False  # cut off in the middle by a kill
+    if keep:
+      kept.append(line)
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_text(''.join(kept), encoding='utf-8')
+  os.replace(temporary, path)

@@ -1,0 +1,45 @@
+"""The command line: `python -m vaediff.main --config=... --workdir=... --mode=... --stages=...`."""
+
+import pathlib
+import sys
+
+from vaediff import runtime
+
+if __name__ == '__main__':
+  runtime.set_environment()
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from vaediff import config as configs
+from vaediff.errors import UserError
+from vaediff.modes import MODES
+
+CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, as configs/digits.py:debug.')
+WORKDIR = flags.DEFINE_string('workdir', '', 'Run folder; default runs/<config name>.')
+MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
+STAGES = flags.DEFINE_string('stages', '', 'Comma list of stages; default all (train) or the last (the rest).')
+
+
+def main(argv: list[str]) -> None:
+  """Checks the config and calls the function of the mode."""
+  if len(argv) > 1:
+    raise UserError(f'unexpected argument {argv[1]!r}; options are written --name=value')
+  if CONFIG.value is None:
+    raise UserError('give --config=configs/<name>.py, or --workdir=<folder> of an earlier run')
+  configs.validate(CONFIG.value)
+  workdir = pathlib.Path(WORKDIR.value or f'runs/{CONFIG.value.name}')
+  MODES[MODE.value](CONFIG.value, workdir, configs.stages_of(CONFIG.value, STAGES.value))
+
+
+def cli() -> None:
+  """Runs `main`; a mistake of the user's is one message and exit status 2."""
+  try:
+    app.run(main, argv=configs.complete_argv(sys.argv), flags_parser=configs.parse_flags)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  cli()

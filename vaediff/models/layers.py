@@ -1,0 +1,173 @@
+"""Layers shared by the networks: convolutions, resampling, group norm, time embedding, attention.
+
+Layout is NHWC. Parameters are float32; `dtype` is the type the arithmetic runs in. A 1x1
+convolution is a dot product over the last axis, and group norm is written as per-channel sums
+followed by one affine map, which runs faster on CPUs than a norm over reshaped groups.
+
+Must not import anything of vaediff but `types` and `errors`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vaediff.errors import UserError
+from vaediff.types import Time
+
+MAX_GROUPS = 32
+DTYPES = ('float32', 'bfloat16')
+
+# Uniform on +-1/sqrt(fan_in): He et al. 2015 (1502.01852) with a negative slope of sqrt(5), the
+# initialisation under which the published VAE and U-Nets were trained.
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def conv3x3(
+    features: int,
+    *,
+    name: str,
+    dtype: Any,
+    strides: int = 1,
+    padding: str | tuple[tuple[int, int], ...] = 'SAME',
+    use_bias: bool = True,
+    zero_init: bool = False,
+) -> nn.Conv:
+  """Returns a 3x3 convolution; its kernel starts at zero when `zero_init`, its bias always does."""
+  return nn.Conv(
+      features,
+      kernel_size=(3, 3),
+      strides=(strides, strides),
+      padding=padding,
+      use_bias=use_bias,
+      kernel_init=nn.initializers.zeros if zero_init else uniform_fan_in,
+      dtype=dtype,
+      name=name,
+  )
+
+
+def dense(
+    features: int, *, name: str, dtype: Any, use_bias: bool = True, zero_init: bool = False
+) -> nn.Dense:
+  """Returns a linear map of the last axis; on an NHWC array it is the 1x1 convolution."""
+  return nn.Dense(
+      features,
+      use_bias=use_bias,
+      kernel_init=nn.initializers.zeros if zero_init else uniform_fan_in,
+      dtype=dtype,
+      name=name,
+  )
+
+
+def upsample_nearest(
+    x: Float[Array, 'batch height width channels'], factor: int
+) -> Float[Array, 'batch height_up width_up channels']:
+  """Returns every pixel repeated `factor` times along height and width."""
+  batch, height, width, channels = x.shape
+  shape = (batch, height, factor, width, factor, channels)
+  tiled = jnp.broadcast_to(x[:, :, None, :, None, :], shape)
+  return tiled.reshape(batch, height * factor, width * factor, channels)
+
+
+def average_pool(
+    x: Float[Array, 'batch height width channels'], factor: int
+) -> Float[Array, 'batch height_down width_down channels']:
+  """Returns the means of disjoint `factor` x `factor` windows; `factor` must divide both sides."""
+  batch, height, width, channels = x.shape
+  windows = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
+  return windows.mean(axis=(2, 4))
+
+
+def num_groups(channels: int) -> int:
+  """Returns the largest number of groups, at most 32, that divides `channels`.
+
+  It is 32, as published, whenever 32 divides `channels`; other widths are for small networks.
+  """
+  return max(groups for groups in range(1, MAX_GROUPS + 1) if channels % groups == 0)
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation (Wu and He 2018, 1803.08494, eqs. 1-3) with a learned scale and bias.
+
+  Statistics and the affine map are float32 whatever the input's type, which the output has too.
+  The variance is E[x^2] - E[x]^2, so that one pass over x suffices.
+
+  Attributes:
+    epsilon: added to the variance.
+  """
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(
+      self, x: Float[Array, 'batch height width channels']
+  ) -> Float[Array, 'batch height width channels']:
+    """Returns x with zero mean and unit variance in each group of channels, scaled and shifted."""
+    batch, height, width, channels = x.shape
+    gamma = self.param('scale', nn.initializers.ones, (channels,))
+    beta = self.param('bias', nn.initializers.zeros, (channels,))
+    groups = num_groups(channels)
+    size = height * width * (channels // groups)
+    values = x.astype(jnp.float32)
+
+    def group_mean(per_channel):
+      mean = per_channel.reshape(batch, groups, -1).sum(axis=-1) / size
+      return jnp.repeat(mean, channels // groups, axis=-1)
+
+    mean = group_mean(values.sum(axis=(1, 2)))
+    variance = group_mean(jnp.square(values).sum(axis=(1, 2))) - jnp.square(mean)
+    # Rounding can take the difference of two equal numbers below zero.
+    scale = gamma[None] * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
+    shift = beta[None] - mean * scale
+    return (values * scale[:, None, None, :] + shift[:, None, None, :]).astype(x.dtype)
+
+
+def sinusoidal_embedding(
+    position: Time, num_features: int, *, sin_first: bool, last_frequency_included: bool
+) -> Float[Array, 'batch features']:
+  """Returns sines and cosines of `position` at geometrically spaced frequencies, float32.
+
+  Vaswani et al. 2017 (1706.03762), section 3.5, with the two halves side by side: frequencies
+  10000^(-i / half), i = 0 ... half - 1.
+
+  Args:
+    position: any real number per example.
+    num_features: even, at least 4.
+    sin_first: [sin, cos] (Ho et al. 2020) instead of [cos, sin] (Nichol and Dhariwal 2021).
+    last_frequency_included: divide i by half - 1, so that the lowest frequency is exactly 1/10000.
+  """
+  half = num_features // 2
+  steps = half - 1 if last_frequency_included else half
+  frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / steps)
+  angles = position.astype(jnp.float32)[:, None] * frequencies[None, :]
+  waves = (jnp.sin(angles), jnp.cos(angles))
+  return jnp.concatenate(waves if sin_first else waves[::-1], axis=-1)
+
+
+def attention(
+    query: Float[Array, 'batch query heads channels'],
+    key: Float[Array, 'batch position heads channels'],
+    value: Float[Array, 'batch position heads channels'],
+    *,
+    scale: float,
+) -> Float[Array, 'batch query heads channels']:
+  """Returns softmax(scale * query key^T) value for each head, with the softmax in float32.
+
+  Vaswani et al. 2017 (1706.03762), eq. 1. The square root of `scale` multiplies query and key
+  before their product, which keeps the products small in bfloat16.
+  """
+  root = math.sqrt(scale)
+  logits = jnp.einsum(
+      'bqhc,bkhc->bhqk', query * root, key * root, preferred_element_type=jnp.float32
+  )
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum('bhqk,bkhc->bqhc', weights, value)
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises UserError unless `dtype` names a supported compute type."""
+  if dtype not in DTYPES:
+    raise UserError(f"model.dtype is '{dtype}'; choose one of {', '.join(DTYPES)}.")

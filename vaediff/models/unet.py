@@ -1,0 +1,278 @@
+"""The U-Net denoiser of DiffuseVAE (Pandey et al. 2022, 2201.00308), in its two published variants.
+
+The network reads the noisy state x_t, the time t, and, where it is built for them, the VAE's
+reconstruction x0_vae (concatenated along the channels, as [x_t, x0_vae]) and the latent code z
+(added to the time embedding through an MLP). What its output means (x0, eps or v) is the caller's
+business.
+
+Resolutions halve from level to level. A level has `num_res_blocks` residual blocks on the way down
+and one more on the way up, each followed by attention at the chosen resolutions; between the two
+ways are a residual, an attention and a residual block.
+
+Must not import diffusion, experiments, train, config or data.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vaediff.errors import UserError
+from vaediff.models import layers
+from vaediff.models.unet_blocks import VARIANTS, BlockOptions, DownLevel, Middle, Mlp, UpLevel
+from vaediff.types import Image, Latent, Mask, Params, Time
+
+# t in (0, 1] becomes the step index 0 ... 999 of the thousand-step schedule that the embedding was
+# designed for, whatever the schedule in use.
+TIME_STEPS = 1000
+
+
+class UNet(nn.Module):
+  """A U-Net for square images, conditional on nothing, x0_vae, z, or both.
+
+  Attributes:
+    variant: 'openai' or 'ddim'; see `unet_blocks.VARIANTS`.
+    image_size: side of x_t in pixels; divisible by 2^(levels - 1).
+    image_channels: channels of x_t, of x0_vae and of the output.
+    channels: base width; even, at least 4.
+    channel_multipliers: width of each level over `channels`, highest resolution first.
+    num_res_blocks: residual blocks per level on the way down.
+    attention_resolutions: sides, in pixels, of the maps that get attention (not downsampling
+      rates); the middle of the network, at the lowest resolution, always has it.
+    num_heads: attention heads; divides the channels wherever there is attention.
+    dropout: rate in [0, 1), on when `deterministic` is False.
+    condition_on_image: x0_vae is an input.
+    latent_dim: size of z; 0 for a network without z.
+    scale_shift_norm: the embedding scales and shifts group norms (AdaGN) instead of being added.
+    learned_null: x0_vae and z can be dropped, example by example, for learned stand-ins.
+    remat: recompute the blocks' activations in the backward pass instead of storing them.
+    dtype: 'float32' or 'bfloat16', the type of the arithmetic. Parameters, group norm statistics,
+      softmax, the last convolution and the output are float32.
+
+  Raises:
+    UserError: the fields contradict each other.
+  """
+
+  variant: str
+  image_size: int
+  image_channels: int
+  channels: int
+  channel_multipliers: tuple[int, ...]
+  num_res_blocks: int
+  attention_resolutions: tuple[int, ...]
+  num_heads: int
+  dropout: float
+  condition_on_image: bool
+  latent_dim: int
+  scale_shift_norm: bool
+  learned_null: bool
+  remat: bool
+  dtype: str
+
+  def __post_init__(self):
+    layers.check_dtype(self.dtype)
+    _check_shape(self)
+    _check_attention(self)
+    if self.learned_null and not (self.condition_on_image or self.latent_dim):
+      raise UserError(
+          'learned_null is set (diffusion.condition_dropout > 0), but the U-Net has no condition to '
+          'drop; give it one (condition_on_image or latent_dim), or set the dropout to 0.'
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+      self,
+      x_t: Image,
+      t: Time,
+      x0_vae: Image | None = None,
+      z: Latent | None = None,
+      drop: Mask | None = None,
+      *,
+      deterministic: bool = True,
+  ) -> Float[Array, 'batch height width channels']:
+    """Returns the network's prediction, float32, unbounded.
+
+    Args:
+      x_t: noisy state.
+      t: time in (0, 1]; embedded as the step index 1000 t - 1.
+      x0_vae: VAE reconstruction in [-1, 1]; given exactly when `condition_on_image`.
+      z: latent code; given exactly when `latent_dim` is positive.
+      drop: where True, the learned stand-ins replace the example's x0_vae and z.
+      deterministic: dropout is off; otherwise the 'dropout' key is needed.
+
+    Raises:
+      ValueError: an input does not fit the module, or `drop` comes without `learned_null`.
+    """
+    self._check_inputs(x_t, x0_vae, z, drop)
+    x0_vae, z = self._drop_conditions(x0_vae, z, drop)
+    variant = VARIANTS[self.variant]
+    dtype = jnp.dtype(self.dtype)
+    options = BlockOptions(
+        variant=variant,
+        num_heads=self.num_heads,
+        dropout=self.dropout,
+        deterministic=deterministic,
+        scale_shift_norm=self.scale_shift_norm,
+        remat=self.remat,
+        dtype=dtype,
+    )
+    position = layers.sinusoidal_embedding(
+        TIME_STEPS * t - 1.0,
+        self.channels,
+        sin_first=variant.sin_first,
+        last_frequency_included=variant.last_frequency_included,
+    )
+    emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(position)
+    if z is not None:
+      emb = emb + Mlp(features=4 * self.channels, dtype=dtype, name='z_mlp')(z)
+
+    x = x_t if x0_vae is None else jnp.concatenate([x_t, x0_vae], axis=-1)
+    h = layers.conv3x3(self.channels, name='conv_in', dtype=dtype)(x)
+    h = self._down_and_up(h, emb, options)
+    h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
+    return layers.conv3x3(
+        self.image_channels, name='conv_out', dtype=jnp.float32, zero_init=variant.zero_init
+    )(h.astype(jnp.float32))
+
+  def _down_and_up(self, h: Array, emb: Array, options: BlockOptions) -> Array:
+    """Returns the map after all levels, down and up again; at full resolution."""
+    sizes = _level_sizes(self)
+    last = len(sizes) - 1
+    widths = [multiplier * self.channels for multiplier in self.channel_multipliers]
+    attend = [size in self.attention_resolutions for size in sizes]
+    skips = [h]
+    for level, width in enumerate(widths):
+      skips += DownLevel(
+          features=width,
+          num_blocks=self.num_res_blocks,
+          attend=attend[level],
+          downsample=level < last,
+          options=options,
+          name=f'down_{level}',
+      )(skips[-1], emb)
+    h = Middle(options=options, name='middle')(skips[-1], emb)
+    for level in reversed(range(len(sizes))):
+      # A level reads back what it wrote, and the map that entered it.
+      first = len(skips) - self.num_res_blocks - 1
+      h = UpLevel(
+          features=widths[level],
+          attend=attend[level],
+          upsample=level > 0,
+          options=options,
+          name=f'up_{level}',
+      )(h, skips[first:], emb)
+      skips = skips[:first]
+    return h
+
+  def _drop_conditions(
+      self, x0_vae: Array | None, z: Array | None, drop: Array | None
+  ) -> tuple[Array | None, Array | None]:
+    """Returns the conditions with those of dropped examples replaced; creates the stand-ins."""
+    if self.learned_null and self.condition_on_image:
+      shape = (self.image_size, self.image_size, self.image_channels)
+      null = self.param('null_x0_vae', nn.initializers.zeros, shape)
+      if drop is not None:
+        x0_vae = jnp.where(drop[:, None, None, None], null[None], x0_vae)
+    if self.learned_null and self.latent_dim:
+      null = self.param('null_z', nn.initializers.zeros, (self.latent_dim,))
+      if drop is not None:
+        z = jnp.where(drop[:, None], null[None], z)
+    return x0_vae, z
+
+  def _check_inputs(
+      self, x_t: Array, x0_vae: Array | None, z: Array | None, drop: Array | None
+  ) -> None:
+    """Raises ValueError where the inputs are not those that the module was built for."""
+    expected = (self.image_size, self.image_size, self.image_channels)
+    if x_t.shape[1:] != expected:
+      raise ValueError(f'The U-Net reads x_t of shape {expected}, got {x_t.shape[1:]}.')
+    for name, value, field in (
+        ('x0_vae', x0_vae, 'condition_on_image'),
+        ('z', z, 'latent_dim'),
+    ):
+      setting = getattr(self, field)
+      if (value is not None) != bool(setting):
+        verb = 'needs' if setting else 'takes no'
+        raise ValueError(f'A U-Net built with {field}={setting} {verb} `{name}`.')
+    if x0_vae is not None and x0_vae.shape != x_t.shape:
+      raise ValueError(f'x0_vae has shape {x0_vae.shape}, x_t has {x_t.shape}; they must be equal.')
+    if z is not None and z.shape[1:] != (self.latent_dim,):
+      raise ValueError(f'z has shape {z.shape}, expected (batch, {self.latent_dim}).')
+    if drop is not None and not self.learned_null:
+      raise ValueError('`drop` needs a U-Net built with learned_null=True.')
+
+
+def convert_formulation(params: Params, *, to: int, image_channels: int) -> Params:
+  """Returns the parameters of the same denoiser under DiffuseVAE's other formulation.
+
+  Formulation 2 reads x_t = y_t + x0_vae where Formulation 1 reads y_t, and both read x0_vae
+  (Pandey et al. 2022, 2201.00308, sections on the two formulations). The first convolution is
+  linear, W1 (y_t + x0_vae) + W2 x0_vae = W1 y_t + (W1 + W2) x0_vae, so that the kernel [W1, W2] on
+  [x_t, x0_vae] equals [W1, W1 + W2] on [y_t, x0_vae]. There and back is the identity up to the
+  rounding of one addition. For an example whose condition is dropped it holds if the shift, too,
+  is the learned stand-in.
+
+  Args:
+    params: of a `UNet` with `condition_on_image`; not changed.
+    to: the formulation wanted, 1 or 2; `params` are taken to be of the other.
+    image_channels: channels of x_t.
+
+  Raises:
+    ValueError: `to` is neither 1 nor 2, or the first convolution does not read two images.
+  """
+  if to not in (1, 2):
+    raise ValueError(f'There are formulations 1 and 2, not {to}.')
+  kernel = params['conv_in']['kernel']
+  if kernel.shape[2] != 2 * image_channels:
+    raise ValueError(
+        f'The first convolution reads {kernel.shape[2]} channels; [x_t, x0_vae] has '
+        f'{2 * image_channels}. Only a network with condition_on_image can be converted.'
+    )
+  on_state, on_image = kernel[:, :, :image_channels], kernel[:, :, image_channels:]
+  on_image = on_image + on_state if to == 1 else on_image - on_state
+  kernel = jnp.concatenate([on_state, on_image], axis=2)
+  return {**params, 'conv_in': {**params['conv_in'], 'kernel': kernel}}
+
+
+def _level_sizes(unet: UNet) -> list[int]:
+  """Returns the side of the map at each level, in pixels."""
+  return [unet.image_size >> level for level in range(len(unet.channel_multipliers))]
+
+
+def _check_shape(unet: UNet) -> None:
+  """Raises UserError unless the variant exists and the image can be halved from level to level."""
+  if unet.variant not in VARIANTS:
+    raise UserError(f"model.variant is '{unet.variant}'; choose one of {', '.join(VARIANTS)}.")
+  if unet.channels < 4 or unet.channels % 2:
+    raise UserError(f'model.channels is {unet.channels}; it must be even and at least 4.')
+  if not unet.channel_multipliers:
+    raise UserError('model.channel_multipliers is empty; give one multiplier per level.')
+  if not 0.0 <= unet.dropout < 1.0:
+    raise UserError(f'model.dropout is {unet.dropout}; it must be in [0, 1).')
+  factor = 2 ** (len(unet.channel_multipliers) - 1)
+  below = unet.image_size // factor * factor
+  if below != unet.image_size or below == 0:
+    nearest = ' or '.join(str(size) for size in (below, below + factor) if size > 0)
+    raise UserError(
+        f'image_size is {unet.image_size}, but {len(unet.channel_multipliers)} levels '
+        f'(model.channel_multipliers) need a multiple of {factor}; nearest: {nearest}.'
+    )
+
+
+def _check_attention(unet: UNet) -> None:
+  """Raises UserError unless every attention resolution occurs and the heads divide its channels."""
+  sizes = _level_sizes(unet)
+  for resolution in unet.attention_resolutions:
+    if resolution not in sizes:
+      raise UserError(
+          f'model.attention_resolutions names {resolution}, which never occurs; the maps have '
+          f'sides {", ".join(map(str, sizes))}. These are resolutions, not downsampling rates.'
+      )
+  for size, multiplier in zip(sizes, unet.channel_multipliers, strict=True):
+    width = multiplier * unet.channels
+    attends = size in unet.attention_resolutions or size == sizes[-1]
+    if unet.num_heads < 1 or (attends and width % unet.num_heads):
+      raise UserError(
+          f'model.num_heads is {unet.num_heads}, which does not divide the {width} channels of the '
+          f'attention at resolution {size}.'
+      )

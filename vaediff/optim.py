@@ -1,0 +1,81 @@
+"""Optimizers: warm-up, schedule, clipping, Adam(W) and the exponential moving average of parameters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+from vaediff.types import Params, Scalar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+  """An optax chain and the decay of the parameter average.
+
+  Attributes:
+    transform: gradient -> update.
+    ema_decay: 0 keeps no average.
+    ema_warmup: decay_k = min(ema_decay, (1 + k) / (10 + k)) at step k, so that an early average is not
+      dominated by the initial parameters.
+  """
+
+  transform: optax.GradientTransformation
+  ema_decay: float
+  ema_warmup: bool
+
+  def init_ema(self, params: Params) -> Params | None:
+    """Returns the average at step 0: a copy of the parameters, or None where none is kept."""
+    return jax.tree.map(jnp.copy, params) if self.ema_decay > 0 else None
+
+  def update_ema(self, ema_params: Params | None, params: Params, step: jax.Array) -> Params | None:
+    """Returns decay * ema + (1 - decay) * params."""
+    if ema_params is None:
+      return None
+    decay = jnp.float32(self.ema_decay)
+    if self.ema_warmup:
+      k = step.astype(jnp.float32)
+      decay = jnp.minimum(decay, (1 + k) / (10 + k))
+    return jax.tree.map(lambda e, p: e * decay + p * (1 - decay), ema_params, params)
+
+
+def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
+  """Learning rate by step: linear from 0 during warm-up, then constant or cosine to 0 at `num_steps`."""
+  warmup = config.warmup_steps
+  if config.schedule == 'constant':
+    after = optax.constant_schedule(config.learning_rate)
+  elif config.schedule == 'cosine':
+    after = optax.cosine_decay_schedule(config.learning_rate, max(num_steps - warmup, 1))
+  else:
+    raise UserError(f"optim.schedule must be 'constant' or 'cosine', got {config.schedule!r}")
+  if warmup == 0:
+    return after
+  return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: ConfigDict, num_steps: int) -> Optimizer:
+  """Returns the optimizer that a stage's `optim` section describes."""
+  if not 0 <= config.ema_decay < 1:
+    raise UserError(f'optim.ema_decay must be in [0, 1), got {config.ema_decay}')
+  if config.learning_rate <= 0:
+    raise UserError(f'optim.learning_rate must be > 0, got {config.learning_rate}')
+  for field in ('warmup_steps', 'clip_norm', 'weight_decay'):
+    if config[field] < 0:
+      raise UserError(f'optim.{field} must be >= 0, got {config[field]}')
+  chain = []
+  if config.clip_norm > 0:
+    chain.append(optax.clip_by_global_norm(config.clip_norm))
+  chain.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+  if config.weight_decay > 0:
+    chain.append(optax.add_decayed_weights(config.weight_decay))
+  chain.append(optax.scale_by_learning_rate(learning_rate(config, num_steps)))
+  return Optimizer(
+      transform=optax.chain(*chain), ema_decay=config.ema_decay, ema_warmup=config.ema_warmup
+  )
+
+
+def global_norm(tree: Params) -> Scalar:
+  """Returns the L2 norm over all leaves."""
+  return optax.global_norm(tree)

@@ -1,0 +1,210 @@
+"""Runs the stages in order: skips what is complete, resumes what is not, hands frozen networks on."""
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vaediff import checkpoint, experiments, images, log, sample, sharding
+from vaediff import config as configs
+from vaediff import interpolate as interpolation
+from vaediff.data import pixels, sources
+from vaediff.experiments.base import Experiment
+from vaediff.errors import UserError
+from vaediff.train import SUMMARY, Stage, train
+from vaediff.trained import Trained, load_frozen
+from vaediff.types import Params
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> list[dict[str, Any]]:
+  """Trains the stages, then draws a first set of samples; returns one summary per stage.
+
+  Nothing is written before config, data and workdir have been checked.
+
+  Raises:
+    UserError: for anything of the user's that cannot work.
+  """
+  started = time.monotonic()
+  mesh = sharding.make_mesh(config.mesh)
+  built = {stage: experiments.build(config, stage) for stage in config.stages}
+  for stage in stages:
+    jax.eval_shape(built[stage].init, jax.random.key(0))  # networks check their own fields
+  check_workdir(config, workdir)
+  log.say(sources.describe(config.data))
+  train_source, eval_source = (sources.open_source(config.data, split) for split in ('train', 'eval'))
+  log.say(f'{len(train_source)} training and {len(eval_source)} evaluation images; run folder {workdir}')
+  if jax.process_index() == 0:
+    configs.save(config, workdir)
+
+  summaries, fresh = [], False
+  for name in stages:
+    folder = workdir / name
+    if is_complete(config, workdir, name):
+      summaries.append(read_summary(folder, config, name))
+      log.say(f'{name}: complete at step {summaries[-1]["steps"]}, skipped')
+      continue
+    frozen = load_frozen(built[name], config, workdir, mesh)
+    fresh = True
+    summaries.append(
+        train(
+            Stage(
+                name=name,
+                folder=folder,
+                config=config,
+                experiment=built[name],
+                frozen=frozen,
+                train_source=train_source,
+                eval_source=eval_source,
+                extra=precomputed(config, workdir, name, built[name], frozen, train_source, mesh),
+                mesh=mesh,
+            )
+        )
+    )
+  figures = first_images(config, workdir, stages[-1], mesh, fresh)
+  if jax.process_index() == 0:
+    print_table(summaries, figures, time.monotonic() - started)
+  return summaries
+
+
+def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Raises UserError when the folder holds a run of another config."""
+  if not (workdir / configs.FILE).exists():
+    return
+  stored = configs.read(workdir)
+  trained = tuple(
+      stage for stage in stored.stages if checkpoint.latest_step(workdir / stage) is not None
+  )
+  configs.check_same_run(config, stored, trained, workdir)
+
+
+def is_complete(config: ConfigDict, workdir: pathlib.Path, stage: str) -> bool:
+  """Returns whether a stage has reached its last step."""
+  step = checkpoint.latest_step(workdir / stage)
+  return step is not None and step >= config[stage].train.num_steps and (workdir / stage / SUMMARY).exists()
+
+
+def read_summary(folder: pathlib.Path, config: ConfigDict, stage: str) -> dict[str, Any]:
+  """Returns the summary that the finished stage wrote."""
+  try:
+    return json.loads((folder / SUMMARY).read_text())
+  except ValueError as error:
+    raise UserError(f'{folder / SUMMARY} is damaged ({error}); remove it and run again') from error
+
+
+def first_images(
+    config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh, fresh: bool
+) -> dict[str, float]:
+  """Writes samples, reconstructions and interpolations of the last stage, unless they are there already.
+
+  Returns:
+    The figures of the reconstructions.
+  """
+  path = workdir / f'figures-{stage}.json'
+  if path.exists() and not fresh:
+    return json.loads(path.read_text())
+  trained = Trained(config, workdir, stage, mesh)
+  started = time.monotonic()
+  sample.sample(trained)
+  figures = {'seconds/sample': time.monotonic() - started}
+  if trained.experiment.latent_dim:
+    figures.update(sample.reconstruct(trained))
+  interpolation.interpolate(trained)
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_text(json.dumps(figures, indent=2))
+  os.replace(temporary, path)
+  return figures
+
+
+def precomputed(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    stage: str,
+    experiment: Experiment,
+    frozen: dict[str, Params],
+    source: sources.Source,
+    mesh: Mesh,
+) -> dict[str, np.ndarray]:
+  """Returns {'x0_vae': uint8, 'z': float32} of every training image, by index, from the posterior mean.
+
+  Only for `diffusion.x0_vae_source = 'precomputed'`; else {}. Computed once, kept memory-mapped beside
+  the stage, and computed anew when the VAE's checkpoint is another.
+  """
+  if not experiment.frozen or config[stage].diffusion.x0_vae_source != 'precomputed':
+    return {}
+  origin = experiment.frozen['vae']
+  vae_folder = (pathlib.Path(origin.workdir) if origin.workdir else workdir) / origin.stage
+  folder = workdir / stage / f'precomputed-step-{checkpoint.latest_step(vae_folder)}'
+  names = ('x0_vae', 'z')
+  if not folder.exists():
+    temporary = folder.with_name(f'.{folder.name}.tmp')
+    temporary.mkdir(parents=True, exist_ok=True)
+    write_precomputed(temporary, experiment, frozen, source, config[stage].train.batch_size, mesh)
+    os.replace(temporary, folder)
+  return {name: np.load(folder / f'{name}.npy', mmap_mode='r') for name in names}
+
+
+def write_precomputed(
+    folder: pathlib.Path,
+    experiment: Experiment,
+    frozen: dict[str, Params],
+    source: sources.Source,
+    batch_size: int,
+    mesh: Mesh,
+) -> None:
+  """Writes the reconstruction and the mean latent of every image of a source, batch by batch."""
+  model = experiment.frozen['vae'].model
+
+  @jax.jit
+  def run(params, image):
+    z, _ = model.apply(params, pixels.to_unit_range(image), method='encode')
+    return model.apply(params, z, method='decode'), z
+
+  count, where = len(source), sharding.batch_sharding(mesh)
+  shapes = {'x0_vae': ((count, *experiment.noise_shape), np.uint8), 'z': ((count, experiment.latent_dim), np.float32)}
+  arrays = {
+      name: np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', dtype, shape)
+      for name, (shape, dtype) in shapes.items()
+  }
+  log.say(f'precomputing the VAE reconstructions of {count} images')
+  batch_size = sharding.round_up(min(batch_size, count), mesh)
+  for start in range(0, count, batch_size):
+    indices = np.minimum(np.arange(start, start + batch_size), count - 1)
+    image = jax.device_put(source.read(indices)['image'], where)
+    x0_vae, z = jax.device_get(run(frozen['vae'], image))
+    fresh = min(batch_size, count - start)
+    arrays['x0_vae'][start : start + fresh] = images.to_uint8(x0_vae[:fresh])
+    arrays['z'][start : start + fresh] = z[:fresh]
+  for array in arrays.values():
+    array.flush()
+
+
+def print_table(summaries: list[dict[str, Any]], figures: dict[str, float], seconds: float) -> None:
+  """Prints one line per stage, the figures of the reconstructions, and the time in all."""
+  rows = [('stage', 'steps', 'seconds', 'images/s', 'last training metrics', 'validation')]
+  for summary in summaries:
+    last = {name: f'{value:.4g}' for name, value in summary['last'].items() if name != 'images_per_second'}
+    training = ' '.join(f'{name}={value}' for name, value in last.items() if not name.startswith('val/'))
+    validation = ' '.join(f'{name[4:]}={value}' for name, value in last.items() if name.startswith('val/'))
+    rows.append((
+        summary['stage'],
+        str(summary['steps']),
+        f'{summary["seconds"]:.1f}',
+        f'{summary["images_per_second"]:.0f}',
+        training,
+        validation,
+    ))
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  log.say('')
+  for row in rows:
+    log.say('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+  for name, value in figures.items():
+    if name.startswith('mse/'):
+      what = {'mse/x0_vae': 'VAE reconstruction', 'mse/x0': 'refined reconstruction'}[name]
+      log.say(f'{what}: mean squared error per pixel {value:.5f} (pixels in [0, 1], evaluation split)')
+  log.say(f'{seconds:.0f} seconds in all, device: {jax.devices()[0].device_kind} x {jax.device_count()}')

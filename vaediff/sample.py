@@ -1,0 +1,116 @@
+"""Checkpoint -> images: samples and reconstructions. Each writes its files and returns figures."""
+
+import pathlib
+
+import numpy as np
+
+from vaediff import draw, images, log
+from vaediff.errors import UserError
+from vaediff.trained import Trained
+
+MAX_IN_GRID = 256
+"""Most images in a PNG grid; an npz holds them all."""
+
+
+def sample(trained: Trained) -> dict[str, float]:
+  """Draws `sample.num_images` images; writes `samples.png` and, with `save_npz`, `samples.npz` (uint8).
+
+  Holds one batch of noise at a time. Image i depends on `sample.seed` and i alone.
+  """
+  settings, count = trained.settings, trained.settings.num_images
+  shown, stored = {}, {}
+  for indices in draw.batches(count, min(settings.batch_size, count)):
+    first = int(indices[0])
+    fresh = min(len(indices), count - first)
+    for name, value in trained.draw(indices).items():
+      if first < MAX_IN_GRID:
+        shown.setdefault(name, []).append(value[:fresh])
+      if settings.save_npz:
+        stored.setdefault(name, np.empty((count, *value.shape[1:]), np.uint8))[first : first + fresh] = value[:fresh]
+  columns = {name: np.concatenate(value)[:MAX_IN_GRID] for name, value in shown.items()}
+  if 'x0' in columns and not settings.with_vae:
+    columns.pop('x0_vae', None)
+  groups = max(1, round(np.sqrt(len(columns[next(iter(columns))]) / len(columns))))
+  write_grid(trained, 'samples', images.side_by_side(*columns.values()), groups * len(columns))
+  if settings.save_npz:
+    path = path_of(trained, 'samples', 'npz')
+    images.write_npz(path, stored)
+    log.say(f'wrote {path}')
+  return {'num_images': count}
+
+
+def reconstruct(trained: Trained) -> dict[str, float]:
+  """Encodes images of the evaluation split and draws them again from z.
+
+  Writes `reconstructions.png`: data, VAE reconstruction and, for a refiner, refined image.
+
+  Returns:
+    Mean squared error per pixel, pixels in [0, 1], of each kind of reconstruction.
+  """
+  need_latents(trained, 'reconstruct')
+  settings = trained.config.reconstruct
+  if settings.posterior not in ('mean', 'sample'):
+    raise UserError(f"config.reconstruct.posterior must be 'mean' or 'sample', got {settings.posterior!r}")
+  data, _ = eval_images(trained, settings.num_images)
+  if settings.posterior == 'sample':
+    z = trained.encode_sampled(data, trained.settings.seed)
+  else:
+    z, _ = trained.encode(data)
+  result = draw_all(trained, {'z': z})
+  shown = [value[:MAX_IN_GRID] for value in (data, *result.values())]
+  write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4)
+  return {f'mse/{name}': mse(data, value) for name, value in result.items()}
+
+
+# Shared with interpolate and restore -------------------------------------------------------------
+
+
+def path_of(trained: Trained, name: str, suffix: str = 'png') -> pathlib.Path:
+  """Returns `<workdir>/<name>.<suffix>`, with the stage in the name unless it is the run's last."""
+  stage = '' if trained.stage == trained.config.stages[-1] else f'-{trained.stage}'
+  return trained.workdir / f'{name}{stage}.{suffix}'
+
+
+def write_grid(trained: Trained, name: str, value: np.ndarray, columns: int) -> None:
+  """Writes a PNG grid of uint8 images, row by row, and says so."""
+  path = path_of(trained, name)
+  images.write_png(path, images.grid(value, min(columns, len(value))))
+  log.say(f'wrote {path}')
+
+
+def eval_images(trained: Trained, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the first `count` images (uint8) and labels of the evaluation split."""
+  batch = trained.eval_source.read(np.arange(min(count, len(trained.eval_source))))
+  return batch['image'], batch['label']
+
+
+def draw_all(trained: Trained, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the images drawn from one row of `given` each, in batches of the stage's sampling batch size."""
+  count = len(next(iter(given.values())))
+  size, parts = min(trained.settings.batch_size, count), {}
+  for indices in draw.batches(count, size):
+    fresh = min(size, count - int(indices[0]))
+    chunk = {name: value[indices] for name, value in given.items()}
+    for name, value in trained.draw(indices, chunk).items():
+      parts.setdefault(name, []).append(value[:fresh])
+  return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def need_latents(trained: Trained, mode: str) -> None:
+  """Raises UserError when the stage has no VAE to encode with."""
+  if not trained.experiment.latent_dim:
+    raise UserError(
+        f'--mode={mode} needs a latent code; stage {trained.stage!r} was trained without a VAE '
+        "(diffusion.condition = 'none'). Use --mode=sample, or another stage with --stages"
+    )
+
+
+def mse(a: np.ndarray, b: np.ndarray) -> float:
+  """Returns the mean squared difference of uint8 images, with pixels in [0, 1]."""
+  return float(np.mean((a.astype(np.float64) - b) ** 2) / 255**2)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+  """Returns the peak signal-to-noise ratio of uint8 images in dB; infinite when they are equal."""
+  error = mse(a, b)
+  return float('inf') if error == 0 else -10 * float(np.log10(error))

@@ -1,0 +1,266 @@
+"""The only loop. Reads from top to bottom: state, resume, compile, then step, log, evaluate, save."""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import time
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vaediff import checkpoint, draw, log, sharding
+from vaediff.data import loader, sources
+from vaediff.errors import UserError
+from vaediff.experiments.base import Experiment
+from vaediff.types import Params
+
+SUMMARY = 'summary.json'
+MAX_STEPS_AHEAD = 8
+"""Steps that may be dispatched before the host waits for one: bounds memory, hides the host's work."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """Everything a stage is trained with.
+
+  Attributes:
+    name: of the stage.
+    folder: `<workdir>/<stage>`.
+    config: the whole config; `config.<name>` is the stage's section.
+    experiment: built from it.
+    frozen: parameters of the networks of earlier stages.
+    train_source: images to train on.
+    eval_source: images to evaluate on.
+    extra: arrays read beside the training images, by the same index.
+    mesh: the devices.
+  """
+
+  name: str
+  folder: pathlib.Path
+  config: ConfigDict
+  experiment: Experiment
+  frozen: dict[str, Params]
+  train_source: sources.Source
+  eval_source: sources.Source
+  extra: dict[str, np.ndarray]
+  mesh: Mesh
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh) -> Any:
+  """Returns shapes, types and shardings of the state, without allocating it."""
+  shapes = jax.eval_shape(experiment.init, jax.random.key(0))
+  return jax.tree.map(
+      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+      shapes,
+      sharding.shardings_of(shapes, mesh),
+  )
+
+
+def train(stage: Stage) -> dict[str, Any]:
+  """Trains the stage to `train.num_steps`, from its latest checkpoint if it has one.
+
+  Returns:
+    The summary that is also written to `<stage>/summary.json`: steps, seconds, images per second, last
+    metrics.
+
+  Raises:
+    UserError: when a metric is not finite (names step and metric), or a checkpoint cannot be saved or read.
+  """
+  section = stage.config[stage.name]
+  num_steps, batch_size = section.train.num_steps, section.train.batch_size
+  if batch_size % stage.mesh.size:
+    raise UserError(
+        f'config.{stage.name}.train.batch_size must be a multiple of the {stage.mesh.size} devices, '
+        f'got {batch_size}'
+    )
+
+  # State: born sharded, or restored ----------------------------------------------------------------
+  checkpointer = checkpoint.Checkpointer(stage.folder, section.train.keep_checkpoints)
+  abstract = abstract_state(stage.experiment, stage.mesh)
+  where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  run_key = jax.random.fold_in(jax.random.key(stage.config.seed), _number(stage.name))
+  key_init, key_train, key_eval = jax.random.split(run_key, 3)
+  start_step, seconds_before, last = 0, 0.0, {}
+  if checkpointer.latest_step() is None:
+    state = jax.jit(stage.experiment.init, out_shardings=where)(key_init)
+  else:
+    state, meta = checkpointer.restore(abstract)
+    start_step, seconds_before, last = meta['data_position'], meta['seconds'], meta['last']
+    log.say(f'{stage.name}: resuming at step {start_step} of {num_steps}')
+
+  # Compile -----------------------------------------------------------------------------------------
+  batch_where, replicated = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)
+  batches = loader.train_batches(
+      stage.train_source,
+      batch_size=batch_size,
+      seed=stage.config.seed,
+      start_step=start_step,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_threads=stage.config.data.num_threads,
+      prefetch=stage.config.data.prefetch,
+      extra=stage.extra,
+  )
+  step_fn = make_step(stage.experiment, where, replicated)
+  evaluate = Evaluator(stage, key_eval)
+  key_train, frozen = jax.device_put((key_train, stage.frozen), replicated)
+
+  # The loop ----------------------------------------------------------------------------------------
+  board = log.StageLog(stage.folder, stage.name, start_step, num_steps)
+  watch = Watch(stage.name)
+  started, last_step, last_time = time.monotonic(), start_step, time.monotonic()
+  try:
+    for step in range(start_step + 1, num_steps + 1):
+      batch = sharding.put_batch(next(batches), batch_where)
+      with jax.transfer_guard('disallow'):
+        state, metrics, finite = step_fn(state, frozen, batch, key_train)
+      watch.add(step, finite, metrics)
+      board.progress(step)
+      is_last = step == num_steps
+
+      if step % section.train.log_every_steps == 0 or is_last:
+        watch.drain()
+        now = time.monotonic()
+        speed = (step - last_step) * batch_size / (now - last_time)
+        values = {**jax.device_get(metrics), 'images_per_second': speed}
+        board.scalars(step, values)
+        last.update({name: float(value) for name, value in values.items()})
+        last_step, last_time = step, now
+      if step % section.train.eval_every_steps == 0 or is_last:
+        values = {f'val/{name}': value for name, value in evaluate(state).items()}
+        board.scalars(step, values)
+        last.update(values)
+      if section.train.grid_every_steps and (step % section.train.grid_every_steps == 0 or is_last):
+        for name, picture in evaluate.grids(state).items():
+          board.picture(step, f'samples/{name}', picture)
+      if step % section.train.save_every_steps == 0 or is_last:
+        watch.drain()  # never save a state that is not finite
+        board.flush()
+        seconds = seconds_before + time.monotonic() - started
+        checkpointer.save(
+            step,
+            state,
+            {
+                'stage': stage.name,
+                'data_position': step,
+                'seconds': seconds,
+                'config': json.loads(stage.config.to_json()),
+                'last': last,
+            },
+        )
+    checkpointer.close()
+  finally:
+    board.close()
+  seconds = seconds_before + time.monotonic() - started
+  return write_summary(stage, num_steps, batch_size, seconds, last)
+
+
+def make_step(experiment: Experiment, where: Any, replicated: Any):
+  """Returns the compiled step: (state, frozen, batch, key) -> (state, metrics, whether all are finite)."""
+
+  def step_fn(state, frozen, batch, key):
+    state, metrics = experiment.train_step(state, frozen, batch, jax.random.fold_in(key, state.step))
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in metrics.values()]))
+    return state, metrics, finite
+
+  return jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated, replicated))
+
+
+class Watch:
+  """Stops the run when a metric is not finite, without waiting for the device at each step."""
+
+  def __init__(self, stage: str):
+    self._stage = stage
+    self._pending = collections.deque()
+
+  def add(self, step: int, finite: jax.Array, metrics: dict[str, jax.Array]) -> None:
+    """Looks at the steps that are done; waits only when too many are under way."""
+    self._pending.append((step, finite, metrics))
+    while self._pending and (self._pending[0][1].is_ready() or len(self._pending) > MAX_STEPS_AHEAD):
+      self._check(*self._pending.popleft())
+
+  def drain(self) -> None:
+    """Waits for all steps under way and looks at them."""
+    while self._pending:
+      self._check(*self._pending.popleft())
+
+  def _check(self, step: int, finite: jax.Array, metrics: dict[str, jax.Array]) -> None:
+    if not jax.device_get(finite):
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      bad = ', '.join(f'{name} = {value}' for name, value in values.items() if not np.isfinite(value))
+      raise UserError(
+          f'stage {self._stage}, step {step}: {bad} is not finite. The last checkpoint is from before it. '
+          f'Lower config.{self._stage}.optim.learning_rate, or set optim.clip_norm, and run again'
+      )
+
+
+class Evaluator:
+  """Validation metrics and sample grids of a stage, each compiled once."""
+
+  def __init__(self, stage: Stage, key: jax.Array):
+    section = stage.config[stage.name]
+    self._stage = stage
+    self._where = sharding.batch_sharding(stage.mesh)
+    self._batch_size = sharding.round_up(
+        min(section.train.batch_size, len(stage.eval_source)), stage.mesh
+    )
+    self._limit, self._grid_images = section.train.eval_images, section.train.grid_images
+    self._key = key
+    self._eval_step = jax.jit(stage.experiment.eval_step)
+    self._draw = draw.make_draw(stage.experiment, stage.mesh, seed=stage.config.seed)
+
+  def __call__(self, state: Any) -> dict[str, float]:
+    """Returns the metrics of the evaluation split, averaged over its examples."""
+    totals, count = collections.defaultdict(float), 0.0
+    batches = loader.eval_batches(
+        self._stage.eval_source,
+        batch_size=self._batch_size,
+        limit=self._limit,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for index, batch in enumerate(batches):
+      weight = float(batch['mask'].sum())
+      key = jax.random.fold_in(self._key, index)
+      metrics = self._eval_step(
+          state.eval_params, self._stage.frozen, sharding.put_batch(batch, self._where), key
+      )
+      for name, value in jax.device_get(metrics).items():
+        totals[name] += float(value) * weight
+      count += weight
+    return {name: total / count for name, total in totals.items()}
+
+  def grids(self, state: Any) -> dict[str, np.ndarray]:
+    """Returns pictures of the first images of a fixed seed, by name."""
+    images = self._draw(state.eval_params, self._stage.frozen, {}, np.arange(self._grid_images))
+    return {name: draw.as_grid(value) for name, value in images.items()}
+
+
+def write_summary(
+    stage: Stage, num_steps: int, batch_size: int, seconds: float, last: dict[str, Any]
+) -> dict[str, Any]:
+  """Writes and returns the stage's line of the final table."""
+  summary = {
+      'stage': stage.name,
+      'steps': num_steps,
+      'seconds': seconds,
+      'images_per_second': num_steps * batch_size / max(seconds, 1e-9),
+      'last': last,
+  }
+  if jax.process_index() == 0:
+    temporary = stage.folder / f'.{SUMMARY}.tmp'
+    temporary.write_text(json.dumps(summary, indent=2))
+    os.replace(temporary, stage.folder / SUMMARY)
+  return summary
+
+
+def _number(text: str) -> int:
+  """Returns a 31-bit number of a name, the same in every process and run."""
+  return zlib.crc32(text.encode()) & 0x7FFFFFFF

@@ -1,0 +1,138 @@
+"""A trained stage, opened: its experiment, its parameters, the frozen networks and the latent prior."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vaediff import checkpoint, draw, experiments, log, prior, sharding
+from vaediff import config as configs
+from vaediff.data import pixels, sources
+from vaediff.errors import UserError
+from vaediff.experiments.base import Experiment
+from vaediff.models.functional import Model
+from vaediff.types import Params
+
+
+class Trained:
+  """A stage loaded from its latest checkpoint; draws and encodes images.
+
+  Args:
+    config: of the run.
+    workdir: the run's folder.
+    stage: name of the stage.
+    mesh: the devices.
+
+  Raises:
+    UserError: when a checkpoint is missing, damaged or of another architecture.
+  """
+
+  def __init__(self, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh):
+    self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
+    self.experiment = experiments.build(config, stage)
+    self.params = {
+        name: checkpoint.load_frozen(workdir / stage, name, abstract_params(model, mesh))
+        for name, model in self.experiment.networks.items()
+    }
+    self.frozen = load_frozen(self.experiment, config, workdir, mesh)
+    self._draw = draw.make_draw(self.experiment, mesh, self.settings.seed)
+    self._encode = jax.jit(self.experiment.encode)
+
+  @property
+  def settings(self) -> ConfigDict:
+    """The stage's `sample` section."""
+    return self.config[self.stage].sample
+
+  @functools.cached_property
+  def prior(self) -> prior.Prior:
+    """The arrays of the latent prior; {} = N(0, I)."""
+    return jax.device_put(load_prior(self), sharding.replicated(self.mesh))
+
+  @functools.cached_property
+  def eval_source(self) -> sources.Source:
+    """Images of the evaluation split."""
+    return sources.open_source(self.config.data, 'eval')
+
+  def draw(
+      self, indices: np.ndarray, given: dict[str, np.ndarray] | None = None
+  ) -> dict[str, np.ndarray]:
+    """Returns uint8 images by name; see `draw.make_draw`."""
+    return self._draw(self.params, self.frozen, self.prior, indices, given)
+
+  def encode(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and log variance [n, d] of q(z | x) of images, uint8 or float in [-1, 1]."""
+    where, parts = sharding.batch_sharding(self.mesh), []
+    size = sharding.round_up(min(self.settings.batch_size, len(image)), self.mesh)
+    for indices in draw.batches(len(image), size):
+      chunk = image[indices]
+      if chunk.dtype == np.uint8:
+        chunk = pixels.to_unit_range(jnp.asarray(chunk))
+      moments = self._encode(self.params, self.frozen, jax.device_put(chunk, where))
+      fresh = min(size, len(image) - int(indices[0]))
+      parts.append([part[:fresh] for part in jax.device_get(moments)])
+    mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return mean, logvar
+
+  def encode_sampled(self, image: np.ndarray, seed: int) -> np.ndarray:
+    """Returns z ~ q(z | x) [n, d]."""
+    mean, logvar = self.encode(image)
+    noise = np.random.default_rng(seed).standard_normal(mean.shape, np.float32)
+    return mean + np.exp(0.5 * logvar) * noise
+
+
+def abstract_params(model: Model, mesh: Mesh) -> Params:
+  """Returns shapes, types and (replicated) shardings of a network's parameters."""
+  where = sharding.replicated(mesh)
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+      jax.eval_shape(model.init, jax.random.key(0)),
+  )
+
+
+def load_frozen(
+    experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh
+) -> dict[str, Params]:
+  """Returns the networks of earlier stages that an experiment reads, from this run or another."""
+  networks = {}
+  for name, source in experiment.frozen.items():
+    folder = pathlib.Path(source.workdir) if source.workdir else workdir
+    if source.workdir:
+      stored = configs.read(folder)
+      if source.stage not in stored or stored[source.stage].model != config[source.stage].model:
+        raise UserError(
+            f'config.{source.stage}.model differs from the stage {source.stage!r} of {folder}; '
+            f'give the same values as {folder / configs.FILE}'
+        )
+    networks[name] = checkpoint.load_frozen(
+        folder / source.stage, source.network, abstract_params(source.model, mesh)
+    )
+  return networks
+
+
+def load_prior(trained: Trained) -> dict[str, np.ndarray]:
+  """Returns the arrays of the latent prior; a mixture is fitted once and stored beside the VAE."""
+  config, experiment = trained.config, trained.experiment
+  source = experiment.frozen.get('vae')
+  vae_stage = source.stage if source else trained.stage
+  if not experiment.latent_dim or config[vae_stage].prior.kind == 'normal':
+    return {}
+  section = config[vae_stage].prior
+  folder = (pathlib.Path(source.workdir) if source and source.workdir else trained.workdir) / vae_stage
+  counts = '-'.join(map(str, section.num_components))
+  step = checkpoint.latest_step(folder)
+  path = folder / f'prior-{section.covariance}-{counts}-of-{section.num_encoded}-step-{step}.npz'
+  if not path.exists():
+    images = sources.open_source(config.data, 'train')
+    count = min(section.num_encoded, len(images))
+    log.say(f'fitting a Gaussian mixture ({section.covariance}, {counts} components) to {count} latents')
+    chunks = np.array_split(np.arange(count), max(1, count // 1024))
+    z = [trained.encode_sampled(images.read(chunk)['image'], config.seed + k) for k, chunk in enumerate(chunks)]
+    arrays, scores = prior.fit(np.concatenate(z), section, config.seed)
+    shown = ', '.join(f'{k}: {score:.2f}' for k, score in scores.items())
+    log.say(f'held-out nats per latent by components: {shown}; {len(arrays["weights"])} used')
+    prior.save(path, arrays)
+  return prior.load(path)
