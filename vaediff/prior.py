@@ -18,13 +18,14 @@ from vaediff.types import Keys, Latent
 
 KINDS = ('normal', 'gmm')
 COVARIANCES = ('full', 'diag', 'tied')
-Prior = dict[str, jax.Array]
+Prior = dict[str, jax.Array | np.ndarray]
 """{} for N(0, I); else `weights` [k], `means` [k, d] and one of `full` [k, d, d], `diag` [k, d], `tied` [d, d]:
 factors L with covariance L L^T (standard deviations for `diag`)."""
 
 
 def draw(prior: Prior, keys: Keys, latent_dim: int) -> Latent:
   """Returns one z per key, from the mixture, or from N(0, I) when `prior` is empty."""
+  prior = jax.tree.map(jnp.asarray, prior)
 
   def one(key):
     key_component, key_noise = jax.random.split(key)

@@ -14,27 +14,28 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 
 DIGITS_NUM_TRAIN = 1500
 EMOJI_CATEGORIES = (
-    'Activities',
-    'Animals & Nature',
-    'Component',
-    'Flags',
-    'Food & Drink',
-    'Objects',
-    'People & Body',
-    'Smileys & Emotion',
-    'Symbols',
-    'Travel & Places',
+  'Activities',
+  'Animals & Nature',
+  'Component',
+  'Flags',
+  'Food & Drink',
+  'Objects',
+  'People & Body',
+  'Smileys & Emotion',
+  'Symbols',
+  'Travel & Places',
 )
 EMOJI_SKIN_TONES = {
-    '1F3FB': 'light',
-    '1F3FC': 'medium-light',
-    '1F3FD': 'medium',
-    '1F3FE': 'medium-dark',
-    '1F3FF': 'dark',
+  '1F3FB': 'light',
+  '1F3FC': 'medium-light',
+  '1F3FD': 'medium',
+  '1F3FE': 'medium-dark',
+  '1F3FF': 'dark',
 }
 EMOJI_HOW_TO = """Run
   npm pack emoji-datasource-google
@@ -49,19 +50,21 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=self.__doc__,
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(8, 8, 1)),
-            'label': tfds.features.ClassLabel(num_classes=10),
-        }),
-        homepage='https://archive.ics.uci.edu/dataset/80',
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(8, 8, 1)),
+          'label': tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
+      homepage='https://archive.ics.uci.edu/dataset/80',
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     return {
-        'train': self._generate_examples(slice(None, DIGITS_NUM_TRAIN)),
-        'test': self._generate_examples(slice(DIGITS_NUM_TRAIN, None)),
+      'train': self._generate_examples(slice(None, DIGITS_NUM_TRAIN)),
+      'test': self._generate_examples(slice(DIGITS_NUM_TRAIN, None)),
     }
 
   def _generate_examples(self, part: slice) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -86,14 +89,16 @@ class NotoEmoji(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=self.__doc__,
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(64, 64, 3)),
-            'label': tfds.features.ClassLabel(names=list(EMOJI_CATEGORIES)),
-            'caption': tfds.features.Text(),
-        }),
-        homepage='https://github.com/iamcal/emoji-data',
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(64, 64, 3)),
+          'label': tfds.features.ClassLabel(names=list(EMOJI_CATEGORIES)),
+          'caption': tfds.features.Text(),
+        }
+      ),
+      homepage='https://github.com/iamcal/emoji-data',
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -101,7 +106,7 @@ class NotoEmoji(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(package, split) for split in ('train', 'test')}
 
   def _generate_examples(
-      self, package: pathlib.Path, split: str
+    self, package: pathlib.Path, split: str
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     groups: dict[bytes, str] = {}  # Picture of a base emoji -> the first code that shows it.
     for base in json.loads((package / 'emoji.json').read_text()):
@@ -113,11 +118,14 @@ class NotoEmoji(tfds.core.GeneratorBasedBuilder):
       variants = {'': base, **base.get('skin_variations', {})}
       for tones, variant in variants.items():
         if variant['has_img_google']:
-          yield variant['unified'], {
+          yield (
+            variant['unified'],
+            {
               'image': on_white(Image.open(_emoji_file(package, variant))),
               'label': base['category'],
               'caption': emoji_caption(base['name'], tones),
-          }
+            },
+          )
 
 
 def emoji_split(unified: str) -> str:
@@ -141,17 +149,10 @@ def check_emoji_package(path: str) -> pathlib.Path:
   for needed in ('emoji.json', 'img/google/64'):
     if not path or not (package / needed).exists():
       raise UserError(
-          f'data.path={path!r} has no {needed}; noto_emoji is built from the npm package'
-          f' emoji-datasource-google. {EMOJI_HOW_TO}'
+        f'data.path={path!r} has no {needed}; noto_emoji is built from the npm package'
+        f' emoji-datasource-google. {EMOJI_HOW_TO}'
       )
   return package
-
-
-def on_white(image: Image.Image) -> Image.Image:
-  """Returns the image (of any mode) as RGB, what is transparent shown white."""
-  rgba = image.convert('RGBA')
-  white = Image.new('RGBA', rgba.size, 'white')
-  return Image.alpha_composite(white, rgba).convert('RGB')
 
 
 def _emoji_file(package: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:

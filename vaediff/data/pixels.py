@@ -13,7 +13,7 @@ from vaediff.types import Image, Mask
 
 
 def to_unit_range(
-    images: UInt8[Array, '*batch height width channels'],
+  images: UInt8[Array, '*batch height width channels'],
 ) -> Float32[Array, '*batch height width channels']:
   """Returns images in [-1, 1], x / 127.5 - 1: byte 0 is -1 and byte 255 is +1 exactly."""
   return images.astype(jnp.float32) / 127.5 - 1.0
@@ -31,7 +31,7 @@ def random_flip(key: Key[Array, ''], batch_size: int) -> Mask:
 
 
 def flip(
-    images: Shaped[Array, 'batch height width channels'], mask: Mask
+  images: Shaped[Array, 'batch height width channels'], mask: Mask
 ) -> Shaped[Array, 'batch height width channels']:
   """Returns images mirrored left to right where `mask` is true; of any dtype."""
   return jnp.where(mask[:, None, None, None], images[:, :, ::-1, :], images)

@@ -12,18 +12,18 @@ from jaxtyping import UInt8
 from vaediff.errors import UserError
 
 FILTERS = {
-    'nearest': Image.Resampling.NEAREST,
-    'bilinear': Image.Resampling.BILINEAR,
-    'bicubic': Image.Resampling.BICUBIC,
-    'lanczos': Image.Resampling.LANCZOS,
-    'box': Image.Resampling.BOX,
+  'nearest': Image.Resampling.NEAREST,
+  'bilinear': Image.Resampling.BILINEAR,
+  'bicubic': Image.Resampling.BICUBIC,
+  'lanczos': Image.Resampling.LANCZOS,
+  'box': Image.Resampling.BOX,
 }
 CROPS = ('none', 'center')
 RESIZES = ('none', 'pad', *FILTERS)
 
 
 def fit(
-    image: UInt8[np.ndarray, 'height width channels'], data: ml_collections.ConfigDict
+  image: UInt8[np.ndarray, 'height width channels'], data: ml_collections.ConfigDict
 ) -> UInt8[np.ndarray, 'size size channels']:
   """Returns the image cropped and resized to `data.image_size`, with `data.channels` channels.
 
@@ -38,8 +38,8 @@ def fit(
   """
   if image.shape[-1] != data.channels:
     raise UserError(
-        f'the image has {image.shape[-1]} channels, but data.channels={data.channels}: set'
-        f' data.channels={image.shape[-1]}'
+      f'the image has {image.shape[-1]} channels, but data.channels={data.channels}: set'
+      f' data.channels={image.shape[-1]}'
     )
   if data.crop == 'center':
     image = center_crop(image, data.crop_size)
@@ -50,20 +50,20 @@ def fit(
     return image
   if data.resize == 'none':
     raise UserError(
-        f'the image is {width}x{height} (width x height) after data.crop={data.crop!r}, but'
-        f' data.image_size={data.image_size} and data.resize=\'none\': set data.resize to one of'
-        f' {RESIZES[1:]}, or data.image_size to the size of the images'
+      f'the image is {width}x{height} (width x height) after data.crop={data.crop!r}, but'
+      f" data.image_size={data.image_size} and data.resize='none': set data.resize to one of"
+      f' {RESIZES[1:]}, or data.image_size to the size of the images'
     )
   if height != width:
     raise UserError(
-        f'the image is {width}x{height} (width x height), not square, and data.resize='
-        f"{data.resize!r} would distort it: set data.crop='center'"
+      f'the image is {width}x{height} (width x height), not square, and data.resize='
+      f"{data.resize!r} would distort it: set data.crop='center'"
     )
   return resize(image, data.image_size, data.resize)
 
 
 def center_crop(
-    image: UInt8[np.ndarray, 'height width channels'], crop_size: int
+  image: UInt8[np.ndarray, 'height width channels'], crop_size: int
 ) -> UInt8[np.ndarray, 'size size channels']:
   """Returns the central square of side `crop_size` (0 = the shorter side).
 
@@ -74,15 +74,15 @@ def center_crop(
   size = crop_size or min(height, width)
   if size > min(height, width):
     raise UserError(
-        f'data.crop_size={size} is larger than an image of {width}x{height} (width x height): use at'
-        f' most {min(height, width)}, or 0 for the shorter side'
+      f'data.crop_size={size} is larger than an image of {width}x{height} (width x height): use at'
+      f' most {min(height, width)}, or 0 for the shorter side'
     )
   top, left = (height - size) // 2, (width - size) // 2
   return image[top : top + size, left : left + size]
 
 
 def pad(
-    image: UInt8[np.ndarray, 'height width channels'], size: int
+  image: UInt8[np.ndarray, 'height width channels'], size: int
 ) -> UInt8[np.ndarray, 'size size channels']:
   """Returns the image in the middle of a black square of side `size`.
 
@@ -92,8 +92,8 @@ def pad(
   height, width, channels = image.shape
   if max(height, width) > size:
     raise UserError(
-        f'the image is {width}x{height} (width x height), larger than data.image_size={size}, and'
-        f" data.resize='pad' only enlarges: set data.resize to one of {tuple(FILTERS)}"
+      f'the image is {width}x{height} (width x height), larger than data.image_size={size}, and'
+      f" data.resize='pad' only enlarges: set data.resize to one of {tuple(FILTERS)}"
     )
   top, left = (size - height) // 2, (size - width) // 2
   square = np.zeros((size, size, channels), np.uint8)
@@ -102,10 +102,17 @@ def pad(
 
 
 def resize(
-    image: UInt8[np.ndarray, 'side side channels'], size: int, name: str
+  image: UInt8[np.ndarray, 'side side channels'], size: int, name: str
 ) -> UInt8[np.ndarray, 'size size channels']:
   """Returns the image resampled to `size` by PIL's filter `name`, antialiased when shrinking."""
   grey = image.shape[-1] == 1
   picture = Image.fromarray(image[..., 0] if grey else np.ascontiguousarray(image))
   resized = np.asarray(picture.resize((size, size), FILTERS[name]))
   return resized[..., None] if grey else resized
+
+
+def on_white(image: Image.Image) -> Image.Image:
+  """Returns the image (of any mode) as RGB, what is transparent shown white."""
+  rgba = image.convert('RGBA')
+  white = Image.new('RGBA', rgba.size, 'white')
+  return Image.alpha_composite(white, rgba).convert('RGB')

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -64,6 +64,7 @@ class Frozen:
   model: Model
 
 
+@runtime_checkable
 class Experiment(Protocol):
   """One idea as pure functions of arrays. `params` are by network name, images in `batch` are uint8.
 

@@ -10,7 +10,7 @@ A dropped condition (classifier-free guidance) has no shift and the network's le
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class Refiner:
   settings: Mapping[str, Any]
 
   @classmethod
-  def from_config(cls, config: ConfigDict, stage: str) -> Self:
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Refiner':
     """Builds the experiment of `config.<stage>`."""
     section, size, channels = config[stage], config.data.image_size, config.data.channels
     diffusion = section.diffusion

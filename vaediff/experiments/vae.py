@@ -8,7 +8,6 @@ which is the negative ELBO of a Gaussian decoder of variance 1/2 up to a constan
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ class Vae:
   latent_dim: int
 
   @classmethod
-  def from_config(cls, config: ConfigDict, stage: str) -> Self:
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Vae':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
     if section.loss.reduction not in ('sum', 'mean'):

@@ -74,8 +74,8 @@ class UNet(nn.Module):
     _check_attention(self)
     if self.learned_null and not (self.condition_on_image or self.latent_dim):
       raise UserError(
-          'learned_null is set (diffusion.condition_dropout > 0), but the U-Net has no condition to '
-          'drop; give it one (condition_on_image or latent_dim), or set the dropout to 0.'
+          'learned_null is set (diffusion.condition_dropout > 0), but the U-Net has no condition '
+          'to drop; give it one (condition_on_image or latent_dim), or set the dropout to 0.'
       )
     super().__post_init__()
 

@@ -1,0 +1,96 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaediff.errors import UserError
+from vaediff.models import layers
+
+
+@pytest.mark.parametrize(
+    ('channels', 'groups'), [(32, 32), (64, 32), (160, 32), (48, 24), (8, 8), (7, 7), (37, 1)]
+)
+def test_number_of_groups(channels, groups):
+  assert layers.num_groups(channels) == groups
+
+
+@pytest.mark.parametrize('epsilon', [1e-5, 1e-1])
+def test_group_norm_is_the_formula(key, epsilon):
+  channels = 64
+  x = 3.0 + 2.0 * jax.random.normal(key, (2, 3, 5, channels))
+  gamma, beta = np.linspace(-1, 2, channels), np.linspace(0, 1, channels)
+  params = {'scale': jnp.float32(gamma), 'bias': jnp.float32(beta)}
+  actual = layers.GroupNorm(epsilon=epsilon).apply({'params': params}, x)
+
+  grouped = np.asarray(x, np.float64).reshape(2, 3, 5, 32, 2)
+  mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
+  variance = grouped.var(axis=(1, 2, 4), keepdims=True)
+  expected = ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta
+  np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_group_norm_of_a_constant_is_its_bias():
+  x = jnp.full((1, 4, 4, 8), 1000.1)
+  params = {'scale': jnp.ones(8), 'bias': jnp.full(8, 0.5)}
+  y = layers.GroupNorm(epsilon=1e-5).apply({'params': params}, x)
+  # The one-pass variance of 1000.1 is only as exact as float32's square of it.
+  np.testing.assert_allclose(y, 0.5, atol=0.05)
+
+
+def test_group_norm_keeps_float32_statistics_in_bfloat16(key):
+  x = (100.0 + jax.random.normal(key, (2, 16, 16, 8))).astype(jnp.bfloat16)
+  params = {'scale': jnp.ones(8), 'bias': jnp.zeros(8)}
+  module = layers.GroupNorm(epsilon=1e-5)
+  y = module.apply({'params': params}, x)
+  assert y.dtype == jnp.bfloat16
+  exact = module.apply({'params': params}, x.astype(jnp.float32))
+  np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.02)
+
+
+@pytest.mark.parametrize('sin_first', [True, False])
+@pytest.mark.parametrize('last_included', [True, False])
+def test_time_embedding_is_the_formula(sin_first, last_included):
+  position, half = np.array([0.0, 1.0, 499.5, 999.0]), 8
+  actual = layers.sinusoidal_embedding(
+      jnp.float32(position), 2 * half, sin_first=sin_first, last_frequency_included=last_included
+  )
+  for row, value in enumerate(position):
+    for i in range(half):
+      angle = value * 10_000 ** (-i / (half - 1 if last_included else half))
+      sin, cos = actual[row, i], actual[row, half + i]
+      if not sin_first:
+        sin, cos = cos, sin
+      np.testing.assert_allclose([sin, cos], [math.sin(angle), math.cos(angle)], atol=2e-4)
+
+
+def test_attention_is_the_formula_for_each_head(key):
+  query, k, value = jax.random.normal(key, (3, 2, 5, 3, 4))
+  actual = layers.attention(query, k, value, scale=0.5)
+  query, k, value = (np.asarray(x, np.float64) for x in (query, k, value))
+  for b in range(2):
+    for head in range(3):
+      for i in range(5):
+        weights = np.array([np.exp(0.5 * query[b, i, head] @ k[b, j, head]) for j in range(5)])
+        expected = sum(w * value[b, j, head] for j, w in enumerate(weights / weights.sum()))
+        np.testing.assert_allclose(actual[b, i, head], expected, atol=1e-5)
+
+
+def test_upsampling_repeats_pixels_and_pooling_undoes_it(key):
+  x = jax.random.normal(key, (2, 3, 4, 5))
+  up = layers.upsample_nearest(x, 3)
+  for i in range(9):
+    for j in range(12):
+      np.testing.assert_array_equal(up[:, i, j], x[:, i // 3, j // 3])
+  np.testing.assert_allclose(layers.average_pool(up, 3), x, rtol=1e-6)
+
+
+def test_pooling_averages_windows():
+  x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+  np.testing.assert_array_equal(layers.average_pool(x, 2)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+
+
+def test_unknown_dtype_is_a_user_error():
+  with pytest.raises(UserError, match="model.dtype is 'float16'.*float32, bfloat16"):
+    layers.check_dtype('float16')
