@@ -23,7 +23,7 @@ def get_config(variant: str = ''):
   )
   config.vae.model.stem = 'dense'
   config.vae.loss.update({'reduction': 'mean', 'beta': 0.1})  # with beta = 1 the 64 pixels do not pay for z
-  config.vae.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
+  config.vae.optim.update({'learning_rate': 3e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
   config.vae.train = base.train(
       1500, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=1500, eval_images=0
   )

@@ -8,7 +8,7 @@ from vaediff import runtime
 if __name__ == '__main__':
   runtime.set_environment()
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vaediff import config as configs
@@ -23,6 +23,8 @@ STAGES = flags.DEFINE_string('stages', '', 'Comma list of stages; default all (t
 
 def main(argv: list[str]) -> None:
   """Checks the config and calls the function of the mode."""
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.ERROR)  # --verbosity=0 shows what the libraries say
   if len(argv) > 1:
     raise UserError(f'unexpected argument {argv[1]!r}; options are written --name=value')
   if CONFIG.value is None:

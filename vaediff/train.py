@@ -129,9 +129,10 @@ def train(stage: Stage) -> dict[str, Any]:
         watch.drain()
         now = time.monotonic()
         speed = (step - last_step) * batch_size / (now - last_time)
-        values = {**jax.device_get(metrics), 'images_per_second': speed}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values['images_per_second'] = speed
         board.scalars(step, values)
-        last.update({name: float(value) for name, value in values.items()})
+        last.update(values)
         last_step, last_time = step, now
       if step % section.train.eval_every_steps == 0 or is_last:
         values = {f'val/{name}': value for name, value in evaluate(state).items()}

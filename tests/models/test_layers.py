@@ -10,7 +10,7 @@ from vaediff.models import layers
 
 
 @pytest.mark.parametrize(
-    ('channels', 'groups'), [(32, 32), (64, 32), (160, 32), (48, 24), (8, 8), (7, 7), (37, 1)]
+    ('channels', 'groups'), [(128, 32), (160, 32), (256, 32), (64, 16), (32, 8), (48, 12), (8, 2), (7, 1), (37, 1)]
 )
 def test_number_of_groups(channels, groups):
   assert layers.num_groups(channels) == groups
@@ -24,7 +24,7 @@ def test_group_norm_is_the_formula(key, epsilon):
   params = {'scale': jnp.float32(gamma), 'bias': jnp.float32(beta)}
   actual = layers.GroupNorm(epsilon=epsilon).apply({'params': params}, x)
 
-  grouped = np.asarray(x, np.float64).reshape(2, 3, 5, 32, 2)
+  grouped = np.asarray(x, np.float64).reshape(2, 3, 5, 16, 4)
   mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
   variance = grouped.var(axis=(1, 2, 4), keepdims=True)
   expected = ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta

@@ -1,6 +1,6 @@
-"""TFDS data sets of our own, written as array_record so that neither writing nor reading needs TensorFlow.
+"""TFDS data sets of our own, written as array_record: this needs no TensorFlow, nor does reading.
 
-`Digits` comes with scikit-learn, so it needs no download; `NotoEmoji` reads an unpacked npm package.
+`Digits` comes with scikit-learn, without a download; `NotoEmoji` reads an unpacked npm package.
 Images are handed to TFDS as PIL images: it encodes arrays with TensorFlow, but PIL images without.
 """
 
@@ -80,8 +80,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 class NotoEmoji(tfds.core.GeneratorBasedBuilder):
   """Google's Noto emoji, 64x64 RGB on white, with category and caption, also in other skin tones.
 
-  A base emoji and its skin tones, and bases drawn alike (some flags and families are one picture under
-  several names), are all in the same split, about one group in ten in `test`.
+  A base emoji and its skin tones are in the same split, and so are bases drawn alike (some flags
+  and families are one picture under several names); about one such group in ten is in `test`.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -134,7 +134,7 @@ def emoji_split(unified: str) -> str:
 
 
 def emoji_caption(name: str, tones: str) -> str:
-  """Returns e.g. 'santa claus, medium-dark skin tone', from a name and tones such as '1F3FE-1F3FB'."""
+  """Returns e.g. 'baby, dark skin tone', from a name and tones such as '1F3FF' or '1F3FF-1F3FB'."""
   distinct = dict.fromkeys(tones.split('-')) if tones else {}
   return ', '.join([name.lower(), *(f'{EMOJI_SKIN_TONES[t]} skin tone' for t in distinct)])
 

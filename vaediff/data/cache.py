@@ -3,9 +3,9 @@
     <data_dir>/vaediff/<name>-<image_size>px-<crop>-<resize>-<fingerprint>/
         {train,eval}-{images,labels}.npy   meta.json
 
-The fingerprint covers everything that affects the bytes, so another setting or another file is another
-folder. A folder is written under another name and renamed when complete: whoever finds it may read it,
-whatever was killed meanwhile and however many processes build it at once.
+The fingerprint covers everything that affects the bytes, so another setting or another file is
+another folder. A folder is written under another name and renamed when complete: whoever finds it
+may read it, whatever was killed meanwhile and however many processes build it at once.
 """
 
 import hashlib
@@ -26,10 +26,19 @@ from vaediff.errors import UserError
 
 FORMAT = 1  # Raise it when the same settings come to mean other bytes.
 FIELDS = (
-    'source', 'name', 'train_split', 'eval_split', 'image_size', 'channels', 'crop', 'crop_size', 'resize',
-)  # fmt: skip
-CHUNK = 64
-MAX_LISTED = 10
+  'source',
+  'name',
+  'train_split',
+  'eval_split',
+  'image_size',
+  'channels',
+  'crop',
+  'crop_size',
+  'resize',
+)
+DIGITS = 12  # Of the fingerprint, hexadecimal.
+CHUNK = 64  # Images per task of a thread.
+MAX_LISTED = 10  # Unusable images that an error names.
 
 
 def data_root(data: ml_collections.ConfigDict) -> pathlib.Path:
@@ -43,6 +52,15 @@ def cache_prefix(data: ml_collections.ConfigDict) -> pathlib.Path:
   name = (data.name or data.source).replace('/', '_').replace(':', '_')
   crop = f'{data.crop}{data.crop_size or ""}'
   return data_root(data) / 'vaediff' / f'{name}-{data.image_size}px-{crop}-{data.resize}-'
+
+
+def is_stored(data: ml_collections.ConfigDict) -> bool:
+  """Returns whether there is a copy with these settings; the files may have changed since."""
+  wanted = {field: data[field] for field in ('path', *FIELDS)}
+  prefix = cache_prefix(data)
+  folders = prefix.parent.glob(f'{prefix.name}{"?" * DIGITS}')
+  complete = [folder for folder in folders if (folder / 'train-images.npy').is_file()]
+  return any(json.loads((f / 'meta.json').read_text())['data'] == wanted for f in complete)
 
 
 def ensure(
@@ -60,10 +78,13 @@ def ensure(
   """
   facts = {'format': FORMAT, 'materialize': data.materialize} | {f: data[f] for f in FIELDS}
   facts |= {split: reader.fingerprint() for split, reader in readers.items()}
-  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:DIGITS]
   folder = pathlib.Path(f'{cache_prefix(data)}{digest}')
   if (folder / 'meta.json').is_file():
     return folder
+  if data.source != 'image_folder':  # One set of images: settings that fit none fail at the first.
+    for reader in readers.values():
+      read_fitted(reader, data, 0)
   temporary = folder.with_name(f'{folder.name}.incomplete-{uuid.uuid4().hex}')
   try:
     temporary.mkdir(parents=True)

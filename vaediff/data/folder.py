@@ -9,17 +9,17 @@ import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
 
-from vaediff.data.readers import pick
+from vaediff.data.readers import Reader, select_shuffled
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
-class FolderReader:
+class FolderReader(Reader):
   """All images under `data.path`, in a fixed shuffled order, of which `data.*_split` are slices.
 
-  The label is the subfolder of `data.path` an image lies in, by name; 0 when there are no subfolders.
+  The label is the subfolder of `data.path` that an image lies in; 0 when there are no subfolders.
   Hidden files and folders are left out.
   """
 
@@ -33,10 +33,10 @@ class FolderReader:
     if self.num_classes and '' in classes:
       raise UserError(
         f'data.path={data.path!r}: {classes.count("")} images lie in the folder itself and'
-        f' {len(files) - classes.count("")} in subfolders such as {self.label_names[0]!r}. Subfolders'
-        ' are classes: move all images into subfolders, or none'
+        f' {len(files) - classes.count("")} in subfolders such as {self.label_names[0]!r}.'
+        ' Subfolders are classes: move all images into subfolders, or none'
       )
-    indices = pick(data[f'{split}_split'], f'{split}_split', len(files))
+    indices = select_shuffled(data[f'{split}_split'], f'{split}_split', len(files))
     label_of = {name: i for i, name in enumerate(self.label_names)} | {'': 0}
     self._files = [files[i] for i in indices]
     self._labels = [label_of[classes[i]] for i in indices]
@@ -45,13 +45,16 @@ class FolderReader:
     return len(self._files)
 
   def fingerprint(self) -> Any:
+    """See `Reader`."""
     statuses = [(name, os.stat(self._root / name)) for name in self._files]
     return [[name, status.st_size, status.st_mtime_ns] for name, status in statuses]
 
   def read(self, index: int) -> tuple[np.ndarray, int]:
+    """See `Reader`."""
     return decode(self._root / self._files[index], self._channels), self._labels[index]
 
   def locate(self, index: int) -> str:
+    """See `Reader`."""
     return str(self._root / self._files[index])
 
 

@@ -1,7 +1,7 @@
 """Images as stored, from idx files: the format of MNIST and its relatives.
 
-Big-endian: two zero bytes, a type byte (8 = uint8), the number of axes, the length of each axis as int32,
-then the values (LeCun, Cortes and Burges, The MNIST database).
+Big-endian: two zero bytes, a type byte (8 = uint8), the number of axes, the length of each axis as
+int32, then the values (LeCun, Cortes and Burges, The MNIST database).
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff.data.readers import parse_split, select, stamp
+from vaediff.data.readers import Reader, parse_split, select, stamp
 from vaediff.errors import UserError
 
 PREFIXES = {'train': 'train', 'test': 't10k'}
@@ -35,7 +35,7 @@ LABEL_NAMES = {
 """Class names of well-known data sets, which the files themselves do not hold."""
 
 
-class IdxReader:
+class IdxReader(Reader):
   """Four idx files (images and labels, train and t10k), plain or .gz, in the folder `data.path`."""
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
@@ -66,19 +66,23 @@ class IdxReader:
 
   @functools.cached_property
   def num_classes(self) -> int:
+    """See `Reader`."""
     return len(self.label_names) or int(read_idx(self._classes_file, 1).max()) + 1
 
   def __len__(self) -> int:
     return len(self._content[1])
 
   def fingerprint(self) -> Any:
+    """See `Reader`."""
     return [stamp(file) for file in (self._images_file, self._labels_file, self._classes_file)]
 
   def read(self, index: int) -> tuple[np.ndarray, int]:
+    """See `Reader`."""
     images, labels = self._content
     return images[index], int(labels[index])
 
   def locate(self, index: int) -> str:
+    """See `Reader`."""
     return f'{self._images_file}, image {index} of {self._expression}'
 
 

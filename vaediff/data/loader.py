@@ -1,8 +1,9 @@
 """Batches: seeded, resumable at any position, and the same for every number of processes.
 
-The order of examples is an order of indices: grain shuffles 0 .. N - 1 anew in every epoch, in constant
-memory, and batches the endless sequence globally; each process reads only its rows of every batch. So
-the position is one integer, the number of batches taken, and it survives a change of process count.
+The order of examples is an order of indices: grain shuffles 0 .. N - 1 anew in every epoch, in
+constant memory, and batches the endless sequence globally; each process reads only its rows of
+every batch. So the position is one integer, the number of batches taken, and it survives a change
+of process count.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,7 @@ def train_batches(
 ) -> TrainBatches:
   """Returns endless batches of this process, `batch_size` / `process_count` examples each.
 
-  Every epoch holds each example once; batches run across the end of an epoch, so all have full size.
+  Every epoch holds each example once; batches run across its end, so all have full size.
 
   Args:
     source: what to read.
@@ -87,7 +88,7 @@ def eval_batches(
   """Returns one ordered pass over the first `limit` examples (0 = all), all batches of full size.
 
   The last batch is filled up by repeating the last example. Every batch has 'mask', float32: 1 for
-  an example, 0 for a repetition; means must be weighted by it. Other arguments: see `train_batches`.
+  an example, 0 for a repetition; weight means by it. Other arguments: see `train_batches`.
 
   Raises:
     UserError: `batch_size` does not divide among the processes.

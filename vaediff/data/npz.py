@@ -9,15 +9,15 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff.data.readers import parse_split, select_shuffled, stamp
+from vaediff.data.readers import Reader, parse_split, select_shuffled, stamp
 from vaediff.errors import UserError
 
 KEYS = {'images': 'labels', 'image': 'label', 'x_train': 'y_train', 'arr_0': 'arr_1'}
 """Names of the images, and of the labels that belong to them ('labels' is always understood)."""
 
 
-class NpzReader:
-  """The uint8 images of `data.path`, in a fixed shuffled order, of which `data.*_split` are slices."""
+class NpzReader(Reader):
+  """The images of `data.path`, in a fixed shuffled order, of which `data.*_split` are slices."""
 
   label_names: tuple[str, ...] = ()
 
@@ -39,19 +39,23 @@ class NpzReader:
 
   @property
   def num_classes(self) -> int:
+    """See `Reader`."""
     return self._content[3]
 
   def __len__(self) -> int:
     return len(self._content[0])
 
   def fingerprint(self) -> Any:
+    """See `Reader`."""
     return stamp(self._file)
 
   def read(self, index: int) -> tuple[np.ndarray, int]:
+    """See `Reader`."""
     images, labels, _, _ = self._content
     return images[index], int(labels[index])
 
   def locate(self, index: int) -> str:
+    """See `Reader`."""
     return f'{self._file}, image {self._content[2][index]}'
 
 
@@ -82,9 +86,9 @@ def _images_and_labels(file: pathlib.Path, arrays: Any) -> tuple[np.ndarray, np.
   if images.dtype != np.uint8 or images.ndim not in (3, 4):
     raise UserError(
       f'{file}: {key!r} is {images.dtype}{list(images.shape)}, but must be uint8 [N, H, W] or'
-      ' [N, H, W, C]. Convert x in [0, 1] with np.round(255 * x).astype(np.uint8), x in [-1, 1] with'
-      ' np.round(127.5 * (x + 1)).clip(0, 255).astype(np.uint8), and channels that come first with'
-      ' x.transpose(0, 2, 3, 1)'
+      ' [N, H, W, C]. Convert x in [0, 1] with np.round(255 * x).astype(np.uint8), x in [-1, 1]'
+      ' with np.round(127.5 * (x + 1)).clip(0, 255).astype(np.uint8), and channels that come first'
+      ' with x.transpose(0, 2, 3, 1)'
     )
   images = images[..., None] if images.ndim == 3 else images
   label_key = next((k for k in ('labels', KEYS[key]) if k in arrays), None)

@@ -1,8 +1,8 @@
 """Pixels on the device: scaling between bytes and [-1, 1], and horizontal flips.
 
-Images cross to the device as uint8; `to_unit_range` is called first in a step and is the only scaling
-in the package. A flip is drawn once (`random_flip`) and applied to every image of the example (`flip`),
-so that an image and the image it is conditioned on turn together.
+Images cross to the device as uint8; `to_unit_range` is called first in a step and is the only
+scaling in the package. A flip is drawn once (`random_flip`) and applied to every image of the
+example (`flip`), so that an image and the image it is conditioned on turn together.
 """
 
 import jax

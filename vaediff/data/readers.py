@@ -1,13 +1,14 @@
-"""What all readers share: the protocol, the splits of one list of images, and fitting one image.
+"""What all readers share: the interface, the splits of one list of images, and fitting one image.
 
-A reader holds one split of a data set as stored, images of any size; `cache` and `sources` crop, resize
-and store what it reads. Constructing a reader is cheap and checks that the files are there; pixels are
-read at the first use.
+A reader holds one split of a data set as stored, images of any size; `cache` and `sources` crop,
+resize and store what it reads. Constructing a reader is cheap and checks that the files are there;
+pixels are read at the first use.
 """
 
+import abc
 import pathlib
 import re
-from typing import Any, Protocol
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -16,7 +17,7 @@ from vaediff.data.resize import fit
 from vaediff.errors import UserError
 
 
-class Reader(Protocol):
+class Reader(abc.ABC):
   """The images of one split as stored."""
 
   label_names: tuple[str, ...]
@@ -24,14 +25,18 @@ class Reader(Protocol):
   num_classes: int
   """0 when the images have no labels."""
 
+  @abc.abstractmethod
   def __len__(self) -> int: ...
 
+  @abc.abstractmethod
   def fingerprint(self) -> Any:
-    """Returns what tells these images from others, as JSON: versions, or file names, sizes and times."""
+    """Returns what tells these images from others, as JSON: versions, or files and their times."""
 
+  @abc.abstractmethod
   def read(self, index: int) -> tuple[np.ndarray, int]:
     """Returns one image, uint8 [height, width, channels], and its label (0 when there are none)."""
 
+  @abc.abstractmethod
   def locate(self, index: int) -> str:
     """Returns where one image comes from, for error messages."""
 

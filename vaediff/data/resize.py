@@ -1,13 +1,13 @@
 """From an image of any size to the square the model reads: crop, then resize. On the host, no jax.
 
-PIL's filters are antialiased (the kernel widens with the scale when shrinking), which is also what FID
-needs (Parmar et al., On Aliased Resizing, arXiv:2104.11222).
+PIL's filters are antialiased: the kernel widens with the scale when shrinking. Without that, images
+that look alike differ in FID (Parmar et al., On Aliased Resizing, arXiv:2104.11222).
 """
 
 import ml_collections
 import numpy as np
-from PIL import Image
 from jaxtyping import UInt8
+from PIL import Image
 
 from vaediff.errors import UserError
 
@@ -29,9 +29,9 @@ def fit(
 
   Args:
     image: as stored.
-    data: `crop` and `crop_size` (0 = the shorter side) choose a centred square; `resize` is 'none' (the
-      size must fit already), 'pad' (black, evenly; an odd pixel goes to the right and the bottom) or
-      one of PIL's antialiased filters.
+    data: `crop` and `crop_size` (0 = the shorter side) choose a centred square; `resize` is 'none'
+      (the size must fit already), 'pad' (black, evenly; an odd pixel goes right and down) or one of
+      PIL's filters.
 
   Raises:
     UserError: the image has other channels, is not square, or does not fit without another setting.

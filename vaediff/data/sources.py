@@ -1,13 +1,16 @@
 """What the rest of the package opens: random access to images that are ready for the model.
 
-source = open_source(config.data, 'train')
-source.read(np.array([3, 1, 4]))   # {'image': uint8 [3, H, W, C], 'label': int32 [3]}
+    source = open_source(config.data, 'train')
+    source.read(np.array([3, 1, 4]))  # {'image': uint8 [3, H, W, C], 'label': int32 [3]}
+
+`open_source` picks the reader of `data.source`; with `data.materialize` its images are read back
+from the `cache`, else they are decoded, cropped and resized whenever they are read.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import ml_collections
 import numpy as np
@@ -33,6 +36,7 @@ CHOICES = {
 MINIMA = {'image_size': 1, 'crop_size': 0, 'num_threads': 0, 'prefetch': 0}
 
 
+@runtime_checkable
 class Source(Protocol):
   """Images of one split by index, all of one shape."""
 
@@ -46,7 +50,7 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns 'image', uint8 [n, H, W, C], and 'label', int32 [n], of these examples, in this order."""
+    """Returns 'image', uint8 [n, H, W, C], and 'label', int32 [n], of these examples, in order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +64,14 @@ class ArraySource:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
+    """See `Source`."""
     return self.images.shape[1:]
 
   def __len__(self) -> int:
     return len(self.images)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """See `Source`."""
     return {'image': np.asarray(self.images[indices]), 'label': self.labels[indices]}
 
 
@@ -78,20 +84,24 @@ class DecodedSource:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
+    """See `Source`."""
     return (self.data.image_size, self.data.image_size, self.data.channels)
 
   @property
   def label_names(self) -> tuple[str, ...]:
+    """See `Source`."""
     return self.reader.label_names
 
   @property
   def num_classes(self) -> int:
+    """See `Source`."""
     return self.reader.num_classes
 
   def __len__(self) -> int:
     return len(self.reader)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """See `Source`."""
     images = np.empty((len(indices), *self.image_shape), np.uint8)
     labels = np.empty(len(indices), np.int32)
     for row, index in enumerate(indices.tolist()):
@@ -104,7 +114,7 @@ def open_source(
 ) -> Source:
   """Returns the images of one split, 'train' or 'eval', as `data` describes them.
 
-  With `data.materialize` they are first stored resized (see `cache`), else decoded at every reading.
+  With `data.materialize` they are stored resized first (see `cache`), else decoded when read.
   'synthetic' makes up 256 and 64 images, in memory, whatever the splits are called.
 
   Raises:
@@ -130,9 +140,8 @@ def open_source(
   if data.source == 'image_folder':
     cache.ensure(data, readers, log)
   source = DecodedSource(reader=readers[split], data=data)
-  source.read(
-    np.array([0])
-  )  # Settings that do not fit the images fail here, not in a loader's thread.
+  # Settings that do not fit the images fail here, not in a thread of the loader.
+  read_fitted(source.reader, data, 0)
   return source
 
 
@@ -168,14 +177,13 @@ def describe(data: ml_collections.ConfigDict) -> str:
   else:
     place = pathlib.Path(data.path).expanduser()
     there = bool(data.path) and place.exists()
-  prefix = cache.cache_prefix(data)
-  stored = any(prefix.parent.glob(f'{prefix.name}*/train-images.npy'))
   text = (
     f"{data.name or data.source} ({data.source}), '{data.train_split}' and '{data.eval_split}', at"
     f" {size}, from '{place}': {'there' if there else 'not there yet'}"
   )
   if data.materialize:
-    text += f"\nresized copy in '{prefix.parent}': {'there' if stored else 'not made yet'}"
+    stored = 'there' if cache.is_stored(data) else 'not made yet'
+    text += f"\nresized copy in '{cache.cache_prefix(data).parent}': {stored}"
   return text
 
 

@@ -11,11 +11,12 @@ import tensorflow_datasets as tfds
 
 from vaediff.data.builders import OWN_BUILDERS, check_emoji_package
 from vaediff.data.cache import data_root
+from vaediff.data.readers import Reader
 from vaediff.errors import UserError
 
 
-class TfdsReader:
-  """One split of a TFDS data set; `digits` and `noto_emoji` are built when they are not there yet."""
+class TfdsReader(Reader):
+  """One split of a TFDS data set; `digits` and `noto_emoji` are built if they are not there yet."""
 
   def __init__(self, data: ml_collections.ConfigDict, split: str, log: Callable[[str], None]):
     field = f'{split}_split'
@@ -37,7 +38,8 @@ class TfdsReader:
       ) from error
     if not count:
       raise UserError(f'data.{field}={self._expression!r} selects no image of {data.name}')
-    label = builder.info.features.get('label', None)
+    features = builder.info.features
+    label = features['label'] if 'label' in features else None
     self._has_labels = isinstance(label, tfds.features.ClassLabel)
     self.label_names = tuple(label.names) if self._has_labels else ()
     self.num_classes = label.num_classes if self._has_labels else 0
@@ -47,16 +49,19 @@ class TfdsReader:
     return len(self._records)
 
   def fingerprint(self) -> Any:
+    """See `Reader`."""
     # Shards tell apart two preparations of one version, as when a user's source files changed.
     splits = self._builder.info.splits
     shards = {name: [splits[name].num_bytes, list(splits[name].shard_lengths)] for name in splits}
     return [self._builder.info.full_name, shards]
 
   def read(self, index: int) -> tuple[np.ndarray, int]:
+    """See `Reader`."""
     example = self._records[index]
     return example['image'], int(example['label']) if self._has_labels else 0
 
   def locate(self, index: int) -> str:
+    """See `Reader`."""
     return f'{self._name}, image {index} of {self._expression}'
 
 
@@ -76,9 +81,9 @@ def open_builder(
   except (ValueError, RuntimeError, ImportError, AssertionError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(
-      f'data.name={data.name!r} cannot be opened by TFDS ({reason}); write NAME or NAME/CONFIG as in'
-      " https://www.tensorflow.org/datasets/catalog, such as 'cifar10' or 'celeb_a_hq/256', or one of"
-      f' {tuple(OWN_BUILDERS)}'
+      f'data.name={data.name!r} cannot be opened by TFDS ({reason}); write NAME or NAME/CONFIG as'
+      " in https://www.tensorflow.org/datasets/catalog, such as 'cifar10' or 'celeb_a_hq/256', or"
+      f' one of {tuple(OWN_BUILDERS)}'
     ) from error
 
 
@@ -109,8 +114,8 @@ def how_to_get(name: str, root: pathlib.Path) -> str:
   command = f'tfds build {name} --data_dir={root} --file_format=array_record'
   size = name.split('/')[-1].split(':')[0]
   hints = {
-    'celeb_a_hq': f'First put data{size}x{size}.tar (CelebA-HQ, made as its authors describe) into a'
-    ' folder, and add --manual_dir=THAT_FOLDER to the command.',
+    'celeb_a_hq': f'First put data{size}x{size}.tar (CelebA-HQ, made as its authors describe) into'
+    ' a folder, and add --manual_dir=THAT_FOLDER to the command.',
     'lsun': 'TFDS also needs `pip install tensorflow_io` for it; or export the images to files and'
     " use data.source='image_folder'.",
     'fashion_mnist': 'Without TensorFlow: apt-get install dataset-fashion-mnist, then'

@@ -17,9 +17,9 @@ from vaediff.types import Batch, Image, Keys, Metrics, Params
 class Network:
   """One trainable network: parameters, optimizer state and, where one is kept, the parameter average."""
 
-  params: Params
+  params: Any
   opt_state: Any
-  ema_params: Params | None
+  ema_params: Any
 
   @property
   def eval_params(self) -> Params:
@@ -37,9 +37,9 @@ class TrainState:
     extra: arrays that are neither parameters nor optimizer state, such as codebook statistics.
   """
 
-  step: jax.Array
-  networks: dict[str, Network]
-  extra: dict[str, jax.Array]
+  step: Any  # Any: as a pytree it also holds shapes, shardings or specs in place of arrays
+  networks: Any
+  extra: Any
 
   @property
   def eval_params(self) -> dict[str, Params]:

@@ -82,11 +82,13 @@ def average_pool(
 
 
 def num_groups(channels: int) -> int:
-  """Returns the largest number of groups, at most 32, that divides `channels`.
+  """Returns the largest number of groups, at most 32 and of at least four channels, that divides `channels`.
 
-  It is 32, as published, whenever 32 divides `channels`; other widths are for small networks.
+  It is 32, as published, for every multiple of 32 from 128 on. A group of one channel would take away
+  whatever is added to a whole channel, the embedding of t, so narrow networks get fewer groups.
   """
-  return max(groups for groups in range(1, MAX_GROUPS + 1) if channels % groups == 0)
+  most = max(1, min(MAX_GROUPS, channels // 4))
+  return max(groups for groups in range(1, most + 1) if channels % groups == 0)
 
 
 class GroupNorm(nn.Module):

@@ -78,6 +78,21 @@ class Stem(nn.Module):
     return h.reshape(batch, self.size, self.size, channels)
 
 
+class Head(nn.Module):
+  """A linear map from a square map to a 1x1 map with as many channels, in place of the mean."""
+
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+      self, x: Float[Array, 'batch height width channels']
+  ) -> Float[Array, 'batch 1 1 channels']:
+    """Returns one pixel that has seen every position, which an average of the map has not."""
+    batch, height, width, channels = x.shape
+    h = x.reshape(batch, 1, 1, height * width * channels)
+    return layers.dense(channels, name='dense', dtype=self.dtype)(h)
+
+
 def _run(
     plan: tuple[Layer, ...], x: Float[Array, 'batch height width channels'], dtype: Any
 ) -> Float[Array, 'batch height_out width_out channels_out']:
@@ -92,6 +107,8 @@ def _run(
         x = layers.average_pool(x, layer.value)
       case 'upsample':
         x = layers.upsample_nearest(x, layer.value)
+      case 'head':
+        x = Head(dtype=dtype, name=layer.name)(x)
       case 'stem':
         x = Stem(size=layer.value, dtype=dtype, name=layer.name)(x)
   return x
@@ -142,8 +159,9 @@ class Vae(nn.Module):
     latent_dim: size of z.
     image_channels: 1 for grey, 3 for colour.
     dtype: 'float32' or 'bfloat16', the type of the arithmetic; inputs and outputs are float32.
-    stem: 'nearest' upsamples from resolution 1 by repetition, as published, so that all spatial
-      structure comes from the zero padding of later convolutions; 'dense' learns that step.
+    stem: 'nearest' reaches resolution 1 by averaging and leaves it by repetition, as published, so
+      that all spatial structure comes from the zero padding of the convolutions; 'dense' learns a
+      linear map for each of the two steps.
 
   Raises:
     UserError: a string is malformed, or its steps do not fit together.

@@ -40,9 +40,9 @@ class Layer:
   """One layer of an encoder or decoder.
 
   Attributes:
-    kind: 'residual', 'project', 'pool', 'upsample' or 'stem'.
+    kind: 'residual', 'project', 'pool', 'upsample', 'stem' or 'head'.
     name: kind, resolution of its input and a running number: the name of the submodule.
-    value: kernel size, output channels, factor, factor or factor, in the order of `kind`.
+    value: kernel size, output channels, then a factor for the other four, in the order of `kind`.
   """
 
   kind: str
@@ -128,7 +128,8 @@ def plan_layers(
     fields: names of the config fields of the blocks and the channels, for messages.
     first_resolution: resolution of the input.
     last_resolution: resolution that the steps must reach.
-    dense_stem: a learned map instead of repetition where a step upsamples from resolution 1.
+    dense_stem: a learned map instead of repetition where a step upsamples from resolution 1, and
+      instead of the mean where one pools to it.
 
   Raises:
     UserError: a step's resolution or channels are not those that reach it, a pooling factor does
@@ -150,7 +151,8 @@ def plan_layers(
       for _ in range(step.value if step.kind == 'x' else 1):
         add('residual', 1 if resolution == 1 else 3)
     if step.kind == 'd':
-      add('pool', step.value)
+      reaches_one = resolution == step.value
+      add('head' if dense_stem and reaches_one else 'pool', step.value)
       resolution //= step.value
     elif step.kind == 'u':
       add('stem' if dense_stem and resolution == 1 else 'upsample', step.value)
@@ -197,6 +199,7 @@ def plan_vae(
       fields=encoder_fields,
       first_resolution=image_size,
       last_resolution=1,
+      dense_stem=dense_stem,
   )
   decoder = plan_layers(
       decoder_steps,

@@ -1,0 +1,34 @@
+"""The data section of a config, with every field, and a cache in the test's own folder."""
+
+import ml_collections
+import pytest
+
+
+@pytest.fixture
+def make_data(tmp_path):
+  """Returns a function from changed fields to a complete data config."""
+
+  def make(**changes):
+    data = ml_collections.ConfigDict({
+        'source': 'synthetic',
+        'name': '',
+        'path': '',
+        'data_dir': str(tmp_path / 'data_dir'),
+        'train_split': 'train',
+        'eval_split': 'test',
+        'image_size': 8,
+        'channels': 3,
+        'crop': 'none',
+        'crop_size': 0,
+        'resize': 'none',
+        'materialize': True,
+        'num_threads': 2,
+        'prefetch': 2,
+    })  # fmt: skip
+    with data.unlocked():
+      for name, value in changes.items():
+        assert name in data
+        data[name] = value
+    return data
+
+  return make

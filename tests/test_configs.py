@@ -1,0 +1,125 @@
+"""Every config and variant: described at full size, trained, sampled and restored in debug."""
+
+import importlib
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from vaediff import config as configs
+from vaediff import cost, describe, experiments, modes, pipeline
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+base = importlib.import_module('configs.base')
+NAMES = sorted(
+    path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('__init__', 'base', 'presets')
+)
+OWN = [
+    ('fashion_mnist', 'idx'),
+    ('cifar10', 'large'),
+    ('cifar10', 'ddim_unet'),
+    ('celeba64', 'crop140'),
+    ('celebahq128', 'folder'),
+    ('celeba256', 'folder'),
+    ('lsun_church256', 'folder'),
+]
+SHARED = [name for name in base.VARIANTS if name != 'debug']
+
+
+def get(name, variant=''):
+  return importlib.import_module(f'configs.{name}').get_config(variant)
+
+
+def test_the_configs_are_all_here():
+  assert NAMES == [
+      'afhq256', 'celeba256', 'celeba64', 'celebahq128', 'cifar10', 'digits', 'emoji64', 'fashion_mnist',
+      'lsun_church256',
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_describe_at_full_size_without_data(name, capsys):
+  rows = describe.describe(get(name), tuple(get(name).stages))
+  assert [row['network'] for row in rows] == ['vae', 'denoiser']
+  text = capsys.readouterr().out
+  for row in rows:
+    assert row['GMACs/image'] > 0 and f'{row["parameters"]:,}' in text
+    # Adam keeps two moments and a count; the average is as large as the parameters or not kept
+    assert row['optimizer MB'] == pytest.approx(2 * row['parameter MB'], rel=1e-3)
+    assert row['EMA MB'] in (0.0, pytest.approx(row['parameter MB']))
+  assert f'data: ' in text
+
+
+@pytest.mark.parametrize(
+    ('name', 'stage', 'millions'),
+    [
+        ('cifar10', 'vae', 9.243),
+        ('celeba64', 'vae', 14.012),
+        ('celebahq128', 'vae', 21.098),
+        ('celeba256', 'vae', 32.633),
+        ('cifar10', 'refiner', 35.75),
+        ('celeba64', 'refiner', 82.64),
+        ('celebahq128', 'refiner', 95.17),
+        ('celeba256', 'refiner', 113.68),
+        ('afhq256', 'refiner', 113.68),
+    ],
+)
+def test_published_parameter_counts_through_the_configs(name, stage, millions):
+  experiment = experiments.build(get(name), stage)
+  (model,) = experiment.networks.values()
+  count = cost.num_parameters(jax.eval_shape(model.init, jax.random.key(0)))
+  assert count / 1e6 == pytest.approx(millions, abs=0.006 if stage == 'refiner' else 0.0006)
+
+
+@pytest.mark.parametrize(('name', 'variant'), OWN + [('digits', name) for name in SHARED])
+def test_variants_build_at_full_size(name, variant):
+  config = get(name, variant)
+  configs.validate(config)
+  for stage in config.stages:
+    state = jax.eval_shape(experiments.build(config, stage).init, jax.random.key(0))
+    assert state.networks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('variant', SHARED)
+def test_every_config_with_every_shared_variant_builds_at_full_size(name, variant):
+  test_variants_build_at_full_size(name, variant)
+
+
+def run_debug(name, variant, tmp_path):
+  config = get(name, variant)
+  config.data.data_dir = str(tmp_path / 'data')
+  for stage in config.stages:
+    config[stage].train.update({'num_steps': 2, 'grid_every_steps': 2})
+  configs.validate(config)
+  workdir = tmp_path / 'run'
+  summaries = pipeline.run(config, workdir, tuple(config.stages))
+  assert [summary['steps'] for summary in summaries] == [2] * len(config.stages)
+  assert all(np.isfinite(value) for summary in summaries for value in summary['last'].values())
+  again = configs.read(workdir)  # the run describes itself
+  assert again == config
+  wanted = ['samples.png', 'interpolation.png']
+  modes.MODES['sample'](again, workdir, tuple(again.stages))
+  if config.refiner.diffusion.condition != 'none':
+    for task in ('super_resolution', 'denoise', 'inpaint'):
+      again.restore.task = task
+      modes.MODES['restore'](again, workdir, tuple(again.stages))
+      wanted.append(f'restored-{task}.png')
+    wanted.append('reconstructions.png')
+  for file in wanted:
+    with Image.open(workdir / file) as picture:
+      assert np.asarray(picture).std() > 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_debug_trains_samples_and_restores(name, tmp_path):
+  run_debug(name, 'debug', tmp_path)
+
+
+@pytest.mark.parametrize('variant', SHARED)
+def test_debug_of_every_shared_variant(variant, tmp_path):
+  run_debug('digits', f'{variant},debug', tmp_path)

@@ -1,0 +1,221 @@
+"""The loop: resuming, devices, non-finite losses, what a second run does."""
+
+import importlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from vaediff import checkpoint, experiments, pipeline, sharding, train
+from vaediff import config as configs
+from vaediff.data import sources
+from vaediff.errors import UserError
+from vaediff.trained import load_frozen
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def synthetic(tmp_path, variant='debug', **changes):
+  config = importlib.import_module('configs.cifar10').get_config(variant)
+  config.data.data_dir = str(tmp_path / 'data')
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def restored(config, workdir, stage, mesh=None):
+  """Returns the whole state of a stage's latest checkpoint, on the host."""
+  mesh = mesh or sharding.make_mesh(config.mesh)
+  experiment = experiments.build(config, stage)
+  state, meta = checkpoint.Checkpointer(workdir / stage, 9).restore(train.abstract_state(experiment, mesh))
+  return jax.tree.map(np.asarray, state), meta
+
+
+def equal(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def lines(workdir, stage):
+  text = (workdir / stage / 'metrics.jsonl').read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  return [{k: v for k, v in row.items() if k != 'images_per_second'} for row in rows]
+
+
+# A killed run ----------------------------------------------------------------------------------------
+
+OVERRIDES = [
+    f'--config.{stage}.train.{field}={value}'
+    for stage in ('vae', 'refiner')
+    for field, value in (('num_steps', 40), ('save_every_steps', 7), ('eval_every_steps', 10), ('grid_every_steps', 0))
+]
+
+
+def start(workdir, data_dir):
+  environment = {**os.environ, 'XLA_FLAGS': ''}  # one device, as a user would have
+  return subprocess.Popen(
+      [
+          sys.executable, '-m', 'vaediff.main', '--config=configs/cifar10.py:debug', f'--workdir={workdir}',
+          f'--config.data.data_dir={data_dir}', *OVERRIDES,
+      ],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+
+
+def kill_at(workdir, data_dir, stage, step):
+  """Kills a run once its log has reached a step of a stage, plus a moment chosen at random."""
+  process, path = start(workdir, data_dir), workdir / stage / 'metrics.jsonl'
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and process.poll() is None:
+    if path.exists() and path.read_text().count('\n') >= step:
+      time.sleep(random.random() * 0.1)
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      return
+    time.sleep(0.005)
+  raise AssertionError(f'the run ended before it could be killed:\n{process.communicate()[0][-3000:]}')
+
+
+def test_a_killed_run_ends_with_the_parameters_of_one_never_stopped(tmp_path):
+  seed = random.randrange(10**6)
+  random.seed(seed)
+  print(f'random moments from seed {seed}')
+  data_dir, undisturbed, killed = tmp_path / 'data', tmp_path / 'undisturbed', tmp_path / 'killed'
+  process = start(undisturbed, data_dir)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output[-3000:]
+  kill_at(killed, data_dir, 'vae', random.randrange(9, 30))
+  assert not (killed / 'vae' / train.SUMMARY).exists()
+  kill_at(killed, data_dir, 'refiner', random.randrange(9, 30))
+  process = start(killed, data_dir)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output[-3000:]
+  assert 'vae: complete at step 40, skipped' in output and 'refiner: resuming at step' in output
+  config = configs.read(killed)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  for stage in ('vae', 'refiner'):
+    ours, meta = restored(config, killed, stage, mesh)
+    theirs, _ = restored(config, undisturbed, stage, mesh)
+    equal(ours, theirs)
+    assert meta['data_position'] == 40
+    assert lines(killed, stage) == lines(undisturbed, stage)
+  for name in ('samples.png', 'reconstructions.png', 'interpolation.png'):
+    assert (killed / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+# In this process -------------------------------------------------------------------------------------
+
+
+def five_steps(tmp_path, devices, stage, **changes):
+  """Trains the refiner (with a fixed VAE) or the VAE for five steps on some devices."""
+  config = synthetic(tmp_path, 'formulation2,z,guided,debug', **changes)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+  experiment = experiments.build(config, stage)
+  frozen = {
+      name: jax.device_put(jax.jit(source.model.init)(jax.random.key(3)), sharding.replicated(mesh))
+      for name, source in experiment.frozen.items()
+  }
+  config[stage].train.update({'num_steps': 5, 'save_every_steps': 5})
+  folder = tmp_path / f'{devices}-{stage}'
+  source = sources.open_source(config.data, 'train')
+  train.train(
+      train.Stage(
+          name=stage, folder=folder, config=config, experiment=experiment, frozen=frozen,
+          train_source=source, eval_source=sources.open_source(config.data, 'eval'), extra={}, mesh=mesh,
+      )
+  )  # fmt: skip
+  return config, folder, mesh
+
+
+@pytest.mark.parametrize('stage', ['vae', 'refiner'])
+@pytest.mark.parametrize('fsdp', [1, 4])
+def test_one_device_equals_eight(tmp_path, stage, fsdp):
+  states = []
+  for devices in (1, 8):
+    changes = {'mesh.fsdp': fsdp} if devices == 8 else {}
+    config, folder, mesh = five_steps(tmp_path, devices, stage, **changes)
+    abstract = train.abstract_state(experiments.build(config, stage), mesh)
+    state, _ = checkpoint.Checkpointer(folder, 9).restore(abstract)
+    states.append(jax.tree.map(np.asarray, state.eval_params))
+  # Adam divides by gradients near 0, so parameters are compared, not moments
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
+
+
+def test_a_second_run_does_no_work_twice(tmp_path, capsys):
+  config, workdir = synthetic(tmp_path), tmp_path / 'run'
+  stages = tuple(config.stages)
+  first = pipeline.run(config, workdir, stages)
+  times = {path: path.stat().st_mtime_ns for path in workdir.rglob('*') if path.is_file() and path.name != 'config.json'}
+  capsys.readouterr()
+  assert pipeline.run(config, workdir, stages) == first
+  assert times == {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file() and p.name != 'config.json'}
+  assert capsys.readouterr().out.count('skipped') == 2
+
+
+def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_path):
+  config, workdir = synthetic(tmp_path), tmp_path / 'run'
+  pipeline.run(config, workdir, ('vae',))
+  before = (workdir / configs.FILE).read_text()
+  other = synthetic(tmp_path, **{'vae.model.latent_dim': 16, 'vae.loss.beta': 7.0})
+  with pytest.raises(UserError, match='config.vae.loss.beta is 1.0 there, 7.0 now'):
+    pipeline.run(other, workdir, ('vae',))
+  assert (workdir / configs.FILE).read_text() == before
+
+
+def test_training_longer_goes_on_from_the_checkpoint(tmp_path):
+  config, workdir = synthetic(tmp_path), tmp_path / 'run'
+  pipeline.run(config, workdir, ('vae',))
+  config.vae.train.num_steps = 6
+  pipeline.run(config, workdir, ('vae',))
+  assert [row['step'] for row in lines(workdir, 'vae') if 'loss' in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
+  config, workdir = synthetic(tmp_path, **{'vae.optim.learning_rate': 1e30, 'vae.train.num_steps': 30}), tmp_path / 'run'
+  with pytest.raises(UserError, match=r'stage vae, step \d+: .*loss.* = (nan|inf) is not finite'):
+    pipeline.run(config, workdir, ('vae',))
+  step = checkpoint.latest_step(workdir / 'vae')
+  if step is not None:
+    state, _ = restored(config, workdir, 'vae')
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.networks['vae'].params))
+
+
+def test_a_stage_without_its_vae_says_so(tmp_path):
+  config = synthetic(tmp_path)
+  with pytest.raises(UserError, match='no checkpoint in .*vae/checkpoints: train that stage first'):
+    pipeline.run(config, tmp_path / 'run', ('refiner',))
+
+
+def test_a_vae_of_another_run_is_read_from_there(tmp_path):
+  config = synthetic(tmp_path)
+  pipeline.run(config, tmp_path / 'first', ('vae',))
+  second = synthetic(tmp_path, **{'refiner.vae.workdir': str(tmp_path / 'first'), 'stages': ('refiner',)})
+  pipeline.run(second, tmp_path / 'second', ('refiner',))
+  assert not (tmp_path / 'second' / 'vae').exists()
+  third = synthetic(tmp_path, **{'refiner.vae.workdir': str(tmp_path / 'first'), 'vae.model.stem': 'dense'})
+  mesh = sharding.make_mesh(third.mesh)
+  with pytest.raises(UserError, match="config.vae.model differs from the stage 'vae' of"):
+    load_frozen(experiments.build(third, 'refiner'), third, tmp_path / 'third', mesh)
+
+
+def test_precomputed_reconstructions_are_read_in_step(tmp_path):
+  """With the mean, on the fly and precomputed differ by the rounding to bytes alone."""
+  losses = []
+  for source in ('mean', 'precomputed'):
+    config = synthetic(tmp_path, **{'refiner.diffusion.x0_vae_source': source})
+    pipeline.run(config, tmp_path / source, tuple(config.stages))
+    losses.append([row['loss'] for row in lines(tmp_path / source, 'refiner') if 'loss' in row])
+  np.testing.assert_allclose(*losses, rtol=2e-3)
+
+
+def test_batch_size_must_fit_the_devices(tmp_path):
+  config = synthetic(tmp_path, **{'vae.train.batch_size': 12})
+  with pytest.raises(UserError, match='config.vae.train.batch_size must be a multiple of the 8 devices, got 12'):
+    pipeline.run(config, tmp_path / 'run', ('vae',))
