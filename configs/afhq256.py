@@ -14,14 +14,16 @@ from configs import base, presets
 def get_config(variant: str = ''):
   config = base.default()
   config.name = 'afhq256'
-  config.data.update({
+  config.data.update(
+    {
       'source': 'image_folder',
       'name': 'afhq_dog',
       'image_size': 256,
       'train_split': 'train[:95%]',
       'eval_split': 'train[95%:]',
       'resize': 'bilinear',
-  })
+    }
+  )
   config.vae.model.update(presets.VAE['afhq256'])
   config.vae.train = base.train(74_000, 32, flip=True)
   config.refiner.model.update({'channel_multipliers': (1, 1, 2, 2, 4, 4), 'attention_resolutions': (16,)})

@@ -23,34 +23,43 @@ def default() -> ConfigDict:
   config.mesh = ConfigDict({'data': -1, 'fsdp': 1})  # devices per axis; -1 = the rest
   config.vae = vae_stage()
   config.refiner = refiner_stage()
-  config.reconstruct = ConfigDict({
+  config.reconstruct = ConfigDict(
+    {
       'num_images': 16,  # images of the evaluation split
       'posterior': 'mean',  # 'mean' | 'sample': which z of q(z | x)
-  })
-  config.interpolate = ConfigDict({
+    }
+  )
+  config.interpolate = ConfigDict(
+    {
       'num_points': 9,  # images in a row, both ends included
       'num_rows': 2,  # rows of each kind
       'from_label': 0,  # attribute direction: mean z of to_label minus mean z of from_label
       'to_label': 1,
       'num_encoded': 1024,  # most images encoded for the class means
-  })
-  config.restore = ConfigDict({
+    }
+  )
+  config.restore = ConfigDict(
+    {
       'task': 'super_resolution',  # 'super_resolution' | 'denoise' | 'inpaint'
       'num_images': 16,
       'factor': 2,  # super_resolution: box-downsampled by this factor
       'noise_std': 0.2,  # denoise: standard deviation, in units of the range [-1, 1]
       'hole_fraction': 0.5,  # inpaint: side of the square hole over the side of the image
-  })
-  config.benchmark = ConfigDict({
+    }
+  )
+  config.benchmark = ConfigDict(
+    {
       'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
       'matmul_size': 2048,  # side of the square matrices that measure the device's peak
-  })
+    }
+  )
   return config
 
 
 def data() -> ConfigDict:
   """Where pixels come from and how they are cropped and resized; read by `vaediff.data`."""
-  return ConfigDict({
+  return ConfigDict(
+    {
       'source': 'tfds',  # 'tfds' | 'idx' | 'image_folder' | 'npz' | 'synthetic'
       'name': '',  # TFDS name with its config, as 'celeb_a_hq/256'
       'path': '',  # folder or file for idx, image_folder, npz and noto_emoji
@@ -65,12 +74,14 @@ def data() -> ConfigDict:
       'materialize': True,  # store once as memory-mapped uint8 arrays
       'num_threads': 2,  # reading threads per process
       'prefetch': 4,  # batches read ahead per process
-  })
+    }
+  )
 
 
 def optim(learning_rate: float, **changes) -> ConfigDict:
   """Adam with warm-up, clipping and an exponential moving average of the parameters."""
-  config = ConfigDict({
+  config = ConfigDict(
+    {
       'learning_rate': learning_rate,
       'schedule': 'constant',  # after warm-up: 'constant' | 'cosine' (to 0 at the last step)
       'warmup_steps': 0,  # linear from 0
@@ -81,14 +92,16 @@ def optim(learning_rate: float, **changes) -> ConfigDict:
       'clip_norm': 0.0,  # global gradient norm; 0 = off
       'ema_decay': 0.0,  # 0 = no average is kept, the parameters themselves are used
       'ema_warmup': False,  # decay = min(ema_decay, (1 + step) / (10 + step))
-  })
+    }
+  )
   config.update(changes)
   return config
 
 
 def train(num_steps: int, batch_size: int, **changes) -> ConfigDict:
   """How long a stage trains and how often it reports; all durations in optimizer steps."""
-  config = ConfigDict({
+  config = ConfigDict(
+    {
       'num_steps': num_steps,
       'batch_size': batch_size,  # images per step over all devices
       'flip': False,  # random horizontal flips of image and condition together
@@ -99,7 +112,8 @@ def train(num_steps: int, batch_size: int, **changes) -> ConfigDict:
       'grid_images': 16,
       'eval_images': 2048,  # most images of the evaluation split; 0 = all
       'keep_checkpoints': 2,
-  })
+    }
+  )
   config.update(changes)
   return config
 
@@ -109,19 +123,23 @@ def vae_stage() -> ConfigDict:
   config = ConfigDict()
   config.experiment = 'vae'  # file in vaediff/experiments
   config.model = ConfigDict({**presets.VAE['cifar10'], 'stem': 'nearest', 'dtype': 'float32'})
-  config.loss = ConfigDict({
+  config.loss = ConfigDict(
+    {
       'beta': 1.0,  # weight of the KL term
       'reduction': 'sum',  # over the batch: 'sum' (official) | 'mean'; over pixels and latents always a sum
-  })
+    }
+  )
   config.optim = optim(1e-4)
   config.train = train(200_000, 128)
-  config.prior = ConfigDict({
+  config.prior = ConfigDict(
+    {
       'kind': 'normal',  # 'normal' | 'gmm' (ex-post density estimation)
       'covariance': 'full',  # 'full' | 'diag' | 'tied'
       'num_components': (25, 50, 100),  # candidates; the best held-out log-likelihood wins
       'holdout_fraction': 0.1,
       'num_encoded': 50_000,  # most training images encoded for the fit
-  })
+    }
+  )
   config.sample = ConfigDict({'num_images': 64, 'batch_size': 64, 'seed': 0, 'save_npz': False})
   return config
 
@@ -130,11 +148,14 @@ def refiner_stage() -> ConfigDict:
   """Stage 2: the conditional diffusion U-Net."""
   config = ConfigDict()
   config.experiment = 'refiner'
-  config.vae = ConfigDict({
+  config.vae = ConfigDict(
+    {
       'stage': 'vae',  # the frozen VAE: this stage ...
       'workdir': '',  # ... of this other run; '' = this run
-  })
-  config.model = ConfigDict({
+    }
+  )
+  config.model = ConfigDict(
+    {
       'variant': 'openai',  # 'openai' | 'ddim'
       'channels': 128,
       'channel_multipliers': (1, 2, 2, 2),
@@ -145,8 +166,10 @@ def refiner_stage() -> ConfigDict:
       'scale_shift_norm': False,
       'remat': False,  # recompute activations in the backward pass
       'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
-  })
-  config.diffusion = ConfigDict({
+    }
+  )
+  config.diffusion = ConfigDict(
+    {
       'schedule': 'linear',  # 'linear' (betas 1e-4 .. 0.02, 1000 steps) | 'cosine'
       'prediction': 'eps',  # 'eps' | 'x0' | 'v'
       'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
@@ -154,10 +177,12 @@ def refiner_stage() -> ConfigDict:
       'z_conditioning': False,
       'condition_dropout': 0.0,  # probability, per example, of the learned null condition
       'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
-  })
+    }
+  )
   config.optim = optim(2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999)
   config.train = train(500_000, 128)
-  config.sample = ConfigDict({
+  config.sample = ConfigDict(
+    {
       'num_images': 64,
       'batch_size': 64,  # images in memory at a time, over all devices
       'seed': 0,
@@ -173,7 +198,8 @@ def refiner_stage() -> ConfigDict:
       'threshold_percentile': 99.5,  # dynamic thresholding, in percent
       'with_vae': True,  # show the VAE sample beside each refined one
       'save_npz': False,
-  })
+    }
+  )
   return config
 
 
@@ -189,15 +215,18 @@ def _debug(config: ConfigDict) -> None:
     config.data.crop, config.data.crop_size, config.data.resize = 'none', 0, 'none'
   size = config.data.image_size
   config.vae.model.update(presets.tiny_vae(size))
-  config.refiner.model.update({
+  config.refiner.model.update(
+    {
       'channels': 8,
       'channel_multipliers': (1, 2),
       'num_res_blocks': 1,
       'attention_resolutions': (size // 2,),
       'num_heads': 2,
-  })
+    }
+  )
   for stage in (config.vae, config.refiner):
-    stage.train.update({
+    stage.train.update(
+      {
         'num_steps': 4,
         'batch_size': 8,
         'log_every_steps': 1,
@@ -206,7 +235,8 @@ def _debug(config: ConfigDict) -> None:
         'grid_every_steps': 4,
         'grid_images': 4,
         'eval_images': 16,
-    })
+      }
+    )
     stage.sample.update({'num_images': 4, 'batch_size': 4})
   config.vae.prior.update({'num_components': (1, 2), 'num_encoded': 64})
   config.refiner.sample.num_steps = 4
@@ -254,14 +284,14 @@ def _bfloat16(config: ConfigDict) -> None:
 
 
 VARIANTS: Variants = {
-    'unconditional': _unconditional,
-    'formulation1': _formulation1,
-    'formulation2': _formulation2,
-    'z': _z,
-    'gmm': _gmm,
-    'guided': _guided,
-    'bfloat16': _bfloat16,
-    'debug': _debug,
+  'unconditional': _unconditional,
+  'formulation1': _formulation1,
+  'formulation2': _formulation2,
+  'z': _z,
+  'gmm': _gmm,
+  'guided': _guided,
+  'bfloat16': _bfloat16,
+  'debug': _debug,
 }
 
 

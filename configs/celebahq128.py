@@ -18,14 +18,16 @@ def _folder(config):
 def get_config(variant: str = ''):
   config = base.default()
   config.name = 'celebahq128'
-  config.data.update({
+  config.data.update(
+    {
       'name': 'celeb_a_hq/128',
       'image_size': 128,
       'train_split': 'train[:29000]',
       'eval_split': 'train[29000:]',
       'materialize': False,
       'num_threads': 16,
-  })
+    }
+  )
   config.vae.model.update(presets.VAE['celebamaskhq128'])
   config.vae.train = base.train(234_000, 64, flip=True)
   config.refiner.model.update({'channel_multipliers': (1, 2, 2, 3, 4), 'attention_resolutions': (8,)})

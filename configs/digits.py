@@ -14,37 +14,44 @@ def get_config(variant: str = ''):
   config.data.update({'name': 'digits', 'image_size': 8, 'channels': 1})
 
   config.vae.model.update(
-      presets.vae(
-          '8x1,8d2,8t4,4x1,4d4,4t1,1x1',
-          '1x1,1u4,1t4,4x2,4u2,4t8,8x2',
-          '8:32,4:64,1:16',
-          16,
-      )
+    presets.vae(
+      '8x1,8d2,8t4,4x1,4d4,4t1,1x1',
+      '1x1,1u4,1t4,4x2,4u2,4t8,8x2',
+      '8:32,4:64,1:16',
+      16,
+    )
   )
   config.vae.model.stem = 'dense'
-  config.vae.loss.update({'reduction': 'mean', 'beta': 0.1})  # with beta = 1 the 64 pixels do not pay for z
+  # With beta = 1 the 64 pixels do not pay for z: the posterior collapses.
+  config.vae.loss.update({'reduction': 'mean', 'beta': 0.1})
   config.vae.optim.update({'learning_rate': 3e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
   config.vae.train = base.train(
-      1500, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=1500, eval_images=0
+    1200, 64, save_every_steps=400, eval_every_steps=400, grid_every_steps=1200, eval_images=0
   )
 
-  config.refiner.model.update({
+  config.vae.prior.update({'kind': 'gmm', 'num_components': (5, 10, 20)})
+
+  config.refiner.model.update(
+    {
       'channels': 32,
       'channel_multipliers': (1, 2),
       'num_res_blocks': 1,
       'attention_resolutions': (4,),
       'num_heads': 4,
       'dropout': 0.0,
-  })
-  config.refiner.optim.update({
+    }
+  )
+  config.refiner.optim.update(
+    {
       'learning_rate': 1e-3,
       'schedule': 'cosine',
       'warmup_steps': 100,
       'ema_decay': 0.995,
       'ema_warmup': True,
-  })
+    }
+  )
   config.refiner.train = base.train(
-      2000, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=2000, eval_images=0
+    1200, 64, save_every_steps=400, eval_every_steps=400, grid_every_steps=1200, eval_images=0
   )
   config.refiner.sample.num_steps = 50
   return base.finish(config, variant)

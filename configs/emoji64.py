@@ -18,11 +18,13 @@ def get_config(variant: str = ''):
   config.data.update({'name': 'noto_emoji', 'image_size': 64, 'channels': 3})
   config.vae.model.update(presets.VAE['celeba64'])
   config.vae.train = base.train(60_000, 64)
-  config.refiner.model.update({
+  config.refiner.model.update(
+    {
       'channels': 64,
       'channel_multipliers': (1, 2, 2, 4),
       'attention_resolutions': (16, 8),
       'num_heads': 4,
-  })
+    }
+  )
   config.refiner.train = base.train(200_000, 64)
   return base.finish(config, variant)

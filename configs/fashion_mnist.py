@@ -20,26 +20,30 @@ def _idx(config):
 def get_config(variant: str = ''):
   config = base.default()
   config.name = 'fashion_mnist'
-  config.data.update({
+  config.data.update(
+    {
       'name': 'fashion_mnist',
       'image_size': 32,
       'channels': 1,
       'resize': 'pad',
-  })
+    }
+  )
   config.vae.model.update(
-      presets.vae(
-          '32x2,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x2,4d4,4t1,1x1',
-          '1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x3',
-          '32:32,16:64,8:64,4:128,1:256',
-          64,
-      )
+    presets.vae(
+      '32x2,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x2,4d4,4t1,1x1',
+      '1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x3',
+      '32:32,16:64,8:64,4:128,1:256',
+      64,
+    )
   )
   config.vae.train = base.train(30_000, 128)
-  config.refiner.model.update({
+  config.refiner.model.update(
+    {
       'channels': 32,
       'channel_multipliers': (1, 2, 2, 2),
       'attention_resolutions': (8,),
       'num_heads': 4,
-  })
+    }
+  )
   config.refiner.train = base.train(100_000, 128)
   return base.finish(config, variant, {'idx': _idx})

@@ -18,7 +18,8 @@ def _folder(config):
 def get_config(variant: str = ''):
   config = base.default()
   config.name = 'lsun_church256'
-  config.data.update({
+  config.data.update(
+    {
       'name': 'lsun/church_outdoor',
       'image_size': 256,
       'eval_split': 'validation',
@@ -26,7 +27,8 @@ def get_config(variant: str = ''):
       'resize': 'bilinear',
       'materialize': False,
       'num_threads': 16,
-  })
+    }
+  )
   config.vae.model.update(presets.VAE['celebahq256'])
   config.vae.train = base.train(400_000, 64, flip=True)
   config.refiner.model.update({'channel_multipliers': (1, 1, 2, 2, 4, 4), 'attention_resolutions': (16,)})

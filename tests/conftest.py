@@ -6,11 +6,11 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join(
-    [
-        os.environ.get('XLA_FLAGS', ''),
-        '--xla_force_host_platform_device_count=8',
-        '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution',
-    ]
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution',
+  ]
 ).strip()
 CACHE = pathlib.Path(os.environ.get('VAEDIFF_TEST_CACHE', tempfile.gettempdir())) / 'vaediff_test_jax_cache'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))

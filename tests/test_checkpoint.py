@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from vaediff import checkpoint
 from vaediff.errors import UserError
 from vaediff.experiments.base import Network, TrainState
@@ -17,9 +18,9 @@ def state(width=3, average=True, step=5):
   params = {'dense': {'kernel': jnp.arange(2.0 * width).reshape(2, width)}}
   optimizer = optax.adam(1e-3)
   network = Network(
-      params=params,
-      opt_state=optimizer.init(params),
-      ema_params=jax.tree.map(lambda x: x + 100, params) if average else None,
+    params=params,
+    opt_state=optimizer.init(params),
+    ema_params=jax.tree.map(lambda x: x + 100, params) if average else None,
   )
   return TrainState(step=jnp.int32(step), networks={'vae': network}, extra={})
 
@@ -106,7 +107,9 @@ def small_disk(tmp_path):
   folder = tmp_path / 'disk'
   folder.mkdir()
   mounted = subprocess.run(
-      ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)], capture_output=True, check=False
+    ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)],
+    capture_output=True,
+    check=False,
   )
   if mounted.returncode:
     pytest.skip('mounting a small file system needs root: ' + mounted.stderr.decode().strip())

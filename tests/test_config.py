@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from vaediff import config as configs
 from vaediff.errors import UserError
 
@@ -19,7 +20,11 @@ def digits(variant='debug'):
 
 def run_main(*arguments, cwd=ROOT):
   return subprocess.run(
-      [sys.executable, '-m', 'vaediff.main', *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    [sys.executable, '-m', 'vaediff.main', *arguments],
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    timeout=300,
   )
 
 
@@ -48,15 +53,15 @@ def test_variants_join_and_unknown_one_lists_the_valid_ones():
 
 
 @pytest.mark.parametrize(
-    ('field', 'value', 'message'),
-    [
-        ('refiner.train.num_steps', 0, r'config.refiner.train.num_steps must be >= 1, got 0'),
-        ('vae.train.batch_size', -4, r'config.vae.train.batch_size must be >= 1, got -4'),
-        ('interpolate.num_points', 1, r'config.interpolate.num_points must be >= 2, got 1'),
-        ('stages', (), r'config.stages is empty'),
-        ('stages', ('vae', 'vae'), r'names a stage twice'),
-        ('stages', ('vae', 'gan'), r"names 'gan', which has no section"),
-    ],
+  ('field', 'value', 'message'),
+  [
+    ('refiner.train.num_steps', 0, r'config.refiner.train.num_steps must be >= 1, got 0'),
+    ('vae.train.batch_size', -4, r'config.vae.train.batch_size must be >= 1, got -4'),
+    ('interpolate.num_points', 1, r'config.interpolate.num_points must be >= 2, got 1'),
+    ('stages', (), r'config.stages is empty'),
+    ('stages', ('vae', 'vae'), r'names a stage twice'),
+    ('stages', ('vae', 'gan'), r"names 'gan', which has no section"),
+  ],
 )
 def test_validate_names_field_value_and_bound(field, value, message):
   config = digits()
@@ -84,18 +89,30 @@ def test_a_run_goes_on_with_what_does_not_change_results_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['--config.refiner.optim.learning_rat=1'], "has no key 'learning_rat'. Did you mean \"learning_rate\""),
-        (['--config.vaee.optim.b1=1'], "has no key 'vaee'. Did you mean \"vae\""),
-        (['--config.refiner.optim.learning_rate=abc'], "learning_rate=abc: could not convert string to float: 'abc'"),
-        (['--config.refiner.train.num_steps=1.5'], 'num_steps=1.5: invalid literal for int()'),
-        (['--config.refiner.sample.num_steps=0'], 'config.refiner: sample.num_steps must be >= 1, got 0'),
-        (['--config.refiner.sample.sampler=euler'], "sample.sampler is 'euler'; valid: ddpm, ddim, heun, dpmpp_2m"),
-        (['--config.refiner.model.channel_multipliers=(1,2,2,2,2)'], 'image_size'),
-        (['--mode=paint'], 'train'),
-        (['--stages=gan'], 'the stages of this config are vae, refiner'),
-    ],
+  ('arguments', 'message'),
+  [
+    (
+      ['--config.refiner.optim.learning_rat=1'],
+      'has no key \'learning_rat\'. Did you mean "learning_rate"',
+    ),
+    (['--config.vaee.optim.b1=1'], 'has no key \'vaee\'. Did you mean "vae"'),
+    (
+      ['--config.refiner.optim.learning_rate=abc'],
+      "learning_rate=abc: could not convert string to float: 'abc'",
+    ),
+    (['--config.refiner.train.num_steps=1.5'], 'num_steps=1.5: invalid literal for int()'),
+    (
+      ['--config.refiner.sample.num_steps=0'],
+      'config.refiner: sample.num_steps must be >= 1, got 0',
+    ),
+    (
+      ['--config.refiner.sample.sampler=euler'],
+      "sample.sampler is 'euler'; valid: ddpm, ddim, heun, dpmpp_2m",
+    ),
+    (['--config.refiner.model.channel_multipliers=(1,2,2,2,2)'], 'image_size'),
+    (['--mode=paint'], 'train'),
+    (['--stages=gan'], 'the stages of this config are vae, refiner'),
+  ],
 )
 def test_command_line_mistakes_get_one_message(arguments, message, tmp_path):
   workdir = tmp_path / 'run'

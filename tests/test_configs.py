@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+
 from vaediff import config as configs
 from vaediff import cost, describe, experiments, modes, pipeline
 
@@ -15,16 +16,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 base = importlib.import_module('configs.base')
 NAMES = sorted(
-    path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('__init__', 'base', 'presets')
+  path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('__init__', 'base', 'presets')
 )
 OWN = [
-    ('fashion_mnist', 'idx'),
-    ('cifar10', 'large'),
-    ('cifar10', 'ddim_unet'),
-    ('celeba64', 'crop140'),
-    ('celebahq128', 'folder'),
-    ('celeba256', 'folder'),
-    ('lsun_church256', 'folder'),
+  ('fashion_mnist', 'idx'),
+  ('cifar10', 'large'),
+  ('cifar10', 'ddim_unet'),
+  ('celeba64', 'crop140'),
+  ('celebahq128', 'folder'),
+  ('celeba256', 'folder'),
+  ('lsun_church256', 'folder'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 
@@ -50,22 +51,22 @@ def test_describe_at_full_size_without_data(name, capsys):
     # Adam keeps two moments and a count; the average is as large as the parameters or not kept
     assert row['optimizer MB'] == pytest.approx(2 * row['parameter MB'], rel=1e-3)
     assert row['EMA MB'] in (0.0, pytest.approx(row['parameter MB']))
-  assert f'data: ' in text
+  assert 'data: ' in text
 
 
 @pytest.mark.parametrize(
-    ('name', 'stage', 'millions'),
-    [
-        ('cifar10', 'vae', 9.243),
-        ('celeba64', 'vae', 14.012),
-        ('celebahq128', 'vae', 21.098),
-        ('celeba256', 'vae', 32.633),
-        ('cifar10', 'refiner', 35.75),
-        ('celeba64', 'refiner', 82.64),
-        ('celebahq128', 'refiner', 95.17),
-        ('celeba256', 'refiner', 113.68),
-        ('afhq256', 'refiner', 113.68),
-    ],
+  ('name', 'stage', 'millions'),
+  [
+    ('cifar10', 'vae', 9.243),
+    ('celeba64', 'vae', 14.012),
+    ('celebahq128', 'vae', 21.098),
+    ('celeba256', 'vae', 32.633),
+    ('cifar10', 'refiner', 35.75),
+    ('celeba64', 'refiner', 82.64),
+    ('celebahq128', 'refiner', 95.17),
+    ('celeba256', 'refiner', 113.68),
+    ('afhq256', 'refiner', 113.68),
+  ],
 )
 def test_published_parameter_counts_through_the_configs(name, stage, millions):
   experiment = experiments.build(get(name), stage)

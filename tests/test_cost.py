@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from vaediff import cost
 
 
@@ -30,11 +31,18 @@ def test_agrees_with_xla_where_products_dominate(width):
   def net(x, w):
     return jax.nn.relu(jax.nn.relu(x @ w) @ w)
 
-  args = jax.ShapeDtypeStruct((256, width), jnp.float32), jax.ShapeDtypeStruct((width, width), jnp.float32)
+  args = (
+    jax.ShapeDtypeStruct((256, width), jnp.float32),
+    jax.ShapeDtypeStruct((width, width), jnp.float32),
+  )
   flops = jax.jit(net).lower(*args).cost_analysis()['flops']
   assert 2 * cost.macs(net, *args) == pytest.approx(flops, rel=0.15)
 
 
 def test_bytes_and_parameters():
-  tree = {'a': jax.ShapeDtypeStruct((3, 4), jnp.float32), 'b': jax.ShapeDtypeStruct((), jnp.int32), 'c': None}
+  tree = {
+    'a': jax.ShapeDtypeStruct((3, 4), jnp.float32),
+    'b': jax.ShapeDtypeStruct((), jnp.int32),
+    'c': None,
+  }
   assert cost.num_bytes(tree) == 52 and cost.num_parameters(tree) == 13

@@ -7,18 +7,37 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / 'vaediff'
 FORBIDDEN = {
-    # folder or file: prefixes that it must not import
-    'diffusion': ('flax', 'vaediff.config', 'vaediff.data', 'vaediff.models', 'vaediff.experiments', 'vaediff.train'),
-    'models': ('vaediff.config', 'vaediff.data', 'vaediff.diffusion', 'vaediff.experiments', 'vaediff.train'),
-    'data': ('flax', 'vaediff.models', 'vaediff.diffusion', 'vaediff.experiments', 'vaediff.train'),
-    'experiments': ('flax.linen', 'vaediff.train', 'vaediff.checkpoint', 'vaediff.pipeline', 'vaediff.sample'),
+  # folder or file: prefixes that it must not import
+  'diffusion': (
+    'flax',
+    'vaediff.config',
+    'vaediff.data',
+    'vaediff.models',
+    'vaediff.experiments',
+    'vaediff.train',
+  ),
+  'models': (
+    'vaediff.config',
+    'vaediff.data',
+    'vaediff.diffusion',
+    'vaediff.experiments',
+    'vaediff.train',
+  ),
+  'data': ('flax', 'vaediff.models', 'vaediff.diffusion', 'vaediff.experiments', 'vaediff.train'),
+  'experiments': (
+    'flax.linen',
+    'vaediff.train',
+    'vaediff.checkpoint',
+    'vaediff.pipeline',
+    'vaediff.sample',
+  ),
 }
 ONLY_IN = {
-    'orbax': ('checkpoint.py',),
-    'flax.linen': ('models/',),
-    'tensorflow_datasets': ('data/',),
-    'grain': ('data/',),
-    'tensorflow': (),
+  'orbax': ('checkpoint.py',),
+  'flax.linen': ('models/',),
+  'tensorflow_datasets': ('data/',),
+  'grain': ('data/',),
+  'tensorflow': (),
 }
 
 

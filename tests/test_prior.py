@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+
 from vaediff import prior
 from vaediff.errors import UserError
 
@@ -11,14 +12,16 @@ MEANS = np.array([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]])
 
 
 def settings(**changes):
-  return ConfigDict({
+  return ConfigDict(
+    {
       'kind': 'gmm',
       'covariance': 'full',
       'num_components': (1, 3, 12),
       'holdout_fraction': 0.2,
       'num_encoded': 0,
       **changes,
-  })
+    }
+  )
 
 
 def mixture(count=1500):

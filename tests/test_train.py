@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+
 from vaediff import checkpoint, experiments, pipeline, sharding, train
 from vaediff import config as configs
 from vaediff.data import sources
@@ -52,9 +53,14 @@ def lines(workdir, stage):
 # A killed run ----------------------------------------------------------------------------------------
 
 OVERRIDES = [
-    f'--config.{stage}.train.{field}={value}'
-    for stage in ('vae', 'refiner')
-    for field, value in (('num_steps', 40), ('save_every_steps', 7), ('eval_every_steps', 10), ('grid_every_steps', 0))
+  f'--config.{stage}.train.{field}={value}'
+  for stage in ('vae', 'refiner')
+  for field, value in (
+    ('num_steps', 40),
+    ('save_every_steps', 7),
+    ('eval_every_steps', 10),
+    ('grid_every_steps', 0),
+  )
 ]
 
 
@@ -119,8 +125,8 @@ def five_steps(tmp_path, devices, stage, **changes):
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
   experiment = experiments.build(config, stage)
   frozen = {
-      name: jax.device_put(jax.jit(source.model.init)(jax.random.key(3)), sharding.replicated(mesh))
-      for name, source in experiment.frozen.items()
+    name: jax.device_put(jax.jit(source.model.init)(jax.random.key(3)), sharding.replicated(mesh))
+    for name, source in experiment.frozen.items()
   }
   config[stage].train.update({'num_steps': 5, 'save_every_steps': 5})
   folder = tmp_path / f'{devices}-{stage}'
@@ -152,10 +158,16 @@ def test_a_second_run_does_no_work_twice(tmp_path, capsys):
   config, workdir = synthetic(tmp_path), tmp_path / 'run'
   stages = tuple(config.stages)
   first = pipeline.run(config, workdir, stages)
-  times = {path: path.stat().st_mtime_ns for path in workdir.rglob('*') if path.is_file() and path.name != 'config.json'}
+  times = {
+    path: path.stat().st_mtime_ns
+    for path in workdir.rglob('*')
+    if path.is_file() and path.name != 'config.json'
+  }
   capsys.readouterr()
   assert pipeline.run(config, workdir, stages) == first
-  assert times == {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file() and p.name != 'config.json'}
+  assert times == {
+    p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file() and p.name != 'config.json'
+  }
   assert capsys.readouterr().out.count('skipped') == 2
 
 
@@ -178,7 +190,10 @@ def test_training_longer_goes_on_from_the_checkpoint(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
-  config, workdir = synthetic(tmp_path, **{'vae.optim.learning_rate': 1e30, 'vae.train.num_steps': 30}), tmp_path / 'run'
+  config, workdir = (
+    synthetic(tmp_path, **{'vae.optim.learning_rate': 1e30, 'vae.train.num_steps': 30}),
+    tmp_path / 'run',
+  )
   with pytest.raises(UserError, match=r'stage vae, step \d+: .*loss.* = (nan|inf) is not finite'):
     pipeline.run(config, workdir, ('vae',))
   step = checkpoint.latest_step(workdir / 'vae')
@@ -217,5 +232,7 @@ def test_precomputed_reconstructions_are_read_in_step(tmp_path):
 
 def test_batch_size_must_fit_the_devices(tmp_path):
   config = synthetic(tmp_path, **{'vae.train.batch_size': 12})
-  with pytest.raises(UserError, match='config.vae.train.batch_size must be a multiple of the 8 devices, got 12'):
+  with pytest.raises(
+    UserError, match='config.vae.train.batch_size must be a multiple of the 8 devices, got 12'
+  ):
     pipeline.run(config, tmp_path / 'run', ('vae',))

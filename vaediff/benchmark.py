@@ -32,12 +32,12 @@ def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
   peak = matmul_peak(config.benchmark.matmul_size, repeats) * mesh.size
   source = sources.open_source(config.data, 'train')
   result = {
-      'config': config.name,
-      'device': f'{jax.devices()[0].device_kind} x {mesh.size}',
-      'jax': jax.__version__,
-      'matmul_flops_per_second': peak,
-      'loader_images_per_second': loader_speed(config, config[stages[-1]].train.batch_size, source, repeats),
-      'stages': {},
+    'config': config.name,
+    'device': f'{jax.devices()[0].device_kind} x {mesh.size}',
+    'jax': jax.__version__,
+    'matmul_flops_per_second': peak,
+    'loader_images_per_second': loader_speed(config, config[stages[-1]].train.batch_size, source, repeats),
+    'stages': {},
   }
   for stage in stages:
     log.say(f'measuring stage {stage}')
@@ -47,16 +47,20 @@ def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
 
 
 def measure_stage(
-    config: ConfigDict, stage: str, source: sources.Source, mesh: Mesh, peak: float
+  config: ConfigDict, stage: str, source: sources.Source, mesh: Mesh, peak: float
 ) -> dict[str, Any]:
   """Returns the figures of one stage: its train step and, where it samples by steps, its sampler."""
-  experiment, section, repeats = experiments.build(config, stage), config[stage], config.benchmark.num_repeats
+  experiment, section, repeats = (
+    experiments.build(config, stage),
+    config[stage],
+    config.benchmark.num_repeats,
+  )
   abstract = training.abstract_state(experiment, mesh)
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   replicated = sharding.replicated(mesh)
   frozen = {
-      name: jax.jit(source_.model.init, out_shardings=replicated)(jax.random.key(1))
-      for name, source_ in experiment.frozen.items()
+    name: jax.jit(source_.model.init, out_shardings=replicated)(jax.random.key(1))
+    for name, source_ in experiment.frozen.items()
   }
   state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
   rows = np.arange(section.train.batch_size) % len(source)
@@ -78,18 +82,18 @@ def measure_stage(
 
   seconds = median_seconds(one_step, repeats)
   return {
-      'compile_seconds': compile_seconds,
-      'step_seconds': seconds,
-      'batch_size': section.train.batch_size,
-      'images_per_second': section.train.batch_size / seconds,
-      'flops_per_second': flops / seconds,
-      'fraction_of_matmul_peak': flops / seconds / peak,
-      **measure_sampler(experiment, section, state.eval_params, frozen, mesh, repeats),
+    'compile_seconds': compile_seconds,
+    'step_seconds': seconds,
+    'batch_size': section.train.batch_size,
+    'images_per_second': section.train.batch_size / seconds,
+    'flops_per_second': flops / seconds,
+    'fraction_of_matmul_peak': flops / seconds / peak,
+    **measure_sampler(experiment, section, state.eval_params, frozen, mesh, repeats),
   }
 
 
 def measure_sampler(
-    experiment: Experiment, section: ConfigDict, params: Any, frozen: Any, mesh: Mesh, repeats: int
+  experiment: Experiment, section: ConfigDict, params: Any, frozen: Any, mesh: Mesh, repeats: int
 ) -> dict[str, float]:
   """Returns sampling time against the same number of bare forward passes of the denoiser."""
   if 'denoiser' not in experiment.networks:
@@ -99,8 +103,8 @@ def measure_sampler(
   model = experiment.networks['denoiser']
   where = sharding.batch_sharding(mesh)
   args = [
-      None if shape is None else jax.device_put(jnp.ones((count, *shape.shape[1:]), shape.dtype), where)
-      for shape in model.inputs
+    None if shape is None else jax.device_put(jnp.ones((count, *shape.shape[1:]), shape.dtype), where)
+    for shape in model.inputs
   ]
   forward = jax.jit(model.apply)
   given = {}
@@ -113,11 +117,11 @@ def measure_sampler(
   sample_seconds = median_seconds(lambda: run(params, frozen, {}, np.arange(count), given), repeats)
   evaluations = experiment.num_function_evaluations
   return {
-      'sample_batch_size': count,
-      'sample_seconds': sample_seconds,
-      'forward_seconds': forward_seconds,
-      'num_function_evaluations': evaluations,
-      'sampler_over_forward': sample_seconds / (evaluations * forward_seconds),
+    'sample_batch_size': count,
+    'sample_seconds': sample_seconds,
+    'forward_seconds': forward_seconds,
+    'num_function_evaluations': evaluations,
+    'sampler_over_forward': sample_seconds / (evaluations * forward_seconds),
   }
 
 
@@ -131,12 +135,12 @@ def matmul_peak(size: int, repeats: int) -> float:
 def loader_speed(config: ConfigDict, batch_size: int, source: sources.Source, repeats: int) -> float:
   """Returns the images per second that the loader delivers when nothing else runs."""
   batches = loader.train_batches(
-      source,
-      batch_size=batch_size,
-      seed=0,
-      start_step=0,
-      num_threads=config.data.num_threads,
-      prefetch=config.data.prefetch,
+    source,
+    batch_size=batch_size,
+    seed=0,
+    start_step=0,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
   )
   next(batches)
   count = 10 * repeats

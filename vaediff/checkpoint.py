@@ -29,10 +29,10 @@ class Checkpointer:
   def __init__(self, stage_folder: pathlib.Path, keep: int):
     self.folder = (stage_folder / FOLDER).absolute()
     self._manager = ocp.CheckpointManager(
-        self.folder,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        ),
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+      ),
     )
 
   def latest_step(self) -> int | None:
@@ -47,7 +47,8 @@ class Checkpointer:
     """
     try:
       self._manager.save(
-          step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
       )
     except Exception as error:  # Orbax wraps whatever the storage raised
       raise self._failed(error) from error
@@ -66,10 +67,8 @@ class Checkpointer:
     _check_structure(folder, abstract_state)
     try:
       restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
-          ),
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
       )
     except Exception as error:
       raise damaged(folder, error) from error
@@ -84,8 +83,8 @@ class Checkpointer:
     steps = finished_steps(self.folder)
     last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no earlier checkpoint'
     return UserError(
-        f'could not save a checkpoint in {self.folder}: {_first_line(error)}. {last.capitalize()}. Make room '
-        'or mend the folder, then run the same command again: it resumes from there'
+      f'could not save a checkpoint in {self.folder}: {_first_line(error)}. {last.capitalize()}. Make room '
+      'or mend the folder, then run the same command again: it resumes from there'
     )
 
 
@@ -125,12 +124,12 @@ def load_frozen(stage_folder: pathlib.Path, network: str, abstract_params: Param
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       restored = checkpointer.restore(
-          folder / 'state',
-          args=ocp.args.PyTreeRestore(
-              tree,
-              restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-              partial_restore=True,
-          ),
+        folder / 'state',
+        args=ocp.args.PyTreeRestore(
+          tree,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+          partial_restore=True,
+        ),
       )
   except Exception as error:
     raise damaged(folder, error) from error
@@ -161,8 +160,8 @@ def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
 def damaged(folder: pathlib.Path, error: Exception) -> UserError:
   """Returns the error for a checkpoint that cannot be read."""
   return UserError(
-      f'the checkpoint {folder} cannot be read: {_first_line(error)}. Files of it are missing or damaged. '
-      'Move that folder away (the previous checkpoint is then used), or restore it from a copy'
+    f'the checkpoint {folder} cannot be read: {_first_line(error)}. Files of it are missing or damaged. '
+    'Move that folder away (the previous checkpoint is then used), or restore it from a copy'
   )
 
 
@@ -171,17 +170,19 @@ def _check_structure(folder: pathlib.Path, tree: Any, partial: bool = False) -> 
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   wanted = {_name(path): tuple(leaf.shape) for path, leaf in leaves}
   problems = [
-      f'{name}: stored {stored.get(name, "nothing")}, config needs {shape}'
-      for name, shape in wanted.items()
-      if stored.get(name) != shape
+    f'{name}: stored {stored.get(name, "nothing")}, config needs {shape}'
+    for name, shape in wanted.items()
+    if stored.get(name) != shape
   ]
   if not partial:
-    problems += [f'{name}: stored {stored[name]}, config needs nothing' for name in stored.keys() - wanted.keys()]
+    problems += [
+      f'{name}: stored {stored[name]}, config needs nothing' for name in stored.keys() - wanted.keys()
+    ]
   if problems:
     raise UserError(
-        f'the checkpoint {folder} holds another architecture than the config: {problems[0]}'
-        + (f' (and {len(problems) - 1} more)' if len(problems) > 1 else '')
-        + '. Use the config it was trained with (--workdir alone reads it), or another --workdir'
+      f'the checkpoint {folder} holds another architecture than the config: {problems[0]}'
+      + (f' (and {len(problems) - 1} more)' if len(problems) > 1 else '')
+      + '. Use the config it was trained with (--workdir alone reads it), or another --workdir'
     )
 
 

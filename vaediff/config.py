@@ -19,21 +19,21 @@ from vaediff.errors import UserError
 
 FILE = 'config.json'
 MAY_CHANGE = (
-    'train.num_steps',
-    'train.log_every_steps',
-    'train.save_every_steps',
-    'train.eval_every_steps',
-    'train.grid_every_steps',
-    'train.grid_images',
-    'train.eval_images',
-    'train.keep_checkpoints',
-    'sample.',
-    'prior.',
-    'data_dir',
-    'path',
-    'num_threads',
-    'prefetch',
-    'materialize',
+  'train.num_steps',
+  'train.log_every_steps',
+  'train.save_every_steps',
+  'train.eval_every_steps',
+  'train.grid_every_steps',
+  'train.grid_images',
+  'train.eval_images',
+  'train.keep_checkpoints',
+  'sample.',
+  'prior.',
+  'data_dir',
+  'path',
+  'num_threads',
+  'prefetch',
+  'materialize',
 )
 """Fields of a stage or of `data` that may differ when a run goes on; all others would change its results."""
 
@@ -79,7 +79,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     argument = next((arg for arg in argv if name in arg), name)
     hint = ' '.join(line for line in text.splitlines() if line.startswith('Did you mean'))
     raise UserError(
-        f'{argument}: the config has no key {name!r}. {hint} Keys are declared in configs/base.py'
+      f'{argument}: the config has no key {name!r}. {hint} Keys are declared in configs/base.py'
     ) from error
   except OSError as error:
     raise UserError(f'the config file cannot be loaded: {str(error).splitlines()[-1].strip()}') from error
@@ -95,7 +95,9 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   try:
     return from_json(path.read_text(encoding='utf-8'))
   except FileNotFoundError as error:
-    raise UserError(f'{path} does not exist: give --config, or the --workdir of a run that was started') from error
+    raise UserError(
+      f'{path} does not exist: give --config, or the --workdir of a run that was started'
+    ) from error
   except ValueError as error:
     raise UserError(f'{path} is not a stored config: {error}') from error
 
@@ -149,13 +151,25 @@ def validate(config: ConfigDict) -> None:
   if len(set(config.stages)) != len(config.stages):
     raise UserError(f'config.stages names a stage twice: {config.stages}')
   data = config.data
-  for field, least in (('image_size', 1), ('channels', 1), ('crop_size', 0), ('num_threads', 0), ('prefetch', 1)):
+  for field, least in (
+    ('image_size', 1),
+    ('channels', 1),
+    ('crop_size', 0),
+    ('num_threads', 0),
+    ('prefetch', 1),
+  ):
     _at_least(f'data.{field}', data[field], least)
   for stage in config.stages:
     if stage not in config:
       raise UserError(f'config.stages names {stage!r}, which has no section in the config')
     section = config[stage]
-    for field in ('num_steps', 'batch_size', 'log_every_steps', 'save_every_steps', 'eval_every_steps'):
+    for field in (
+      'num_steps',
+      'batch_size',
+      'log_every_steps',
+      'save_every_steps',
+      'eval_every_steps',
+    ):
       _at_least(f'{stage}.train.{field}', section.train[field], 1)
     for field in ('keep_checkpoints', 'grid_images'):
       _at_least(f'{stage}.train.{field}', section.train[field], 1)
@@ -170,7 +184,9 @@ def validate(config: ConfigDict) -> None:
   _at_least('benchmark.num_repeats', config.benchmark.num_repeats, 1)
 
 
-def check_same_run(config: ConfigDict, stored: ConfigDict, trained: tuple[str, ...], workdir: pathlib.Path) -> None:
+def check_same_run(
+  config: ConfigDict, stored: ConfigDict, trained: tuple[str, ...], workdir: pathlib.Path
+) -> None:
   """Raises UserError when `workdir` holds stages trained with other settings than `config`'s.
 
   Args:
@@ -198,8 +214,8 @@ def check_same_run(config: ConfigDict, stored: ConfigDict, trained: tuple[str, .
     field, before, now = problems[0]
     more = f' (and {len(problems) - 1} more fields)' if len(problems) > 1 else ''
     raise UserError(
-        f'{workdir} holds a run of another config: config.{field} is {before!r} there, {now!r} now{more}. '
-        'Nothing was changed. Use another --workdir, or the same values, or --workdir alone'
+      f'{workdir} holds a run of another config: config.{field} is {before!r} there, {now!r} now{more}. '
+      'Nothing was changed. Use another --workdir, or the same values, or --workdir alone'
     )
 
 

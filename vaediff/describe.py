@@ -10,7 +10,15 @@ from ml_collections import ConfigDict
 from vaediff import cost, experiments, log
 from vaediff.data import sources
 
-COLUMNS = ('stage', 'network', 'parameters', 'GMACs/image', 'parameter MB', 'optimizer MB', 'EMA MB')
+COLUMNS = (
+  'stage',
+  'network',
+  'parameters',
+  'GMACs/image',
+  'parameter MB',
+  'optimizer MB',
+  'EMA MB',
+)
 
 
 def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, float | str]]:
@@ -26,8 +34,11 @@ def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, floa
     for name, model in experiment.networks.items():
       network = state.networks[name]
       log.say(f'\n{stage}/{name}\n{layers(network.params)}')
-      forward = cost.macs(lambda params, args, model=model: model.apply(params, *args), network.params, model.inputs)
-      rows.append({
+      forward = cost.macs(
+        lambda params, args, model=model: model.apply(params, *args), network.params, model.inputs
+      )
+      rows.append(
+        {
           'stage': stage,
           'network': name,
           'parameters': cost.num_parameters(network.params),
@@ -35,18 +46,23 @@ def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, floa
           'parameter MB': cost.num_bytes(network.params) / 1e6,
           'optimizer MB': cost.num_bytes(network.opt_state) / 1e6,
           'EMA MB': cost.num_bytes(network.ema_params) / 1e6,
-      })
+        }
+      )
   cells = [COLUMNS] + [
-      tuple(f'{row[c]:,.3f}' if isinstance(row[c], float) else f'{row[c]:,}' if isinstance(row[c], int) else row[c]
-            for c in COLUMNS)
-      for row in rows
+    tuple(
+      f'{row[c]:,.3f}' if isinstance(row[c], float) else f'{row[c]:,}' if isinstance(row[c], int) else row[c]
+      for c in COLUMNS
+    )
+    for row in rows
   ]
   widths = [max(len(line[k]) for line in cells) for k in range(len(COLUMNS))]
   log.say('')
   for line in cells:
     log.say('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
   steps = {stage: config[stage].train.num_steps for stage in stages}
-  shown = ', '.join(f'{stage} {count:,} steps of {config[stage].train.batch_size} images' for stage, count in steps.items())
+  shown = ', '.join(
+    f'{stage} {count:,} steps of {config[stage].train.batch_size} images' for stage, count in steps.items()
+  )
   log.say(f'\ntraining: {shown}; {sum(steps.values()):,} steps in all')
   log.say(f'data: {sources.describe(config.data)}')
   return rows

@@ -35,11 +35,11 @@ def make_draw(experiment: Experiment, mesh: Mesh, seed: int) -> Callable[..., di
   compiled = jax.jit(run)
 
   def draw(
-      params: dict[str, Params],
-      frozen: dict[str, Params],
-      prior_arrays: prior.Prior,
-      indices: np.ndarray,
-      given: dict[str, np.ndarray] | None = None,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    prior_arrays: prior.Prior,
+    indices: np.ndarray,
+    given: dict[str, np.ndarray] | None = None,
   ) -> dict[str, np.ndarray]:
     count = len(indices)
     padded = sharding.round_up(count, mesh)
@@ -47,7 +47,9 @@ def make_draw(experiment: Experiment, mesh: Mesh, seed: int) -> Callable[..., di
     given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in (given or {}).items()}
     chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
     result = jax.device_get(compiled(params, frozen, prior_arrays, chosen, given))
-    return {name: images.to_uint8(value[:count]) for name, value in result.items()}
+    # jit sorts the names; what an image was made from comes before it
+    names = sorted(result, key=lambda name: (name == 'x0', name))
+    return {name: images.to_uint8(result[name][:count]) for name in names}
 
   return draw
 

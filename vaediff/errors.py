@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-  """A mistake in a config, a file or a flag. The message names it, its value, what is allowed and what to do."""
+  """A mistake in a config, a file or a flag: the message names it, its value, what is allowed, what to do."""

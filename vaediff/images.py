@@ -32,7 +32,7 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def side_by_side(*columns: np.ndarray) -> np.ndarray:
-  """Returns [n * k, ...]: image i of each of the k arrays in turn, so that a grid shows them beside each other."""
+  """Returns [n * k, ...]: image i of each of the k arrays in turn, so that a grid shows them together."""
   return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
 
 

@@ -54,7 +54,7 @@ def rows_of(trained: Trained, row: int, weights: np.ndarray) -> dict[str, dict[s
 
 
 def attribute_direction(
-    trained: Trained, codes: np.ndarray, labels: np.ndarray
+  trained: Trained, codes: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the mean z of `to_label` minus that of `from_label`, and which images have `from_label`.
 
@@ -68,8 +68,8 @@ def attribute_direction(
     if not len(chosen[field]):
       present = ', '.join(map(str, np.unique(labels)))
       raise UserError(
-          f'config.interpolate.{field} is {settings[field]}, which none of the {len(labels)} images looked at '
-          f'has; labels there: {present}. Choose one of them, or raise config.interpolate.num_encoded'
+        f'config.interpolate.{field} is {settings[field]}, which none of the {len(labels)} images looked at '
+        f'has; labels there: {present}. Choose one of them, or raise config.interpolate.num_encoded'
       )
   means = {field: codes[index].mean(axis=0) for field, index in chosen.items()}
   return means['to_label'] - means['from_label'], chosen['from_label']

@@ -46,12 +46,12 @@ class StageLog:
     self._file = open(path, 'a', encoding='utf-8')
     self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(
-        total=num_steps,
-        initial=start_step,
-        desc=stage,
-        unit='step',
-        disable=not sys.stderr.isatty(),
-        dynamic_ncols=True,
+      total=num_steps,
+      initial=start_step,
+      desc=stage,
+      unit='step',
+      disable=not sys.stderr.isatty(),
+      dynamic_ncols=True,
     )
 
   def progress(self, step: int) -> None:

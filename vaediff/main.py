@@ -18,7 +18,9 @@ from vaediff.modes import MODES
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, as configs/digits.py:debug.')
 WORKDIR = flags.DEFINE_string('workdir', '', 'Run folder; default runs/<config name>.')
 MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
-STAGES = flags.DEFINE_string('stages', '', 'Comma list of stages; default all (train) or the last (the rest).')
+STAGES = flags.DEFINE_string(
+  'stages', '', 'Comma list of stages; default all (train) or the last (the rest).'
+)
 
 
 def main(argv: list[str]) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vaediff import benchmark, describe, pipeline, sharding
+from vaediff import benchmark, describe, log, pipeline, restore, sample, sharding
 from vaediff import interpolate as interpolation
-from vaediff import log, restore, sample
 from vaediff.data import sources
 from vaediff.trained import Trained
 
@@ -46,12 +45,12 @@ def _on_trained(function: Callable[[Trained], dict[str, float]]) -> Mode:
 
 
 MODES: dict[str, Mode] = {
-    'train': _train,
-    'prepare': _prepare,
-    'describe': _describe,
-    'sample': _on_trained(sample.sample),
-    'reconstruct': _on_trained(sample.reconstruct),
-    'interpolate': _on_trained(interpolation.interpolate),
-    'restore': _on_trained(restore.restore),
-    'benchmark': _benchmark,
+  'train': _train,
+  'prepare': _prepare,
+  'describe': _describe,
+  'sample': _on_trained(sample.sample),
+  'reconstruct': _on_trained(sample.reconstruct),
+  'interpolate': _on_trained(interpolation.interpolate),
+  'restore': _on_trained(restore.restore),
+  'benchmark': _benchmark,
 }

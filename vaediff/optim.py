@@ -71,9 +71,7 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> Optimizer:
   if config.weight_decay > 0:
     chain.append(optax.add_decayed_weights(config.weight_decay))
   chain.append(optax.scale_by_learning_rate(learning_rate(config, num_steps)))
-  return Optimizer(
-      transform=optax.chain(*chain), ema_decay=config.ema_decay, ema_warmup=config.ema_warmup
-  )
+  return Optimizer(transform=optax.chain(*chain), ema_decay=config.ema_decay, ema_warmup=config.ema_warmup)
 
 
 def global_norm(tree: Params) -> Scalar:

@@ -15,8 +15,8 @@ from vaediff import checkpoint, experiments, images, log, sample, sharding
 from vaediff import config as configs
 from vaediff import interpolate as interpolation
 from vaediff.data import pixels, sources
-from vaediff.experiments.base import Experiment
 from vaediff.errors import UserError
+from vaediff.experiments.base import Experiment
 from vaediff.train import SUMMARY, Stage, train
 from vaediff.trained import Trained, load_frozen
 from vaediff.types import Params
@@ -52,19 +52,19 @@ def run(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> l
     frozen = load_frozen(built[name], config, workdir, mesh)
     fresh = True
     summaries.append(
-        train(
-            Stage(
-                name=name,
-                folder=folder,
-                config=config,
-                experiment=built[name],
-                frozen=frozen,
-                train_source=train_source,
-                eval_source=eval_source,
-                extra=precomputed(config, workdir, name, built[name], frozen, train_source, mesh),
-                mesh=mesh,
-            )
+      train(
+        Stage(
+          name=name,
+          folder=folder,
+          config=config,
+          experiment=built[name],
+          frozen=frozen,
+          train_source=train_source,
+          eval_source=eval_source,
+          extra=precomputed(config, workdir, name, built[name], frozen, train_source, mesh),
+          mesh=mesh,
         )
+      )
     )
   figures = first_images(config, workdir, stages[-1], mesh, fresh)
   if jax.process_index() == 0:
@@ -77,9 +77,7 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
   if not (workdir / configs.FILE).exists():
     return
   stored = configs.read(workdir)
-  trained = tuple(
-      stage for stage in stored.stages if checkpoint.latest_step(workdir / stage) is not None
-  )
+  trained = tuple(stage for stage in stored.stages if checkpoint.latest_step(workdir / stage) is not None)
   configs.check_same_run(config, stored, trained, workdir)
 
 
@@ -98,7 +96,7 @@ def read_summary(folder: pathlib.Path, config: ConfigDict, stage: str) -> dict[s
 
 
 def first_images(
-    config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh, fresh: bool
+  config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh, fresh: bool
 ) -> dict[str, float]:
   """Writes samples, reconstructions and interpolations of the last stage, unless they are there already.
 
@@ -122,13 +120,13 @@ def first_images(
 
 
 def precomputed(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    stage: str,
-    experiment: Experiment,
-    frozen: dict[str, Params],
-    source: sources.Source,
-    mesh: Mesh,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  stage: str,
+  experiment: Experiment,
+  frozen: dict[str, Params],
+  source: sources.Source,
+  mesh: Mesh,
 ) -> dict[str, np.ndarray]:
   """Returns {'x0_vae': uint8, 'z': float32} of every training image, by index, from the posterior mean.
 
@@ -150,12 +148,12 @@ def precomputed(
 
 
 def write_precomputed(
-    folder: pathlib.Path,
-    experiment: Experiment,
-    frozen: dict[str, Params],
-    source: sources.Source,
-    batch_size: int,
-    mesh: Mesh,
+  folder: pathlib.Path,
+  experiment: Experiment,
+  frozen: dict[str, Params],
+  source: sources.Source,
+  batch_size: int,
+  mesh: Mesh,
 ) -> None:
   """Writes the reconstruction and the mean latent of every image of a source, batch by batch."""
   model = experiment.frozen['vae'].model
@@ -166,10 +164,13 @@ def write_precomputed(
     return model.apply(params, z, method='decode'), z
 
   count, where = len(source), sharding.batch_sharding(mesh)
-  shapes = {'x0_vae': ((count, *experiment.noise_shape), np.uint8), 'z': ((count, experiment.latent_dim), np.float32)}
+  shapes = {
+    'x0_vae': ((count, *experiment.noise_shape), np.uint8),
+    'z': ((count, experiment.latent_dim), np.float32),
+  }
   arrays = {
-      name: np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', dtype, shape)
-      for name, (shape, dtype) in shapes.items()
+    name: np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', dtype, shape)
+    for name, (shape, dtype) in shapes.items()
   }
   log.say(f'precomputing the VAE reconstructions of {count} images')
   batch_size = sharding.round_up(min(batch_size, count), mesh)
@@ -191,14 +192,16 @@ def print_table(summaries: list[dict[str, Any]], figures: dict[str, float], seco
     last = {name: f'{value:.4g}' for name, value in summary['last'].items() if name != 'images_per_second'}
     training = ' '.join(f'{name}={value}' for name, value in last.items() if not name.startswith('val/'))
     validation = ' '.join(f'{name[4:]}={value}' for name, value in last.items() if name.startswith('val/'))
-    rows.append((
+    rows.append(
+      (
         summary['stage'],
         str(summary['steps']),
         f'{summary["seconds"]:.1f}',
         f'{summary["images_per_second"]:.0f}',
         training,
         validation,
-    ))
+      )
+    )
   widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
   log.say('')
   for row in rows:

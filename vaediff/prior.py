@@ -19,8 +19,8 @@ from vaediff.types import Keys, Latent
 KINDS = ('normal', 'gmm')
 COVARIANCES = ('full', 'diag', 'tied')
 Prior = dict[str, jax.Array | np.ndarray]
-"""{} for N(0, I); else `weights` [k], `means` [k, d] and one of `full` [k, d, d], `diag` [k, d], `tied` [d, d]:
-factors L with covariance L L^T (standard deviations for `diag`)."""
+"""{} for N(0, I); else `weights` [k], `means` [k, d] and one of `full` [k, d, d], `diag` [k, d] or `tied`
+[d, d]: factors L with covariance L L^T (standard deviations for `diag`)."""
 
 
 def draw(prior: Prior, keys: Keys, latent_dim: int) -> Latent:
@@ -47,13 +47,9 @@ def check(config: ConfigDict, stage: str) -> None:
     if config[field] not in names:
       raise UserError(f'config.{stage}.prior.{field} is {config[field]!r}; valid: {", ".join(names)}')
   if not config.num_components or min(config.num_components) < 1:
-    raise UserError(
-        f'config.{stage}.prior.num_components must name counts >= 1, got {config.num_components}'
-    )
+    raise UserError(f'config.{stage}.prior.num_components must name counts >= 1, got {config.num_components}')
   if not 0 < config.holdout_fraction < 1:
-    raise UserError(
-        f'config.{stage}.prior.holdout_fraction must be in (0, 1), got {config.holdout_fraction}'
-    )
+    raise UserError(f'config.{stage}.prior.holdout_fraction must be in (0, 1), got {config.holdout_fraction}')
 
 
 def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndarray], dict[int, float]]:
@@ -76,7 +72,7 @@ def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndar
   candidates = [k for k in config.num_components if k <= len(rest)]
   if not candidates:
     raise UserError(
-        f'prior.num_components {config.num_components} are all more than the {len(rest)} latents to fit to'
+      f'prior.num_components {config.num_components} are all more than the {len(rest)} latents to fit to'
     )
   scores = {k: float(mixture(k).fit(rest).score(held_out)) for k in candidates}
   best = mixture(max(scores, key=scores.get)).fit(z)

@@ -28,8 +28,8 @@ def restore(trained: Trained) -> dict[str, float]:
   need_latents(trained, 'restore')
   if not getattr(trained.experiment, 'formulation', 0):
     raise UserError(
-        f'--mode=restore needs a refiner with an image condition, stage {trained.stage!r} has none; train one '
-        'with diffusion.condition = formulation1 or formulation2, or choose it with --stages'
+      f'--mode=restore needs a refiner with an image condition, stage {trained.stage!r} has none; train one '
+      'with diffusion.condition = formulation1 or formulation2, or choose it with --stages'
     )
   data, _ = eval_images(trained, settings.num_images)
   degraded, known = degrade(np.asarray(pixels.to_unit_range(jnp.asarray(data))), settings)
@@ -68,4 +68,4 @@ def degrade(x0: np.ndarray, settings: ConfigDict) -> tuple[np.ndarray, np.ndarra
     known = np.ones((1, size, size, 1), bool)
     known[:, start : start + side, start : start + side] = False
     return np.where(known, x0, 0.0).astype(np.float32), known
-  raise UserError(f"config.restore.task is {settings.task!r}; valid: super_resolution, denoise, inpaint")
+  raise UserError(f'config.restore.task is {settings.task!r}; valid: super_resolution, denoise, inpaint')

@@ -26,7 +26,9 @@ def sample(trained: Trained) -> dict[str, float]:
       if first < MAX_IN_GRID:
         shown.setdefault(name, []).append(value[:fresh])
       if settings.save_npz:
-        stored.setdefault(name, np.empty((count, *value.shape[1:]), np.uint8))[first : first + fresh] = value[:fresh]
+        stored.setdefault(name, np.empty((count, *value.shape[1:]), np.uint8))[first : first + fresh] = value[
+          :fresh
+        ]
   columns = {name: np.concatenate(value)[:MAX_IN_GRID] for name, value in shown.items()}
   if 'x0' in columns and not settings.with_vae:
     columns.pop('x0_vae', None)
@@ -100,8 +102,8 @@ def need_latents(trained: Trained, mode: str) -> None:
   """Raises UserError when the stage has no VAE to encode with."""
   if not trained.experiment.latent_dim:
     raise UserError(
-        f'--mode={mode} needs a latent code; stage {trained.stage!r} was trained without a VAE '
-        "(diffusion.condition = 'none'). Use --mode=sample, or another stage with --stages"
+      f'--mode={mode} needs a latent code; stage {trained.stage!r} was trained without a VAE '
+      "(diffusion.condition = 'none'). Use --mode=sample, or another stage with --stages"
     )
 
 

@@ -37,7 +37,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
   if int(np.prod(list(sizes.values()))) != len(devices):
     raise UserError(f'config.mesh {dict(config)} does not fit the {len(devices)} devices here')
   return jax.make_mesh(
-      tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
+    tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
   )
 
 
@@ -51,9 +51,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
-def shardings_of(
-    tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec | str]] = RULES
-) -> Any:
+def shardings_of(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec | str]] = RULES) -> Any:
   """Returns the NamedSharding of each leaf of an abstract tree, by the first rule its path matches."""
 
   def one(path, leaf):

@@ -57,9 +57,9 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> Any:
   """Returns shapes, types and shardings of the state, without allocating it."""
   shapes = jax.eval_shape(experiment.init, jax.random.key(0))
   return jax.tree.map(
-      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-      shapes,
-      sharding.shardings_of(shapes, mesh),
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    shapes,
+    sharding.shardings_of(shapes, mesh),
   )
 
 
@@ -77,8 +77,8 @@ def train(stage: Stage) -> dict[str, Any]:
   num_steps, batch_size = section.train.num_steps, section.train.batch_size
   if batch_size % stage.mesh.size:
     raise UserError(
-        f'config.{stage.name}.train.batch_size must be a multiple of the {stage.mesh.size} devices, '
-        f'got {batch_size}'
+      f'config.{stage.name}.train.batch_size must be a multiple of the {stage.mesh.size} devices, '
+      f'got {batch_size}'
     )
 
   # State: born sharded, or restored ----------------------------------------------------------------
@@ -98,15 +98,15 @@ def train(stage: Stage) -> dict[str, Any]:
   # Compile -----------------------------------------------------------------------------------------
   batch_where, replicated = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)
   batches = loader.train_batches(
-      stage.train_source,
-      batch_size=batch_size,
-      seed=stage.config.seed,
-      start_step=start_step,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      num_threads=stage.config.data.num_threads,
-      prefetch=stage.config.data.prefetch,
-      extra=stage.extra,
+    stage.train_source,
+    batch_size=batch_size,
+    seed=stage.config.seed,
+    start_step=start_step,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_threads=stage.config.data.num_threads,
+    prefetch=stage.config.data.prefetch,
+    extra=stage.extra,
   )
   step_fn = make_step(stage.experiment, where, replicated)
   evaluate = Evaluator(stage, key_eval)
@@ -146,15 +146,15 @@ def train(stage: Stage) -> dict[str, Any]:
         board.flush()
         seconds = seconds_before + time.monotonic() - started
         checkpointer.save(
-            step,
-            state,
-            {
-                'stage': stage.name,
-                'data_position': step,
-                'seconds': seconds,
-                'config': json.loads(stage.config.to_json()),
-                'last': last,
-            },
+          step,
+          state,
+          {
+            'stage': stage.name,
+            'data_position': step,
+            'seconds': seconds,
+            'config': json.loads(stage.config.to_json()),
+            'last': last,
+          },
         )
     checkpointer.close()
   finally:
@@ -197,8 +197,8 @@ class Watch:
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
       bad = ', '.join(f'{name} = {value}' for name, value in values.items() if not np.isfinite(value))
       raise UserError(
-          f'stage {self._stage}, step {step}: {bad} is not finite. The last checkpoint is from before it. '
-          f'Lower config.{self._stage}.optim.learning_rate, or set optim.clip_norm, and run again'
+        f'stage {self._stage}, step {step}: {bad} is not finite. The last checkpoint is from before it. '
+        f'Lower config.{self._stage}.optim.learning_rate, or set optim.clip_norm, and run again'
       )
 
 
@@ -209,9 +209,7 @@ class Evaluator:
     section = stage.config[stage.name]
     self._stage = stage
     self._where = sharding.batch_sharding(stage.mesh)
-    self._batch_size = sharding.round_up(
-        min(section.train.batch_size, len(stage.eval_source)), stage.mesh
-    )
+    self._batch_size = sharding.round_up(min(section.train.batch_size, len(stage.eval_source)), stage.mesh)
     self._limit, self._grid_images = section.train.eval_images, section.train.grid_images
     self._key = key
     self._eval_step = jax.jit(stage.experiment.eval_step)
@@ -221,17 +219,19 @@ class Evaluator:
     """Returns the metrics of the evaluation split, averaged over its examples."""
     totals, count = collections.defaultdict(float), 0.0
     batches = loader.eval_batches(
-        self._stage.eval_source,
-        batch_size=self._batch_size,
-        limit=self._limit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+      self._stage.eval_source,
+      batch_size=self._batch_size,
+      limit=self._limit,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_threads=self._stage.config.data.num_threads,
+      prefetch=self._stage.config.data.prefetch,
     )
     for index, batch in enumerate(batches):
       weight = float(batch['mask'].sum())
       key = jax.random.fold_in(self._key, index)
       metrics = self._eval_step(
-          state.eval_params, self._stage.frozen, sharding.put_batch(batch, self._where), key
+        state.eval_params, self._stage.frozen, sharding.put_batch(batch, self._where), key
       )
       for name, value in jax.device_get(metrics).items():
         totals[name] += float(value) * weight
@@ -245,15 +245,15 @@ class Evaluator:
 
 
 def write_summary(
-    stage: Stage, num_steps: int, batch_size: int, seconds: float, last: dict[str, Any]
+  stage: Stage, num_steps: int, batch_size: int, seconds: float, last: dict[str, Any]
 ) -> dict[str, Any]:
   """Writes and returns the stage's line of the final table."""
   summary = {
-      'stage': stage.name,
-      'steps': num_steps,
-      'seconds': seconds,
-      'images_per_second': num_steps * batch_size / max(seconds, 1e-9),
-      'last': last,
+    'stage': stage.name,
+    'steps': num_steps,
+    'seconds': seconds,
+    'images_per_second': num_steps * batch_size / max(seconds, 1e-9),
+    'last': last,
   }
   if jax.process_index() == 0:
     temporary = stage.folder / f'.{SUMMARY}.tmp'

@@ -35,8 +35,8 @@ class Trained:
     self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
     self.experiment = experiments.build(config, stage)
     self.params = {
-        name: checkpoint.load_frozen(workdir / stage, name, abstract_params(model, mesh))
-        for name, model in self.experiment.networks.items()
+      name: checkpoint.load_frozen(workdir / stage, name, abstract_params(model, mesh))
+      for name, model in self.experiment.networks.items()
     }
     self.frozen = load_frozen(self.experiment, config, workdir, mesh)
     self._draw = draw.make_draw(self.experiment, mesh, self.settings.seed)
@@ -57,9 +57,7 @@ class Trained:
     """Images of the evaluation split."""
     return sources.open_source(self.config.data, 'eval')
 
-  def draw(
-      self, indices: np.ndarray, given: dict[str, np.ndarray] | None = None
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: np.ndarray, given: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """Returns uint8 images by name; see `draw.make_draw`."""
     return self._draw(self.params, self.frozen, self.prior, indices, given)
 
@@ -88,13 +86,13 @@ def abstract_params(model: Model, mesh: Mesh) -> Params:
   """Returns shapes, types and (replicated) shardings of a network's parameters."""
   where = sharding.replicated(mesh)
   return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-      jax.eval_shape(model.init, jax.random.key(0)),
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    jax.eval_shape(model.init, jax.random.key(0)),
   )
 
 
 def load_frozen(
-    experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh
+  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh
 ) -> dict[str, Params]:
   """Returns the networks of earlier stages that an experiment reads, from this run or another."""
   networks = {}
@@ -104,11 +102,11 @@ def load_frozen(
       stored = configs.read(folder)
       if source.stage not in stored or stored[source.stage].model != config[source.stage].model:
         raise UserError(
-            f'config.{source.stage}.model differs from the stage {source.stage!r} of {folder}; '
-            f'give the same values as {folder / configs.FILE}'
+          f'config.{source.stage}.model differs from the stage {source.stage!r} of {folder}; '
+          f'give the same values as {folder / configs.FILE}'
         )
     networks[name] = checkpoint.load_frozen(
-        folder / source.stage, source.network, abstract_params(source.model, mesh)
+      folder / source.stage, source.network, abstract_params(source.model, mesh)
     )
   return networks
 
@@ -130,7 +128,9 @@ def load_prior(trained: Trained) -> dict[str, np.ndarray]:
     count = min(section.num_encoded, len(images))
     log.say(f'fitting a Gaussian mixture ({section.covariance}, {counts} components) to {count} latents')
     chunks = np.array_split(np.arange(count), max(1, count // 1024))
-    z = [trained.encode_sampled(images.read(chunk)['image'], config.seed + k) for k, chunk in enumerate(chunks)]
+    z = [
+      trained.encode_sampled(images.read(chunk)['image'], config.seed + k) for k, chunk in enumerate(chunks)
+    ]
     arrays, scores = prior.fit(np.concatenate(z), section, config.seed)
     shown = ', '.join(f'{k}: {score:.2f}' for k, score in scores.items())
     log.say(f'held-out nats per latent by components: {shown}; {len(arrays["weights"])} used')

@@ -113,9 +113,7 @@ def test_emoji_variants_never_cross_the_splits(emoji):
     assert (right == 255).all()  # Transparent, so white.
     toned = left[left[:, 1] >= 50]
     families.append(set(toned[:, 0].tolist()))
-    assert families[-1] == {
-      n for n in range(0, 40, 4) if builders.emoji_split(f'1F{n:03X}') == split
-    }
+    assert families[-1] == {n for n in range(0, 40, 4) if builders.emoji_split(f'1F{n:03X}') == split}
     assert len(toned) == 5 * len(families[-1])
   assert families[0].isdisjoint(families[1])
   assert set(pictures(train)).isdisjoint(pictures(test))

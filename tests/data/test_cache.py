@@ -116,9 +116,7 @@ def test_killed_build_is_not_taken_for_a_cache(data):
 def test_two_processes_build_one_folder(data):
   context = multiprocessing.get_context('fork')
   barrier, results = context.Barrier(2), context.Queue()
-  processes = [
-    context.Process(target=_build_and_report, args=(data, barrier, results)) for _ in range(2)
-  ]
+  processes = [context.Process(target=_build_and_report, args=(data, barrier, results)) for _ in range(2)]
   for process in processes:
     process.start()
   contents = [results.get(timeout=60) for _ in processes]

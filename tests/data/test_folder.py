@@ -14,9 +14,7 @@ def root(tmp_path):
   for name, colour, suffix in [('dog', (0, 0, 250), 'jpg'), ('cat', (250, 0, 0), 'png')]:
     (folder / name / 'deep').mkdir(parents=True)
     for i in range(8):
-      Image.new('RGB', (8, 8), colour).save(
-        folder / name / ('deep' if i % 2 else '') / f'{i}.{suffix}'
-      )
+      Image.new('RGB', (8, 8), colour).save(folder / name / ('deep' if i % 2 else '') / f'{i}.{suffix}')
   return folder
 
 
@@ -64,9 +62,7 @@ def test_modes_become_rgb_or_grey(data, root):
     data.channels, data.materialize = channels, False
     source = open_source(data, 'train')
     for i in range(len(source)):
-      found[source.reader.locate(i).split('/')[-1], channels] = source.read(np.array([i]))['image'][
-        0
-      ]
+      found[source.reader.locate(i).split('/')[-1], channels] = source.read(np.array([i]))['image'][0]
   assert source.num_classes == 0 and len(found) == 12
   luma = round(0.299 * 40 + 0.587 * 80 + 0.114 * 120)
   for name, left, right in [
@@ -135,9 +131,7 @@ def test_orientation_is_upright(data, root):
 
 def test_folder_mistakes(data, root, tmp_path):
   Image.new('RGB', (8, 8)).save(root / 'stray.png')
-  with pytest.raises(
-    UserError, match="1 images lie in the folder itself and 16 in subfolders.*'cat'"
-  ):
+  with pytest.raises(UserError, match="1 images lie in the folder itself and 16 in subfolders.*'cat'"):
     open_source(data, 'train')
   (tmp_path / 'nothing' / '.hidden').mkdir(parents=True)
   Image.new('RGB', (8, 8)).save(tmp_path / 'nothing' / '.hidden' / 'a.png')

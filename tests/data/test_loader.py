@@ -82,9 +82,7 @@ def test_resuming_is_exact(source, num_threads):
   first = train(source, num_threads=num_threads, prefetch=num_threads)
   np.testing.assert_array_equal(take(first, 11), unbroken[:11])
   assert first.position == 11  # Not what the threads have read ahead.
-  halves = [
-    train(source, start_step=first.position, process_index=i, process_count=2) for i in range(2)
-  ]
+  halves = [train(source, start_step=first.position, process_index=i, process_count=2) for i in range(2)]
   rest = [take(half, 19) for half in halves]
   np.testing.assert_array_equal(np.concatenate(rest, axis=1), unbroken[11:])
   assert halves[0].position == 30
@@ -99,11 +97,7 @@ def test_far_position_is_reached_at_once(source):
 @pytest.mark.parametrize('process_count', [1, 2])
 def test_eval_is_one_ordered_pass(source, limit, process_count):
   parts = [
-    list(
-      loader.eval_batches(
-        source, batch_size=8, limit=limit, process_index=i, process_count=process_count
-      )
-    )
+    list(loader.eval_batches(source, batch_size=8, limit=limit, process_index=i, process_count=process_count))
     for i in range(process_count)
   ]
   count = min(limit or COUNT, COUNT)
@@ -123,9 +117,7 @@ def test_eval_is_one_ordered_pass(source, limit, process_count):
 def test_eval_with_threads_and_extra(source):
   extra = {'z': np.arange(COUNT)}
   batches = loader.eval_batches(source, batch_size=20, num_threads=2, prefetch=2, extra=extra)
-  np.testing.assert_array_equal(
-    np.concatenate([batch['z'] for batch in batches])[:COUNT], np.arange(COUNT)
-  )
+  np.testing.assert_array_equal(np.concatenate([batch['z'] for batch in batches])[:COUNT], np.arange(COUNT))
 
 
 def test_mistakes(source):

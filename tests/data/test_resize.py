@@ -81,6 +81,4 @@ def test_what_does_not_fit_says_what_to_set(make_data, shape, changes, message):
 def test_transparency_is_white():
   image = Image.new('RGBA', (1, 2), (255, 0, 0, 255))
   image.putpixel((0, 1), (0, 0, 0, 0))
-  np.testing.assert_array_equal(
-    np.asarray(resize.on_white(image))[:, 0], [[255, 0, 0], [255, 255, 255]]
-  )
+  np.testing.assert_array_equal(np.asarray(resize.on_white(image))[:, 0], [[255, 0, 0], [255, 255, 255]])

@@ -58,23 +58,17 @@ def test_weights_are_of_the_x0_error(prediction, weight, schedule, example):
   x0_hat = np.asarray(gaussian.to_x0(prediction, output, y, t, schedule), np.float64)
   t64 = np.asarray(t, np.float64)
   snr = (schedule.alpha(t64) / schedule.sigma(t64)) ** 2
-  expected = [
-    SNR_WEIGHTS[weight](snr[i]) * np.mean((x0_hat[i] - np.asarray(x0[i])) ** 2) for i in range(4)
-  ]
+  expected = [SNR_WEIGHTS[weight](snr[i]) * np.mean((x0_hat[i] - np.asarray(x0[i])) ** 2) for i in range(4)]
   loss = losses.denoising_loss(prediction, output, x0, eps, t, schedule, weight)
   np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize('schedule', [LINEAR, COSINE])
 @pytest.mark.parametrize('prediction, weight', [('eps', 'snr'), ('v', 'v'), ('x0', 'constant')])
-def test_natural_weights_are_exactly_the_plain_mean_squared_error(
-  prediction, weight, schedule, example
-):
+def test_natural_weights_are_exactly_the_plain_mean_squared_error(prediction, weight, schedule, example):
   x0, eps, output, _ = example
   t = jnp.array([0.001, 0.01, 0.99, 1.0])
-  plain = jnp.mean(
-    (output - gaussian.target(prediction, x0, eps, t, schedule)) ** 2, axis=(1, 2, 3)
-  )
+  plain = jnp.mean((output - gaussian.target(prediction, x0, eps, t, schedule)) ** 2, axis=(1, 2, 3))
   loss = losses.denoising_loss(prediction, output, x0, eps, t, schedule, weight)
   np.testing.assert_array_equal(loss, plain)
 

@@ -184,9 +184,7 @@ def flow_error(sample, schedule, num_steps, s, t_start, t_end):
   """Relative error of the flow map from t_start to t_end, a pure scaling."""
   y = jnp.ones((1, 1))
   denoise = gaussian_denoiser(schedule, s)
-  result = sample(
-    denoise, schedule, y, keys_of(1), num_steps=num_steps, t_start=t_start, t_end=t_end
-  )
+  result = sample(denoise, schedule, y, keys_of(1), num_steps=num_steps, t_start=t_start, t_end=t_end)
   exact = marginal_std(schedule, t_end, s) / marginal_std(schedule, t_start, s)
   return abs(result.item() / exact - 1)
 

@@ -37,9 +37,7 @@ def test_linear_beta_published_values():
 def test_linear_beta_is_log_linear_between_points():
   schedule = schedules.LinearBeta()
   ends = schedule.log_alpha_bar(np.array([0.499, 0.5]))
-  assert schedule.log_alpha_bar(0.49925) == pytest.approx(
-    0.75 * ends[0] + 0.25 * ends[1], rel=1e-12
-  )
+  assert schedule.log_alpha_bar(0.49925) == pytest.approx(0.75 * ends[0] + 0.25 * ends[1], rel=1e-12)
 
 
 def test_cosine_is_a_cosine_with_bounded_logsnr():

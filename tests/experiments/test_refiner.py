@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.models.unet import convert_formulation
@@ -26,7 +27,9 @@ def randomised(params, key):
   """Weights that are nowhere zero: at initialisation the U-Net's output is."""
   leaves, treedef = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))
-  return treedef.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+  return treedef.unflatten(
+    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  )
 
 
 def networks(experiment, seed=0):
@@ -66,7 +69,9 @@ def test_formulation2_with_a_black_hole_for_condition_is_formulation1():
     params, _ = networks(experiment)
     condition = experiment.condition({}, {'x0_vae': jnp.zeros((4, 8, 8, 1)), 'z': jnp.zeros((4, 16))})
     x0 = jax.random.normal(jax.random.key(8), (4, 8, 8, 1))
-    losses.append(experiment.example_losses(params['denoiser'], x0, condition, jax.random.key(9), training=False))
+    losses.append(
+      experiment.example_losses(params['denoiser'], x0, condition, jax.random.key(9), training=False)
+    )
   np.testing.assert_array_equal(*losses)
 
 
@@ -86,10 +91,16 @@ def test_guidance_reads_y_without_shift_and_the_nulls():
   """A dropped example of Formulation 2 does not see x0_vae at all: neither as input nor as shift."""
   experiment = build('formulation2,guided,z,debug')
   params, _ = networks(experiment)
-  y, t, drop = jax.random.normal(jax.random.key(2), (3, 8, 8, 1)), jnp.full(3, 0.5), jnp.ones(3, bool)
+  y, t, drop = (
+    jax.random.normal(jax.random.key(2), (3, 8, 8, 1)),
+    jnp.full(3, 0.5),
+    jnp.ones(3, bool),
+  )
 
   def dropped(value):
-    condition = experiment.condition({}, {'x0_vae': jnp.full((3, 8, 8, 1), value), 'z': jnp.full((3, 16), value)})
+    condition = experiment.condition(
+      {}, {'x0_vae': jnp.full((3, 8, 8, 1), value), 'z': jnp.full((3, 16), value)}
+    )
     return experiment.predict(params['denoiser'], y, t, condition, drop)
 
   np.testing.assert_array_equal(dropped(0.3), dropped(-0.8))
@@ -114,7 +125,7 @@ def test_x0_vae_is_fresh_or_fixed_at_each_step(source):
   _, frozen = networks(experiment)
   frozen = {'vae': randomised(frozen['vae'], jax.random.key(4))}
   draws = [
-      experiment.examples(frozen, {'image': images()}, jax.random.key(k), flip=False)[1].x0_vae for k in (0, 1)
+    experiment.examples(frozen, {'image': images()}, jax.random.key(k), flip=False)[1].x0_vae for k in (0, 1)
   ]
   assert bool(jnp.all(draws[0] == draws[1])) == (source == 'mean')
 
@@ -132,11 +143,13 @@ def test_refine_start_begins_at_the_noised_vae_image():
 @pytest.mark.parametrize('weight', ['constant', 'snr', 'truncated_snr', 'min_snr', 'v'])
 @pytest.mark.parametrize('schedule', ['linear', 'cosine'])
 def test_every_prediction_weight_and_schedule_gives_a_finite_loss(prediction, weight, schedule):
-  experiment = build(**{
+  experiment = build(
+    **{
       'refiner.diffusion.prediction': prediction,
       'refiner.diffusion.loss_weight': weight,
       'refiner.diffusion.schedule': schedule,
-  })
+    }
+  )
   params, frozen = networks(experiment)
   x0, condition = experiment.examples(frozen, {'image': images()}, jax.random.key(1), flip=False)
   losses = experiment.example_losses(params['denoiser'], x0, condition, jax.random.key(2), training=True)
@@ -144,24 +157,33 @@ def test_every_prediction_weight_and_schedule_gives_a_finite_loss(prediction, we
 
 
 @pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        ({'refiner.diffusion.prediction': 'noise'}, "diffusion.prediction is 'noise'; valid: x0, eps, v"),
-        ({'refiner.diffusion.condition_dropout': 1.0}, r'condition_dropout must be in \[0, 1\), got 1.0'),
-        ({'refiner.sample.guidance_weight': 1.0}, 'guidance_weight > 0 needs a network trained with'),
-        ({'refiner.sample.t_start': 0.0}, r'sample.t_start must be in \(0, 1\], got 0.0'),
-        ({'refiner.diffusion.condition': 'none', 'refiner.sample.t_start': 0.5}, 'does not have'),
-        ({'refiner.optim.schedule': 'step'}, "optim.schedule must be 'constant' or 'cosine', got 'step'"),
-        ({'refiner.optim.ema_decay': 1.0}, r'optim.ema_decay must be in \[0, 1\), got 1.0'),
-        (
-            {
-                'refiner.diffusion.x0_vae_source': 'precomputed',
-                'refiner.diffusion.z_conditioning': True,
-                'refiner.train.flip': True,
-            },
-            'stored z belongs to the image as it is',
-        ),
-    ],
+  ('changes', 'message'),
+  [
+    (
+      {'refiner.diffusion.prediction': 'noise'},
+      "diffusion.prediction is 'noise'; valid: x0, eps, v",
+    ),
+    (
+      {'refiner.diffusion.condition_dropout': 1.0},
+      r'condition_dropout must be in \[0, 1\), got 1.0',
+    ),
+    ({'refiner.sample.guidance_weight': 1.0}, 'guidance_weight > 0 needs a network trained with'),
+    ({'refiner.sample.t_start': 0.0}, r'sample.t_start must be in \(0, 1\], got 0.0'),
+    ({'refiner.diffusion.condition': 'none', 'refiner.sample.t_start': 0.5}, 'does not have'),
+    (
+      {'refiner.optim.schedule': 'step'},
+      "optim.schedule must be 'constant' or 'cosine', got 'step'",
+    ),
+    ({'refiner.optim.ema_decay': 1.0}, r'optim.ema_decay must be in \[0, 1\), got 1.0'),
+    (
+      {
+        'refiner.diffusion.x0_vae_source': 'precomputed',
+        'refiner.diffusion.z_conditioning': True,
+        'refiner.train.flip': True,
+      },
+      'stored z belongs to the image as it is',
+    ),
+  ],
 )
 def test_values_that_cannot_work_are_refused(changes, message):
   with pytest.raises(UserError, match=f'config.refiner: .*{message}'):

@@ -10,7 +10,8 @@ from vaediff.models import layers
 
 
 @pytest.mark.parametrize(
-    ('channels', 'groups'), [(128, 32), (160, 32), (256, 32), (64, 16), (32, 8), (48, 12), (8, 2), (7, 1), (37, 1)]
+  ('channels', 'groups'),
+  [(128, 32), (160, 32), (256, 32), (64, 16), (32, 8), (48, 12), (8, 2), (7, 1), (37, 1)],
 )
 def test_number_of_groups(channels, groups):
   assert layers.num_groups(channels) == groups
@@ -54,7 +55,7 @@ def test_group_norm_keeps_float32_statistics_in_bfloat16(key):
 def test_time_embedding_is_the_formula(sin_first, last_included):
   position, half = np.array([0.0, 1.0, 499.5, 999.0]), 8
   actual = layers.sinusoidal_embedding(
-      jnp.float32(position), 2 * half, sin_first=sin_first, last_frequency_included=last_included
+    jnp.float32(position), 2 * half, sin_first=sin_first, last_frequency_included=last_included
   )
   for row, value in enumerate(position):
     for i in range(half):

@@ -10,21 +10,21 @@ from vaediff.models.functional import Model
 from vaediff.models.unet import UNet, convert_formulation
 
 TINY = {
-    'variant': 'openai',
-    'image_size': 8,
-    'image_channels': 2,
-    'channels': 64,
-    'channel_multipliers': (1, 1),
-    'num_res_blocks': 1,
-    'attention_resolutions': (),
-    'num_heads': 2,
-    'dropout': 0.5,
-    'condition_on_image': True,
-    'latent_dim': 3,
-    'scale_shift_norm': False,
-    'learned_null': True,
-    'remat': False,
-    'dtype': 'float32',
+  'variant': 'openai',
+  'image_size': 8,
+  'image_channels': 2,
+  'channels': 64,
+  'channel_multipliers': (1, 1),
+  'num_res_blocks': 1,
+  'attention_resolutions': (),
+  'num_heads': 2,
+  'dropout': 0.5,
+  'condition_on_image': True,
+  'latent_dim': 3,
+  'scale_shift_norm': False,
+  'learned_null': True,
+  'remat': False,
+  'dtype': 'float32',
 }
 ONE_LEVEL = {'channel_multipliers': (1,), 'attention_resolutions': (8,)}
 CIFAR = {'image_size': 32, 'channels': 128, 'channel_multipliers': (1, 2, 2, 2)}
@@ -55,9 +55,7 @@ def count(model: Model) -> int:
 
 def published(architecture: dict, attention_resolutions: tuple[int, ...], **changes) -> Model:
   defaults = {'image_channels': 3, 'num_res_blocks': 2, 'latent_dim': 0, 'learned_null': False}
-  return build(
-      **{**defaults, **architecture, 'attention_resolutions': attention_resolutions, **changes}
-  )
+  return build(**{**defaults, **architecture, 'attention_resolutions': attention_resolutions, **changes})
 
 
 def random_params(model: Model, rng):
@@ -82,18 +80,18 @@ def rng():
 # Millions of parameters, to 10k. Attention at the resolutions of the released code, which compared
 # its setting of 16 with the downsampling rate, and at resolution 16; then the former with z.
 @pytest.mark.parametrize(
-    ('architecture', 'as_coded', 'as_coded_millions', 'at_16_millions', 'z_dim', 'with_z_millions'),
-    [
-        (CIFAR, (), 34.43, 35.75, 512, 37.52),
-        (CIFAR_LARGE, (), 70.88, 73.76, 512, 77.05),
-        (CELEBA64, (4,), 82.64, 78.70, 512, 87.31),
-        (CELEBAMASKHQ128, (8,), 95.17, 92.87, 1024, 100.42),
-        (FFHQ128, (8,), 87.90, 85.61, 1024, 92.83),
-        (CELEBAHQ256, (16,), 113.68, 113.68, 1024, 119.59),
-    ],
+  ('architecture', 'as_coded', 'as_coded_millions', 'at_16_millions', 'z_dim', 'with_z_millions'),
+  [
+    (CIFAR, (), 34.43, 35.75, 512, 37.52),
+    (CIFAR_LARGE, (), 70.88, 73.76, 512, 77.05),
+    (CELEBA64, (4,), 82.64, 78.70, 512, 87.31),
+    (CELEBAMASKHQ128, (8,), 95.17, 92.87, 1024, 100.42),
+    (FFHQ128, (8,), 87.90, 85.61, 1024, 92.83),
+    (CELEBAHQ256, (16,), 113.68, 113.68, 1024, 119.59),
+  ],
 )
 def test_parameters_are_the_published_networks(
-    architecture, as_coded, as_coded_millions, at_16_millions, z_dim, with_z_millions
+  architecture, as_coded, as_coded_millions, at_16_millions, z_dim, with_z_millions
 ):
   millions = lambda model: round(count(model) / 1e6, 2)
   assert millions(published(architecture, as_coded)) == as_coded_millions
@@ -214,16 +212,16 @@ def test_output_depends_on_time_and_z(rng):
 
 
 @pytest.mark.parametrize(
-    ('changes', 'given', 'message'),
-    [
-        ({}, {'x0_vae'}, 'latent_dim=3 needs `z`'),
-        ({}, {'z'}, 'condition_on_image=True needs `x0_vae`'),
-        ({'latent_dim': 0}, {'x0_vae', 'z'}, 'latent_dim=0 takes no `z`'),
-        ({'condition_on_image': False}, {'x0_vae', 'z'}, 'takes no `x0_vae`'),
-        ({'learned_null': False}, {'x0_vae', 'z', 'drop'}, 'learned_null=True'),
-        ({'image_size': 16}, {'x0_vae', 'z'}, r'x_t of shape \(16, 16, 2\), got \(8, 8, 2\)'),
-        ({'latent_dim': 5}, {'x0_vae', 'z'}, r'z has shape \(2, 3\), expected \(batch, 5\)'),
-    ],
+  ('changes', 'given', 'message'),
+  [
+    ({}, {'x0_vae'}, 'latent_dim=3 needs `z`'),
+    ({}, {'z'}, 'condition_on_image=True needs `x0_vae`'),
+    ({'latent_dim': 0}, {'x0_vae', 'z'}, 'latent_dim=0 takes no `z`'),
+    ({'condition_on_image': False}, {'x0_vae', 'z'}, 'takes no `x0_vae`'),
+    ({'learned_null': False}, {'x0_vae', 'z', 'drop'}, 'learned_null=True'),
+    ({'image_size': 16}, {'x0_vae', 'z'}, r'x_t of shape \(16, 16, 2\), got \(8, 8, 2\)'),
+    ({'latent_dim': 5}, {'x0_vae', 'z'}, r'z has shape \(2, 3\), expected \(batch, 5\)'),
+  ],
 )
 def test_inputs_that_do_not_fit_are_errors(rng, changes, given, message):
   x_t, t, x0_vae, z = random_inputs(rng)
@@ -234,23 +232,23 @@ def test_inputs_that_do_not_fit_are_errors(rng, changes, given, message):
 
 
 @pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        ({'variant': 'adm'}, "model.variant is 'adm'; choose one of openai, ddim"),
-        ({'image_size': 9}, 'image_size is 9, .* multiple of 2; nearest: 8 or 10'),
-        (
-            {'image_size': 5, 'channel_multipliers': (1, 1, 1, 1)},
-            'image_size is 5, but 4 levels .* multiple of 8; nearest: 8',
-        ),
-        ({'attention_resolutions': (4, 2)}, 'attention_resolutions names 2, .* sides 8, 4'),
-        ({'num_heads': 3}, 'model.num_heads is 3, .* 64 channels of the attention at resolution 4'),
-        ({'num_heads': 0}, 'model.num_heads is 0'),
-        ({'channels': 2, 'num_heads': 1}, 'model.channels is 2'),
-        ({'channel_multipliers': ()}, 'model.channel_multipliers is empty'),
-        ({'dropout': 1.0}, r'model.dropout is 1.0; it must be in \[0, 1\)'),
-        ({'dtype': 'float16'}, "model.dtype is 'float16'"),
-        ({'condition_on_image': False, 'latent_dim': 0}, 'learned_null is set .* no condition'),
-    ],
+  ('changes', 'message'),
+  [
+    ({'variant': 'adm'}, "model.variant is 'adm'; choose one of openai, ddim"),
+    ({'image_size': 9}, 'image_size is 9, .* multiple of 2; nearest: 8 or 10'),
+    (
+      {'image_size': 5, 'channel_multipliers': (1, 1, 1, 1)},
+      'image_size is 5, but 4 levels .* multiple of 8; nearest: 8',
+    ),
+    ({'attention_resolutions': (4, 2)}, 'attention_resolutions names 2, .* sides 8, 4'),
+    ({'num_heads': 3}, 'model.num_heads is 3, .* 64 channels of the attention at resolution 4'),
+    ({'num_heads': 0}, 'model.num_heads is 0'),
+    ({'channels': 2, 'num_heads': 1}, 'model.channels is 2'),
+    ({'channel_multipliers': ()}, 'model.channel_multipliers is empty'),
+    ({'dropout': 1.0}, r'model.dropout is 1.0; it must be in \[0, 1\)'),
+    ({'dtype': 'float16'}, "model.dtype is 'float16'"),
+    ({'condition_on_image': False, 'latent_dim': 0}, 'learned_null is set .* no condition'),
+  ],
 )
 def test_mistakes_are_user_errors(changes, message):
   with pytest.raises(UserError, match=message):

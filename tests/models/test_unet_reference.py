@@ -115,28 +115,28 @@ def unet(p, x_t, t, x0_vae, z, openai, film):
 @pytest.mark.parametrize(('variant', 'film'), [('openai', True), ('ddim', False)])
 def test_the_network_is_the_published_one(variant, film):
   module = UNet(
-      variant=variant,
-      image_size=SIZE,
-      image_channels=2,
-      channels=WIDTH,
-      channel_multipliers=MULTIPLIERS,
-      num_res_blocks=BLOCKS,
-      attention_resolutions=ATTENTION,
-      num_heads=HEADS,
-      dropout=0.5,
-      condition_on_image=True,
-      latent_dim=3,
-      scale_shift_norm=film,
-      learned_null=False,
-      remat=False,
-      dtype='float32',
+    variant=variant,
+    image_size=SIZE,
+    image_channels=2,
+    channels=WIDTH,
+    channel_multipliers=MULTIPLIERS,
+    num_res_blocks=BLOCKS,
+    attention_resolutions=ATTENTION,
+    num_heads=HEADS,
+    dropout=0.5,
+    condition_on_image=True,
+    latent_dim=3,
+    scale_shift_norm=film,
+    learned_null=False,
+    remat=False,
+    dtype='float32',
   )
   rng = np.random.default_rng(0)
   inputs = (
-      rng.normal(size=(2, SIZE, SIZE, 2)),
-      np.array([0.001, 0.7]),
-      rng.normal(size=(2, SIZE, SIZE, 2)),
-      rng.normal(size=(2, 3)),
+    rng.normal(size=(2, SIZE, SIZE, 2)),
+    np.array([0.001, 0.7]),
+    rng.normal(size=(2, SIZE, SIZE, 2)),
+    rng.normal(size=(2, 3)),
   )
   arrays = tuple(jnp.float32(x) for x in inputs)
   inputs_like = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)

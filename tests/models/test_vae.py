@@ -12,11 +12,11 @@ from vaediff.models.vae import Bottleneck, Vae
 from vaediff.models.vae_blocks import Step, parse_blocks, parse_channels
 
 TINY = {
-    'encoder_blocks': '8x1,8d2,8t4,4d4,4t1,1',
-    'decoder_blocks': '1x1,1u4,1t4,4x1,4u2,4t8,8x2',
-    'encoder_channels': '8:6,4:8,1:12',
-    'decoder_channels': '8:4,4:8,1:10',
-    'latent_dim': 10,
+  'encoder_blocks': '8x1,8d2,8t4,4d4,4t1,1',
+  'decoder_blocks': '1x1,1u4,1t4,4x1,4u2,4t8,8x2',
+  'encoder_channels': '8:6,4:8,1:12',
+  'decoder_channels': '8:4,4:8,1:10',
+  'latent_dim': 10,
 }
 
 
@@ -54,14 +54,14 @@ def rng():
 
 
 @pytest.mark.parametrize(
-    ('name', 'size', 'encoder', 'decoder', 'total'),
-    [
-        ('cifar10', 32, 5831, 3413, 9243),
-        ('celeba64', 64, 8029, 5983, 14012),
-        ('celebamaskhq128', 128, 14404, 6694, 21098),
-        ('ffhq128', 128, 14404, 6694, 21098),
-        ('celebahq256', 256, 19463, 13169, 32633),
-    ],
+  ('name', 'size', 'encoder', 'decoder', 'total'),
+  [
+    ('cifar10', 32, 5831, 3413, 9243),
+    ('celeba64', 64, 8029, 5983, 14012),
+    ('celebamaskhq128', 128, 14404, 6694, 21098),
+    ('ffhq128', 128, 14404, 6694, 21098),
+    ('celebahq256', 256, 19463, 13169, 32633),
+  ],
 )
 def test_parameters_in_thousands_are_the_published_networks(name, size, encoder, decoder, total):
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -101,11 +101,7 @@ def _conv(layer, x):
   else:
     height, width = x.shape[1:3]
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    y = sum(
-        padded[:, i : i + height, j : j + width] @ kernel[i, j]
-        for i in range(3)
-        for j in range(3)
-    )
+    y = sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3))
   return y + layer.get('bias', 0.0)
 
 
@@ -158,9 +154,9 @@ def test_bfloat16_is_close_and_returns_float32(rng):
   assert shapes(exact) == shapes(rough)
   for method in ('encode', None):
     for a, b in zip(
-        jax.tree.leaves(apply(exact, params, x, method=method)),
-        jax.tree.leaves(apply(rough, params, x, method=method)),
-        strict=True,
+      jax.tree.leaves(apply(exact, params, x, method=method)),
+      jax.tree.leaves(apply(rough, params, x, method=method)),
+      strict=True,
     ):
       assert a.dtype == b.dtype == jnp.float32
       assert 0.0 < float(np.abs(a - b).max()) < 0.03 * max(1.0, float(np.abs(a).max()))
@@ -196,35 +192,35 @@ def test_initial_weights_are_uniform_on_one_over_root_fan_in(key):
 
 def test_block_strings_are_parsed():
   assert parse_blocks('32x7,32d2, 32t16,1u4,8', field='f') == (
-      Step('x', 32, 7, '32x7'),
-      Step('d', 32, 2, '32d2'),
-      Step('t', 32, 16, '32t16'),
-      Step('u', 1, 4, '1u4'),
-      Step('x', 8, 1, '8'),
+    Step('x', 32, 7, '32x7'),
+    Step('d', 32, 2, '32d2'),
+    Step('t', 32, 16, '32t16'),
+    Step('u', 1, 4, '1u4'),
+    Step('x', 8, 1, '8'),
   )
   assert parse_channels('32:64, 1:512', field='f') == {32: 64, 1: 512}
 
 
 @pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        ({'encoder_blocks': '8x1,8q2'}, "model.encoder_blocks: '8q2' is not a step; allowed: RxN"),
-        ({'decoder_blocks': '1x1,,1u4'}, "model.decoder_blocks: '' is not a step"),
-        ({'decoder_blocks': '1u1'}, "model.decoder_blocks: '1u1' is not a step"),
-        ({'encoder_channels': '8:6,4'}, "model.encoder_channels: '4' is not an entry"),
-        ({'encoder_channels': '8:6,8:4'}, "model.encoder_channels: '8:4' gives .* second time"),
-        ({'encoder_channels': '8:6,1:12'}, "no entry for resolution 4, which '8t4' of model.enc"),
-        ({'encoder_channels': '4:8,1:12'}, "no entry for resolution 8, which '8x1' of model.enc"),
-        ({'encoder_blocks': '8x1,8d2,8t4'}, 'model.encoder_blocks ends at resolution 4; .* at 1'),
-        ({'decoder_blocks': '1x1,1u4,1t4'}, 'model.decoder_blocks ends at resolution 4; .* at 8'),
-        ({'decoder_blocks': '4x1,4u2'}, "'4x1' is at resolution 4, but the map has resolution 1"),
-        ({'decoder_blocks': '1u4,4x1'}, "'4x1' takes 8 channels, but the map has 10"),
-        ({'encoder_blocks': '8x1,8d3'}, "'8d3' pools by 3, which does not divide 8"),
-        ({'latent_dim': 11}, 'decoder_channels gives resolution 1 10 .* model.latent_dim is 11'),
-        ({'decoder_channels': '8:4,4:8'}, 'gives resolution 1 no channels'),
-        ({'stem': 'conv'}, "model.stem is 'conv'; choose one of nearest, dense"),
-        ({'dtype': 'int8'}, "model.dtype is 'int8'"),
-    ],
+  ('changes', 'message'),
+  [
+    ({'encoder_blocks': '8x1,8q2'}, "model.encoder_blocks: '8q2' is not a step; allowed: RxN"),
+    ({'decoder_blocks': '1x1,,1u4'}, "model.decoder_blocks: '' is not a step"),
+    ({'decoder_blocks': '1u1'}, "model.decoder_blocks: '1u1' is not a step"),
+    ({'encoder_channels': '8:6,4'}, "model.encoder_channels: '4' is not an entry"),
+    ({'encoder_channels': '8:6,8:4'}, "model.encoder_channels: '8:4' gives .* second time"),
+    ({'encoder_channels': '8:6,1:12'}, "no entry for resolution 4, which '8t4' of model.enc"),
+    ({'encoder_channels': '4:8,1:12'}, "no entry for resolution 8, which '8x1' of model.enc"),
+    ({'encoder_blocks': '8x1,8d2,8t4'}, 'model.encoder_blocks ends at resolution 4; .* at 1'),
+    ({'decoder_blocks': '1x1,1u4,1t4'}, 'model.decoder_blocks ends at resolution 4; .* at 8'),
+    ({'decoder_blocks': '4x1,4u2'}, "'4x1' is at resolution 4, but the map has resolution 1"),
+    ({'decoder_blocks': '1u4,4x1'}, "'4x1' takes 8 channels, but the map has 10"),
+    ({'encoder_blocks': '8x1,8d3'}, "'8d3' pools by 3, which does not divide 8"),
+    ({'latent_dim': 11}, 'decoder_channels gives resolution 1 10 .* model.latent_dim is 11'),
+    ({'decoder_channels': '8:4,4:8'}, 'gives resolution 1 no channels'),
+    ({'stem': 'conv'}, "model.stem is 'conv'; choose one of nearest, dense"),
+    ({'dtype': 'int8'}, "model.dtype is 'int8'"),
+  ],
 )
 def test_mistakes_are_user_errors(changes, message):
   with pytest.raises(UserError, match=message):

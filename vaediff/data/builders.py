@@ -105,9 +105,7 @@ class NotoEmoji(tfds.core.GeneratorBasedBuilder):
     package = pathlib.Path(dl_manager.manual_dir)
     return {split: self._generate_examples(package, split) for split in ('train', 'test')}
 
-  def _generate_examples(
-    self, package: pathlib.Path, split: str
-  ) -> Iterator[tuple[str, dict[str, Any]]]:
+  def _generate_examples(self, package: pathlib.Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     groups: dict[bytes, str] = {}  # Picture of a base emoji -> the first code that shows it.
     for base in json.loads((package / 'emoji.json').read_text()):
       if not base['has_img_google']:

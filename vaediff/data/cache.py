@@ -121,9 +121,7 @@ def _build(
   failures = []
   for split, reader in readers.items():
     count, size = len(reader), data.image_size
-    log(
-      f'{"Writing" if data.materialize else "Checking"} {count} {split} images ({folder.parent}).'
-    )
+    log(f'{"Writing" if data.materialize else "Checking"} {count} {split} images ({folder.parent}).')
     images = None
     if data.materialize:
       images = np.lib.format.open_memmap(

@@ -122,8 +122,7 @@ def _reading(
   """Returns a function from the indices of a global batch to this process' rows of it."""
   if batch_size < 1 or batch_size % process_count:
     raise UserError(
-      f'batch_size={batch_size} must be a positive multiple of the number of processes,'
-      f' {process_count}'
+      f'batch_size={batch_size} must be a positive multiple of the number of processes, {process_count}'
     )
   extra = dict(extra or {})
   for name, values in extra.items():

@@ -41,9 +41,7 @@ class Reader(abc.ABC):
     """Returns where one image comes from, for error messages."""
 
 
-def read_fitted(
-  reader: Reader, data: ml_collections.ConfigDict, index: int
-) -> tuple[np.ndarray, int]:
+def read_fitted(reader: Reader, data: ml_collections.ConfigDict, index: int) -> tuple[np.ndarray, int]:
   """Returns one image, uint8 [size, size, channels] as `data` asks for, and its label.
 
   Raises:

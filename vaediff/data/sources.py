@@ -168,9 +168,7 @@ def describe(data: ml_collections.ConfigDict) -> str:
   _check(data)
   size = f'{data.image_size}x{data.image_size}x{data.channels}'
   if data.source == 'synthetic':
-    return (
-      f'synthetic images of {size}, {COUNTS["train"]} train and {COUNTS["eval"]} eval: no files'
-    )
+    return f'synthetic images of {size}, {COUNTS["train"]} train and {COUNTS["eval"]} eval: no files'
   if data.source == 'tfds':
     place = cache.data_root(data) / data.name.split(':')[0]
     there = any(place.rglob('dataset_info.json'))

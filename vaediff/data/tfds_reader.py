@@ -65,9 +65,7 @@ class TfdsReader(Reader):
     return f'{self._name}, image {index} of {self._expression}'
 
 
-def open_builder(
-  data: ml_collections.ConfigDict, log: Callable[[str], None]
-) -> tfds.core.DatasetBuilder:
+def open_builder(data: ml_collections.ConfigDict, log: Callable[[str], None]) -> tfds.core.DatasetBuilder:
   """Returns the TFDS builder of `data.name`, after building the data set if it is one of our own.
 
   Raises:

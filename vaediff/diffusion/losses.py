@@ -51,9 +51,7 @@ def squared_error_sum(x: Image, x_hat: Image) -> Float[Array, ' batch']:
   return 0.25 * jnp.sum((x - x_hat) ** 2, axis=(1, 2, 3))
 
 
-def prediction_weight(
-  prediction: str, weight: str, logsnr: Float[Array, ' batch']
-) -> Float[Array, ' batch']:
+def prediction_weight(prediction: str, weight: str, logsnr: Float[Array, ' batch']) -> Float[Array, ' batch']:
   """Returns the factor of the squared error of `prediction` that equals `weight` in x0-space.
 
   Args:

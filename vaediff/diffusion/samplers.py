@@ -85,9 +85,7 @@ def _karras_grid(schedule: Schedule, num_steps: int, t_start: float, t_end: floa
 
 GRIDS: dict[str, Callable[[Schedule, int, float, float], Times]] = {
   'uniform': lambda schedule, n, t_start, t_end: np.linspace(t_start, t_end, n + 1),
-  'quadratic': lambda schedule, n, t_start, t_end: (
-    np.linspace(t_start**0.5, t_end**0.5, n + 1) ** 2
-  ),
+  'quadratic': lambda schedule, n, t_start, t_end: np.linspace(t_start**0.5, t_end**0.5, n + 1) ** 2,
   'karras': _karras_grid,
 }
 

@@ -85,19 +85,23 @@ class Experiment(Protocol):
     ...
 
   def train_step(
-      self, state: TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
   ) -> tuple[TrainState, Metrics]:
     """Returns the state after one update, and scalars; one of them is `loss`."""
     ...
 
   def eval_step(
-      self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
   ) -> Metrics:
     """Returns scalars averaged over the examples with `batch['mask'] == 1`."""
     ...
 
   def sample(
-      self, params: dict[str, Params], frozen: dict[str, Params], condition: dict[str, jax.Array], keys: Keys
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
   ) -> dict[str, Image]:
     """Returns images in [-1, 1]; image i depends on `keys[i]` and the condition of i alone."""
     ...
@@ -107,7 +111,7 @@ def init_network(model: Model, optimizer: Optimizer, key: jax.Array) -> Network:
   """Returns a network at step 0."""
   params = model.init(key)
   return Network(
-      params=params, opt_state=optimizer.transform.init(params), ema_params=optimizer.init_ema(params)
+    params=params, opt_state=optimizer.transform.init(params), ema_params=optimizer.init_ema(params)
   )
 
 
@@ -116,21 +120,21 @@ def apply_gradients(network: Network, grads: Params, optimizer: Optimizer, step:
   updates, opt_state = optimizer.transform.update(grads, network.opt_state, network.params)
   params = jax.tree.map(lambda p, u: p + u, network.params, updates)
   return Network(
-      params=params,
-      opt_state=opt_state,
-      ema_params=optimizer.update_ema(network.ema_params, params, step),
+    params=params,
+    opt_state=opt_state,
+    ema_params=optimizer.update_ema(network.ema_params, params, step),
   )
 
 
 def update_one(
-    state: TrainState, name: str, grads: Params, optimizer: Optimizer
+  state: TrainState, name: str, grads: Params, optimizer: Optimizer
 ) -> tuple[TrainState, Metrics]:
   """Returns the state after an update of the one network that the stage trains, and its gradient norm."""
   network = apply_gradients(state.networks[name], grads, optimizer, state.step)
   networks = {**state.networks, name: network}
   return (
-      TrainState(step=state.step + 1, networks=networks, extra=state.extra),
-      {f'grad_norm/{name}': global_norm(grads)},
+    TrainState(step=state.step + 1, networks=networks, extra=state.extra),
+    {f'grad_norm/{name}': global_norm(grads)},
   )
 
 

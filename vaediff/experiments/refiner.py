@@ -89,50 +89,50 @@ class Refiner:
     needs_vae = formulation > 0 or diffusion.z_conditioning
     if section.sample.t_start < 1 and formulation == 0:
       raise UserError(
-          "sample.t_start < 1 starts from a noised x0_vae, which diffusion.condition = 'none' does not have"
+        "sample.t_start < 1 starts from a noised x0_vae, which diffusion.condition = 'none' does not have"
       )
     if section.sample.guidance_weight > 0 and diffusion.condition_dropout == 0:
       raise UserError(
-          'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0'
+        'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0'
       )
     source, latent_dim = None, 0
     if needs_vae:
       vae_section = config[section.vae.stage]
       latent_dim = vae_section.model.latent_dim
       source = base.Frozen(
-          stage=section.vae.stage,
-          network='vae',
-          workdir=section.vae.workdir,
-          model=build_model(vae_section.model, config.data),
+        stage=section.vae.stage,
+        network='vae',
+        workdir=section.vae.workdir,
+        model=build_model(vae_section.model, config.data),
       )
     module = UNet(
-        image_size=size,
-        image_channels=channels,
-        condition_on_image=formulation > 0,
-        latent_dim=latent_dim if diffusion.z_conditioning else 0,
-        learned_null=diffusion.condition_dropout > 0,
-        **section.model.to_dict(),
+      image_size=size,
+      image_channels=channels,
+      condition_on_image=formulation > 0,
+      latent_dim=latent_dim if diffusion.z_conditioning else 0,
+      learned_null=diffusion.condition_dropout > 0,
+      **section.model.to_dict(),
     )
     image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     inputs = [image, jax.ShapeDtypeStruct((1,), jnp.float32)]
     inputs.append(image if formulation > 0 else None)
     inputs.append(jax.ShapeDtypeStruct((1, latent_dim), jnp.float32) if diffusion.z_conditioning else None)
     return cls(
-        denoiser=Model(module=module, inputs=tuple(inputs)),
-        vae=source.model if source else None,
-        vae_source=source,
-        optimizer=make_optimizer(section.optim, section.train.num_steps),
-        schedule=schedules.make_schedule(diffusion.schedule),
-        prediction=diffusion.prediction,
-        loss_weight=diffusion.loss_weight,
-        formulation=formulation,
-        z_conditioning=diffusion.z_conditioning,
-        condition_dropout=diffusion.condition_dropout,
-        x0_vae_source=diffusion.x0_vae_source,
-        flip=section.train.flip,
-        latent_dim=latent_dim,
-        noise_shape=(size, size, channels),
-        settings=section.sample.to_dict(),
+      denoiser=Model(module=module, inputs=tuple(inputs)),
+      vae=source.model if source else None,
+      vae_source=source,
+      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      schedule=schedules.make_schedule(diffusion.schedule),
+      prediction=diffusion.prediction,
+      loss_weight=diffusion.loss_weight,
+      formulation=formulation,
+      z_conditioning=diffusion.z_conditioning,
+      condition_dropout=diffusion.condition_dropout,
+      x0_vae_source=diffusion.x0_vae_source,
+      flip=section.train.flip,
+      latent_dim=latent_dim,
+      noise_shape=(size, size, channels),
+      settings=section.sample.to_dict(),
     )
 
   @property
@@ -167,13 +167,15 @@ class Refiner:
     """Returns the condition from `given`: 'z', and 'x0_vae' where it is not decode(z)."""
     if self.vae is None:
       return Condition(x0_vae=None, z=None)
-    x0_vae = given['x0_vae'] if 'x0_vae' in given else self.vae.apply(frozen['vae'], given['z'], method='decode')
+    x0_vae = (
+      given['x0_vae'] if 'x0_vae' in given else self.vae.apply(frozen['vae'], given['z'], method='decode')
+    )
     return Condition(
-        x0_vae=x0_vae if self.formulation > 0 else None, z=given['z'] if self.z_conditioning else None
+      x0_vae=x0_vae if self.formulation > 0 else None, z=given['z'] if self.z_conditioning else None
     )
 
   def examples(
-      self, frozen: dict[str, Params], batch: Batch, key: jax.Array, *, flip: bool
+    self, frozen: dict[str, Params], batch: Batch, key: jax.Array, *, flip: bool
   ) -> tuple[Image, Condition]:
     """Returns x0 and its condition, flipped together."""
     key_flip, key_z = jax.random.split(key)
@@ -196,31 +198,29 @@ class Refiner:
   # Training ---------------------------------------------------------------------------------------
 
   def predict(
-      self,
-      params: Params,
-      y: Image,
-      t: jax.Array,
-      condition: Condition,
-      drop: Mask | None = None,
-      key_dropout: jax.Array | None = None,
+    self,
+    params: Params,
+    y: Image,
+    t: jax.Array,
+    condition: Condition,
+    drop: Mask | None = None,
+    key_dropout: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the U-Net's output at y_t; the only place where Formulation 2 adds its shift."""
     x_t = y
     if self.formulation > 0:
       shift = gaussian.shift(self.formulation, condition.x0_vae)
       x_t = y + (shift if drop is None else jnp.where(drop[:, None, None, None], 0.0, shift))
-    return self.denoiser.apply(
-        params, x_t, t, condition.x0_vae, condition.z, drop, key_dropout=key_dropout
-    )
+    return self.denoiser.apply(params, x_t, t, condition.x0_vae, condition.z, drop, key_dropout=key_dropout)
 
   def example_losses(
-      self,
-      params: Params,
-      x0: Image,
-      condition: Condition,
-      key: jax.Array,
-      *,
-      training: bool,
+    self,
+    params: Params,
+    x0: Image,
+    condition: Condition,
+    key: jax.Array,
+    *,
+    training: bool,
   ) -> jax.Array:
     """Returns the weighted denoising loss of each example at one random time."""
     key_t, key_eps, key_drop, key_dropout = jax.random.split(key, 4)
@@ -234,7 +234,7 @@ class Refiner:
     return losses.denoising_loss(self.prediction, output, x0, eps, t, self.schedule, self.loss_weight)
 
   def train_step(
-      self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the denoising loss."""
     key_example, key_loss = jax.random.split(key)
@@ -248,7 +248,7 @@ class Refiner:
     return state, {'loss': loss, **norms}
 
   def eval_step(
-      self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
   ) -> Metrics:
     """Returns the denoising loss without dropout or flips."""
     key_example, key_loss = jax.random.split(key)
@@ -277,7 +277,11 @@ class Refiner:
     return denoise
 
   def sample(
-      self, params: dict[str, Params], frozen: dict[str, Params], condition: dict[str, jax.Array], keys: Keys
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
   ) -> dict[str, Image]:
     """Returns {'x0': refined images} and, where there is one, {'x0_vae': what they were refined from}.
 
@@ -301,14 +305,14 @@ class Refiner:
       y = gaussian.q_sample(given.x0_vae, y, t, self.schedule)
     sampler = settings['sampler']
     x0 = samplers.get_sampler(sampler)(
-        self.denoise(params['denoiser'], given),
-        self.schedule,
-        y,
-        keys[:, 1],
-        num_steps=settings['num_steps'],
-        grid=settings['grid'],
-        t_start=settings['t_start'],
-        **{name: settings[name] for name in SAMPLER_OPTIONS[sampler]},
+      self.denoise(params['denoiser'], given),
+      self.schedule,
+      y,
+      keys[:, 1],
+      num_steps=settings['num_steps'],
+      grid=settings['grid'],
+      t_start=settings['t_start'],
+      **{name: settings[name] for name in SAMPLER_OPTIONS[sampler]},
     )
     images = {'x0': jnp.clip(x0, -1.0, 1.0)}
     return images if given.x0_vae is None else {'x0_vae': given.x0_vae, **images}
@@ -317,29 +321,29 @@ class Refiner:
 def check_diffusion(config: ConfigDict, *, flip: bool) -> None:
   """Raises UserError where a stage's `diffusion` section holds a value that is not allowed."""
   allowed = {
-      'schedule': schedules.SCHEDULES,
-      'prediction': gaussian.PREDICTIONS,
-      'loss_weight': losses.LOG_WEIGHTS,
-      'condition': CONDITIONS,
-      'x0_vae_source': X0_VAE_SOURCES,
+    'schedule': schedules.SCHEDULES,
+    'prediction': gaussian.PREDICTIONS,
+    'loss_weight': losses.LOG_WEIGHTS,
+    'condition': CONDITIONS,
+    'x0_vae_source': X0_VAE_SOURCES,
   }
   check_names(config, 'diffusion', allowed)
   if not 0 <= config.condition_dropout < 1:
     raise UserError(f'diffusion.condition_dropout must be in [0, 1), got {config.condition_dropout}')
   if config.x0_vae_source == 'precomputed' and config.z_conditioning and flip:
     raise UserError(
-        "diffusion.x0_vae_source = 'precomputed' with z_conditioning cannot be joined with train.flip: the "
-        "stored z belongs to the image as it is; use 'mean', or train.flip = False"
+      "diffusion.x0_vae_source = 'precomputed' with z_conditioning cannot be joined with train.flip: the "
+      "stored z belongs to the image as it is; use 'mean', or train.flip = False"
     )
 
 
 def check_sample(config: ConfigDict) -> None:
   """Raises UserError where a stage's `sample` section holds a value that is not allowed."""
   allowed = {
-      'sampler': samplers.SAMPLERS,
-      'grid': samplers.GRIDS,
-      'variance': VARIANCES,
-      'clip': CLIPS,
+    'sampler': samplers.SAMPLERS,
+    'grid': samplers.GRIDS,
+    'variance': VARIANCES,
+    'clip': CLIPS,
   }
   check_names(config, 'sample', allowed)
   if config.num_steps < 1:

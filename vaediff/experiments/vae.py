@@ -27,8 +27,8 @@ def build_model(config: ConfigDict, data: ConfigDict) -> Model:
   """Returns the VAE that a stage's `model` section describes, for the images of `data`."""
   size, channels = data.image_size, data.channels
   return Model(
-      module=vae_model.Vae(image_channels=channels, **config.to_dict()),
-      inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
+    module=vae_model.Vae(image_channels=channels, **config.to_dict()),
+    inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
   )
 
 
@@ -64,12 +64,12 @@ class Vae:
     if section.loss.reduction not in ('sum', 'mean'):
       raise UserError(f"loss.reduction must be 'sum' or 'mean', got {section.loss.reduction!r}")
     return cls(
-        vae=build_model(section.model, config.data),
-        optimizer=make_optimizer(section.optim, section.train.num_steps),
-        beta=section.loss.beta,
-        reduction=section.loss.reduction,
-        flip=section.train.flip,
-        latent_dim=section.model.latent_dim,
+      vae=build_model(section.model, config.data),
+      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      beta=section.loss.beta,
+      reduction=section.loss.reduction,
+      flip=section.train.flip,
+      latent_dim=section.model.latent_dim,
     )
 
   @property
@@ -97,12 +97,12 @@ class Vae:
     mean, logvar = self.vae.apply(params, x, method='encode')
     x_hat = self.vae.apply(params, draw_latent(mean, logvar, key), method='decode')
     return {
-        'reconstruction': losses.squared_error_sum(x, x_hat),
-        'kl': losses.kl_to_standard_normal(mean, logvar),
+      'reconstruction': losses.squared_error_sum(x, x_hat),
+      'kl': losses.kl_to_standard_normal(mean, logvar),
     }
 
   def train_step(
-      self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one Adam update of the negative ELBO, and the loss terms per example."""
     del frozen
@@ -115,14 +115,17 @@ class Vae:
       terms = {name: jnp.mean(values) for name, values in self.terms(params, x, key_z).items()}
       loss = terms['reconstruction'] + self.beta * terms['kl']
       scale = x.shape[0] if self.reduction == 'sum' else 1
-      return scale * loss, {'loss': loss, **{f'loss/{name}': value for name, value in terms.items()}}
+      return scale * loss, {
+        'loss': loss,
+        **{f'loss/{name}': value for name, value in terms.items()},
+      }
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.networks['vae'].params)
     state, norms = base.update_one(state, 'vae', grads, self.optimizer)
     return state, {**metrics, **norms}
 
   def eval_step(
-      self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
   ) -> Metrics:
     """Returns the loss terms, and the mean squared error per pixel in [0, 1] of decode(mean z)."""
     del frozen
@@ -130,9 +133,9 @@ class Vae:
     terms = self.terms(params['vae'], x, key)
     x_hat = self.vae.apply(params['vae'], x)
     values = {
-        'loss': terms['reconstruction'] + self.beta * terms['kl'],
-        **{f'loss/{name}': value for name, value in terms.items()},
-        'mse': losses.squared_error_sum(x, x_hat) / x[0].size,
+      'loss': terms['reconstruction'] + self.beta * terms['kl'],
+      **{f'loss/{name}': value for name, value in terms.items()},
+      'mse': losses.squared_error_sum(x, x_hat) / x[0].size,
     }
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
 
@@ -142,7 +145,11 @@ class Vae:
     return self.vae.apply(params['vae'], x, method='encode')
 
   def sample(
-      self, params: dict[str, Params], frozen: dict[str, Params], condition: dict[str, jax.Array], keys: Keys
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
   ) -> dict[str, Image]:
     """Returns {'x0_vae': decode(z)} for `condition['z']`; the decoder draws nothing from the keys."""
     del frozen, keys

@@ -19,8 +19,8 @@ class Model:
 
   Attributes:
     module: the Flax module.
-    inputs: shapes of the arguments of one forward pass with batch 1, in order (None = not given); used by `init` and by
-      cost counting, so that neither needs data.
+    inputs: shapes of the arguments of one forward pass with batch 1, in order (None = not given); used by
+      `init` and by cost counting, so that neither needs data.
   """
 
   module: nn.Module
@@ -32,12 +32,12 @@ class Model:
     return self.module.init(key, *zeros)['params']
 
   def apply(
-      self,
-      params: Params,
-      *args: Any,
-      method: str | None = None,
-      key_dropout: jax.Array | None = None,
-      **kwargs: Any,
+    self,
+    params: Params,
+    *args: Any,
+    method: str | None = None,
+    key_dropout: jax.Array | None = None,
+    **kwargs: Any,
   ) -> Any:
     """Applies the module (or its named method); dropout is on exactly when `key_dropout` is given."""
     if method is None:

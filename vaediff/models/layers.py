@@ -27,43 +27,43 @@ uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 def conv3x3(
-    features: int,
-    *,
-    name: str,
-    dtype: Any,
-    strides: int = 1,
-    padding: str | tuple[tuple[int, int], ...] = 'SAME',
-    use_bias: bool = True,
-    zero_init: bool = False,
+  features: int,
+  *,
+  name: str,
+  dtype: Any,
+  strides: int = 1,
+  padding: str | tuple[tuple[int, int], ...] = 'SAME',
+  use_bias: bool = True,
+  zero_init: bool = False,
 ) -> nn.Conv:
   """Returns a 3x3 convolution; its kernel starts at zero when `zero_init`, its bias always does."""
   return nn.Conv(
-      features,
-      kernel_size=(3, 3),
-      strides=(strides, strides),
-      padding=padding,
-      use_bias=use_bias,
-      kernel_init=nn.initializers.zeros if zero_init else uniform_fan_in,
-      dtype=dtype,
-      name=name,
+    features,
+    kernel_size=(3, 3),
+    strides=(strides, strides),
+    padding=padding,
+    use_bias=use_bias,
+    kernel_init=nn.initializers.zeros if zero_init else uniform_fan_in,
+    dtype=dtype,
+    name=name,
   )
 
 
 def dense(
-    features: int, *, name: str, dtype: Any, use_bias: bool = True, zero_init: bool = False
+  features: int, *, name: str, dtype: Any, use_bias: bool = True, zero_init: bool = False
 ) -> nn.Dense:
   """Returns a linear map of the last axis; on an NHWC array it is the 1x1 convolution."""
   return nn.Dense(
-      features,
-      use_bias=use_bias,
-      kernel_init=nn.initializers.zeros if zero_init else uniform_fan_in,
-      dtype=dtype,
-      name=name,
+    features,
+    use_bias=use_bias,
+    kernel_init=nn.initializers.zeros if zero_init else uniform_fan_in,
+    dtype=dtype,
+    name=name,
   )
 
 
 def upsample_nearest(
-    x: Float[Array, 'batch height width channels'], factor: int
+  x: Float[Array, 'batch height width channels'], factor: int
 ) -> Float[Array, 'batch height_up width_up channels']:
   """Returns every pixel repeated `factor` times along height and width."""
   batch, height, width, channels = x.shape
@@ -73,7 +73,7 @@ def upsample_nearest(
 
 
 def average_pool(
-    x: Float[Array, 'batch height width channels'], factor: int
+  x: Float[Array, 'batch height width channels'], factor: int
 ) -> Float[Array, 'batch height_down width_down channels']:
   """Returns the means of disjoint `factor` x `factor` windows; `factor` must divide both sides."""
   batch, height, width, channels = x.shape
@@ -105,7 +105,7 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, 'batch height width channels']
+    self, x: Float[Array, 'batch height width channels']
   ) -> Float[Array, 'batch height width channels']:
     """Returns x with zero mean and unit variance in each group of channels, scaled and shifted."""
     batch, height, width, channels = x.shape
@@ -128,7 +128,7 @@ class GroupNorm(nn.Module):
 
 
 def sinusoidal_embedding(
-    position: Time, num_features: int, *, sin_first: bool, last_frequency_included: bool
+  position: Time, num_features: int, *, sin_first: bool, last_frequency_included: bool
 ) -> Float[Array, 'batch features']:
   """Returns sines and cosines of `position` at geometrically spaced frequencies, float32.
 
@@ -150,11 +150,11 @@ def sinusoidal_embedding(
 
 
 def attention(
-    query: Float[Array, 'batch query heads channels'],
-    key: Float[Array, 'batch position heads channels'],
-    value: Float[Array, 'batch position heads channels'],
-    *,
-    scale: float,
+  query: Float[Array, 'batch query heads channels'],
+  key: Float[Array, 'batch position heads channels'],
+  value: Float[Array, 'batch position heads channels'],
+  *,
+  scale: float,
 ) -> Float[Array, 'batch query heads channels']:
   """Returns softmax(scale * query key^T) value for each head, with the softmax in float32.
 
@@ -162,9 +162,7 @@ def attention(
   before their product, which keeps the products small in bfloat16.
   """
   root = math.sqrt(scale)
-  logits = jnp.einsum(
-      'bqhc,bkhc->bhqk', query * root, key * root, preferred_element_type=jnp.float32
-  )
+  logits = jnp.einsum('bqhc,bkhc->bhqk', query * root, key * root, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
   return jnp.einsum('bhqk,bkhc->bqhc', weights, value)
 

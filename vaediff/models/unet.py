@@ -74,21 +74,21 @@ class UNet(nn.Module):
     _check_attention(self)
     if self.learned_null and not (self.condition_on_image or self.latent_dim):
       raise UserError(
-          'learned_null is set (diffusion.condition_dropout > 0), but the U-Net has no condition '
-          'to drop; give it one (condition_on_image or latent_dim), or set the dropout to 0.'
+        'learned_null is set (diffusion.condition_dropout > 0), but the U-Net has no condition '
+        'to drop; give it one (condition_on_image or latent_dim), or set the dropout to 0.'
       )
     super().__post_init__()
 
   @nn.compact
   def __call__(
-      self,
-      x_t: Image,
-      t: Time,
-      x0_vae: Image | None = None,
-      z: Latent | None = None,
-      drop: Mask | None = None,
-      *,
-      deterministic: bool = True,
+    self,
+    x_t: Image,
+    t: Time,
+    x0_vae: Image | None = None,
+    z: Latent | None = None,
+    drop: Mask | None = None,
+    *,
+    deterministic: bool = True,
   ) -> Float[Array, 'batch height width channels']:
     """Returns the network's prediction, float32, unbounded.
 
@@ -108,19 +108,19 @@ class UNet(nn.Module):
     variant = VARIANTS[self.variant]
     dtype = jnp.dtype(self.dtype)
     options = BlockOptions(
-        variant=variant,
-        num_heads=self.num_heads,
-        dropout=self.dropout,
-        deterministic=deterministic,
-        scale_shift_norm=self.scale_shift_norm,
-        remat=self.remat,
-        dtype=dtype,
+      variant=variant,
+      num_heads=self.num_heads,
+      dropout=self.dropout,
+      deterministic=deterministic,
+      scale_shift_norm=self.scale_shift_norm,
+      remat=self.remat,
+      dtype=dtype,
     )
     position = layers.sinusoidal_embedding(
-        TIME_STEPS * t - 1.0,
-        self.channels,
-        sin_first=variant.sin_first,
-        last_frequency_included=variant.last_frequency_included,
+      TIME_STEPS * t - 1.0,
+      self.channels,
+      sin_first=variant.sin_first,
+      last_frequency_included=variant.last_frequency_included,
     )
     emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(position)
     if z is not None:
@@ -131,7 +131,7 @@ class UNet(nn.Module):
     h = self._down_and_up(h, emb, options)
     h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
     return layers.conv3x3(
-        self.image_channels, name='conv_out', dtype=jnp.float32, zero_init=variant.zero_init
+      self.image_channels, name='conv_out', dtype=jnp.float32, zero_init=variant.zero_init
     )(h.astype(jnp.float32))
 
   def _down_and_up(self, h: Array, emb: Array, options: BlockOptions) -> Array:
@@ -143,29 +143,29 @@ class UNet(nn.Module):
     skips = [h]
     for level, width in enumerate(widths):
       skips += DownLevel(
-          features=width,
-          num_blocks=self.num_res_blocks,
-          attend=attend[level],
-          downsample=level < last,
-          options=options,
-          name=f'down_{level}',
+        features=width,
+        num_blocks=self.num_res_blocks,
+        attend=attend[level],
+        downsample=level < last,
+        options=options,
+        name=f'down_{level}',
       )(skips[-1], emb)
     h = Middle(options=options, name='middle')(skips[-1], emb)
     for level in reversed(range(len(sizes))):
       # A level reads back what it wrote, and the map that entered it.
       first = len(skips) - self.num_res_blocks - 1
       h = UpLevel(
-          features=widths[level],
-          attend=attend[level],
-          upsample=level > 0,
-          options=options,
-          name=f'up_{level}',
+        features=widths[level],
+        attend=attend[level],
+        upsample=level > 0,
+        options=options,
+        name=f'up_{level}',
       )(h, skips[first:], emb)
       skips = skips[:first]
     return h
 
   def _drop_conditions(
-      self, x0_vae: Array | None, z: Array | None, drop: Array | None
+    self, x0_vae: Array | None, z: Array | None, drop: Array | None
   ) -> tuple[Array | None, Array | None]:
     """Returns the conditions with those of dropped examples replaced; creates the stand-ins."""
     if self.learned_null and self.condition_on_image:
@@ -179,16 +179,14 @@ class UNet(nn.Module):
         z = jnp.where(drop[:, None], null[None], z)
     return x0_vae, z
 
-  def _check_inputs(
-      self, x_t: Array, x0_vae: Array | None, z: Array | None, drop: Array | None
-  ) -> None:
+  def _check_inputs(self, x_t: Array, x0_vae: Array | None, z: Array | None, drop: Array | None) -> None:
     """Raises ValueError where the inputs are not those that the module was built for."""
     expected = (self.image_size, self.image_size, self.image_channels)
     if x_t.shape[1:] != expected:
       raise ValueError(f'The U-Net reads x_t of shape {expected}, got {x_t.shape[1:]}.')
     for name, value, field in (
-        ('x0_vae', x0_vae, 'condition_on_image'),
-        ('z', z, 'latent_dim'),
+      ('x0_vae', x0_vae, 'condition_on_image'),
+      ('z', z, 'latent_dim'),
     ):
       setting = getattr(self, field)
       if (value is not None) != bool(setting):
@@ -225,8 +223,8 @@ def convert_formulation(params: Params, *, to: int, image_channels: int) -> Para
   kernel = params['conv_in']['kernel']
   if kernel.shape[2] != 2 * image_channels:
     raise ValueError(
-        f'The first convolution reads {kernel.shape[2]} channels; [x_t, x0_vae] has '
-        f'{2 * image_channels}. Only a network with condition_on_image can be converted.'
+      f'The first convolution reads {kernel.shape[2]} channels; [x_t, x0_vae] has '
+      f'{2 * image_channels}. Only a network with condition_on_image can be converted.'
     )
   on_state, on_image = kernel[:, :, :image_channels], kernel[:, :, image_channels:]
   on_image = on_image + on_state if to == 1 else on_image - on_state
@@ -254,8 +252,8 @@ def _check_shape(unet: UNet) -> None:
   if below != unet.image_size or below == 0:
     nearest = ' or '.join(str(size) for size in (below, below + factor) if size > 0)
     raise UserError(
-        f'image_size is {unet.image_size}, but {len(unet.channel_multipliers)} levels '
-        f'(model.channel_multipliers) need a multiple of {factor}; nearest: {nearest}.'
+      f'image_size is {unet.image_size}, but {len(unet.channel_multipliers)} levels '
+      f'(model.channel_multipliers) need a multiple of {factor}; nearest: {nearest}.'
     )
 
 
@@ -265,14 +263,14 @@ def _check_attention(unet: UNet) -> None:
   for resolution in unet.attention_resolutions:
     if resolution not in sizes:
       raise UserError(
-          f'model.attention_resolutions names {resolution}, which never occurs; the maps have '
-          f'sides {", ".join(map(str, sizes))}. These are resolutions, not downsampling rates.'
+        f'model.attention_resolutions names {resolution}, which never occurs; the maps have '
+        f'sides {", ".join(map(str, sizes))}. These are resolutions, not downsampling rates.'
       )
   for size, multiplier in zip(sizes, unet.channel_multipliers, strict=True):
     width = multiplier * unet.channels
     attends = size in unet.attention_resolutions or size == sizes[-1]
     if unet.num_heads < 1 or (attends and width % unet.num_heads):
       raise UserError(
-          f'model.num_heads is {unet.num_heads}, which does not divide the {width} channels of the '
-          f'attention at resolution {size}.'
+        f'model.num_heads is {unet.num_heads}, which does not divide the {width} channels of the '
+        f'attention at resolution {size}.'
       )

@@ -38,27 +38,27 @@ class Variant:
 
 
 VARIANTS = {
-    # Nichol and Dhariwal 2021 (2102.09672): DiffuseVAE's network.
-    'openai': Variant(
-        norm_epsilon=1e-5,
-        down_padding=((1, 1), (1, 1)),
-        zero_init=True,
-        sin_first=False,
-        last_frequency_included=False,
-        fused_qkv=True,
-        scale_by_all_channels=False,
-    ),
-    # Ho et al. 2020 (2006.11239) as reused by Song et al. 2021 (2010.02502): DiffuseVAE's CIFAR-10
-    # figures. Its attention had one head; DiffuseVAE gave it several and kept the scale of one.
-    'ddim': Variant(
-        norm_epsilon=1e-6,
-        down_padding=((0, 1), (0, 1)),
-        zero_init=False,
-        sin_first=True,
-        last_frequency_included=True,
-        fused_qkv=False,
-        scale_by_all_channels=True,
-    ),
+  # Nichol and Dhariwal 2021 (2102.09672): DiffuseVAE's network.
+  'openai': Variant(
+    norm_epsilon=1e-5,
+    down_padding=((1, 1), (1, 1)),
+    zero_init=True,
+    sin_first=False,
+    last_frequency_included=False,
+    fused_qkv=True,
+    scale_by_all_channels=False,
+  ),
+  # Ho et al. 2020 (2006.11239) as reused by Song et al. 2021 (2010.02502): DiffuseVAE's CIFAR-10
+  # figures. Its attention had one head; DiffuseVAE gave it several and kept the scale of one.
+  'ddim': Variant(
+    norm_epsilon=1e-6,
+    down_padding=((0, 1), (0, 1)),
+    zero_init=False,
+    sin_first=True,
+    last_frequency_included=True,
+    fused_qkv=False,
+    scale_by_all_channels=True,
+  ),
 }
 
 
@@ -116,7 +116,7 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
+    self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
   ) -> Float[Array, 'batch height width features']:
     """Returns x plus what the block adds to it."""
     options, dtype = self.options, self.options.dtype
@@ -132,9 +132,9 @@ class ResidualBlock(nn.Module):
     else:
       h = norm_2(h + emb)
     dropout = nn.Dropout(options.dropout, deterministic=options.deterministic, name='dropout')
-    h = layers.conv3x3(
-        self.features, name='conv_2', dtype=dtype, zero_init=options.variant.zero_init
-    )(dropout(nn.silu(h)))
+    h = layers.conv3x3(self.features, name='conv_2', dtype=dtype, zero_init=options.variant.zero_init)(
+      dropout(nn.silu(h))
+    )
     if x.shape[-1] != self.features:
       x = layers.dense(self.features, name='skip', dtype=dtype)(x)
     return x + h
@@ -151,7 +151,7 @@ class AttentionBlock(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, 'batch height width channels']
+    self, x: Float[Array, 'batch height width channels']
   ) -> Float[Array, 'batch height width channels']:
     """Returns x plus what its positions gather from each other."""
     options, variant, heads = self.options, self.options.variant, self.options.num_heads
@@ -164,15 +164,15 @@ class AttentionBlock(nn.Module):
       query, key, value = (qkv[:, :, :, i, :] for i in range(3))
     else:
       query, key, value = (
-          layers.dense(channels, name=name, dtype=options.dtype)(h).reshape(
-              batch, height * width, heads, channels // heads
-          )
-          for name in ('query', 'key', 'value')
+        layers.dense(channels, name=name, dtype=options.dtype)(h).reshape(
+          batch, height * width, heads, channels // heads
+        )
+        for name in ('query', 'key', 'value')
       )
     scaled_channels = channels if variant.scale_by_all_channels else channels // heads
     h = layers.attention(query, key, value, scale=scaled_channels**-0.5)
     h = layers.dense(channels, name='out', dtype=options.dtype, zero_init=variant.zero_init)(
-        h.reshape(batch, height, width, channels)
+      h.reshape(batch, height, width, channels)
     )
     return x + h
 
@@ -208,7 +208,7 @@ class DownLevel(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
+    self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
   ) -> list[Array]:
     """Returns the output of each block, then of the convolution; the last is the level's output."""
     outputs = []
@@ -219,11 +219,11 @@ class DownLevel(nn.Module):
       outputs.append(x)
     if self.downsample:
       down = layers.conv3x3(
-          self.features,
-          name='down',
-          dtype=self.options.dtype,
-          strides=2,
-          padding=self.options.variant.down_padding,
+        self.features,
+        name='down',
+        dtype=self.options.dtype,
+        strides=2,
+        padding=self.options.variant.down_padding,
       )
       outputs.append(down(x))
     return outputs
@@ -240,7 +240,7 @@ class Middle(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
+    self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
   ) -> Float[Array, 'batch height width channels']:
     """Returns the map that starts the way up."""
     x = residual_block(x.shape[-1], self.options, 'res_0')(x, emb)
@@ -265,10 +265,10 @@ class UpLevel(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'batch height width channels'],
-      skips: list[Array],
-      emb: Float[Array, 'batch embedding'],
+    self,
+    x: Float[Array, 'batch height width channels'],
+    skips: list[Array],
+    emb: Float[Array, 'batch embedding'],
   ) -> Float[Array, 'batch height_out width_out features']:
     """Returns the level's output; each block reads one skip, the last of the list first."""
     for i, skip in enumerate(reversed(skips)):
@@ -277,7 +277,5 @@ class UpLevel(nn.Module):
       if self.attend:
         x = attention_block(self.options, f'attn_{i}')(x)
     if self.upsample:
-      x = layers.conv3x3(self.features, name='up', dtype=self.options.dtype)(
-          layers.upsample_nearest(x, 2)
-      )
+      x = layers.conv3x3(self.features, name='up', dtype=self.options.dtype)(layers.upsample_nearest(x, 2))
     return x

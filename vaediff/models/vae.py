@@ -40,17 +40,17 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Float[Array, 'batch height width channels']
+    self, x: Float[Array, 'batch height width channels']
   ) -> Float[Array, 'batch height width channels']:
     """Returns x plus the bottleneck of x, which is half as wide."""
     channels = x.shape[-1]
     middle = layers.conv3x3 if self.kernel_size == 3 else layers.dense
     h = x
     for make, features, name in (
-        (layers.dense, channels // 2, 'conv_1'),
-        (middle, channels // 2, 'conv_2'),
-        (middle, channels // 2, 'conv_3'),
-        (layers.dense, channels, 'conv_4'),
+      (layers.dense, channels // 2, 'conv_1'),
+      (middle, channels // 2, 'conv_2'),
+      (middle, channels // 2, 'conv_3'),
+      (layers.dense, channels, 'conv_4'),
     ):
       # The published weights were trained with the exact GELU, not its tanh approximation.
       h = make(features, name=name, dtype=self.dtype)(nn.gelu(h, approximate=False))
@@ -69,9 +69,7 @@ class Stem(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(
-      self, x: Float[Array, 'batch 1 1 channels']
-  ) -> Float[Array, 'batch height width channels']:
+  def __call__(self, x: Float[Array, 'batch 1 1 channels']) -> Float[Array, 'batch height width channels']:
     """Returns a map with spatial structure, which nearest upsampling of one pixel cannot have."""
     batch, _, _, channels = x.shape
     h = layers.dense(self.size**2 * channels, name='dense', dtype=self.dtype)(x)
@@ -84,9 +82,7 @@ class Head(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(
-      self, x: Float[Array, 'batch height width channels']
-  ) -> Float[Array, 'batch 1 1 channels']:
+  def __call__(self, x: Float[Array, 'batch height width channels']) -> Float[Array, 'batch 1 1 channels']:
     """Returns one pixel that has seen every position, which an average of the map has not."""
     batch, height, width, channels = x.shape
     h = x.reshape(batch, 1, 1, height * width * channels)
@@ -94,7 +90,7 @@ class Head(nn.Module):
 
 
 def _run(
-    plan: tuple[Layer, ...], x: Float[Array, 'batch height width channels'], dtype: Any
+  plan: tuple[Layer, ...], x: Float[Array, 'batch height width channels'], dtype: Any
 ) -> Float[Array, 'batch height_out width_out channels_out']:
   """Returns x after each layer of the plan, creating the layers in the calling module."""
   for layer in plan:
@@ -128,8 +124,8 @@ class Encoder(nn.Module):
     h = layers.conv3x3(self.channels, name='conv_in', dtype=self.dtype, use_bias=False)(x)
     h = _run(self.plan, h, self.dtype)[:, 0, 0, :].astype(jnp.float32)
     mean, logvar = (
-        layers.dense(self.latent_dim, name=name, dtype=jnp.float32, use_bias=False)(h)
-        for name in ('mean', 'logvar')
+      layers.dense(self.latent_dim, name=name, dtype=jnp.float32, use_bias=False)(h)
+      for name in ('mean', 'logvar')
     )
     return mean, logvar
 
@@ -186,12 +182,12 @@ class Vae(nn.Module):
   @nn.nowrap
   def _plan(self) -> VaePlan:
     return plan_vae(
-        encoder_blocks=self.encoder_blocks,
-        decoder_blocks=self.decoder_blocks,
-        encoder_channels=self.encoder_channels,
-        decoder_channels=self.decoder_channels,
-        latent_dim=self.latent_dim,
-        dense_stem=self.stem == 'dense',
+      encoder_blocks=self.encoder_blocks,
+      decoder_blocks=self.decoder_blocks,
+      encoder_channels=self.encoder_channels,
+      decoder_channels=self.decoder_channels,
+      latent_dim=self.latent_dim,
+      dense_stem=self.stem == 'dense',
     )
 
   def setup(self):
@@ -199,7 +195,7 @@ class Vae(nn.Module):
     dtype = jnp.dtype(self.dtype)
     plan = self._plan()
     self.encoder = Encoder(
-        plan=plan.encoder, channels=plan.first_channels, latent_dim=self.latent_dim, dtype=dtype
+      plan=plan.encoder, channels=plan.first_channels, latent_dim=self.latent_dim, dtype=dtype
     )
     self.decoder = Decoder(plan=plan.decoder, image_channels=self.image_channels, dtype=dtype)
 
@@ -213,8 +209,8 @@ class Vae(nn.Module):
     expected = (size, size, self.image_channels)
     if x.shape[1:] != expected:
       raise UserError(
-          f'The images have shape {x.shape[1:]}, but the VAE of model.encoder_blocks and '
-          f'model.image_channels reads {expected}; change data.image_size or the first block.'
+        f'The images have shape {x.shape[1:]}, but the VAE of model.encoder_blocks and '
+        f'model.image_channels reads {expected}; change data.image_size or the first block.'
       )
     return self.encoder(x * 0.5 + 0.5)
 

@@ -10,9 +10,9 @@ import re
 from vaediff.errors import UserError
 
 GRAMMAR = (
-    'allowed: RxN (N residual blocks at resolution R), R (one block), RdK (block, then average '
-    'pooling by K >= 2), RuK (nearest upsampling by K >= 2), AtB (1x1 convolution from the '
-    'channels of A to those of B)'
+  'allowed: RxN (N residual blocks at resolution R), R (one block), RdK (block, then average '
+  'pooling by K >= 2), RuK (nearest upsampling by K >= 2), AtB (1x1 convolution from the '
+  'channels of A to those of B)'
 )
 _TOKEN = re.compile(r'(?P<resolution>[1-9]\d*)(?:(?P<kind>[xdut])(?P<value>[1-9]\d*))?')
 _CHANNEL = re.compile(r'(?P<resolution>[1-9]\d*):(?P<channels>[1-9]\d*)')
@@ -80,12 +80,12 @@ def parse_blocks(text: str, *, field: str) -> tuple[Step, ...]:
     if match is None or (resampling and int(match['value']) < 2):
       raise UserError(f"{field}: '{token}' is not a step; {GRAMMAR}.")
     steps.append(
-        Step(
-            kind=match['kind'] or 'x',
-            resolution=int(match['resolution']),
-            value=int(match['value'] or 1),
-            token=token,
-        )
+      Step(
+        kind=match['kind'] or 'x',
+        resolution=int(match['resolution']),
+        value=int(match['value'] or 1),
+        token=token,
+      )
     )
   return tuple(steps)
 
@@ -101,9 +101,7 @@ def parse_channels(text: str, *, field: str) -> dict[int, int]:
   for entry in (part.strip() for part in text.split(',')):
     match = _CHANNEL.fullmatch(entry)
     if match is None or int(match['channels']) < 2:
-      raise UserError(
-          f"{field}: '{entry}' is not an entry; allowed: R:C, resolution and channels, C >= 2."
-      )
+      raise UserError(f"{field}: '{entry}' is not an entry; allowed: R:C, resolution and channels, C >= 2.")
     resolution = int(match['resolution'])
     if resolution in channels:
       raise UserError(f"{field}: '{entry}' gives resolution {resolution} a second time; keep one.")
@@ -112,13 +110,13 @@ def parse_channels(text: str, *, field: str) -> dict[int, int]:
 
 
 def plan_layers(
-    steps: tuple[Step, ...],
-    channels: dict[int, int],
-    *,
-    fields: tuple[str, str],
-    first_resolution: int,
-    last_resolution: int,
-    dense_stem: bool = False,
+  steps: tuple[Step, ...],
+  channels: dict[int, int],
+  *,
+  fields: tuple[str, str],
+  first_resolution: int,
+  last_resolution: int,
+  dense_stem: bool = False,
 ) -> tuple[Layer, ...]:
   """Returns the layers that the steps stand for, after checking that they fit together.
 
@@ -161,20 +159,18 @@ def plan_layers(
       width = channels[step.value]
       add('project', width)
   if resolution != last_resolution:
-    raise UserError(
-        f'{fields[0]} ends at resolution {resolution}; it must end at {last_resolution}.'
-    )
+    raise UserError(f'{fields[0]} ends at resolution {resolution}; it must end at {last_resolution}.')
   return tuple(plan)
 
 
 def plan_vae(
-    *,
-    encoder_blocks: str,
-    decoder_blocks: str,
-    encoder_channels: str,
-    decoder_channels: str,
-    latent_dim: int,
-    dense_stem: bool,
+  *,
+  encoder_blocks: str,
+  decoder_blocks: str,
+  encoder_channels: str,
+  decoder_channels: str,
+  latent_dim: int,
+  dense_stem: bool,
 ) -> VaePlan:
   """Returns the layers of both halves; the encoder's first step has the image's size.
 
@@ -189,57 +185,55 @@ def plan_vae(
   decoder_widths = parse_channels(decoder_channels, field=decoder_fields[1])
   if decoder_widths.get(1) != latent_dim:
     raise UserError(
-        f'{decoder_fields[1]} gives resolution 1 {decoder_widths.get(1, "no")} channels, but z '
-        f"enters there and model.latent_dim is {latent_dim}; write '1:{latent_dim}'."
+      f'{decoder_fields[1]} gives resolution 1 {decoder_widths.get(1, "no")} channels, but z '
+      f"enters there and model.latent_dim is {latent_dim}; write '1:{latent_dim}'."
     )
   image_size = encoder_steps[0].resolution
   encoder = plan_layers(
-      encoder_steps,
-      encoder_widths,
-      fields=encoder_fields,
-      first_resolution=image_size,
-      last_resolution=1,
-      dense_stem=dense_stem,
+    encoder_steps,
+    encoder_widths,
+    fields=encoder_fields,
+    first_resolution=image_size,
+    last_resolution=1,
+    dense_stem=dense_stem,
   )
   decoder = plan_layers(
-      decoder_steps,
-      decoder_widths,
-      fields=decoder_fields,
-      first_resolution=1,
-      last_resolution=image_size,
-      dense_stem=dense_stem,
+    decoder_steps,
+    decoder_widths,
+    fields=decoder_fields,
+    first_resolution=1,
+    last_resolution=image_size,
+    dense_stem=dense_stem,
   )
   return VaePlan(image_size, encoder_widths[image_size], encoder, decoder)
 
 
 def _check_step(
-    step: Step, channels: dict[int, int], fields: tuple[str, str], resolution: int, width: int
+  step: Step, channels: dict[int, int], fields: tuple[str, str], resolution: int, width: int
 ) -> None:
   """Raises UserError unless the step can follow a map of this resolution and width."""
   where = f"{fields[0]}: '{step.token}'"
   at = step.value if step.kind == 't' else step.resolution
   if at != resolution:
     raise UserError(
-        f'{where} is at resolution {at}, but the map has resolution {resolution} there; a step at '
-        f'resolution {resolution} must come next.'
+      f'{where} is at resolution {at}, but the map has resolution {resolution} there; a step at '
+      f'resolution {resolution} must come next.'
     )
   _require_channels(channels, fields, at, step)
   _require_channels(channels, fields, step.resolution, step)
   if step.kind != 'u' and channels[step.resolution] != width:
     raise UserError(
-        f'{where} takes {channels[step.resolution]} channels, but the map has {width} there; '
-        f"change them with a step 'At{resolution}' first, A the resolution whose channels it has."
+      f'{where} takes {channels[step.resolution]} channels, but the map has {width} there; '
+      f"change them with a step 'At{resolution}' first, A the resolution whose channels it has."
     )
   if step.kind == 'd' and resolution % step.value:
     raise UserError(f'{where} pools by {step.value}, which does not divide {resolution}.')
 
 
-def _require_channels(
-    channels: dict[int, int], fields: tuple[str, str], resolution: int, step: Step
-) -> None:
+def _require_channels(channels: dict[int, int], fields: tuple[str, str], resolution: int, step: Step) -> None:
   """Raises UserError unless the resolution has channels."""
   if resolution not in channels:
     raise UserError(
-        f"{fields[1]} has no entry for resolution {resolution}, which '{step.token}' of "
-        f"{fields[0]} needs; it has {', '.join(map(str, channels))}. Add '{resolution}:C'."
+      f"{fields[1]} has no entry for resolution {resolution}, which '{step.token}' of "
+      f"{fields[0]} needs; it has {', '.join(map(str, channels))}. Add '{resolution}:C'."
     )
