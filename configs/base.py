@@ -25,7 +25,7 @@ def default() -> ConfigDict:
   config.refiner = refiner_stage()
   config.reconstruct = ConfigDict(
     {
-      'num_images': 16,  # images of the evaluation split
+      'num_images': 64,  # images of the evaluation split; the grid shows the first 32
       'posterior': 'mean',  # 'mean' | 'sample': which z of q(z | x)
     }
   )

@@ -54,4 +54,5 @@ def get_config(variant: str = ''):
     1200, 64, save_every_steps=400, eval_every_steps=400, grid_every_steps=1200, eval_images=0
   )
   config.refiner.sample.num_steps = 50
+  config.reconstruct.num_images = 297  # the whole evaluation split
   return base.finish(config, variant)

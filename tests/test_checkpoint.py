@@ -84,11 +84,11 @@ def damage_remove(folder):
   shutil.rmtree(folder / 'state' / 'd')
 
 
-def damage_meta(folder):
+def damage_state(folder):
   shutil.rmtree(folder / 'state')
 
 
-@pytest.mark.parametrize('damage', [damage_truncate, damage_remove, damage_meta])
+@pytest.mark.parametrize('damage', [damage_truncate, damage_remove, damage_state])
 def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, damage):
   before = saved(tmp_path)
   folder = tmp_path / checkpoint.FOLDER / '5'
@@ -99,6 +99,24 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, damage):
   with pytest.raises(UserError, match=f'{folder} cannot be read'):
     checkpoint.load_frozen(tmp_path, 'vae', abstract(before.networks['vae'].params))
   assert sorted(path.relative_to(folder) for path in folder.rglob('*')) == left
+
+
+def test_a_damaged_meta_is_named(tmp_path):
+  before = saved(tmp_path)
+  (tmp_path / checkpoint.FOLDER / '5' / 'meta' / 'metadata').write_text('{"data_pos')
+  with pytest.raises(UserError, match='cannot be read'):
+    checkpoint.load_meta(tmp_path)
+  with pytest.raises(UserError, match='cannot be read'):
+    checkpoint.Checkpointer(tmp_path, 2).restore(abstract(before))
+
+
+def test_what_is_saved_is_what_was_given(tmp_path):
+  """The save goes on in the background; a dict changed afterwards must not change it."""
+  checkpointer, value, meta = checkpoint.Checkpointer(tmp_path, 2), state(), {'last': {'loss': 1.0}}
+  checkpointer.save(5, value, meta)
+  meta['last']['loss'] = 2.0
+  checkpointer.close()
+  assert checkpoint.load_meta(tmp_path) == {'last': {'loss': 1.0}}
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_what_does_not_change_results_only(tmp_path):
   now.data.prefetch = 9
   configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
   now.vae.optim.learning_rate = 0.5
-  with pytest.raises(UserError, match=r'config.vae.optim.learning_rate is 0.001 there, 0.5 now'):
+  with pytest.raises(UserError, match=r'config.vae.optim.learning_rate is 0.003 there, 0.5 now'):
     configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
   configs.check_same_run(now, stored, (), tmp_path)  # nothing trained yet: nothing to protect
 

@@ -117,10 +117,10 @@ def run_debug(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_debug_trains_samples_and_restores(name, tmp_path):
+def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
   run_debug(name, 'debug', tmp_path)
 
 
 @pytest.mark.parametrize('variant', SHARED)
-def test_debug_of_every_shared_variant(variant, tmp_path):
+def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)

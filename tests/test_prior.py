@@ -66,8 +66,8 @@ def test_normal_prior_is_standard():
 def test_too_few_latents_and_bad_settings():
   with pytest.raises(UserError, match='all more than the 8 latents'):
     prior.fit(mixture(10), settings(num_components=(50,)), seed=0)
-  with pytest.raises(UserError, match=r"config.vae.prior.covariance is 'spherical'; valid: full, diag, tied"):
-    prior.check(settings(covariance='spherical'), 'vae')
+  with pytest.raises(UserError, match=r"prior.covariance is 'spherical'; valid: full, diag, tied"):
+    prior.check(settings(covariance='spherical'))
 
 
 def test_save_and_load(tmp_path):

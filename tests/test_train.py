@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from vaediff import checkpoint, experiments, pipeline, sharding, train
+from vaediff import checkpoint, experiments, modes, pipeline, sharding, train
 from vaediff import config as configs
 from vaediff.data import sources
 from vaediff.errors import UserError
@@ -134,7 +134,8 @@ def five_steps(tmp_path, devices, stage, **changes):
   train.train(
       train.Stage(
           name=stage, folder=folder, config=config, experiment=experiment, frozen=frozen,
-          train_source=source, eval_source=sources.open_source(config.data, 'eval'), extra={}, mesh=mesh,
+          train_source=source, eval_source=sources.open_source(config.data, 'eval'),
+          frozen_steps={}, extra={}, mesh=mesh,
       )
   )  # fmt: skip
   return config, folder, mesh
@@ -149,12 +150,16 @@ def test_one_device_equals_eight(tmp_path, stage, fsdp):
     config, folder, mesh = five_steps(tmp_path, devices, stage, **changes)
     abstract = train.abstract_state(experiments.build(config, stage), mesh)
     state, _ = checkpoint.Checkpointer(folder, 9).restore(abstract)
-    states.append(jax.tree.map(np.asarray, state.eval_params))
-  # Adam divides by gradients near 0, so parameters are compared, not moments
+    states.append({name: jax.tree.map(np.asarray, net.params) for name, net in state.networks.items()})
+    start = jax.jit(experiments.build(config, stage).init)(jax.random.key(0))
+    (network,) = states[-1].values()
+    (begun,) = [net.params for net in start.networks.values()]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), network, begun)
+    assert max(jax.tree.leaves(moved)) > 1e-3  # five steps at this rate change far more than the tolerance
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
 
 
-def test_a_second_run_does_no_work_twice(tmp_path, capsys):
+def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device):
   config, workdir = synthetic(tmp_path), tmp_path / 'run'
   stages = tuple(config.stages)
   first = pipeline.run(config, workdir, stages)
@@ -171,7 +176,7 @@ def test_a_second_run_does_no_work_twice(tmp_path, capsys):
   assert capsys.readouterr().out.count('skipped') == 2
 
 
-def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_path):
+def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_path, one_device):
   config, workdir = synthetic(tmp_path), tmp_path / 'run'
   pipeline.run(config, workdir, ('vae',))
   before = (workdir / configs.FILE).read_text()
@@ -181,7 +186,26 @@ def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_pa
   assert (workdir / configs.FILE).read_text() == before
 
 
-def test_training_longer_goes_on_from_the_checkpoint(tmp_path):
+def test_a_refiner_is_never_joined_with_another_vae(tmp_path, one_device):
+  config, workdir = synthetic(tmp_path), tmp_path / 'run'
+  pipeline.run(config, workdir, tuple(config.stages))
+  config.vae.train.num_steps = 6
+  with pytest.raises(UserError, match=r"'refiner' .* was trained on .*'vae': 4.* now at .*'vae': 6"):
+    pipeline.run(config, workdir, tuple(config.stages))
+  config.vae.train.num_steps = 8
+  with pytest.raises(UserError, match="reads stage 'vae' of .* not trained to its last step"):
+    pipeline.run(config, workdir, ('refiner',))
+
+
+def test_sampling_with_settings_that_were_not_trained_is_refused(tmp_path, one_device):
+  config, workdir = synthetic(tmp_path), tmp_path / 'run'
+  pipeline.run(config, workdir, tuple(config.stages))
+  config.refiner.diffusion.prediction = 'v'
+  with pytest.raises(UserError, match="config.refiner.diffusion.prediction is 'eps' there, 'v' now"):
+    modes.MODES['sample'](config, workdir, tuple(config.stages))
+
+
+def test_training_longer_goes_on_from_the_checkpoint(tmp_path, one_device):
   config, workdir = synthetic(tmp_path), tmp_path / 'run'
   pipeline.run(config, workdir, ('vae',))
   config.vae.train.num_steps = 6
@@ -189,11 +213,7 @@ def test_training_longer_goes_on_from_the_checkpoint(tmp_path):
   assert [row['step'] for row in lines(workdir, 'vae') if 'loss' in row] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
-  config, workdir = (
-    synthetic(tmp_path, **{'vae.optim.learning_rate': 1e30, 'vae.train.num_steps': 30}),
-    tmp_path / 'run',
-  )
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, one_device):
   with pytest.raises(UserError, match=r'stage vae, step \d+: .*loss.* = (nan|inf) is not finite'):
     pipeline.run(config, workdir, ('vae',))
   step = checkpoint.latest_step(workdir / 'vae')
@@ -208,7 +228,7 @@ def test_a_stage_without_its_vae_says_so(tmp_path):
     pipeline.run(config, tmp_path / 'run', ('refiner',))
 
 
-def test_a_vae_of_another_run_is_read_from_there(tmp_path):
+def test_a_vae_of_another_run_is_read_from_there(tmp_path, one_device):
   config = synthetic(tmp_path)
   pipeline.run(config, tmp_path / 'first', ('vae',))
   second = synthetic(tmp_path, **{'refiner.vae.workdir': str(tmp_path / 'first'), 'stages': ('refiner',)})
@@ -220,7 +240,7 @@ def test_a_vae_of_another_run_is_read_from_there(tmp_path):
     load_frozen(experiments.build(third, 'refiner'), third, tmp_path / 'third', mesh)
 
 
-def test_precomputed_reconstructions_are_read_in_step(tmp_path):
+def test_precomputed_reconstructions_are_read_in_step(tmp_path, one_device):
   """With the mean, on the fly and precomputed differ by the rounding to bytes alone."""
   losses = []
   for source in ('mean', 'precomputed'):

@@ -63,6 +63,7 @@ def measure_stage(
     for name, source_ in experiment.frozen.items()
   }
   state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
+  training.check_batch_size(section, stage, mesh)
   rows = np.arange(section.train.batch_size) % len(source)
   batch = sharding.put_batch(source.read(rows), sharding.batch_sharding(mesh))
   if section.experiment == 'refiner' and section.diffusion.x0_vae_source == 'precomputed':

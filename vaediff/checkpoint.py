@@ -5,6 +5,7 @@ state, averages, step) and `meta` (JSON: stage, config, data position, seconds t
 asynchronous; an unfinished save leaves a temporary folder that the next run removes, never a step.
 """
 
+import copy
 import json
 import pathlib
 from typing import Any
@@ -48,7 +49,9 @@ class Checkpointer:
     try:
       self._manager.save(
         step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(copy.deepcopy(meta))
+        ),
       )
     except Exception as error:  # Orbax wraps whatever the storage raised
       raise self._failed(error) from error

@@ -8,6 +8,7 @@ is enough after training.
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,8 @@ MAY_CHANGE = (
   'prefetch',
   'materialize',
 )
-"""Fields of a stage or of `data` that may differ when a run goes on; all others would change its results."""
+"""Fields of a stage or of `data` that may differ when a run goes on; all others would change its results.
+`train.num_steps` may only where the learning rate does not decay to the last step."""
 
 
 def complete_argv(argv: list[str]) -> list[str]:
@@ -70,16 +72,23 @@ def parse_flags(argv: list[str]) -> list[str]:
       config file that cannot be loaded.
   """
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    if flags.FLAGS['config'].value is not None:
+      flags.FLAGS['config'].value.keys()  # a file that could not be loaded fails at its first use
+    return rest
   except flags.Error as error:
-    raise UserError(str(error).replace('flag --', '--', 1)) from error
+    text = str(error).replace('flag --', '--', 1)
+    if 'Traceback' in text:  # raised inside get_config: its own message is the last line
+      text = text.strip().splitlines()[-1].split(': ', 1)[-1]
+    raise UserError(text) from error
   except (AttributeError, KeyError) as error:
-    text = str(error.args[0]) if error.args else str(error)
-    name = text.split("'")[1] if "'" in text else text
+    words = re.search(r'\w+', str(error.args[0]))
+    name = words.group() if words else str(error)
     argument = next((arg for arg in argv if name in arg), name)
-    hint = ' '.join(line for line in text.splitlines() if line.startswith('Did you mean'))
+    near = re.search(r'Did you mean "\w+"', str(error.args[0]))
+    hint = f'{near.group()}? ' if near else ''
     raise UserError(
-      f'{argument}: the config has no key {name!r}. {hint} Keys are declared in configs/base.py'
+      f'{argument}: the config has no key {name!r}. {hint}Keys are declared in configs/base.py'
     ) from error
   except OSError as error:
     raise UserError(f'the config file cannot be loaded: {str(error).splitlines()[-1].strip()}') from error
@@ -93,7 +102,10 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   """
   path = pathlib.Path(workdir) / FILE
   try:
-    return from_json(path.read_text(encoding='utf-8'))
+    stored = from_json(path.read_text(encoding='utf-8'))
+    if 'stages' not in stored or 'data' not in stored:
+      raise ValueError('it has no stages or no data section')
+    return stored
   except FileNotFoundError as error:
     raise UserError(
       f'{path} does not exist: give --config, or the --workdir of a run that was started'
@@ -177,7 +189,10 @@ def validate(config: ConfigDict) -> None:
       _at_least(f'{stage}.train.{field}', section.train[field], 0)
     for field in ('num_images', 'batch_size'):
       _at_least(f'{stage}.sample.{field}', section.sample[field], 1)
+    _seed(f'{stage}.sample.seed', section.sample.seed)
   _at_least('reconstruct.num_images', config.reconstruct.num_images, 1)
+  _seed('seed', config.seed)
+  _at_least('interpolate.num_encoded', config.interpolate.num_encoded, 4)
   _at_least('interpolate.num_points', config.interpolate.num_points, 2)
   _at_least('interpolate.num_rows', config.interpolate.num_rows, 1)
   _at_least('restore.num_images', config.restore.num_images, 1)
@@ -207,7 +222,8 @@ def check_same_run(
       continue
     before, now = dict(_flatten(stored[section])), dict(_flatten(config[section]))
     for field in sorted(before.keys() | now.keys()):
-      if field.startswith(MAY_CHANGE) or before.get(field) == now.get(field):
+      fixed_length = field == 'train.num_steps' and now['optim.schedule'] == 'cosine'  # it sets the decay
+      if before.get(field) == now.get(field) or (field.startswith(MAY_CHANGE) and not fixed_length):
         continue
       problems.append((f'{name}.{field}', before.get(field), now.get(field)))
   if problems:
@@ -227,6 +243,11 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield f'{prefix}{name}', value
 
 
-def _at_least(field: str, value: float, least: float) -> None:
+def _at_least(field: str, value: int, least: int) -> None:
   if value < least:
     raise UserError(f'config.{field} must be >= {least}, got {value}')
+
+
+def _seed(field: str, value: int) -> None:
+  if not 0 <= value < 2**31:
+    raise UserError(f'config.{field} must be in [0, 2^31), got {value}')

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vaediff import draw, log, prior
-from vaediff.errors import UserError
 from vaediff.sample import eval_images, write_grid
 from vaediff.trained import Trained
 
@@ -25,54 +24,47 @@ def interpolate(trained: Trained) -> dict[str, float]:
     for row, kinds in enumerate(by_row):
       pictures += trained.draw(np.full(len(weights), row), kinds[kind]).values()
   write_grid(trained, 'interpolation', np.concatenate(pictures), settings.num_points)
-  return {'num_rows': settings.num_rows * len(by_row[0])}
+  return {'num_rows': float(settings.num_rows * len(by_row[0]))}
 
 
 def rows_of(trained: Trained, row: int, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
   """Returns, for each kind of interpolation, what is given to the sampler at each weight."""
-  experiment, kinds = trained.experiment, {}
+  experiment, settings, kinds = trained.experiment, trained.config.interpolate, {}
   ends = np.array([2 * row, 2 * row + 1])
   key_z, key_x = draw.image_keys(trained.settings.seed, jnp.asarray(ends))
   if experiment.latent_dim:
     z = np.asarray(prior.draw(trained.prior, key_z, experiment.latent_dim))
     kinds['z'] = {'z': lerp(z[0], z[1], weights)}
   if experiment.noise_shape:
-    noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, experiment.noise_shape))(key_x))
+    starts_of = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], experiment.noise_shape))
+    noise = np.asarray(starts_of(key_x))  # the x_T of the images 2 row and 2 row + 1
     kinds['x_T'] = {'noise': slerp(noise[0], noise[1], weights)}
     if experiment.latent_dim:
       kinds['x_T']['z'] = np.repeat(z[:1], len(weights), axis=0)
   if experiment.latent_dim:
-    data, labels = eval_images(trained, trained.config.interpolate.num_encoded)
+    data, labels = eval_images(trained, settings.num_encoded)
     codes, _ = trained.encode(data)
     kinds['encoded'] = {'z': lerp(*codes[ends % len(codes)], weights)}
-    if len(np.unique(labels)) > 1:
+    wanted = {settings.from_label, settings.to_label}
+    if wanted <= set(labels.tolist()):
       direction, starts = attribute_direction(trained, codes, labels)
       kinds['attribute'] = {'z': codes[starts[row % len(starts)]] + weights[:, None] * direction}
     elif row == 0:
-      log.say('no attribute rows: all images looked at have one label')
+      present = ', '.join(map(str, np.unique(labels)))
+      log.say(
+        f'no attribute rows: config.interpolate.from_label and to_label are {sorted(wanted)}; the labels of '
+        f'the {len(labels)} images looked at are {present}'
+      )
   return kinds
 
 
 def attribute_direction(
   trained: Trained, codes: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the mean z of `to_label` minus that of `from_label`, and which images have `from_label`.
-
-  Raises:
-    UserError: when no image that was looked at has one of the labels.
-  """
+  """Returns the mean z of `to_label` minus that of `from_label`, and which images have `from_label`."""
   settings = trained.config.interpolate
-  chosen = {}
-  for field in ('from_label', 'to_label'):
-    chosen[field] = np.flatnonzero(labels == settings[field])
-    if not len(chosen[field]):
-      present = ', '.join(map(str, np.unique(labels)))
-      raise UserError(
-        f'config.interpolate.{field} is {settings[field]}, which none of the {len(labels)} images looked at '
-        f'has; labels there: {present}. Choose one of them, or raise config.interpolate.num_encoded'
-      )
-  means = {field: codes[index].mean(axis=0) for field, index in chosen.items()}
-  return means['to_label'] - means['from_label'], chosen['from_label']
+  start, end = (np.flatnonzero(labels == label) for label in (settings.from_label, settings.to_label))
+  return codes[end].mean(axis=0) - codes[start].mean(axis=0), start
 
 
 def lerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:

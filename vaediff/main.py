@@ -43,6 +43,11 @@ def cli() -> None:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except OSError as error:
+    if error.filename is None and error.errno is None:
+      raise
+    print(f'error: {error.filename or "a file of the run"}: {error.strerror}', file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -61,6 +61,9 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> Optimizer:
     raise UserError(f'optim.ema_decay must be in [0, 1), got {config.ema_decay}')
   if config.learning_rate <= 0:
     raise UserError(f'optim.learning_rate must be > 0, got {config.learning_rate}')
+  for field in ('b1', 'b2'):
+    if not 0 <= config[field] < 1:
+      raise UserError(f'optim.{field} must be in [0, 1), got {config[field]}')
   for field in ('warmup_steps', 'clip_norm', 'weight_decay'):
     if config[field] < 0:
       raise UserError(f'optim.{field} must be >= 0, got {config[field]}')

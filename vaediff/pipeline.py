@@ -45,12 +45,16 @@ def run(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> l
   summaries, fresh = [], False
   for name in stages:
     folder = workdir / name
-    if is_complete(config, workdir, name):
+    complete = is_complete(config, workdir, name)
+    frozen = {} if complete else load_frozen(built[name], config, workdir, mesh)
+    steps = frozen_steps(built[name], config, workdir, name)
+    if complete:
       summaries.append(read_summary(folder, config, name))
       log.say(f'{name}: complete at step {summaries[-1]["steps"]}, skipped')
       continue
-    frozen = load_frozen(built[name], config, workdir, mesh)
     fresh = True
+    for old in workdir.glob('figures-*.json'):
+      old.unlink()  # of images that this training makes out of date
     summaries.append(
       train(
         Stage(
@@ -59,6 +63,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> l
           config=config,
           experiment=built[name],
           frozen=frozen,
+          frozen_steps=steps,
           train_source=train_source,
           eval_source=eval_source,
           extra=precomputed(config, workdir, name, built[name], frozen, train_source, mesh),
@@ -85,6 +90,33 @@ def is_complete(config: ConfigDict, workdir: pathlib.Path, stage: str) -> bool:
   """Returns whether a stage has reached its last step."""
   step = checkpoint.latest_step(workdir / stage)
   return step is not None and step >= config[stage].train.num_steps and (workdir / stage / SUMMARY).exists()
+
+
+def frozen_steps(
+  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str
+) -> dict[str, int]:
+  """Returns the training step of each network that a stage reads.
+
+  Raises:
+    UserError: when one of them is not fully trained, or is not at the step that the stage was begun with.
+  """
+  steps = {}
+  for name, source in experiment.frozen.items():
+    folder = pathlib.Path(source.workdir) if source.workdir else workdir
+    if not is_complete(configs.read(folder) if source.workdir else config, folder, source.stage):
+      raise UserError(
+        f'stage {stage!r} reads stage {source.stage!r} of {folder}, which is not trained to its last step; '
+        f'train it first (--stages={source.stage})'
+      )
+    steps[name] = checkpoint.latest_step(folder / source.stage)
+  if checkpoint.latest_step(workdir / stage) is not None:
+    begun = checkpoint.load_meta(workdir / stage)['frozen']
+    if begun != steps:
+      raise UserError(
+        f'stage {stage!r} of {workdir} was trained on frozen networks at steps {begun}, which are now at '
+        f'{steps}; move {workdir / stage} away to train it anew, or use another --workdir'
+      )
+  return steps
 
 
 def read_summary(folder: pathlib.Path, config: ConfigDict, stage: str) -> dict[str, Any]:

@@ -41,15 +41,15 @@ def draw(prior: Prior, keys: Keys, latent_dim: int) -> Latent:
   return jax.vmap(one)(keys)
 
 
-def check(config: ConfigDict, stage: str) -> None:
+def check(config: ConfigDict) -> None:
   """Raises UserError where a stage's `prior` section holds a value that is not allowed."""
   for field, names in (('kind', KINDS), ('covariance', COVARIANCES)):
     if config[field] not in names:
-      raise UserError(f'config.{stage}.prior.{field} is {config[field]!r}; valid: {", ".join(names)}')
+      raise UserError(f'prior.{field} is {config[field]!r}; valid: {", ".join(names)}')
   if not config.num_components or min(config.num_components) < 1:
-    raise UserError(f'config.{stage}.prior.num_components must name counts >= 1, got {config.num_components}')
+    raise UserError(f'prior.num_components must name counts >= 1, got {config.num_components}')
   if not 0 < config.holdout_fraction < 1:
-    raise UserError(f'config.{stage}.prior.holdout_fraction must be in (0, 1), got {config.holdout_fraction}')
+    raise UserError(f'prior.holdout_fraction must be in (0, 1), got {config.holdout_fraction}')
 
 
 def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndarray], dict[int, float]]:

@@ -26,13 +26,14 @@ def restore(trained: Trained) -> dict[str, float]:
   """
   settings = trained.config.restore
   need_latents(trained, 'restore')
-  if not getattr(trained.experiment, 'formulation', 0):
+  if not trained.experiment.takes_x0_vae:
     raise UserError(
       f'--mode=restore needs a refiner with an image condition, stage {trained.stage!r} has none; train one '
       'with diffusion.condition = formulation1 or formulation2, or choose it with --stages'
     )
   data, _ = eval_images(trained, settings.num_images)
-  degraded, known = degrade(np.asarray(pixels.to_unit_range(jnp.asarray(data))), settings)
+  x0 = np.asarray(pixels.to_unit_range(jnp.asarray(data)))
+  degraded, known = degrade(x0, settings, trained.settings.seed)
   z, _ = trained.encode(degraded)
   restored = draw_all(trained, {'x0_vae': degraded, 'z': z})['x0']
   if known is not None:
@@ -42,7 +43,7 @@ def restore(trained: Trained) -> dict[str, float]:
   return {'psnr/degraded': psnr(data, degraded), 'psnr/restored': psnr(data, restored)}
 
 
-def degrade(x0: np.ndarray, settings: ConfigDict) -> tuple[np.ndarray, np.ndarray | None]:
+def degrade(x0: np.ndarray, settings: ConfigDict, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
   """Returns degraded images in [-1, 1] and, for inpainting, the mask of known pixels.
 
   Raises:
@@ -58,7 +59,7 @@ def degrade(x0: np.ndarray, settings: ConfigDict) -> tuple[np.ndarray, np.ndarra
   if settings.task == 'denoise':
     if settings.noise_std <= 0:
       raise UserError(f'config.restore.noise_std must be > 0, got {settings.noise_std}')
-    noise = np.random.default_rng(0).standard_normal(x0.shape, np.float32)
+    noise = np.random.default_rng(seed).standard_normal(x0.shape, np.float32)
     return np.clip(x0 + settings.noise_std * noise, -1, 1).astype(np.float32), None
   if settings.task == 'inpaint':
     if not 0 < settings.hole_fraction < 1:

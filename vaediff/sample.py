@@ -10,6 +10,8 @@ from vaediff.trained import Trained
 
 MAX_IN_GRID = 256
 """Most images in a PNG grid; an npz holds them all."""
+MAX_RECONSTRUCTIONS = 32
+"""Most images in the grid of reconstructions; the figures are over all of them."""
 
 
 def sample(trained: Trained) -> dict[str, float]:
@@ -32,13 +34,13 @@ def sample(trained: Trained) -> dict[str, float]:
   columns = {name: np.concatenate(value)[:MAX_IN_GRID] for name, value in shown.items()}
   if 'x0' in columns and not settings.with_vae:
     columns.pop('x0_vae', None)
-  groups = max(1, round(np.sqrt(len(columns[next(iter(columns))]) / len(columns))))
+  groups = max(1, round(np.sqrt(len(columns[next(iter(columns))]))))
   write_grid(trained, 'samples', images.side_by_side(*columns.values()), groups * len(columns))
   if settings.save_npz:
     path = path_of(trained, 'samples', 'npz')
     images.write_npz(path, stored)
     log.say(f'wrote {path}')
-  return {'num_images': count}
+  return {'num_images': float(count)}
 
 
 def reconstruct(trained: Trained) -> dict[str, float]:
@@ -59,7 +61,7 @@ def reconstruct(trained: Trained) -> dict[str, float]:
   else:
     z, _ = trained.encode(data)
   result = draw_all(trained, {'z': z})
-  shown = [value[:MAX_IN_GRID] for value in (data, *result.values())]
+  shown = [value[:MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
   write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4)
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}
 

@@ -36,6 +36,7 @@ class Stage:
     config: the whole config; `config.<name>` is the stage's section.
     experiment: built from it.
     frozen: parameters of the networks of earlier stages.
+    frozen_steps: at which step each of them is; stored, so that a change is noticed.
     train_source: images to train on.
     eval_source: images to evaluate on.
     extra: arrays read beside the training images, by the same index.
@@ -47,6 +48,7 @@ class Stage:
   config: ConfigDict
   experiment: Experiment
   frozen: dict[str, Params]
+  frozen_steps: dict[str, int]
   train_source: sources.Source
   eval_source: sources.Source
   extra: dict[str, np.ndarray]
@@ -75,11 +77,7 @@ def train(stage: Stage) -> dict[str, Any]:
   """
   section = stage.config[stage.name]
   num_steps, batch_size = section.train.num_steps, section.train.batch_size
-  if batch_size % stage.mesh.size:
-    raise UserError(
-      f'config.{stage.name}.train.batch_size must be a multiple of the {stage.mesh.size} devices, '
-      f'got {batch_size}'
-    )
+  check_batch_size(section, stage.name, stage.mesh)
 
   # State: born sharded, or restored ----------------------------------------------------------------
   checkpointer = checkpoint.Checkpointer(stage.folder, section.train.keep_checkpoints)
@@ -154,6 +152,7 @@ def train(stage: Stage) -> dict[str, Any]:
             'seconds': seconds,
             'config': json.loads(stage.config.to_json()),
             'last': last,
+            'frozen': stage.frozen_steps,
           },
         )
     checkpointer.close()
@@ -161,6 +160,15 @@ def train(stage: Stage) -> dict[str, Any]:
     board.close()
   seconds = seconds_before + time.monotonic() - started
   return write_summary(stage, num_steps, batch_size, seconds, last)
+
+
+def check_batch_size(section: ConfigDict, stage: str, mesh: Mesh) -> None:
+  """Raises UserError unless the stage's batch can be split over the devices."""
+  if section.train.batch_size % mesh.size:
+    raise UserError(
+      f'config.{stage}.train.batch_size must be a multiple of the {mesh.size} devices, '
+      f'got {section.train.batch_size}'
+    )
 
 
 def make_step(experiment: Experiment, where: Any, replicated: Any):

@@ -33,6 +33,8 @@ class Trained:
 
   def __init__(self, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh):
     self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
+    stored = configs.read(workdir)
+    configs.check_same_run(config, stored, tuple(stored.stages), workdir)
     self.experiment = experiments.build(config, stage)
     self.params = {
       name: checkpoint.load_frozen(workdir / stage, name, abstract_params(model, mesh))
@@ -122,7 +124,8 @@ def load_prior(trained: Trained) -> dict[str, np.ndarray]:
   folder = (pathlib.Path(source.workdir) if source and source.workdir else trained.workdir) / vae_stage
   counts = '-'.join(map(str, section.num_components))
   step = checkpoint.latest_step(folder)
-  path = folder / f'prior-{section.covariance}-{counts}-of-{section.num_encoded}-step-{step}.npz'
+  settings = f'{section.covariance}-{counts}-of-{section.num_encoded}-holdout-{section.holdout_fraction}'
+  path = folder / f'prior-{settings}-seed-{config.seed}-step-{step}.npz'
   if not path.exists():
     images = sources.open_source(config.data, 'train')
     count = min(section.num_encoded, len(images))

@@ -31,7 +31,7 @@ def conv(layer, x, padding=(1, 1), stride=1):
 
 def norm(layer, x, epsilon):
   channels = x.shape[3]
-  size = channels // 32
+  size = max(4, channels // 32)
   y = np.empty_like(x)
   for first in range(0, channels, size):
     group = x[..., first : first + size]

@@ -162,12 +162,13 @@ def test_bfloat16_is_close_and_returns_float32(rng):
       assert 0.0 < float(np.abs(a - b).max()) < 0.03 * max(1.0, float(np.abs(a).max()))
 
 
-def test_dense_stem_adds_one_linear_map_and_spatial_structure(rng):
+def test_dense_stem_adds_two_linear_maps_and_spatial_structure(rng):
   # A decoder without padding before its last convolution, so that only the stem can vary in space.
   strings = {'decoder_blocks': '1u4,1t4', 'decoder_channels': '4:8,1:10'}
   strings |= {'encoder_blocks': '4x1,4d4,4t1', 'encoder_channels': '4:8,1:10'}
   nearest, dense = tiny(**strings), tiny(**strings, stem='dense')
-  assert count(shapes(dense)) - count(shapes(nearest)) == 10 * (16 * 10) + 16 * 10
+  to_four, to_one = 10 * (16 * 10) + 16 * 10, (16 * 8) * 8 + 8
+  assert count(shapes(dense)) - count(shapes(nearest)) == to_four + to_one
 
   z = jnp.float32(rng.normal(size=(1, 10)))
 

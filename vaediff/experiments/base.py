@@ -73,12 +73,14 @@ class Experiment(Protocol):
     frozen: the networks of earlier stages that it reads.
     latent_dim: size of the latent code its samples start from; 0 = none.
     noise_shape: shape of the noise one sample starts from; () = none.
+    takes_x0_vae: samples can be conditioned on a given image in place of the VAE's.
   """
 
   networks: Mapping[str, Model]
   frozen: Mapping[str, Frozen]
   latent_dim: int
   noise_shape: tuple[int, ...]
+  takes_x0_vae: bool
 
   def init(self, key: jax.Array) -> TrainState:
     """Returns the state at step 0."""

@@ -97,6 +97,8 @@ class Refiner:
       )
     source, latent_dim = None, 0
     if needs_vae:
+      if section.vae.stage not in config or 'latent_dim' not in config[section.vae.stage].model:
+        raise UserError(f'vae.stage is {section.vae.stage!r}, which is no VAE stage of this config')
       vae_section = config[section.vae.stage]
       latent_dim = vae_section.model.latent_dim
       source = base.Frozen(
@@ -139,6 +141,11 @@ class Refiner:
   def networks(self) -> Mapping[str, Model]:
     """The one network of this stage."""
     return {'denoiser': self.denoiser}
+
+  @property
+  def takes_x0_vae(self) -> bool:
+    """Whether the U-Net reads an image: Formulation 1 or 2."""
+    return self.formulation > 0
 
   @property
   def frozen(self) -> Mapping[str, base.Frozen]:

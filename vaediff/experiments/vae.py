@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vaediff import prior
 from vaediff.data import pixels
 from vaediff.diffusion import losses
 from vaediff.errors import UserError
@@ -63,6 +64,9 @@ class Vae:
     section = config[stage]
     if section.loss.reduction not in ('sum', 'mean'):
       raise UserError(f"loss.reduction must be 'sum' or 'mean', got {section.loss.reduction!r}")
+    if section.loss.beta < 0:
+      raise UserError(f'loss.beta must be >= 0, got {section.loss.beta}')
+    prior.check(section.prior)
     return cls(
       vae=build_model(section.model, config.data),
       optimizer=make_optimizer(section.optim, section.train.num_steps),
@@ -81,6 +85,11 @@ class Vae:
   def noise_shape(self) -> tuple[int, ...]:
     """Samples start from z alone."""
     return ()
+
+  @property
+  def takes_x0_vae(self) -> bool:
+    """A VAE reads no image when it samples."""
+    return False
 
   @property
   def frozen(self) -> Mapping[str, base.Frozen]:
