@@ -1,0 +1,64 @@
+"""metrics.jsonl neither repeats nor loses a line; the environment is set only where the user has not."""
+
+import json
+import os
+import subprocess
+import sys
+
+from vaediff import log
+
+
+def steps(folder):
+  return [json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_resuming_drops_what_came_after_the_checkpoint_and_a_cut_off_line(tmp_path):
+  board = log.StageLog(tmp_path, 'vae', 0, 10)
+  for step in range(1, 6):
+    board.scalars(step, {'loss': float(step)})
+  board.close()
+  with open(tmp_path / 'metrics.jsonl', 'a') as file:
+    file.write('{"stage": "vae", "st')  # a kill in the middle of a line
+  board = log.StageLog(tmp_path, 'vae', 3, 10)
+  assert steps(tmp_path) == [1, 2, 3]
+  board.scalars(4, {'loss': 0.5})
+  board.close()
+  assert steps(tmp_path) == [1, 2, 3, 4]
+  last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert last == {'stage': 'vae', 'step': 4, 'loss': 0.5}
+
+
+def test_tensorboard_reads_the_events(tmp_path):
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  board = log.StageLog(tmp_path, 'vae', 0, 2)
+  board.scalars(1, {'loss/kl': 2.5})
+  board.flush()
+  board.close()
+  events = EventAccumulator(str(tmp_path / 'tensorboard'))
+  events.Reload()
+  (event,) = events.Scalars('loss/kl')
+  assert (event.step, event.value) == (1, 2.5)
+
+
+def test_duration():
+  assert log.duration(3725.4) == '1:02:05'
+
+
+def environment(**given):
+  code = 'import json, os; from vaediff import runtime; runtime.set_environment()'
+  code += '; print(json.dumps(dict(os.environ)))'
+  keep = {name: value for name, value in os.environ.items() if not name.startswith(('XLA', 'JAX'))}
+  result = subprocess.run(
+    [sys.executable, '-c', code], env={**keep, **given}, capture_output=True, text=True, check=True
+  )
+  return json.loads(result.stdout)
+
+
+def test_convolutions_go_to_eigen_unless_the_user_chose():
+  flag = '--xla_cpu_experimental_ynn_fusion_type='
+  assert environment()['XLA_FLAGS'] == flag + '-individual_convolution'
+  assert environment(XLA_FLAGS=flag + 'x')['XLA_FLAGS'] == flag + 'x'
+  assert environment(XLA_FLAGS='--a=1')['XLA_FLAGS'].startswith('--a=1 ')
+  assert environment(JAX_COMPILATION_CACHE_DIR='/c')['JAX_COMPILATION_CACHE_DIR'] == '/c'
+  assert environment()['JAX_COMPILATION_CACHE_DIR'].endswith('vaediff/xla')
