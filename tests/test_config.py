@@ -78,13 +78,17 @@ def test_stages_are_chosen_in_the_order_of_the_config():
 
 def test_a_run_goes_on_with_what_does_not_change_results_only(tmp_path):
   stored, now = digits(), digits()
-  now.refiner.train.num_steps = 100
+  now.refiner.train.log_every_steps = 100
   now.refiner.sample.sampler = 'ddpm'
   now.data.prefetch = 9
   configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
   now.vae.optim.learning_rate = 0.5
   with pytest.raises(UserError, match=r'config.vae.optim.learning_rate is 0.003 there, 0.5 now'):
     configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
+  now = digits()
+  now.refiner.train.num_steps = 100  # the learning rate decays to the last step: not a continuation
+  with pytest.raises(UserError, match='config.refiner.train.num_steps is 4 there, 100 now'):
+    configs.check_same_run(now, stored, ('refiner',), tmp_path)
   configs.check_same_run(now, stored, (), tmp_path)  # nothing trained yet: nothing to protect
 
 

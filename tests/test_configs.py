@@ -91,7 +91,7 @@ def test_every_config_with_every_shared_variant_builds_at_full_size(name, varian
   test_variants_build_at_full_size(name, variant)
 
 
-def run_debug(name, variant, tmp_path):
+def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   config = get(name, variant)
   config.data.data_dir = str(tmp_path / 'data')
   for stage in config.stages:
@@ -104,23 +104,28 @@ def run_debug(name, variant, tmp_path):
   again = configs.read(workdir)  # the run describes itself
   assert again == config
   wanted = ['samples.png', 'interpolation.png']
-  modes.MODES['sample'](again, workdir, tuple(again.stages))
   if config.refiner.diffusion.condition != 'none':
-    for task in ('super_resolution', 'denoise', 'inpaint'):
+    wanted.append('reconstructions.png')
+    for task in tasks:
       again.restore.task = task
       modes.MODES['restore'](again, workdir, tuple(again.stages))
       wanted.append(f'restored-{task}.png')
-    wanted.append('reconstructions.png')
   for file in wanted:
     with Image.open(workdir / file) as picture:
       assert np.asarray(picture).std() > 0
 
 
-@pytest.mark.parametrize('name', NAMES)
+def some_slow(names, quick):
+  """The quick ones run by default, the others with `-m slow`: each takes about half a minute."""
+  return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize('name', some_slow(NAMES, ('digits', 'celeba256')))
 def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
-  run_debug(name, 'debug', tmp_path)
+  all_tasks = ('super_resolution', 'denoise', 'inpaint')
+  run_debug(name, 'debug', tmp_path, all_tasks if name == 'digits' else all_tasks[:1])
 
 
-@pytest.mark.parametrize('variant', SHARED)
+@pytest.mark.parametrize('variant', some_slow(SHARED, ('formulation2', 'unconditional')))
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)

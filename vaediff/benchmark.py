@@ -95,7 +95,7 @@ def measure_stage(
 
 def measure_sampler(
   experiment: Experiment, section: ConfigDict, params: Any, frozen: Any, mesh: Mesh, repeats: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Returns sampling time against the same number of bare forward passes of the denoiser."""
   if 'denoiser' not in experiment.networks:
     return {}
