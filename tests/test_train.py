@@ -214,6 +214,8 @@ def test_training_longer_goes_on_from_the_checkpoint(tmp_path, one_device):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, one_device):
+  workdir = tmp_path / 'run'
+  config = synthetic(tmp_path, **{'vae.optim.learning_rate': 1e30, 'vae.train.num_steps': 30})
   with pytest.raises(UserError, match=r'stage vae, step \d+: .*loss.* = (nan|inf) is not finite'):
     pipeline.run(config, workdir, ('vae',))
   step = checkpoint.latest_step(workdir / 'vae')
