@@ -31,6 +31,7 @@ setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8,<0.13',
     'pillow>=10.3',
+    'safetensors>=0.5',
     'scikit-learn>=1.5',
     'tensorboardX>=2.6.2',
     'tensorflow-datasets>=4.9.10',

@@ -15,6 +15,7 @@ FORBIDDEN = {
     'vaediff.models',
     'vaediff.experiments',
     'vaediff.train',
+    'vaediff.evaluation',
   ),
   'models': (
     'vaediff.config',
@@ -22,9 +23,18 @@ FORBIDDEN = {
     'vaediff.diffusion',
     'vaediff.experiments',
     'vaediff.train',
+    'vaediff.evaluation',
   ),
-  'data': ('flax', 'vaediff.models', 'vaediff.diffusion', 'vaediff.experiments', 'vaediff.train'),
+  'data': (
+    'flax',
+    'vaediff.models',
+    'vaediff.diffusion',
+    'vaediff.experiments',
+    'vaediff.train',
+    'vaediff.evaluation',
+  ),
   'experiments': (
+    'vaediff.evaluation',
     'flax.linen',
     'vaediff.train',
     'vaediff.checkpoint',
@@ -34,7 +44,9 @@ FORBIDDEN = {
 }
 ONLY_IN = {
   'orbax': ('checkpoint.py',),
-  'flax.linen': ('models/',),
+  'flax.linen': ('models/', 'evaluation/features/'),
+  'matplotlib': ('evaluation/plots.py',),
+  'safetensors': ('evaluation/features/weights.py',),
   'tensorflow_datasets': ('data/',),
   'grain': ('data/',),
   'tensorflow': (),

@@ -1,0 +1,1 @@
+"""Feature networks with published or trained weights: uint8 images -> feature vectors."""
