@@ -47,6 +47,8 @@ def default() -> ConfigDict:
       'hole_fraction': 0.5,  # inpaint: side of the square hole over the side of the image
     }
   )
+  config.evaluate = evaluate()
+  config.classifier = classifier_stage()
   config.benchmark = ConfigDict(
     {
       'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
@@ -74,6 +76,39 @@ def data() -> ConfigDict:
       'materialize': True,  # store once as memory-mapped uint8 arrays
       'num_threads': 2,  # reading threads per process
       'prefetch': 4,  # batches read ahead per process
+    }
+  )
+
+
+def evaluate() -> ConfigDict:
+  """What `--mode=evaluate` measures, on how many images; read by `vaediff.evaluation`."""
+  return ConfigDict(
+    {
+      'name': '',  # of the files in <workdir>/evaluation; '' = <stage>-<sampler>-<num_steps>
+      # feature networks: 'inception' (FID, IS, KID), 'mobilenetv2', 'vgg16', 'classifier' (own, needs labels)
+      'extractors': ('inception', 'mobilenetv2'),
+      'inception_weights': '',  # the published .pth file, or the safetensors file that `prepare` makes of it
+      'inception_resize': 'pytorch',  # 'pytorch' (half-pixel centres) | 'tf1' (as in the original graph)
+      'weights_dir': '',  # '' = $VAEDIFF_WEIGHTS or ~/.cache/vaediff/weights
+      'num_images': 10_000,  # samples per seed
+      'num_seeds': 1,  # seeds sample.seed, sample.seed + 1, ...; the table shows mean and spread over them
+      'num_reconstructions': 10_000,  # most images of the evaluation split
+      'batch_size': 100,  # images per feature batch, over all devices
+      'max_features': 10_000,  # most features per side for kernel distances, precision and recall
+      'num_neighbours': 3,  # k of precision, recall, density and coverage
+      'kernel_subsets': 100,
+      'kernel_subset_size': 1000,
+      'lpips': 'lpips_vgg16',  # 'lpips_vgg16' | 'lpips_alexnet' | '' = none
+      'num_diversity_pairs': 500,  # pairs of samples whose mean LPIPS is the diversity
+      'num_memorisation': 1000,  # samples whose nearest training image is looked for; 0 = none
+      'num_bound': 256,  # images of the evaluation split for the variational bound; 0 = none
+      'num_bound_times': 20,  # times drawn per image for the bound's sum over diffusion steps
+      'sweep': {  # --sweep: one row for each of the product
+        'samplers': ('ddpm', 'ddim', 'heun', 'dpmpp_2m'),
+        'num_steps': (1, 2, 5, 10, 25, 50),
+        'guidance_weights': (),  # () = sample.guidance_weight alone
+        'workdirs': (),  # other runs of the same data set, such as the unconditional one
+      },
     }
   )
 
@@ -112,6 +147,9 @@ def train(num_steps: int, batch_size: int, **changes) -> ConfigDict:
       'grid_images': 16,
       'eval_images': 2048,  # most images of the evaluation split; 0 = all
       'keep_checkpoints': 2,
+      'best_measure': '',  # keep the best checkpoint by it: 'fd_mobilenetv2', 'val/loss', ...; '' = off
+      'best_every_steps': 10_000,  # how often it is measured
+      'best_images': 1000,  # samples that it is measured on
     }
   )
   config.update(changes)
@@ -140,7 +178,15 @@ def vae_stage() -> ConfigDict:
       'num_encoded': 50_000,  # most training images encoded for the fit
     }
   )
-  config.sample = ConfigDict({'num_images': 64, 'batch_size': 64, 'seed': 0, 'save_npz': False})
+  config.sample = ConfigDict(
+    {
+      'checkpoint': 'latest',  # 'latest' | 'best'
+      'num_images': 64,
+      'batch_size': 64,
+      'seed': 0,
+      'save_npz': False,
+    }
+  )
   return config
 
 
@@ -183,6 +229,7 @@ def refiner_stage() -> ConfigDict:
   config.train = train(500_000, 128)
   config.sample = ConfigDict(
     {
+      'checkpoint': 'latest',  # 'latest' | 'best'
       'num_images': 64,
       'batch_size': 64,  # images in memory at a time, over all devices
       'seed': 0,
@@ -200,6 +247,22 @@ def refiner_stage() -> ConfigDict:
       'save_npz': False,
     }
   )
+  return config
+
+
+def classifier_stage() -> ConfigDict:
+  """The small classifier whose features `fd_classifier` compares; trained once per data set, not per run."""
+  config = ConfigDict()
+  config.experiment = 'classifier'
+  config.model = ConfigDict(
+    {'num_classes': 0, 'channels': 32, 'num_features': 64, 'dropout': 0.2, 'dtype': 'float32'}
+  )
+  config.optim = optim(2e-3, schedule='cosine', weight_decay=1e-4, ema_decay=0.99, ema_warmup=True)
+  config.train = train(
+    2000, 128, log_every_steps=500, eval_every_steps=2000, save_every_steps=1000, grid_every_steps=0,
+    eval_images=0, keep_checkpoints=1,
+  )  # fmt: skip
+  config.sample = ConfigDict({'checkpoint': 'latest', 'num_images': 1, 'batch_size': 64, 'seed': 0})
   return config
 
 
@@ -245,6 +308,23 @@ def _debug(config: ConfigDict) -> None:
   config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32})
   config.restore.num_images = 4
   config.benchmark.update({'num_repeats': 2, 'matmul_size': 256})
+  config.classifier.model.update({'channels': 8, 'num_features': 8})
+  config.classifier.train.update(
+    {'num_steps': 4, 'batch_size': 8, 'log_every_steps': 2, 'eval_every_steps': 4}
+  )
+  config.evaluate.update(
+    {
+      'extractors': ('classifier',),
+      'num_images': 16,
+      'num_reconstructions': 16,
+      'batch_size': 16,
+      'lpips': '',
+      'num_memorisation': 8,
+      'num_bound': 8,
+      'num_bound_times': 4,
+    }
+  )
+  config.evaluate.sweep.update({'samplers': ('ddim',), 'num_steps': (1, 2)})
 
 
 def _unconditional(config: ConfigDict) -> None:

@@ -56,4 +56,13 @@ def get_config(variant: str = ''):
   )
   config.refiner.sample.num_steps = 50
   config.reconstruct.num_images = 297  # the whole evaluation split
+  config.evaluate.update(
+    {
+      'extractors': ('classifier', 'inception'),
+      'num_images': 1000,
+      'num_seeds': 3,
+      'lpips': '',  # its networks were trained on photographs of 64 pixels and more
+    }
+  )
+  config.classifier.train.num_steps = 1000
   return base.finish(config, variant)

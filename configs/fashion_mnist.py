@@ -46,4 +46,7 @@ def get_config(variant: str = ''):
     }
   )
   config.refiner.train = base.train(100_000, 128)
+  config.evaluate.extractors = ('classifier', 'inception')
+  config.evaluate.lpips = ''
+  config.classifier.train.num_steps = 4000
   return base.finish(config, variant, {'idx': _idx})

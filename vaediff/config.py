@@ -28,6 +28,7 @@ MAY_CHANGE = (
   'train.grid_images',
   'train.eval_images',
   'train.keep_checkpoints',
+  'train.best_',
   'sample.',
   'prior.',
   'data_dir',
@@ -181,6 +182,8 @@ def validate(config: ConfigDict) -> None:
       'log_every_steps',
       'save_every_steps',
       'eval_every_steps',
+      'best_every_steps',
+      'best_images',
     ):
       _at_least(f'{stage}.train.{field}', section.train[field], 1)
     for field in ('keep_checkpoints', 'grid_images'):

@@ -11,21 +11,21 @@ from vaediff.experiments.base import Experiment
 from vaediff.types import Params
 
 
-def image_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+def image_keys(seed: int | jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns, per image index, the key of its latent code and the key of its sampler."""
   keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i)))(indices)
   return keys[:, 0], keys[:, 1]
 
 
 def make_draw(experiment: Experiment, mesh: Mesh, seed: int) -> Callable[..., dict[str, np.ndarray]]:
-  """Returns draw(params, frozen, prior, indices, given=None) -> uint8 images on the host, by name.
+  """Returns draw(params, frozen, prior, indices, given=None, seed=seed) -> uint8 images on the host, by name.
 
   `given` holds arrays with one row per index that take the place of what would be drawn: `z`, `x0_vae`,
-  `noise`. One compiled program serves every call of the same size.
+  `noise`. One compiled program serves every call of the same size, whatever the seed.
   """
 
-  def run(params, frozen, prior_arrays, indices, given):
-    key_z, key_x = image_keys(seed, indices)
+  def run(params, frozen, prior_arrays, indices, given, number):
+    key_z, key_x = image_keys(number, indices)
     condition = dict(given)
     if experiment.latent_dim and 'z' not in condition:
       condition['z'] = prior.draw(prior_arrays, key_z, experiment.latent_dim)
@@ -40,13 +40,15 @@ def make_draw(experiment: Experiment, mesh: Mesh, seed: int) -> Callable[..., di
     prior_arrays: prior.Prior,
     indices: np.ndarray,
     given: dict[str, np.ndarray] | None = None,
+    seed: int = seed,
   ) -> dict[str, np.ndarray]:
     count = len(indices)
     padded = sharding.round_up(count, mesh)
     rows = np.minimum(np.arange(padded), count - 1)
     given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in (given or {}).items()}
     chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
-    result = jax.device_get(compiled(params, frozen, prior_arrays, chosen, given))
+    number = jax.device_put(np.int32(seed), sharding.replicated(mesh))
+    result = jax.device_get(compiled(params, frozen, prior_arrays, chosen, given, number))
     # jit sorts the names; what an image was made from comes before it
     names = sorted(result, key=lambda name: (name == 'x0', name))
     return {name: images.to_uint8(result[name][:count]) for name in names}

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from vaediff import config as configs
 from vaediff.errors import UserError
-from vaediff.modes import MODES
+from vaediff.modes import MODES, SWEEPS
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, as configs/digits.py:debug.')
 WORKDIR = flags.DEFINE_string('workdir', '', 'Run folder; default runs/<config name>.')
@@ -21,6 +21,7 @@ MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
 STAGES = flags.DEFINE_string(
   'stages', '', 'Comma list of stages; default all (train) or the last (the rest).'
 )
+SWEEP = flags.DEFINE_bool('sweep', False, 'With --mode=evaluate: over config.evaluate.sweep.')
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +34,10 @@ def main(argv: list[str]) -> None:
     raise UserError('give --config=configs/<name>.py, or --workdir=<folder> of an earlier run')
   configs.validate(CONFIG.value)
   workdir = pathlib.Path(WORKDIR.value or f'runs/{CONFIG.value.name}')
-  MODES[MODE.value](CONFIG.value, workdir, configs.stages_of(CONFIG.value, STAGES.value))
+  modes = SWEEPS if SWEEP.value else MODES
+  if MODE.value not in modes:
+    raise UserError(f'--sweep goes with --mode={" or ".join(SWEEPS)}, not with --mode={MODE.value}')
+  modes[MODE.value](CONFIG.value, workdir, configs.stages_of(CONFIG.value, STAGES.value))
 
 
 def cli() -> None:

@@ -8,6 +8,9 @@ from ml_collections import ConfigDict
 from vaediff import benchmark, describe, log, pipeline, restore, sample, sharding
 from vaediff import interpolate as interpolation
 from vaediff.data import sources
+from vaediff.evaluation import networks
+from vaediff.evaluation.evaluate import evaluate
+from vaediff.evaluation.sweep import sweep
 from vaediff.trained import Trained
 
 Mode = Callable[[ConfigDict, pathlib.Path, tuple[str, ...]], None]
@@ -21,6 +24,7 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...])
   del workdir, stages
   sources.prepare(config.data, log.say)
   log.say(sources.describe(config.data))
+  networks.prepare(config, log.say)
 
 
 def _describe(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> None:
@@ -52,5 +56,9 @@ MODES: dict[str, Mode] = {
   'reconstruct': _on_trained(sample.reconstruct),
   'interpolate': _on_trained(interpolation.interpolate),
   'restore': _on_trained(restore.restore),
+  'evaluate': _on_trained(evaluate),
   'benchmark': _benchmark,
 }
+
+SWEEPS: dict[str, Mode] = {'evaluate': _on_trained(sweep)}
+"""What `--sweep` makes of a mode: the same over a range of settings."""

@@ -16,6 +16,7 @@ from vaediff import config as configs
 from vaediff import interpolate as interpolation
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
+from vaediff.evaluation.during_training import make_measure
 from vaediff.experiments.base import Experiment
 from vaediff.train import SUMMARY, Stage, train
 from vaediff.trained import Trained, load_frozen
@@ -68,6 +69,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> l
           eval_source=eval_source,
           extra=precomputed(config, workdir, name, built[name], frozen, train_source, mesh),
           mesh=mesh,
+          measure=make_measure(config, name, built[name], frozen, mesh),
         )
       )
     )

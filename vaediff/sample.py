@@ -6,6 +6,7 @@ import numpy as np
 
 from vaediff import draw, images, log
 from vaediff.errors import UserError
+from vaediff.evaluation.quality import mse
 from vaediff.trained import Trained
 
 MAX_IN_GRID = 256
@@ -88,14 +89,17 @@ def eval_images(trained: Trained, count: int) -> tuple[np.ndarray, np.ndarray]:
   return batch['image'], batch['label']
 
 
-def draw_all(trained: Trained, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns the images drawn from one row of `given` each, in batches of the stage's sampling batch size."""
+def draw_all(trained: Trained, given: dict[str, np.ndarray], first: int = 0) -> dict[str, np.ndarray]:
+  """Returns the images `first`, `first` + 1, ... drawn from one row of `given` each.
+
+  In batches of the stage's sampling batch size.
+  """
   count = len(next(iter(given.values())))
   size, parts = min(trained.settings.batch_size, count), {}
   for indices in draw.batches(count, size):
     fresh = min(size, count - int(indices[0]))
     chunk = {name: value[indices] for name, value in given.items()}
-    for name, value in trained.draw(indices, chunk).items():
+    for name, value in trained.draw(first + indices, chunk).items():
       parts.setdefault(name, []).append(value[:fresh])
   return {name: np.concatenate(part) for name, part in parts.items()}
 
@@ -107,14 +111,3 @@ def need_latents(trained: Trained, mode: str) -> None:
       f'--mode={mode} needs a latent code; stage {trained.stage!r} was trained without a VAE '
       "(diffusion.condition = 'none'). Use --mode=sample, or another stage with --stages"
     )
-
-
-def mse(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns the mean squared difference of uint8 images, with pixels in [0, 1]."""
-  return float(np.mean((a.astype(np.float64) - b) ** 2) / 255**2)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns the peak signal-to-noise ratio of uint8 images in dB; infinite when they are equal."""
-  error = mse(a, b)
-  return float('inf') if error == 0 else -10 * float(np.log10(error))

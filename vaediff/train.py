@@ -7,6 +7,7 @@ import os
 import pathlib
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, draw, log, sharding
+from vaediff import best, checkpoint, draw, log, sharding
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
@@ -41,6 +42,7 @@ class Stage:
     eval_source: images to evaluate on.
     extra: arrays read beside the training images, by the same index.
     mesh: the devices.
+    measure: params by network -> the figure `train.best_measure`; not used where that is a validation metric.
   """
 
   name: str
@@ -53,6 +55,7 @@ class Stage:
   eval_source: sources.Source
   extra: dict[str, np.ndarray]
   mesh: Mesh
+  measure: Callable[[dict[str, Params]], float] | None = None
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> Any:
@@ -108,12 +111,24 @@ def train(stage: Stage) -> dict[str, Any]:
   )
   step_fn = make_step(stage.experiment, where, replicated)
   evaluate = Evaluator(stage, key_eval)
+  keeper = best.Best(stage.folder, section.train.best_measure) if section.train.best_measure else None
   key_train, frozen = jax.device_put((key_train, stage.frozen), replicated)
 
   # The loop ----------------------------------------------------------------------------------------
   board = log.StageLog(stage.folder, stage.name, start_step, num_steps)
   watch = Watch(stage.name)
   started, last_step, last_time = time.monotonic(), start_step, time.monotonic()
+
+  def meta(step: int) -> dict[str, Any]:
+    return {
+      'stage': stage.name,
+      'data_position': step,
+      'seconds': seconds_before + time.monotonic() - started,
+      'config': json.loads(stage.config.to_json()),
+      'last': last,
+      'frozen': stage.frozen_steps,
+    }
+
   try:
     for step in range(start_step + 1, num_steps + 1):
       batch = sharding.put_batch(next(batches), batch_where)
@@ -136,26 +151,21 @@ def train(stage: Stage) -> dict[str, Any]:
         values = {f'val/{name}': value for name, value in evaluate(state).items()}
         board.scalars(step, values)
         last.update(values)
+      if keeper and (step % section.train.best_every_steps == 0 or is_last):
+        watch.drain()
+        value = evaluate.figure(state, keeper.measure)
+        board.scalars(step, {f'best/{keeper.measure}': value})
+        keeper.consider(step, state, meta(step), value)
       if section.train.grid_every_steps and (step % section.train.grid_every_steps == 0 or is_last):
         for name, picture in evaluate.grids(state).items():
           board.picture(step, f'samples/{name}', picture)
       if step % section.train.save_every_steps == 0 or is_last:
         watch.drain()  # never save a state that is not finite
         board.flush()
-        seconds = seconds_before + time.monotonic() - started
-        checkpointer.save(
-          step,
-          state,
-          {
-            'stage': stage.name,
-            'data_position': step,
-            'seconds': seconds,
-            'config': json.loads(stage.config.to_json()),
-            'last': last,
-            'frozen': stage.frozen_steps,
-          },
-        )
+        checkpointer.save(step, state, meta(step))
     checkpointer.close()
+    if keeper:
+      keeper.close()
   finally:
     board.close()
   seconds = seconds_before + time.monotonic() - started
@@ -245,6 +255,16 @@ class Evaluator:
         totals[name] += float(value) * weight
       count += weight
     return {name: total / count for name, total in totals.items()}
+
+  def figure(self, state: Any, measure: str) -> float:
+    """Returns a validation metric ('val/loss') or what `Stage.measure` makes of the averaged parameters."""
+    if not measure.startswith('val/'):
+      return self._stage.measure(state.eval_params)
+    values = self(state)
+    if measure.removeprefix('val/') not in values:
+      valid = ', '.join(f'val/{name}' for name in values)
+      raise UserError(f'config.{self._stage.name}.train.best_measure is {measure!r}; metrics here: {valid}')
+    return values[measure.removeprefix('val/')]
 
   def grids(self, state: Any) -> dict[str, np.ndarray]:
     """Returns pictures of the first images of a fixed seed, by name."""

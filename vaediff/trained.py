@@ -1,7 +1,9 @@
 """A trained stage, opened: its experiment, its parameters, the frozen networks and the latent prior."""
 
+import copy
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, draw, experiments, log, prior, sharding
+from vaediff import best, checkpoint, draw, experiments, log, prior, sharding
 from vaediff import config as configs
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
@@ -36,13 +38,23 @@ class Trained:
     stored = configs.read(workdir)
     configs.check_same_run(config, stored, tuple(stored.stages), workdir)
     self.experiment = experiments.build(config, stage)
+    self.folder = checkpoint_folder(workdir / stage, self.settings.checkpoint)
     self.params = {
-      name: checkpoint.load_frozen(workdir / stage, name, abstract_params(model, mesh))
+      name: checkpoint.load_frozen(self.folder, name, abstract_params(model, mesh))
       for name, model in self.experiment.networks.items()
     }
     self.frozen = load_frozen(self.experiment, config, workdir, mesh)
     self._draw = draw.make_draw(self.experiment, mesh, self.settings.seed)
     self._encode = jax.jit(self.experiment.encode)
+
+  def with_settings(self, **changes: Any) -> 'Trained':
+    """Returns the same networks with other values in the stage's `sample` section."""
+    other = copy.copy(self)
+    other.config = self.config.copy_and_resolve_references()
+    other.config[self.stage].sample.update(changes)
+    other.experiment = experiments.build(other.config, self.stage)
+    other._draw = draw.make_draw(other.experiment, self.mesh, other.settings.seed)
+    return other
 
   @property
   def settings(self) -> ConfigDict:
@@ -59,9 +71,12 @@ class Trained:
     """Images of the evaluation split."""
     return sources.open_source(self.config.data, 'eval')
 
-  def draw(self, indices: np.ndarray, given: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Returns uint8 images by name; see `draw.make_draw`."""
-    return self._draw(self.params, self.frozen, self.prior, indices, given)
+  def draw(
+    self, indices: np.ndarray, given: dict[str, np.ndarray] | None = None, seed: int | None = None
+  ) -> dict[str, np.ndarray]:
+    """Returns uint8 images by name; see `draw.make_draw`. Without a seed it is `sample.seed`."""
+    seed = self.settings.seed if seed is None else seed
+    return self._draw(self.params, self.frozen, self.prior, indices, given, seed)
 
   def encode(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and log variance [n, d] of q(z | x) of images, uint8 or float in [-1, 1]."""
@@ -82,6 +97,18 @@ class Trained:
     mean, logvar = self.encode(image)
     noise = np.random.default_rng(seed).standard_normal(mean.shape, np.float32)
     return mean + np.exp(0.5 * logvar) * noise
+
+
+def checkpoint_folder(stage_folder: pathlib.Path, choice: str) -> pathlib.Path:
+  """Returns the folder of a stage's latest checkpoints, or of its best one."""
+  if choice not in ('latest', 'best'):
+    raise UserError(f"sample.checkpoint must be 'latest' or 'best', got {choice!r}")
+  folder = stage_folder / best.FOLDER if choice == 'best' else stage_folder
+  if choice == 'best' and checkpoint.latest_step(folder) is None:
+    raise UserError(
+      f'{folder} holds no checkpoint: none is kept unless train.best_measure is set while the stage trains'
+    )
+  return folder
 
 
 def abstract_params(model: Model, mesh: Mesh) -> Params:

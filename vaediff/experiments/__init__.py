@@ -4,10 +4,11 @@ from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
+from vaediff.experiments.classifier import Classifier
 from vaediff.experiments.refiner import Refiner
 from vaediff.experiments.vae import Vae
 
-BY_NAME = {'vae': Vae, 'refiner': Refiner}
+BY_NAME = {'vae': Vae, 'refiner': Refiner, 'classifier': Classifier}
 
 
 def build(config: ConfigDict, stage: str) -> Experiment:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm
-from vaediff.types import Batch, Image, Keys, Metrics, Params
+from vaediff.types import Batch, Image, ImageBytes, Keys, Metrics, Params
 
 
 @flax.struct.dataclass
@@ -74,6 +74,7 @@ class Experiment(Protocol):
     latent_dim: size of the latent code its samples start from; 0 = none.
     noise_shape: shape of the noise one sample starts from; () = none.
     takes_x0_vae: samples can be conditioned on a given image in place of the VAE's.
+    num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
   """
 
   networks: Mapping[str, Model]
@@ -81,6 +82,7 @@ class Experiment(Protocol):
   latent_dim: int
   noise_shape: tuple[int, ...]
   takes_x0_vae: bool
+  num_function_evaluations: int
 
   def init(self, key: jax.Array) -> TrainState:
     """Returns the state at step 0."""
@@ -106,6 +108,31 @@ class Experiment(Protocol):
     keys: Keys,
   ) -> dict[str, Image]:
     """Returns images in [-1, 1]; image i depends on `keys[i]` and the condition of i alone."""
+    ...
+
+
+@runtime_checkable
+class HasLikelihood(Protocol):
+  """An experiment with a variational bound.
+
+  Attributes:
+    likelihood: of what: 'mass of bytes', or 'density of pixels in [0, 1]'.
+  """
+
+  likelihood: str
+
+  def negative_elbo(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    image: ImageBytes,
+    keys: Keys,
+    num_times: int,
+  ) -> dict[str, jax.Array]:
+    """Returns terms whose sum bounds -log p(x) from above, in nats per example.
+
+    `num_times` is how many times of a diffusion are drawn per image; others do not read it.
+    """
     ...
 
 

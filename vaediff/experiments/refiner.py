@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vaediff.data import pixels
-from vaediff.diffusion import gaussian, guidance, losses, samplers, schedules
+from vaediff.diffusion import gaussian, guidance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.vae import build_model, draw_latent
 from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
 from vaediff.optim import Optimizer, make_optimizer
-from vaediff.types import Batch, Image, Keys, Latent, Mask, Metrics, Params
+from vaediff.types import Batch, Image, ImageBytes, Keys, Latent, Mask, Metrics, Params
 
 CONDITIONS = {'none': 0, 'formulation1': 1, 'formulation2': 2}
 X0_VAE_SOURCES = ('sample', 'mean', 'precomputed')
@@ -265,18 +265,25 @@ class Refiner:
 
   # Sampling ---------------------------------------------------------------------------------------
 
+  def x0_hat(
+    self, params: Params, condition: Condition, *, dropped: bool = False
+  ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns (y, t) -> x0_hat as the U-Net says it, with the condition or with the learned null."""
+
+    def denoise(y, t):
+      drop = jnp.full(t.shape, dropped) if self.condition_dropout > 0 else None
+      output = self.predict(params, y, t, condition, drop)
+      return gaussian.to_x0(self.prediction, output, y, t, self.schedule)
+
+    return denoise
+
   def denoise(self, params: Params, condition: Condition) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns (y, t) -> x0_hat with guidance and clipping, for the samplers."""
-
-    def with_drop(dropped: bool):
-      def denoise(y, t):
-        drop = jnp.full(t.shape, dropped) if self.condition_dropout > 0 else None
-        output = self.predict(params, y, t, condition, drop)
-        return gaussian.to_x0(self.prediction, output, y, t, self.schedule)
-
-      return denoise
-
-    denoise = guidance.guided(with_drop(False), with_drop(True), self.settings['guidance_weight'])
+    denoise = guidance.guided(
+      self.x0_hat(params, condition),
+      self.x0_hat(params, condition, dropped=True),
+      self.settings['guidance_weight'],
+    )
     if self.settings['clip'] == 'static':
       return guidance.clip(denoise)
     if self.settings['clip'] == 'dynamic':
@@ -323,6 +330,34 @@ class Refiner:
     )
     images = {'x0': jnp.clip(x0, -1.0, 1.0)}
     return images if given.x0_vae is None else {'x0_vae': given.x0_vae, **images}
+
+  # Likelihood -------------------------------------------------------------------------------------
+
+  likelihood = 'mass of bytes'
+
+  def negative_elbo(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    image: ImageBytes,
+    keys: Keys,
+    num_times: int,
+  ) -> dict[str, jax.Array]:
+    """Returns the terms of a bound on -log p(x) of byte images, in nats per example.
+
+    With a VAE the latent variables are z and y: -log p(x) <= E_q(z|x)[bound of p(x | z)] + KL(q(z | x) ||
+    N(0, I)), the term 'kl', from one z per image. The other terms are those of `likelihood.bound_terms`.
+    Without guidance; x0_hat is clipped to [-1, 1], which is part of the model.
+    """
+    x0, condition, terms = pixels.to_unit_range(image), Condition(x0_vae=None, z=None), {}
+    keys = jax.vmap(lambda key: jax.random.split(key))(keys)
+    if self.vae is not None:
+      mean, logvar = self.vae.apply(frozen['vae'], x0, method='encode')
+      noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys[:, 0])
+      condition = self.condition(frozen, {'z': mean + jnp.exp(0.5 * logvar) * noise})
+      terms['kl'] = losses.kl_to_standard_normal(mean, logvar)
+    denoise = guidance.clip(self.x0_hat(params['denoiser'], condition))
+    return terms | likelihood.bound_terms(denoise, self.schedule, x0, keys[:, 1], num_times)
 
 
 def check_diffusion(config: ConfigDict, *, flip: bool) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff import prior
@@ -21,7 +22,7 @@ from vaediff.experiments import base
 from vaediff.models import vae as vae_model
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
-from vaediff.types import Batch, Image, Keys, Latent, Metrics, Params
+from vaediff.types import Batch, Image, ImageBytes, Keys, Latent, Metrics, Params
 
 
 def build_model(config: ConfigDict, data: ConfigDict) -> Model:
@@ -86,6 +87,8 @@ class Vae:
     """Samples start from z alone."""
     return ()
 
+  num_function_evaluations = 0
+
   @property
   def takes_x0_vae(self) -> bool:
     """A VAE reads no image when it samples."""
@@ -147,6 +150,31 @@ class Vae:
       'mse': losses.squared_error_sum(x, x_hat) / x[0].size,
     }
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  likelihood = 'density of pixels in [0, 1]'
+
+  def negative_elbo(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    image: ImageBytes,
+    keys: Keys,
+    num_times: int,
+  ) -> dict[str, jax.Array]:
+    """Returns the terms of the bound on -log p(x), in nats per example: 'reconstruction' and 'kl'.
+
+    The decoder is a Gaussian of variance 1/2 over pixels in [0, 1], for which beta = 1 is the bound; the
+    constant D/2 log(pi) is part of 'reconstruction'. One z per image.
+    """
+    del frozen, num_times
+    x = pixels.to_unit_range(image)
+    mean, logvar = self.vae.apply(params['vae'], x, method='encode')
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    x_hat = self.vae.apply(params['vae'], mean + jnp.exp(0.5 * logvar) * noise, method='decode')
+    return {
+      'reconstruction': losses.squared_error_sum(x, x_hat) + 0.5 * x[0].size * float(np.log(np.pi)),
+      'kl': losses.kl_to_standard_normal(mean, logvar),
+    }
 
   def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
     """Returns mean and log variance of q(z | x)."""

@@ -1,0 +1,98 @@
+"""Figures of a model rather than of its samples: variational bounds, and what of z is in use."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vaediff import draw, experiments, sharding
+from vaediff.data import sources
+from vaediff.diffusion.likelihood import bits_per_dimension
+from vaediff.errors import UserError
+from vaediff.evaluation.measures import Figure
+from vaediff.experiments.base import Experiment, HasLikelihood
+from vaediff.trained import Trained
+from vaediff.types import Params
+
+ACTIVE_VARIANCE = 0.01
+"""Least variance over images of a unit's posterior mean for it to count as active (arXiv:1509.00519)."""
+
+
+def figures(trained: Trained) -> dict[str, Figure]:
+  """Returns the bounds of the stage and of its VAE over the evaluation split, and the active units of z.
+
+  'bits_per_dimension' and 'elbo' (nats per image) with the standard error of their mean over images as the
+  spread, each with its terms; 'active_units' of the VAE, as a count.
+  """
+  settings, found = trained.config.evaluate, {}
+  pairs = [(trained.experiment, trained.params, trained.frozen)]
+  origin = trained.experiment.frozen.get('vae')
+  if origin:
+    pairs.append((experiments.build(trained.config, origin.stage), {'vae': trained.frozen['vae']}, {}))
+  for experiment, params, frozen in pairs:
+    if not settings.num_bound or not isinstance(experiment, HasLikelihood):
+      continue
+    dimensions = int(np.prod(trained.eval_source.image_shape))
+    try:
+      terms = bound(
+        experiment, params, frozen, trained.eval_source, trained.mesh, settings.num_bound,
+        settings.num_bound_times, trained.settings.seed, settings.batch_size,
+      )  # fmt: skip
+    except UserError as error:
+      found['bits_per_dimension'] = Figure(missing=str(error))
+      continue
+    total = sum(terms.values())
+    error = float(total.std(ddof=1) / np.sqrt(len(total)))
+    if experiment.likelihood == 'mass of bytes':
+      found['bits_per_dimension'] = Figure(
+        value=bits_per_dimension(float(total.mean()), dimensions),
+        spread=bits_per_dimension(error, dimensions),
+      )
+      for name, values in terms.items():
+        found[f'bits_per_dimension/{name}'] = Figure(
+          value=bits_per_dimension(float(values.mean()), dimensions)
+        )
+    else:
+      found['elbo'] = Figure(value=-float(total.mean()), spread=error)
+      for name, values in terms.items():
+        found[f'elbo/{name}'] = Figure(value=-float(values.mean()))
+  if trained.experiment.latent_dim:
+    count = min(settings.num_reconstructions, len(trained.eval_source))
+    mean, _ = trained.encode(trained.eval_source.read(np.arange(count))['image'])
+    found['active_units'] = Figure(value=float(active_units(mean)))
+    found['latent_dim'] = Figure(value=float(trained.experiment.latent_dim))
+  return found
+
+
+def bound(
+  experiment: Experiment,
+  params: dict[str, Params],
+  frozen: dict[str, Params],
+  source: sources.Source,
+  mesh: Mesh,
+  limit: int,
+  num_times: int,
+  seed: int,
+  batch_size: int,
+) -> dict[str, np.ndarray]:
+  """Returns the terms of the negative bound of the first `limit` images, in nats, float64 [n]."""
+  count = min(limit, len(source))
+  where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+  @jax.jit
+  def run(params, frozen, image, indices):
+    _, keys = draw.image_keys(seed, indices)
+    return experiment.negative_elbo(params, frozen, image, keys, num_times)
+
+  parts = []
+  size = sharding.round_up(min(batch_size, count), mesh)
+  for indices in draw.batches(count, size):
+    image = jax.device_put(source.read(indices)['image'], where)
+    terms = jax.device_put(run(params, frozen, image, jax.device_put(indices, where)), everywhere)
+    fresh = min(size, count - int(indices[0]))
+    parts.append({k: np.asarray(v[:fresh], np.float64) for k, v in jax.device_get(terms).items()})
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def active_units(mean: np.ndarray) -> int:
+  """Returns how many units of z have a posterior mean [n, d] that varies over images."""
+  return int(np.sum(np.var(mean, axis=0) > ACTIVE_VARIANCE))

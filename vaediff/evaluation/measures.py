@@ -1,0 +1,145 @@
+"""Figures of one set of images, by name. A name says which network it is of; none stands in for another.
+
+fid, kid, is                    Inception-v3 of 2015 and no other
+fd_<network>, kd_<network>      Fréchet and kernel distance on another network
+precision_<network>, recall_..., density_..., coverage_...
+"""
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+from vaediff.evaluation import frechet, kernel, precision_recall
+from vaediff.evaluation.frechet import Features, Moments
+from vaediff.evaluation.networks import NAMES
+from vaediff.evaluation.references import Reference
+
+NEIGHBOURHOODS = ('precision', 'recall', 'density', 'coverage')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+  """One cell of a table.
+
+  Attributes:
+    value: None where it could not be computed; then `missing` says why.
+    spread: standard deviation over seeds (ddof 1); None for a single one.
+    floor: what real images get at `floor_n` images; None where there is no such thing.
+    floor_n: how many real images that was.
+    missing: why there is no value.
+  """
+
+  value: float | None = None
+  spread: float | None = None
+  floor: float | None = None
+  floor_n: int | None = None
+  missing: str = ''
+
+
+def names_of(network: str) -> tuple[str, ...]:
+  """Returns the names of all figures of a feature network, in the order of the table."""
+  neighbourhoods = tuple(f'{name}_{network}' for name in NEIGHBOURHOODS)
+  if network == 'inception':
+    return ('fid', 'kid', 'is', *neighbourhoods)
+  return (f'fd_{network}', f'kd_{network}', *neighbourhoods)
+
+
+def distance_names(network: str) -> tuple[str, str]:
+  """Returns the names of the Fréchet and the kernel distance of a network."""
+  fd, kd = names_of(network)[:2]
+  return fd, kd
+
+
+def network_of(measure: str) -> str:
+  """Returns the feature network that a figure is of.
+
+  Raises:
+    UserError: for a name that is no figure of any network.
+  """
+  for network in NAMES:
+    if measure in names_of(network):
+      return network
+  valid = ', '.join(name for network in NAMES for name in names_of(network)[:2])
+  raise UserError(f'train.best_measure is {measure!r}; valid: val/<metric of the stage>, {valid}, ...')
+
+
+def of_features(
+  network: str, seen: dict[str, np.ndarray], reference: Reference, settings: ConfigDict
+) -> dict[str, float]:
+  """Returns all figures of a set of images from what a network saw in them.
+
+  Args:
+    network: its name.
+    seen: 'features' [n, d] and, of Inception, 'logits' [n, 1008].
+    reference: the real images.
+    settings: `config.evaluate`.
+  """
+  features, most = seen['features'], settings.max_features
+  values = distances(network, features, reference, settings)
+  if network == 'inception':
+    values['is'], _ = kernel.inception_score(seen['logits'])
+  k = settings.num_neighbours
+  if min(len(features), len(reference.features)) > k:
+    near = precision_recall.precision_recall(reference.features[:most], features[:most], k)
+    values |= {f'{name}_{network}': value for name, value in near.items()}
+  return values
+
+
+def distances(
+  network: str, features: Features, reference: Reference, settings: ConfigDict
+) -> dict[str, float]:
+  """Returns Fréchet and kernel distance of feature vectors [n, d] to the reference."""
+  fd, kd = distance_names(network)
+  return {
+    fd: frechet_to(features, reference),
+    kd: kernel_to(features, reference.features, settings),
+  }
+
+
+def frechet_to(features: Features, reference: Reference) -> float:
+  """Returns the Fréchet distance to the reference; exact also where there are few images."""
+  whole = len(reference.features) == reference.moments.count
+  if whole and min(len(features), reference.moments.count) <= features.shape[1]:
+    return frechet.frechet_distance_of(features, reference.features)
+  return frechet.frechet_distance(Moments.of(features), reference.moments)
+
+
+def kernel_to(features: Features, others: Features, settings: ConfigDict) -> float:
+  """Returns the mean kernel distance over random subsets."""
+  most = settings.max_features
+  value, _ = kernel.kernel_distance(
+    features[:most],
+    others[:most],
+    num_subsets=settings.kernel_subsets,
+    subset_size=settings.kernel_subset_size,
+  )
+  return value
+
+
+def floor(
+  network: str, count: int, held_out: Features, reference: Reference, settings: ConfigDict
+) -> tuple[dict[str, float], int]:
+  """Returns the distances that real images get at `count` images, and at how many they were taken.
+
+  `count` held-out images against the training split. Where there are fewer, both are pooled, and `count`
+  images (at most half) drawn at random are compared with the others.
+  """
+  if len(held_out) >= count:
+    return distances(network, held_out[:count], reference, settings), count
+  pool = np.concatenate([reference.features, held_out])
+  pool = pool[np.random.default_rng(0).permutation(len(pool))]
+  count = min(count, len(pool) // 2)
+  rest = dataclasses.replace(reference, moments=Moments.of(pool[count:]), features=pool[count:])
+  return distances(network, pool[:count], rest, settings), count
+
+
+def over_seeds(values: list[dict[str, float]]) -> dict[str, Figure]:
+  """Returns mean and spread of every figure over seeds."""
+  figures = {}
+  for name in values[0]:
+    column = np.array([value[name] for value in values])
+    spread = float(column.std(ddof=1)) if len(column) > 1 else None
+    figures[name] = Figure(value=float(column.mean()), spread=spread)
+  return figures

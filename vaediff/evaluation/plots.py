@@ -1,0 +1,84 @@
+"""Plots of an evaluation, as PNG files."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use('Agg')  # no display is needed, nor looked for
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure as Plot
+
+from vaediff import images
+from vaediff.evaluation.measures import Figure
+
+
+def bars(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Draws the Fréchet distances of every set of samples, one panel per network, with the floor as a line."""
+  names = [name for name in rows[0] if name == 'fid' or name.startswith('fd_')]
+  names = [name for name in names if any(has_value(row.get(name)) for row in rows)]
+  if not names:
+    return
+  plot, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False)
+  for axis, name in zip(axes[0], names, strict=True):
+    shown = [row for row in rows if has_value(row.get(name))]
+    values = [row[name].value for row in shown]
+    spread = [row[name].spread or 0 for row in shown]
+    axis.bar([row['set'] for row in shown], values, yerr=spread, width=0.6, capsize=4)
+    if shown[0][name].floor is not None:
+      axis.axhline(shown[0][name].floor, color='black', linewidth=1, linestyle='--', label='floor')
+      axis.legend()
+    axis.set_title(name)
+    axis.tick_params(axis='x', labelrotation=15, labelsize=8)
+  save(plot, path)
+
+
+def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], measure: str, floor: float | None) -> None:
+  """Draws the trade-off: a distance against network evaluations, and against seconds per image.
+
+  One line per `line` of the rows (run, sampler, guidance), with the spread over seeds as error bars.
+  """
+  plot, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+  lines: dict[str, list[Mapping[str, Any]]] = {}
+  for row in rows:
+    if has_value(row.get(measure)):
+      lines.setdefault(row['line'], []).append(row)
+  for name, points in lines.items():
+    points = sorted(points, key=lambda row: row['NFE'])
+    values = [row[measure].value for row in points]
+    spread = [row[measure].spread or 0 for row in points]
+    for axis, x in zip(axes, ('NFE', 'seconds per image'), strict=True):
+      axis.errorbar([row[x] for row in points], values, yerr=spread, marker='o', capsize=3, label=name)
+  for axis, x in zip(axes, ('network evaluations per image', 'seconds per image'), strict=True):
+    axis.set_xscale('log')
+    axis.set_yscale('log')
+    axis.set_xlabel(x)
+    if floor is not None and floor > 0:
+      axis.axhline(floor, color='black', linewidth=1, linestyle='--')
+  axes[0].set_ylabel(measure)
+  axes[0].legend(fontsize=8)
+  save(plot, path)
+
+
+def pairs(path: pathlib.Path, above: np.ndarray, below: np.ndarray) -> None:
+  """Writes two rows of uint8 images as one picture."""
+  images.write_png(path, images.grid(np.concatenate([above, below]), len(above)))
+
+
+def has_value(value: Any) -> bool:
+  """Returns whether a cell holds a figure with a value."""
+  return isinstance(value, Figure) and value.value is not None
+
+
+def save(plot: Plot, path: pathlib.Path) -> None:
+  """Writes and closes a plot."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  plot.tight_layout()
+  plot.savefig(temporary, format='png', dpi=120)
+  plt.close(plot)
+  os.replace(temporary, path)

@@ -1,0 +1,95 @@
+"""Rows of reconstructions: the evaluation split encoded and drawn again, compared with itself."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vaediff import log
+from vaediff.data import sources
+from vaediff.evaluation import measures, quality
+from vaediff.evaluation.frechet import Moments
+from vaediff.evaluation.measures import Figure
+from vaediff.evaluation.networks import Networks
+from vaediff.evaluation.sets import ROW_NAMES, Real, floors_at, with_floors
+from vaediff.sample import draw_all
+from vaediff.trained import Trained
+
+
+def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
+  """Returns one row per kind of reconstruction of the evaluation split; [] without a latent code."""
+  if not trained.experiment.latent_dim:
+    return []
+  settings, source = trained.config.evaluate, trained.eval_source
+  count = min(settings.num_reconstructions, len(source))
+  if count < len(source):
+    count = min(count, settings.max_features)  # of so many images the features are kept
+  log.say(f'reconstructing {count} evaluation images')
+  parts, streams = {}, {}
+  for indices, image in in_chunks(source, count, settings.batch_size):
+    z, _ = trained.encode(image)
+    for name, value in draw_all(trained, {'z': z}, first=int(indices[0])).items():
+      if name not in streams:
+        streams[name] = {network: features.stream() for network, features in opened.features.items()}
+      for stream in streams[name].values():
+        stream.add(value)
+      for measure, figures in pair_figures(opened, image, value).items():
+        parts.setdefault(name, {}).setdefault(measure, []).append(figures)
+  floors = floors_at(count, real, settings)
+  rows = []
+  for name, by_measure in parts.items():
+    figures = {measure: mean_of(values) for measure, values in by_measure.items()}
+    figures |= missing_pair_figures(settings, opened, source)
+    for network in settings.extractors:
+      if network in opened.missing:
+        names = measures.distance_names(network)
+        figures |= {f'r{key}': Figure(missing=opened.missing[network]) for key in names}
+        continue
+      held_out = real.held_out[network]
+      if count < len(source):
+        kept = held_out.features[:count]
+        held_out = dataclasses.replace(held_out, moments=Moments.of(kept), features=kept)
+      seen = streams[name][network].finish()['features']
+      values = measures.distances(network, seen, held_out, settings)
+      figures |= {f'r{key}': Figure(value=value) for key, value in values.items()}
+    floors_r = {f'r{key}': value for key, value in floors.items()}
+    rows.append({'set': f'{ROW_NAMES[name]} reconstructions', 'N': count, **with_floors(figures, floors_r)})
+  return rows
+
+
+def in_chunks(source: sources.Source, count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields indices and uint8 images of the first `count` images."""
+  for start in range(0, count, size):
+    indices = np.arange(start, min(start + size, count))
+    yield indices, source.read(indices)['image']
+
+
+def pair_figures(opened: Networks, image: np.ndarray, value: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns the figures of every pair of image and reconstruction."""
+  figures = {'mse': np.mean((image.astype(np.float64) - value) ** 2, axis=(1, 2, 3)) / 255**2}
+  figures['psnr'] = quality.psnr_of_each(image, value)
+  if min(image.shape[1:3]) >= quality.SSIM_SIDE:
+    figures['ssim'] = quality.ssim_of_each(image, value)
+  if opened.lpips:
+    figures[opened.lpips.lpips.name] = opened.lpips(image, value)
+  return figures
+
+
+def missing_pair_figures(settings: ConfigDict, opened: Networks, source: sources.Source) -> dict[str, Figure]:
+  """Returns the figures of pairs that cannot be computed, and why."""
+  figures = {}
+  side = min(source.image_shape[:2])
+  if side < quality.SSIM_SIDE:
+    figures['ssim'] = Figure(
+      missing=f'its window has {quality.SSIM_SIDE} pixels a side, the images have {side}'
+    )
+  if settings.lpips and opened.lpips is None:
+    figures[settings.lpips] = Figure(missing=opened.missing[settings.lpips])
+  return figures
+
+
+def mean_of(parts: list[np.ndarray]) -> Figure:
+  """Returns the mean over images."""
+  return Figure(value=float(np.concatenate(parts).mean()))

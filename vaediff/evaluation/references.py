@@ -1,0 +1,115 @@
+"""Statistics of real images: computed once, cached in pytorch-fid's npz layout with their provenance."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vaediff import log
+from vaediff.data import cache, sources
+from vaediff.errors import UserError
+from vaediff.evaluation import frechet
+from vaediff.evaluation.features.own import source_fingerprint
+from vaediff.evaluation.frechet import Features, Moments
+from vaediff.evaluation.networks import Features as Network
+
+VERSION = 1
+"""Raise it when the same settings come to mean other numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+  """One split of a data set, seen through one feature network.
+
+  Attributes:
+    moments: of all images.
+    features: of the first images, at most `max_features`.
+    split: 'train' or 'eval'.
+    provenance: extractor, fingerprint of its weights, resize, data set, split, N, version.
+  """
+
+  moments: Moments
+  features: Features
+  split: str
+  provenance: dict[str, str | int]
+
+
+def reference(config: ConfigDict, split: str, network: Network) -> Reference:
+  """Returns the statistics of a split; from the cache if they are of these very images and weights.
+
+  The file has `mu` and `sigma` (ddof 1) as pytorch-fid has them, `features`, and `provenance` as JSON.
+  """
+  source = sources.open_source(config.data, split)
+  most = config.evaluate.max_features
+  provenance = {
+    'extractor': network.name,
+    'weights_sha256': network.extractor.fingerprint,
+    'resize': network.extractor.resize,
+    'dataset': f'{config.data.name or config.data.source} {config.data.image_size}px',
+    'images_sha256': source_fingerprint(source),
+    'split': config.data[f'{split}_split'],
+    'n': len(source),
+    'max_features': most,
+    'version': VERSION,
+  }
+  path = path_of(config, split, network.name, provenance)
+  if not path.exists():
+    log.say(f'features ({network.name}) of the {len(source)} images of the {split} split')
+    parts, kept = [], []
+    for batch in network.of_source(source, len(source)):
+      parts.append(Moments.of(batch['features']))
+      if sum(map(len, kept)) < most:
+        kept.append(batch['features'])
+    moments = frechet.merge_all(parts)
+    write(path, moments, np.concatenate(kept)[:most], provenance)
+  return read(path, split, provenance)
+
+
+def path_of(config: ConfigDict, split: str, extractor: str, provenance: dict[str, str | int]) -> pathlib.Path:
+  """Returns the file of these statistics; other provenance is another file."""
+  digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
+  name = (config.data.name or config.data.source).replace('/', '_').replace(':', '_')
+  folder = cache.data_root(config.data) / 'vaediff' / 'statistics'
+  return folder / f'{name}-{config.data.image_size}px-{split}-{extractor}-{digest}.npz'
+
+
+def write(path: pathlib.Path, moments: Moments, features: Features, provenance: dict[str, str | int]) -> None:
+  """Writes a file of statistics at once."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  with open(temporary, 'wb') as file:
+    np.savez(
+      file,
+      mu=moments.mean,
+      sigma=moments.covariance,
+      features=features.astype(np.float32),
+      provenance=json.dumps(provenance),
+    )
+  os.replace(temporary, path)
+
+
+def read(path: pathlib.Path, split: str, wanted: dict[str, str | int]) -> Reference:
+  """Returns the statistics of a file.
+
+  Raises:
+    UserError: when the file is damaged, or is of other images, weights or another resize than wanted.
+  """
+  try:
+    with np.load(path) as file:
+      provenance = json.loads(str(file['provenance']))
+      mu, sigma, features = file['mu'], file['sigma'], file['features']
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(f'{path} is no readable file of statistics ({error}); remove it and run again') from error
+  for field, value in wanted.items():
+    if provenance.get(field) != value:
+      raise UserError(
+        f'{path} has {field} = {provenance.get(field)!r}, this evaluation {value!r}: figures of the two must '
+        'not be mixed. Remove the file to compute it anew'
+      )
+  moments = Moments(count=provenance['n'], mean=mu, scatter=sigma * (provenance['n'] - 1))
+  return Reference(moments=moments, features=features, split=split, provenance=provenance)

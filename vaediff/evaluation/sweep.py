@@ -1,0 +1,196 @@
+"""`--mode=evaluate --sweep`: distance against network evaluations and seconds, one row per sampler setting.
+
+The trade-off of DiffuseVAE (arXiv:2201.00308, figure 3a of its first version) and LDDGAN (figure 3) as one
+table and one plot. Every row is written when it is done, and a row that is there is not computed again.
+"""
+
+import hashlib
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vaediff import checkpoint, log
+from vaediff import config as configs
+from vaediff.data import cache
+from vaediff.errors import UserError
+from vaediff.evaluation import measures, networks, plots, report
+from vaediff.evaluation.measures import Figure
+from vaediff.evaluation.networks import Networks
+from vaediff.evaluation.sets import FOLDER, Real, draw_sets, floors_at, real_images, with_floors
+from vaediff.trained import Trained
+
+NAME = 'sweep'
+
+
+def sweep(trained: Trained) -> dict[str, float]:
+  """Prints the table; writes `evaluation/sweep.json`, `.md`, and a plot for each distance.
+
+  Returns:
+    {}: all figures are in the table.
+
+  Raises:
+    UserError: for a setting that is not allowed, a stage without a sampler, or a run of other data.
+  """
+  config, folder = trained.config, trained.workdir / FOLDER
+  settings = config.evaluate.sweep
+  runs = [trained, *(open_run(path, trained) for path in settings.workdirs)]
+  points = [(run, changes) for run in runs for changes in grid(run, settings)]
+  opened = networks.open_networks(config, trained.mesh)
+  real = real_images(config, opened)
+  floors = floors_at(config.evaluate.num_images, real, config.evaluate)
+  rows = []
+  for number, (run, changes) in enumerate(points, start=1):
+    chosen = run.with_settings(**changes)
+    facts = facts_of(chosen, opened)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = folder / NAME / f'{digest}.json'
+    known = read_row(path)
+    if known is None:
+      known = measure(chosen, opened, real)
+      if jax.process_index() == 0:
+        report.write_json(path, {'facts': facts, 'figures': known})
+    row = {**label(chosen, trained), **{k: v for k, v in known.items() if not isinstance(v, Figure)}}
+    row |= with_floors({k: v for k, v in known.items() if isinstance(v, Figure)}, floors)
+    rows.append(row)
+    shown = '  '.join(f'{name} {report.cell(value)}' for name, value in row.items() if name != 'line')
+    log.say(f'{number}/{len(points)}  {shown}')
+  write(folder, rows, floors, opened)
+  return {}
+
+
+def open_run(path: str, trained: Trained) -> Trained:
+  """Returns the last stage of another run.
+
+  Raises:
+    UserError: when it was trained on other data.
+  """
+  workdir = pathlib.Path(path)
+  config = configs.read(workdir)
+  for field in cache.FIELDS:
+    if config.data[field] != trained.config.data[field]:
+      raise UserError(
+        f'config.evaluate.sweep.workdirs: {workdir} was trained with data.{field} = {config.data[field]!r}, '
+        f'{trained.workdir} with {trained.config.data[field]!r}; figures of other images do not compare'
+      )
+  with config.unlocked():
+    config.evaluate = trained.config.evaluate
+  return Trained(config, workdir, config.stages[-1], trained.mesh)
+
+
+def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
+  """Returns the settings of each row of one run: samplers x step counts x guidance weights.
+
+  A weight above 0 is left out for a network that was trained without condition dropout.
+  """
+  if 'sampler' not in run.settings:
+    raise UserError(f'--sweep needs a stage with a sampler; {run.stage!r} of {run.workdir} has none')
+  for field in ('samplers', 'num_steps'):
+    if not settings[field]:
+      raise UserError(f'config.evaluate.sweep.{field} is empty; name at least one')
+  dropout = run.config[run.stage].diffusion.condition_dropout
+  weights = [w for w in settings.guidance_weights if w == 0 or dropout > 0] or [run.settings.guidance_weight]
+  return [
+    {'sampler': sampler, 'num_steps': steps, 'guidance_weight': float(weight)}
+    for sampler, weight, steps in itertools.product(settings.samplers, weights, settings.num_steps)
+  ]
+
+
+def facts_of(chosen: Trained, opened: Networks) -> dict[str, Any]:
+  """Returns everything that a row depends on; the same facts are the same row."""
+  evaluate = chosen.config.evaluate
+  names = ('num_images', 'num_seeds', 'max_features', 'kernel_subsets', 'kernel_subset_size')
+  return {
+    'run': str(chosen.workdir.resolve()),
+    'stage': chosen.stage,
+    'step': checkpoint.latest_step(chosen.folder),
+    'sample': chosen.settings.to_dict(),
+    'prior': prior_of(chosen),
+    'evaluate': {name: evaluate[name] for name in names},
+    'networks': {name: network.extractor.fingerprint for name, network in opened.features.items()},
+    'resize': {name: network.extractor.resize for name, network in opened.features.items()},
+    'device': jax.devices()[0].device_kind,
+  }
+
+
+def prior_of(chosen: Trained) -> str:
+  """Returns the kind of the prior of z, '' without one."""
+  origin = chosen.experiment.frozen.get('vae')
+  return chosen.config[origin.stage].prior.kind if origin else ''
+
+
+def label(chosen: Trained, trained: Trained) -> dict[str, Any]:
+  """Returns the columns that say which row it is; `line` names its line in the plot."""
+  settings, diffusion = chosen.settings, chosen.config[chosen.stage].diffusion
+  condition = diffusion.condition + ('+z' if diffusion.z_conditioning else '')
+  run = chosen.workdir.name if chosen.workdir != trained.workdir else trained.workdir.name
+  weight = f' w={settings.guidance_weight:g}' if settings.guidance_weight else ''
+  return {
+    'line': f'{condition} {settings.sampler}{weight}',
+    'run': run,
+    'condition': condition,
+    'sampler': settings.sampler,
+    'steps': settings.num_steps,
+    'guidance': float(settings.guidance_weight),
+  }
+
+
+def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
+  """Returns the figures of one row: distances over seeds, network evaluations, seconds per image."""
+  settings = chosen.config.evaluate
+  values, seconds = [], []
+  for k in range(settings.num_seeds):
+    sets = draw_sets(chosen, opened, chosen.settings.seed + k, settings.num_images, keep=1)
+    drawn = sets[list(sets)[-1]]
+    seconds.append(drawn.seconds_per_image)
+    figures = {}
+    for network, seen in drawn.seen.items():
+      figures |= measures.distances(network, seen['features'], real.train[network], settings)
+    values.append(figures)
+  return {
+    'N': settings.num_images,
+    'NFE': chosen.experiment.num_function_evaluations,
+    'seconds per image': sorted(seconds)[len(seconds) // 2],
+    **(measures.over_seeds(values) if values[0] else {}),
+  }
+
+
+def read_row(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the figures of a row that was measured before, or None.
+
+  Raises:
+    UserError: when the file is damaged.
+  """
+  if not path.exists():
+    return None
+  try:
+    stored = json.loads(path.read_text())['figures']
+    return {name: Figure(**value) if isinstance(value, dict) else value for name, value in stored.items()}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path} is no readable row of a sweep ({error}); remove it and run again') from error
+
+
+def write(
+  folder: pathlib.Path,
+  rows: list[dict[str, Any]],
+  floors: dict[str, tuple[float, int]],
+  opened: Networks,
+) -> None:
+  """Prints and writes the table, and one plot per distance."""
+  shown = [{name: value for name, value in row.items() if name != 'line'} for row in rows]
+  log.say('\n' + report.table(shown))
+  missing = [f'not computed: {name}: {reason}' for name, reason in opened.missing.items()]
+  for line in missing:
+    log.say(line)
+  if jax.process_index() != 0:
+    return
+  report.write_json(folder / f'{NAME}.json', {'rows': shown, 'missing': opened.missing})
+  text = '\n\n'.join([report.table(shown, markdown=True), *missing])
+  report.write_text(folder / f'{NAME}.md', text + '\n')
+  for network in opened.features:
+    name = measures.distance_names(network)[0]
+    plots.curves(folder / f'{NAME}-{name}.png', rows, name, floors[name][0])
+  log.say(f'wrote {folder / NAME}.json, .md and plots')

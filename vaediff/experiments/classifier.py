@@ -1,0 +1,108 @@
+"""A classifier of the data set's labels: its features measure samples of sets that have no published network.
+
+Trained by the cross-entropy with dropout on the features. It draws no images.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vaediff.data import pixels
+from vaediff.experiments import base
+from vaediff.models import classifier as classifier_model
+from vaediff.models.functional import Model
+from vaediff.optim import Optimizer, make_optimizer
+from vaediff.types import Batch, Image, Keys, Labels, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classifier:
+  """The classifier stage; trains the network `classifier`.
+
+  Attributes:
+    classifier: the architecture.
+    optimizer: its optimizer.
+  """
+
+  classifier: Model
+  optimizer: Optimizer
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Classifier':
+    """Builds the experiment of `config.<stage>`."""
+    section, size, channels = config[stage], config.data.image_size, config.data.channels
+    return cls(
+      classifier=Model(
+        module=classifier_model.Classifier(**section.model.to_dict()),
+        inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
+      ),
+      optimizer=make_optimizer(section.optim, section.train.num_steps),
+    )
+
+  latent_dim = 0
+  noise_shape = ()
+  takes_x0_vae = False
+  num_function_evaluations = 0
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """The one network of this stage."""
+    return {'classifier': self.classifier}
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen]:
+    """Nothing is read from earlier stages."""
+    return {}
+
+  def init(self, key: jax.Array) -> base.TrainState:
+    """Returns the state at step 0."""
+    network = base.init_network(self.classifier, self.optimizer, key)
+    return base.TrainState(step=jnp.int32(0), networks={'classifier': network}, extra={})
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update of the cross-entropy, and its value and the accuracy."""
+    del frozen
+    x = pixels.to_unit_range(batch['image'])
+
+    def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+      _, logits = self.classifier.apply(params, x, key_dropout=key)
+      loss = jnp.mean(cross_entropy(logits, batch['label']))
+      accuracy = jnp.mean(jnp.argmax(logits, axis=1) == batch['label'])
+      return loss, {'loss': loss, 'accuracy': accuracy}
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.networks['classifier'].params)
+    state, norms = base.update_one(state, 'classifier', grads, self.optimizer)
+    return state, {**metrics, **norms}
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns cross-entropy (nats) and accuracy."""
+    del frozen, key
+    _, logits = self.classifier.apply(params['classifier'], pixels.to_unit_range(batch['image']))
+    values = {
+      'loss': cross_entropy(logits, batch['label']),
+      'accuracy': (jnp.argmax(logits, axis=1) == batch['label']).astype(jnp.float32),
+    }
+    return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  def sample(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
+  ) -> dict[str, Image]:
+    """Returns {}: a classifier draws nothing."""
+    return {}
+
+
+def cross_entropy(logits: Float[Array, 'batch classes'], label: Labels) -> Float[Array, ' batch']:
+  """Returns -log softmax(logits)[label] per example, in nats."""
+  return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
