@@ -37,17 +37,25 @@ def prior_term(x0: Image, schedule: Schedule) -> Float[Array, ' batch']:
 
 
 def step_term(
-  denoise: Denoise, schedule: Schedule, x0: Image, eps: Image, index: Float[Array, ' batch']
+  denoise: Denoise,
+  schedule: Schedule,
+  x0: Image,
+  eps: Image,
+  index: Float[Array, ' batch'],
+  variance: str,
 ) -> Float[Array, ' batch']:
   """Returns KL(q(y_{i-1} | y_i, x0) || p(y_{i-1} | y_i)) for table indices i in 2..T, with y_i from eps.
 
-  p has the posterior's mean at x0_hat and its variance, the 'small' one of DDPM, with which only the means
-  differ. For the 'large' variance the bound is looser at every step but the first.
+  p has the mean of the posterior at x0_hat, and as variance that of the posterior ('small') or beta_i
+  ('large', right where data have unit variance, and the tighter bound at small i).
   """
   s, t = (index - 1) / schedule.train_steps, index / schedule.train_steps
   x0_hat = denoise(gaussian.q_sample(x0, eps, t, schedule), t)
-  g0, _, variance = gaussian.posterior_coefficients(s, t, schedule)
-  return g0**2 / (2 * variance) * jnp.sum((x0 - x0_hat) ** 2, axis=(1, 2, 3))
+  g0, _, posterior = gaussian.posterior_coefficients(s, t, schedule)
+  chosen = posterior if variance == 'small' else schedule.beta(s, t)
+  ratio = posterior / chosen
+  spread = 0.5 * x0[0].size * (ratio - 1 - jnp.log(ratio))
+  return spread + g0**2 / (2 * chosen) * jnp.sum((x0 - x0_hat) ** 2, axis=(1, 2, 3))
 
 
 def decoder_term(denoise: Denoise, schedule: Schedule, x0: Image, eps: Image) -> Float[Array, ' batch']:
@@ -79,12 +87,12 @@ def log_discretized_gaussian(x: Array, mean: Array, scale: Array) -> Array:
 
 
 def bound_terms(
-  denoise: Denoise, schedule: Schedule, x0: Image, keys: Keys, num_times: int
+  denoise: Denoise, schedule: Schedule, x0: Image, keys: Keys, num_times: int, variance: str
 ) -> dict[str, Float[Array, ' batch']]:
   """Returns the three terms of the bound per example, in nats: 'prior', 'steps' and 'decoder'.
 
   The sum over i = 2..T is estimated without bias from `num_times` stratified table indices per example;
-  with num_times = T - 1 every index is visited once.
+  with num_times = T - 1 every index is visited once. `variance` is that of the steps; see `step_term`.
 
   Raises:
     UserError: when the schedule has no table of steps, or num_times is not in 1..T - 1.
@@ -94,25 +102,23 @@ def bound_terms(
     raise UserError('the variational bound is a sum over a table of steps; this schedule is continuous')
   if not 1 <= num_times <= num_steps:
     raise UserError(f'evaluate.num_bound_times must be in 1..{num_steps}, got {num_times}')
-  keys = jax.vmap(lambda key: jax.random.split(key, num_times + 1))(keys)
+  keys = jax.vmap(lambda key: jax.random.split(key))(keys)
+  keys_steps, keys_decoder = keys[:, 0], keys[:, 1]
 
   def noise(column):
     return jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(column)
 
-  def one(total, inputs):
-    k, column = inputs
-    both = jax.vmap(lambda key: jax.random.split(key))(column)
+  def one(total, k):
+    both = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, k)))(keys_steps)
     place = jax.vmap(jax.random.uniform)(both[:, 0])
     first, last = k * num_steps // num_times, (k + 1) * num_steps // num_times
     index = 2 + first + jnp.floor(place * (last - first))
-    term = step_term(denoise, schedule, x0, noise(both[:, 1]), jnp.minimum(index, 1 + last))
+    term = step_term(denoise, schedule, x0, noise(both[:, 1]), jnp.minimum(index, 1 + last), variance)
     return total + (last - first) * term, None
 
-  steps, _ = jax.lax.scan(
-    one, jnp.zeros(x0.shape[0]), (jnp.arange(num_times), jnp.swapaxes(keys[:, 1:], 0, 1))
-  )
+  steps, _ = jax.lax.scan(one, jnp.zeros(x0.shape[0]), jnp.arange(num_times))
   return {
     'prior': prior_term(x0, schedule),
     'steps': steps,
-    'decoder': decoder_term(denoise, schedule, x0, noise(keys[:, 0])),
+    'decoder': decoder_term(denoise, schedule, x0, noise(keys_decoder)),
   }

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float
 
-Features = Float[np.ndarray, 'examples features']
+Features = Float[np.ndarray, '_ features']
+"""Feature vectors; the sets of one call may have different sizes."""
 MAX_SVD = 4096
 """Most examples per side for the singular value form; its cost grows with their cube."""
 

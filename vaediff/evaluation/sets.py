@@ -65,6 +65,8 @@ def name_of(trained: Trained) -> str:
   parts = [trained.stage]
   if 'sampler' in settings:
     parts += [settings.sampler, str(settings.num_steps)]
+  if settings.checkpoint != 'latest':
+    parts.append(settings.checkpoint)
   return '-'.join(parts)
 
 

@@ -347,7 +347,7 @@ class Refiner:
 
     With a VAE the latent variables are z and y: -log p(x) <= E_q(z|x)[bound of p(x | z)] + KL(q(z | x) ||
     N(0, I)), the term 'kl', from one z per image. The other terms are those of `likelihood.bound_terms`.
-    Without guidance; x0_hat is clipped to [-1, 1], which is part of the model.
+    Without guidance; x0_hat is clipped to [-1, 1] and the steps have `sample.variance`, as part of the model.
     """
     x0, condition, terms = pixels.to_unit_range(image), Condition(x0_vae=None, z=None), {}
     keys = jax.vmap(lambda key: jax.random.split(key))(keys)
@@ -357,7 +357,8 @@ class Refiner:
       condition = self.condition(frozen, {'z': mean + jnp.exp(0.5 * logvar) * noise})
       terms['kl'] = losses.kl_to_standard_normal(mean, logvar)
     denoise = guidance.clip(self.x0_hat(params['denoiser'], condition))
-    return terms | likelihood.bound_terms(denoise, self.schedule, x0, keys[:, 1], num_times)
+    variance = self.settings['variance']
+    return terms | likelihood.bound_terms(denoise, self.schedule, x0, keys[:, 1], num_times, variance)
 
 
 def check_diffusion(config: ConfigDict, *, flip: bool) -> None:
