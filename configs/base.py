@@ -20,7 +20,20 @@ def default() -> ConfigDict:
   config.stages = ('vae', 'refiner')  # trained in this order by the one loop
   config.seed = 0  # of initialisation, data order and training noise
   config.data = data()
-  config.mesh = ConfigDict({'data': -1, 'fsdp': 1})  # devices per axis; -1 = the rest
+  config.mesh = ConfigDict(
+    {
+      'data': -1,  # devices that split the batch only; -1 = the rest
+      'fsdp': 1,  # devices that split the batch and the state
+      'rules': (),  # ((regex, spec), ...) over paths of the state, before the last resort; sharding.rules_of
+    }
+  )
+  config.processes = ConfigDict(
+    {
+      'join_timeout_seconds': 300,  # for the processes of a job to find each other
+      'heartbeat_timeout_seconds': 100,  # after which a silent process is taken for dead
+      'silence_timeout_seconds': 3600.0,  # longest time without the end of a step, compilation too; 0 = off
+    }
+  )
   config.vae = vae_stage()
   config.refiner = refiner_stage()
   config.reconstruct = ConfigDict(
@@ -139,6 +152,7 @@ def train(num_steps: int, batch_size: int, **changes) -> ConfigDict:
     {
       'num_steps': num_steps,
       'batch_size': batch_size,  # images per step over all devices
+      'microbatches': 1,  # parts that a batch is split into, one after the other, to save memory
       'flip': False,  # random horizontal flips of image and condition together
       'log_every_steps': 100,
       'save_every_steps': 5000,
@@ -147,6 +161,9 @@ def train(num_steps: int, batch_size: int, **changes) -> ConfigDict:
       'grid_images': 16,
       'eval_images': 2048,  # most images of the evaluation split; 0 = all
       'keep_checkpoints': 2,
+      'on_bad_step': 'stop',  # not finite, or a jump: 'stop' | 'skip' the update and count it
+      'spike_factor': 0.0,  # a loss above this many times its running mean is a jump; 0 = never
+      'profile_steps': (),  # (first, last): traced for TensorBoard's profile plugin; () = none
       'best_measure': '',  # keep the best checkpoint by it: 'fd_mobilenetv2', 'val/loss', ...; '' = off
       'best_every_steps': 10_000,  # how often it is measured
       'best_images': 1000,  # samples that it is measured on

@@ -47,7 +47,8 @@ def equal(a, b):
 def lines(workdir, stage):
   text = (workdir / stage / 'metrics.jsonl').read_text()
   rows = [json.loads(line) for line in text.splitlines()]
-  return [{k: v for k, v in row.items() if k != 'images_per_second'} for row in rows]
+  timed = ('images_per_second', 'waiting')
+  return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 # A killed run ----------------------------------------------------------------------------------------

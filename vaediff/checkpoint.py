@@ -13,10 +13,24 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from vaediff import distributed, sharding
 from vaediff.errors import UserError
 from vaediff.types import Params
 
 FOLDER = 'checkpoints'
+DAMAGED = 'damaged'
+
+
+class DamagedCheckpoint(UserError):
+  """A checkpoint whose files are missing or cannot be read.
+
+  Attributes:
+    folder: of the checkpoint.
+  """
+
+  def __init__(self, folder: pathlib.Path, message: str):
+    super().__init__(message)
+    self.folder = folder
 
 
 class Checkpointer:
@@ -67,14 +81,19 @@ class Checkpointer:
     """Returns state and meta of the latest checkpoint, with the shardings of `abstract_state`."""
     step = self.latest_step()
     folder = self.folder / str(step)
-    _check_structure(folder, abstract_state)
+    failure, restored = None, None
     try:
+      _check_structure(folder, abstract_state)
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
       )
     except Exception as error:
-      raise damaged(folder, error) from error
+      if isinstance(error, UserError) and not isinstance(error, DamagedCheckpoint):
+        raise
+      failure = error
+    if not distributed.agree(failure is None):  # another process may have met the broken file
+      raise damaged(folder, failure or OSError('another process could not read its part')) from failure
     return restored.state, restored.meta
 
   def close(self) -> None:
@@ -155,23 +174,39 @@ def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
       metadata = checkpointer.metadata(folder / 'state')
     tree = metadata.item_metadata.tree
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-    return {_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')}
+    return {sharding.path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')}
   except Exception as error:
     raise damaged(folder, error) from error
 
 
-def damaged(folder: pathlib.Path, error: Exception) -> UserError:
+def damaged(folder: pathlib.Path, error: Exception) -> DamagedCheckpoint:
   """Returns the error for a checkpoint that cannot be read."""
-  return UserError(
+  return DamagedCheckpoint(
+    folder,
     f'the checkpoint {folder} cannot be read: {_first_line(error)}. Files of it are missing or damaged. '
-    'Move that folder away (the previous checkpoint is then used), or restore it from a copy'
+    'Training sets it aside and goes on from the previous one; to do so by hand, move that folder away',
   )
+
+
+def set_aside(error: DamagedCheckpoint) -> pathlib.Path:
+  """Moves a damaged checkpoint to `<stage>/damaged/<step>` (or `<step>-2` ...); returns where it is now."""
+  stage_folder, step = error.folder.parent.parent, error.folder.name
+  target, number = stage_folder / DAMAGED / step, 1
+  while target.exists():
+    number += 1
+    target = stage_folder / DAMAGED / f'{step}-{number}'
+  distributed.wait_for_all(f'about to set aside {error.folder}')
+  if jax.process_index() == 0:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    error.folder.rename(target)
+  distributed.wait_for_all(f'set aside {error.folder}')
+  return target
 
 
 def _check_structure(folder: pathlib.Path, tree: Any, partial: bool = False) -> None:
   stored = stored_shapes(folder)
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  wanted = {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+  wanted = {sharding.path_name(path): tuple(leaf.shape) for path, leaf in leaves}
   problems = [
     f'{name}: stored {stored.get(name, "nothing")}, config needs {shape}'
     for name, shape in wanted.items()
@@ -187,10 +222,6 @@ def _check_structure(folder: pathlib.Path, tree: Any, partial: bool = False) -> 
       + (f' (and {len(problems) - 1} more)' if len(problems) > 1 else '')
       + '. Use the config it was trained with (--workdir alone reads it), or another --workdir'
     )
-
-
-def _name(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _first_line(error: Exception) -> str:

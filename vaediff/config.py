@@ -29,6 +29,9 @@ MAY_CHANGE = (
   'train.eval_images',
   'train.keep_checkpoints',
   'train.best_',
+  'train.on_bad_step',
+  'train.spike_factor',
+  'train.profile_steps',
   'sample.',
   'prior.',
   'data_dir',
@@ -186,13 +189,16 @@ def validate(config: ConfigDict) -> None:
       'best_images',
     ):
       _at_least(f'{stage}.train.{field}', section.train[field], 1)
-    for field in ('keep_checkpoints', 'grid_images'):
+    for field in ('keep_checkpoints', 'grid_images', 'microbatches'):
       _at_least(f'{stage}.train.{field}', section.train[field], 1)
     for field in ('grid_every_steps', 'eval_images'):
       _at_least(f'{stage}.train.{field}', section.train[field], 0)
     for field in ('num_images', 'batch_size'):
       _at_least(f'{stage}.sample.{field}', section.sample[field], 1)
     _seed(f'{stage}.sample.seed', section.sample.seed)
+  for field in ('join_timeout_seconds', 'heartbeat_timeout_seconds'):
+    _at_least(f'processes.{field}', config.processes[field], 1)
+  _at_least('processes.silence_timeout_seconds', config.processes.silence_timeout_seconds, 0)
   _at_least('reconstruct.num_images', config.reconstruct.num_images, 1)
   _seed('seed', config.seed)
   _at_least('interpolate.num_encoded', config.interpolate.num_encoded, 4)
@@ -246,7 +252,7 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield f'{prefix}{name}', value
 
 
-def _at_least(field: str, value: int, least: int) -> None:
+def _at_least(field: str, value: float, least: int) -> None:
   if value < least:
     raise UserError(f'config.{field} must be >= {least}, got {value}')
 

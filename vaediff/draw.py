@@ -32,7 +32,8 @@ def make_draw(experiment: Experiment, mesh: Mesh, seed: int) -> Callable[..., di
     return experiment.sample(params, frozen, condition, key_x)
 
   where = sharding.batch_sharding(mesh)
-  compiled = jax.jit(run)
+  # every process gets all images: they are small beside what made them
+  compiled = jax.jit(run, out_shardings=sharding.replicated(mesh))
 
   def draw(
     params: dict[str, Params],

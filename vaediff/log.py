@@ -4,17 +4,22 @@
 run drops the lines past its checkpoint before it writes them again, so none is repeated or lost.
 """
 
+import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
 import tqdm
+
+from vaediff.errors import UserError
 
 
 def say(text: str) -> None:
@@ -63,7 +68,8 @@ class StageLog:
     """Writes one line of metrics, already on the host."""
     if not self._active:
       return
-    values = {name: float(value) for name, value in metrics.items()}
+    # a skipped update leaves values that are not finite, which JSON does not know
+    values = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
     self._file.write(json.dumps({'stage': self._stage, 'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in values.items():
@@ -94,6 +100,71 @@ class StageLog:
     left = seconds / max(step - self._start_step, 1) * (self._num_steps - step)
     shown = '  '.join(f'{name} {value:.5g}' for name, value in values.items())
     return f'{self._stage} {step}/{self._num_steps}  {shown}  ETA {duration(left)}'
+
+
+class Clock:
+  """Where the time of the loop goes: waiting for input and checkpoints, and everything else."""
+
+  def __init__(self):
+    self._start = time.monotonic()
+    self._paused, self._waiting = 0.0, {'input': 0.0, 'checkpoint': 0.0}
+
+  @contextlib.contextmanager
+  def waiting(self, name: str) -> Iterator[None]:
+    """Counts the time inside as waiting for 'input' or 'checkpoint'."""
+    started = time.monotonic()
+    yield
+    self._waiting[name] += time.monotonic() - started
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out: evaluation is not training."""
+    started = time.monotonic()
+    yield
+    self._paused += time.monotonic() - started
+
+  def lap(self) -> dict[str, Any]:
+    """Returns 'seconds' since the last lap, and 'waiting', the share of them by name; starts anew."""
+    seconds = max(time.monotonic() - self._start - self._paused, 1e-9)
+    shares = {name: value / seconds for name, value in self._waiting.items()}
+    self.__init__()
+    return {'seconds': seconds, 'waiting': shares}
+
+
+class Profile:
+  """Traces some steps for TensorBoard's profile plugin, into `<stage>/tensorboard`.
+
+  Args:
+    folder: `<workdir>/<stage>`.
+    steps: () = none, or the first and the last step.
+
+  Raises:
+    UserError: when `steps` is no such pair.
+  """
+
+  def __init__(self, folder: pathlib.Path, steps: tuple[int, ...]):
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+      raise UserError(f'train.profile_steps must be () or (first, last) with 1 <= first <= last, got {steps}')
+    self._folder, self._steps, self._running = folder / 'tensorboard', steps, False
+
+  def before(self, step: int) -> None:
+    """Starts the trace before its first step."""
+    if self._steps and step == self._steps[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step: int, result: Any) -> None:
+    """Ends the trace once the result of its last step is there."""
+    if self._running and step == self._steps[1]:
+      jax.block_until_ready(result)
+      self.close()
+
+  def close(self) -> None:
+    """Writes the trace if it is still running."""
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+      say(f'wrote a trace of steps {self._steps[0]} to {self._steps[1]} to {self._folder}')
 
 
 def duration(seconds: float) -> str:

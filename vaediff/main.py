@@ -8,10 +8,12 @@ from vaediff import runtime
 if __name__ == '__main__':
   runtime.set_environment()
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vaediff import config as configs
+from vaediff import distributed
 from vaediff.errors import UserError
 from vaediff.modes import MODES, SWEEPS
 
@@ -20,6 +22,9 @@ WORKDIR = flags.DEFINE_string('workdir', '', 'Run folder; default runs/<config n
 MODE = flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
 STAGES = flags.DEFINE_string(
   'stages', '', 'Comma list of stages; default all (train) or the last (the rest).'
+)
+DISTRIBUTED = flags.DEFINE_enum(
+  'distributed', 'auto', list(distributed.MODES), 'Join the other processes of this job.'
 )
 SWEEP = flags.DEFINE_bool('sweep', False, 'With --mode=evaluate: over config.evaluate.sweep.')
 
@@ -33,6 +38,7 @@ def main(argv: list[str]) -> None:
   if CONFIG.value is None:
     raise UserError('give --config=configs/<name>.py, or --workdir=<folder> of an earlier run')
   configs.validate(CONFIG.value)
+  distributed.join(DISTRIBUTED.value, CONFIG.value.processes)
   workdir = pathlib.Path(WORKDIR.value or f'runs/{CONFIG.value.name}')
   modes = SWEEPS if SWEEP.value else MODES
   if MODE.value not in modes:
@@ -41,12 +47,22 @@ def main(argv: list[str]) -> None:
 
 
 def cli() -> None:
-  """Runs `main`; a mistake of the user's is one message and exit status 2."""
+  """Runs `main`; a mistake of the user's is one message and exit status 2. Others: `vaediff.distributed`."""
   try:
     app.run(main, argv=configs.complete_argv(sys.argv), flags_parser=configs.parse_flags)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except distributed.Preempted as error:
+    print(f'preempted: {error}. Run the same command again to go on', file=sys.stderr)
+    sys.exit(distributed.PREEMPTED)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    distributed.leave(
+      f'process {jax.process_index()} of {jax.process_count()}: {str(error).splitlines()[0]}. Another '
+      'process is lost, or a device failed. The run goes on from its last checkpoint when started again'
+    )
   except OSError as error:
     if error.filename is None and error.errno is None:
       raise

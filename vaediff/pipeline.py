@@ -1,8 +1,10 @@
 """Runs the stages in order: skips what is complete, resumes what is not, hands frozen networks on."""
 
+import functools
 import json
 import os
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, experiments, images, log, sample, sharding
+from vaediff import checkpoint, distributed, experiments, images, log, sample, sharding
 from vaediff import config as configs
 from vaediff import interpolate as interpolation
 from vaediff.data import pixels, sources
@@ -26,22 +28,37 @@ from vaediff.types import Params
 def run(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> list[dict[str, Any]]:
   """Trains the stages, then draws a first set of samples; returns one summary per stage.
 
-  Nothing is written before config, data and workdir have been checked.
+  Nothing is written before config, data and workdir have been checked. A damaged checkpoint is set aside,
+  and its stage goes on from the one before.
 
   Raises:
     UserError: for anything of the user's that cannot work.
+    Preempted: after SIGTERM, once everything is saved.
   """
+  while True:
+    try:
+      return run_once(config, workdir, stages)
+    except checkpoint.DamagedCheckpoint as error:
+      if workdir.resolve() not in error.folder.resolve().parents:
+        raise  # of another run, which is not ours to change
+      log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
+
+
+def run_once(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> list[dict[str, Any]]:
+  """Does what `run` says, as long as every checkpoint can be read."""
   started = time.monotonic()
   mesh = sharding.make_mesh(config.mesh)
   built = {stage: experiments.build(config, stage) for stage in config.stages}
-  for stage in stages:
-    jax.eval_shape(built[stage].init, jax.random.key(0))  # networks check their own fields
+  # networks check their own fields
+  shapes = [jax.eval_shape(built[stage].init, jax.random.key(0)) for stage in config.stages]
+  sharding.check_rules(shapes, sharding.rules_of(config.mesh))
   check_workdir(config, workdir)
   log.say(sources.describe(config.data))
   train_source, eval_source = (sources.open_source(config.data, split) for split in ('train', 'eval'))
   log.say(f'{len(train_source)} training and {len(eval_source)} evaluation images; run folder {workdir}')
   if jax.process_index() == 0:
     configs.save(config, workdir)
+  distributed.wait_for_all('the config is stored')
 
   summaries, fresh = [], False
   for name in stages:
@@ -55,7 +72,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> l
       continue
     fresh = True
     for old in workdir.glob('figures-*.json'):
-      old.unlink()  # of images that this training makes out of date
+      old.unlink(missing_ok=True)  # of images that this training makes out of date
     summaries.append(
       train(
         Stage(
@@ -138,7 +155,7 @@ def first_images(
     The figures of the reconstructions.
   """
   path = workdir / f'figures-{stage}.json'
-  if path.exists() and not fresh:
+  if distributed.agree(path.exists()) and not fresh:
     return json.loads(path.read_text())
   trained = Trained(config, workdir, stage, mesh)
   started = time.monotonic()
@@ -147,9 +164,10 @@ def first_images(
   if trained.experiment.latent_dim:
     figures.update(sample.reconstruct(trained))
   interpolation.interpolate(trained)
-  temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_text(json.dumps(figures, indent=2))
-  os.replace(temporary, path)
+  if jax.process_index() == 0:
+    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary.write_text(json.dumps(figures, indent=2))
+    os.replace(temporary, path)
   return figures
 
 
@@ -173,11 +191,16 @@ def precomputed(
   vae_folder = (pathlib.Path(origin.workdir) if origin.workdir else workdir) / origin.stage
   folder = workdir / stage / f'precomputed-step-{checkpoint.latest_step(vae_folder)}'
   names = ('x0_vae', 'z')
-  if not folder.exists():
-    temporary = folder.with_name(f'.{folder.name}.tmp')
+  if not distributed.agree(folder.exists()):
+    # every process computes its share and holds the result; the first one writes it
+    temporary = folder.with_name(f'.{folder.name}.tmp-{jax.process_index()}')
     temporary.mkdir(parents=True, exist_ok=True)
     write_precomputed(temporary, experiment, frozen, source, config[stage].train.batch_size, mesh)
-    os.replace(temporary, folder)
+    if jax.process_index() == 0:
+      os.replace(temporary, folder)
+    else:
+      shutil.rmtree(temporary)
+    distributed.wait_for_all(f'wrote {folder}')
   return {name: np.load(folder / f'{name}.npy', mmap_mode='r') for name in names}
 
 
@@ -192,7 +215,7 @@ def write_precomputed(
   """Writes the reconstruction and the mean latent of every image of a source, batch by batch."""
   model = experiment.frozen['vae'].model
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def run(params, image):
     z, _ = model.apply(params, pixels.to_unit_range(image), method='encode')
     return model.apply(params, z, method='decode'), z

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import numpy as np
 
 from vaediff import draw, images, log
@@ -39,7 +40,8 @@ def sample(trained: Trained) -> dict[str, float]:
   write_grid(trained, 'samples', images.side_by_side(*columns.values()), groups * len(columns))
   if settings.save_npz:
     path = path_of(trained, 'samples', 'npz')
-    images.write_npz(path, stored)
+    if jax.process_index() == 0:
+      images.write_npz(path, stored)
     log.say(f'wrote {path}')
   return {'num_images': float(count)}
 
@@ -79,7 +81,8 @@ def path_of(trained: Trained, name: str, suffix: str = 'png') -> pathlib.Path:
 def write_grid(trained: Trained, name: str, value: np.ndarray, columns: int) -> None:
   """Writes a PNG grid of uint8 images, row by row, and says so."""
   path = path_of(trained, name)
-  images.write_png(path, images.grid(value, min(columns, len(value))))
+  if jax.process_index() == 0:
+    images.write_png(path, images.grid(value, min(columns, len(value))))
   log.say(f'wrote {path}')
 
 

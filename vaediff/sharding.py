@@ -16,8 +16,11 @@ from vaediff.errors import UserError
 
 FSDP = 'fsdp'
 """In place of a PartitionSpec: split the largest dimension that the `fsdp` axis divides."""
-RULES: Sequence[tuple[str, PartitionSpec | str]] = ((r'.*', FSDP),)
+Rules = Sequence[tuple[str, PartitionSpec | str]]
 """(regex, spec), first match wins, over slash-joined paths such as `networks/denoiser/params/...`."""
+RULES: Rules = ((r'.*', FSDP),)
+"""The last resort, behind the rules of the config."""
+AXES = ('data', 'fsdp')
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -27,7 +30,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     UserError: when the axes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = {axis: config[axis] for axis in ('data', 'fsdp')}
+  sizes = {axis: config[axis] for axis in AXES}
   rest = [axis for axis, size in sizes.items() if size == -1]
   if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f'config.mesh sizes must be >= 1, at most one of them -1 (the rest); got {sizes}')
@@ -35,7 +38,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
   if rest:
     sizes[rest[0]] = len(devices) // known
   if int(np.prod(list(sizes.values()))) != len(devices):
-    raise UserError(f'config.mesh {dict(config)} does not fit the {len(devices)} devices here')
+    asked = ', '.join(f'{axis}={config[axis]}' for axis in AXES)
+    raise UserError(
+      f'config.mesh ({asked}) does not divide the {len(devices)} devices here: the sizes must multiply to '
+      'their number; one may be -1 (the rest)'
+    )
   return jax.make_mesh(
     tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
   )
@@ -46,22 +53,97 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Returns the arrays held whole by every device; every process must give the same values."""
+  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array whose first dimension is the batch."""
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
-def shardings_of(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec | str]] = RULES) -> Any:
-  """Returns the NamedSharding of each leaf of an abstract tree, by the first rule its path matches."""
+def rules_of(config: ConfigDict) -> Rules:
+  """Returns the rules of `config.mesh.rules`, and behind them the last resort.
+
+  A rule is a regex and a spec in words: 'replicated', 'fsdp' (the largest dimension that divides), or the
+  axis of each dimension, as '-,-,-,fsdp' for the output channels of a convolution.
+
+  Raises:
+    UserError: for a regex that cannot be read, or a spec with an unknown axis.
+  """
+  rules = []
+  for rule in config.rules:
+    if len(rule) != 2:
+      raise UserError(f'config.mesh.rules holds {rule!r}; a rule is a pair (regex, spec)')
+    pattern, text = rule
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise UserError(f'config.mesh.rules holds {pattern!r}, which is no regex: {error}') from error
+    if text in ('replicated', FSDP):
+      rules.append((pattern, FSDP if text == FSDP else PartitionSpec()))
+      continue
+    axes = [None if part.strip() == '-' else part.strip() for part in text.split(',')]
+    for axis in axes:
+      if axis is not None and axis not in AXES:
+        raise UserError(
+          f'config.mesh.rules gives {pattern!r} the spec {text!r}; valid: replicated, fsdp, or one of '
+          f'{", ".join(AXES)} or - for each dimension'
+        )
+    rules.append((pattern, PartitionSpec(*axes)))
+  return (*rules, *RULES)
+
+
+def check_rules(trees: Sequence[Any], rules: Rules) -> None:
+  """Raises UserError for a rule that is the first match of no path of any tree: it would do nothing."""
+  names = [path_name(path) for tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  unused = dict.fromkeys(pattern for pattern, _ in rules[: len(rules) - len(RULES)])
+  for name in names:
+    first = next((pattern for pattern, _ in rules if re.search(pattern, name)), None)
+    unused.pop(first, None)
+  for pattern in unused:
+    raise UserError(
+      f'config.mesh.rules: {pattern!r} is the first match of no array of any stage; a path looks like '
+      f'{names[0]!r}'
+    )
+
+
+def shardings_of(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+  """Returns the NamedSharding of each leaf of an abstract tree, by the first rule its path matches.
+
+  Raises:
+    UserError: when no rule matches, or a spec has more dimensions than the array or does not divide it.
+  """
 
   def one(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    name = path_name(path)
     for pattern, spec in rules:
       if re.search(pattern, name):
-        return NamedSharding(mesh, _largest_divisible(leaf.shape, mesh) if spec == FSDP else spec)
+        if spec == FSDP:
+          return NamedSharding(mesh, _largest_divisible(leaf.shape, mesh))
+        _check_divides(name, leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
     raise UserError(f'no sharding rule matches {name!r}; end the rules with (".*", PartitionSpec())')
 
   return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def path_name(path: Any) -> str:
+  """Returns the slash-joined path of a leaf."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _check_divides(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+  sizes = [1 if axis is None else mesh.shape[axis] for axis in spec]
+  fits = len(spec) <= len(shape) and all(
+    length % size == 0 for length, size in zip(shape, sizes, strict=False)
+  )
+  if not fits:
+    raise UserError(
+      f'config.mesh.rules splits {name!r}, of shape {shape}, by {tuple(spec)}, which does not divide it over '
+      f'{dict(mesh.shape)}'
+    )
 
 
 def _largest_divisible(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import best, checkpoint, draw, log, sharding
+from vaediff import best, checkpoint, distributed, draw, log, sharding
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
+from vaediff.experiments.guarded import HEALTHY
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'
@@ -58,13 +58,13 @@ class Stage:
   measure: Callable[[dict[str, Params]], float] | None = None
 
 
-def abstract_state(experiment: Experiment, mesh: Mesh) -> Any:
+def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
   """Returns shapes, types and shardings of the state, without allocating it."""
   shapes = jax.eval_shape(experiment.init, jax.random.key(0))
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     shapes,
-    sharding.shardings_of(shapes, mesh),
+    sharding.shardings_of(shapes, mesh, rules),
   )
 
 
@@ -84,7 +84,9 @@ def train(stage: Stage) -> dict[str, Any]:
 
   # State: born sharded, or restored ----------------------------------------------------------------
   checkpointer = checkpoint.Checkpointer(stage.folder, section.train.keep_checkpoints)
-  abstract = abstract_state(stage.experiment, stage.mesh)
+  watchdog = distributed.Watchdog(stage.config.processes.silence_timeout_seconds, f'stage {stage.name}')
+  preemption = distributed.Preemption()
+  abstract = abstract_state(stage.experiment, stage.mesh, sharding.rules_of(stage.config.mesh))
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   run_key = jax.random.fold_in(jax.random.key(stage.config.seed), _number(stage.name))
   key_init, key_train, key_eval = jax.random.split(run_key, 3)
@@ -92,8 +94,8 @@ def train(stage: Stage) -> dict[str, Any]:
   if checkpointer.latest_step() is None:
     state = jax.jit(stage.experiment.init, out_shardings=where)(key_init)
   else:
-    state, meta = checkpointer.restore(abstract)
-    start_step, seconds_before, last = meta['data_position'], meta['seconds'], meta['last']
+    state, stored = checkpointer.restore(abstract)
+    start_step, seconds_before, last = stored['data_position'], stored['seconds'], stored['last']
     log.say(f'{stage.name}: resuming at step {start_step} of {num_steps}')
 
   # Compile -----------------------------------------------------------------------------------------
@@ -112,12 +114,14 @@ def train(stage: Stage) -> dict[str, Any]:
   step_fn = make_step(stage.experiment, where, replicated)
   evaluate = Evaluator(stage, key_eval)
   keeper = best.Best(stage.folder, section.train.best_measure) if section.train.best_measure else None
-  key_train, frozen = jax.device_put((key_train, stage.frozen), replicated)
+  key_train, frozen = sharding.replicate((key_train, stage.frozen), stage.mesh)
 
   # The loop ----------------------------------------------------------------------------------------
   board = log.StageLog(stage.folder, stage.name, start_step, num_steps)
-  watch = Watch(stage.name)
-  started, last_step, last_time = time.monotonic(), start_step, time.monotonic()
+  watch = Watch(stage.name, watchdog)
+  profile = log.Profile(stage.folder, section.train.profile_steps)
+  clock = log.Clock()
+  started, last_step = time.monotonic(), start_step
 
   def meta(step: int) -> dict[str, Any]:
     return {
@@ -131,77 +135,96 @@ def train(stage: Stage) -> dict[str, Any]:
 
   try:
     for step in range(start_step + 1, num_steps + 1):
-      batch = sharding.put_batch(next(batches), batch_where)
+      profile.before(step)
+      with clock.waiting('input'):
+        batch = next(batches)
+      batch = sharding.put_batch(batch, batch_where)
       with jax.transfer_guard('disallow'):
-        state, metrics, finite = step_fn(state, frozen, batch, key_train)
-      watch.add(step, finite, metrics)
+        state, metrics, healthy = step_fn(state, frozen, batch, key_train)
+      watch.add(step, healthy, metrics)
+      profile.after(step, state)
       board.progress(step)
       is_last = step == num_steps
 
       if step % section.train.log_every_steps == 0 or is_last:
         watch.drain()
-        now = time.monotonic()
-        speed = (step - last_step) * batch_size / (now - last_time)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values['images_per_second'] = speed
+        times = clock.lap()
+        values['images_per_second'] = (step - last_step) * batch_size / times['seconds']
+        values |= {f'waiting/{name}': share for name, share in times['waiting'].items()}
         board.scalars(step, values)
         last.update(values)
-        last_step, last_time = step, now
+        last_step = step
       if step % section.train.eval_every_steps == 0 or is_last:
-        values = {f'val/{name}': value for name, value in evaluate(state).items()}
+        with clock.paused():
+          values = {f'val/{name}': value for name, value in evaluate(state).items()}
         board.scalars(step, values)
         last.update(values)
       if keeper and (step % section.train.best_every_steps == 0 or is_last):
         watch.drain()
-        value = evaluate.figure(state, keeper.measure)
+        with clock.paused():
+          value = evaluate.figure(state, keeper.measure)
         board.scalars(step, {f'best/{keeper.measure}': value})
         keeper.consider(step, state, meta(step), value)
       if section.train.grid_every_steps and (step % section.train.grid_every_steps == 0 or is_last):
-        for name, picture in evaluate.grids(state).items():
-          board.picture(step, f'samples/{name}', picture)
-      if step % section.train.save_every_steps == 0 or is_last:
+        with clock.paused():
+          for name, picture in evaluate.grids(state).items():
+            board.picture(step, f'samples/{name}', picture)
+      stopping = preemption.reached(step)
+      if step % section.train.save_every_steps == 0 or is_last or stopping:
         watch.drain()  # never save a state that is not finite
         board.flush()
-        checkpointer.save(step, state, meta(step))
+        with clock.waiting('checkpoint'):
+          checkpointer.save(step, state, meta(step))
+      if stopping and not is_last:
+        checkpointer.close()
+        raise distributed.Preempted(f'stage {stage.name} was stopped and saved at step {step} of {num_steps}')
     checkpointer.close()
     if keeper:
       keeper.close()
   finally:
+    profile.close()
     board.close()
+    preemption.close()
+    watchdog.close()
   seconds = seconds_before + time.monotonic() - started
   return write_summary(stage, num_steps, batch_size, seconds, last)
 
 
 def check_batch_size(section: ConfigDict, stage: str, mesh: Mesh) -> None:
   """Raises UserError unless the stage's batch can be split over the devices."""
-  if section.train.batch_size % mesh.size:
+  parts = mesh.size * section.train.microbatches
+  if section.train.batch_size % parts:
+    microbatches = (
+      f' times {section.train.microbatches} microbatches' if section.train.microbatches > 1 else ''
+    )
     raise UserError(
-      f'config.{stage}.train.batch_size must be a multiple of the {mesh.size} devices, '
+      f'config.{stage}.train.batch_size must be a multiple of the {mesh.size} devices{microbatches}, '
       f'got {section.train.batch_size}'
     )
 
 
 def make_step(experiment: Experiment, where: Any, replicated: Any):
-  """Returns the compiled step: (state, frozen, batch, key) -> (state, metrics, whether all are finite)."""
+  """Returns the compiled step: (state, frozen, batch, key) -> (state, metrics, whether to go on)."""
 
   def step_fn(state, frozen, batch, key):
     state, metrics = experiment.train_step(state, frozen, batch, jax.random.fold_in(key, state.step))
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in metrics.values()]))
-    return state, metrics, finite
+    healthy = metrics.pop(HEALTHY)
+    return state, metrics, healthy
 
   return jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated, replicated))
 
 
 class Watch:
-  """Stops the run when a metric is not finite, without waiting for the device at each step."""
+  """Stops the run when a step is bad, without waiting for the device at each step."""
 
-  def __init__(self, stage: str):
-    self._stage = stage
+  def __init__(self, stage: str, watchdog: distributed.Watchdog):
+    self._stage, self._watchdog = stage, watchdog
     self._pending = collections.deque()
 
-  def add(self, step: int, finite: jax.Array, metrics: dict[str, jax.Array]) -> None:
+  def add(self, step: int, healthy: jax.Array, metrics: dict[str, jax.Array]) -> None:
     """Looks at the steps that are done; waits only when too many are under way."""
-    self._pending.append((step, finite, metrics))
+    self._pending.append((step, healthy, metrics))
     while self._pending and (self._pending[0][1].is_ready() or len(self._pending) > MAX_STEPS_AHEAD):
       self._check(*self._pending.popleft())
 
@@ -210,14 +233,19 @@ class Watch:
     while self._pending:
       self._check(*self._pending.popleft())
 
-  def _check(self, step: int, finite: jax.Array, metrics: dict[str, jax.Array]) -> None:
-    if not jax.device_get(finite):
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-      bad = ', '.join(f'{name} = {value}' for name, value in values.items() if not np.isfinite(value))
-      raise UserError(
-        f'stage {self._stage}, step {step}: {bad} is not finite. The last checkpoint is from before it. '
-        f'Lower config.{self._stage}.optim.learning_rate, or set optim.clip_norm, and run again'
-      )
+  def _check(self, step: int, healthy: jax.Array, metrics: dict[str, jax.Array]) -> None:
+    good = jax.device_get(healthy)
+    self._watchdog.beat(f'step {step}')
+    if good:
+      return
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = ', '.join(f'{name} = {value}' for name, value in values.items() if not np.isfinite(value))
+    what = f'{bad} is not finite' if bad else f'loss = {values["loss"]:.5g} is a jump (train.spike_factor)'
+    raise UserError(
+      f'stage {self._stage}, step {step}: {what}. The last checkpoint is from before it. Lower '
+      f"config.{self._stage}.optim.learning_rate, set optim.clip_norm, or train.on_bad_step='skip' to leave "
+      'such updates out, and run again'
+    )
 
 
 class Evaluator:
@@ -229,13 +257,14 @@ class Evaluator:
     self._where = sharding.batch_sharding(stage.mesh)
     self._batch_size = sharding.round_up(min(section.train.batch_size, len(stage.eval_source)), stage.mesh)
     self._limit, self._grid_images = section.train.eval_images, section.train.grid_images
-    self._key = key
-    self._eval_step = jax.jit(stage.experiment.eval_step)
+    self._key = sharding.replicate(key, stage.mesh)
+    self._eval_step = jax.jit(stage.experiment.eval_step, out_shardings=sharding.replicated(stage.mesh))
     self._draw = draw.make_draw(stage.experiment, stage.mesh, seed=stage.config.seed)
 
   def __call__(self, state: Any) -> dict[str, float]:
     """Returns the metrics of the evaluation split, averaged over its examples."""
     totals, count = collections.defaultdict(float), 0.0
+    total = min(self._limit or len(self._stage.eval_source), len(self._stage.eval_source))
     batches = loader.eval_batches(
       self._stage.eval_source,
       batch_size=self._batch_size,
@@ -246,7 +275,7 @@ class Evaluator:
       prefetch=self._stage.config.data.prefetch,
     )
     for index, batch in enumerate(batches):
-      weight = float(batch['mask'].sum())
+      weight = float(min(self._batch_size, total - index * self._batch_size))  # of all processes
       key = jax.random.fold_in(self._key, index)
       metrics = self._eval_step(
         state.eval_params, self._stage.frozen, sharding.put_batch(batch, self._where), key
@@ -287,6 +316,7 @@ def write_summary(
     temporary = stage.folder / f'.{SUMMARY}.tmp'
     temporary.write_text(json.dumps(summary, indent=2))
     os.replace(temporary, stage.folder / SUMMARY)
+  distributed.wait_for_all(f'{stage.name} is complete')  # the next stage looks for the file
   return summary
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import best, checkpoint, draw, experiments, log, prior, sharding
+from vaediff import best, checkpoint, distributed, draw, experiments, log, prior, sharding
 from vaediff import config as configs
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
@@ -45,7 +45,7 @@ class Trained:
     }
     self.frozen = load_frozen(self.experiment, config, workdir, mesh)
     self._draw = draw.make_draw(self.experiment, mesh, self.settings.seed)
-    self._encode = jax.jit(self.experiment.encode)
+    self._encode = jax.jit(self.experiment.encode, out_shardings=sharding.replicated(mesh))
 
   def with_settings(self, **changes: Any) -> 'Trained':
     """Returns the same networks with other values in the stage's `sample` section."""
@@ -153,7 +153,7 @@ def load_prior(trained: Trained) -> dict[str, np.ndarray]:
   step = checkpoint.latest_step(folder)
   settings = f'{section.covariance}-{counts}-of-{section.num_encoded}-holdout-{section.holdout_fraction}'
   path = folder / f'prior-{settings}-seed-{config.seed}-step-{step}.npz'
-  if not path.exists():
+  if not distributed.agree(path.exists()):
     images = sources.open_source(config.data, 'train')
     count = min(section.num_encoded, len(images))
     log.say(f'fitting a Gaussian mixture ({section.covariance}, {counts} components) to {count} latents')
@@ -164,5 +164,7 @@ def load_prior(trained: Trained) -> dict[str, np.ndarray]:
     arrays, scores = prior.fit(np.concatenate(z), section, config.seed)
     shown = ', '.join(f'{k}: {score:.2f}' for k, score in scores.items())
     log.say(f'held-out nats per latent by components: {shown}; {len(arrays["weights"])} used')
-    prior.save(path, arrays)
+    if jax.process_index() == 0:
+      prior.save(path, arrays)
+    distributed.wait_for_all(f'wrote {path}')
   return prior.load(path)

@@ -1,5 +1,7 @@
 """Figures of a model rather than of its samples: variational bounds, and what of z is in use."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -78,7 +80,7 @@ def bound(
   count = min(limit, len(source))
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=everywhere)
   def run(params, frozen, image, indices):
     _, keys = draw.image_keys(seed, indices)
     return experiment.negative_elbo(params, frozen, image, keys, num_times)
@@ -87,7 +89,7 @@ def bound(
   size = sharding.round_up(min(batch_size, count), mesh)
   for indices in draw.batches(count, size):
     image = jax.device_put(source.read(indices)['image'], where)
-    terms = jax.device_put(run(params, frozen, image, jax.device_put(indices, where)), everywhere)
+    terms = run(params, frozen, image, jax.device_put(indices, where))
     fresh = min(size, count - int(indices[0]))
     parts.append({k: np.asarray(v[:fresh], np.float64) for k, v in jax.device_get(terms).items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

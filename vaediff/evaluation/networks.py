@@ -36,7 +36,7 @@ class Features:
     self._size = sharding.round_up(batch_size, mesh)
     self._where = sharding.batch_sharding(mesh)
     everywhere = sharding.replicated(mesh)
-    self._params = jax.device_put(extractor.params, everywhere)
+    self._params = sharding.replicate(extractor.params, mesh)
     self._run = jax.jit(extractor.apply, out_shardings=everywhere)
 
   @property
@@ -113,7 +113,7 @@ class PairDistance:
     self._size = sharding.round_up(batch_size, mesh)
     self._where = sharding.batch_sharding(mesh)
     everywhere = sharding.replicated(mesh)
-    self._params = jax.device_put(lpips.params, everywhere)
+    self._params = sharding.replicate(lpips.params, mesh)
     self._run = jax.jit(lpips.apply, out_shardings=everywhere)
 
   def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:

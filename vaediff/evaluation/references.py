@@ -7,10 +7,11 @@ import os
 import pathlib
 import zipfile
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import log
+from vaediff import distributed, log
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet
@@ -58,7 +59,7 @@ def reference(config: ConfigDict, split: str, network: Network) -> Reference:
     'version': VERSION,
   }
   path = path_of(config, split, network.name, provenance)
-  if not path.exists():
+  if not distributed.agree(path.exists()):
     log.say(f'features ({network.name}) of the {len(source)} images of the {split} split')
     parts, kept = [], []
     for batch in network.of_source(source, len(source)):
@@ -66,7 +67,9 @@ def reference(config: ConfigDict, split: str, network: Network) -> Reference:
       if sum(map(len, kept)) < most:
         kept.append(batch['features'])
     moments = frechet.merge_all(parts)
-    write(path, moments, np.concatenate(kept)[:most], provenance)
+    if jax.process_index() == 0:
+      write(path, moments, np.concatenate(kept)[:most], provenance)
+    distributed.wait_for_all(f'wrote {path}')
   return read(path, split, provenance)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, log
+from vaediff import checkpoint, distributed, log
 from vaediff import config as configs
 from vaediff.data import cache
 from vaediff.errors import UserError
@@ -164,7 +164,7 @@ def read_row(path: pathlib.Path) -> dict[str, Any] | None:
   Raises:
     UserError: when the file is damaged.
   """
-  if not path.exists():
+  if not distributed.agree(path.exists()):
     return None
   try:
     stored = json.loads(path.read_text())['figures']

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.experiments.classifier import Classifier
+from vaediff.experiments.guarded import Guarded
 from vaediff.experiments.refiner import Refiner
 from vaediff.experiments.vae import Vae
 
@@ -24,6 +25,6 @@ def build(config: ConfigDict, stage: str) -> Experiment:
   if name not in BY_NAME:
     raise UserError(f'config.{stage}.experiment is {name!r}; valid: {", ".join(BY_NAME)}')
   try:
-    return BY_NAME[name].from_config(config, stage)
+    return Guarded.around(BY_NAME[name].from_config(config, stage), config[stage].train)
   except UserError as error:
     raise UserError(f'config.{stage}: {error}') from error

@@ -1,7 +1,7 @@
 """What an experiment is: hyperparameters and modules that turn into pure functions of arrays."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -153,6 +153,41 @@ def apply_gradients(network: Network, grads: Params, optimizer: Optimizer, step:
     opt_state=opt_state,
     ema_params=optimizer.update_ema(network.ema_params, params, step),
   )
+
+
+def gradients(
+  loss_fn: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]],
+  params: Params,
+  batch: Batch,
+  key: jax.Array,
+  microbatches: int,
+) -> tuple[Params, Metrics]:
+  """Returns gradient and metrics of a mean over the batch, accumulated over equal parts of it.
+
+  Only one part's activations are held at a time. A part takes every `microbatches`-th example, so that each
+  device keeps the examples it has.
+
+  Args:
+    loss_fn: (params, batch, key) -> (loss, metrics), means over the examples of its batch.
+    params: to differentiate with respect to.
+    batch: arrays with one row per example.
+    key: of the noise; part k gets fold_in(key, k), a single part the key itself.
+    microbatches: number of parts; it divides the batch.
+  """
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  if microbatches == 1:
+    return grad_fn(params, batch, key)
+
+  def part(k: jax.Array) -> tuple[Params, Metrics]:
+    rows = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:])[:, k], batch)
+    return grad_fn(params, rows, jax.random.fold_in(key, k))
+
+  def add(total, k):
+    return jax.tree.map(jnp.add, total, part(k)), None
+
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, jnp.int32(0)))
+  total, _ = jax.lax.scan(add, zeros, jnp.arange(microbatches))
+  return jax.tree.map(lambda leaf: leaf / microbatches, total)
 
 
 def update_one(

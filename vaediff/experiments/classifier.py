@@ -26,10 +26,12 @@ class Classifier:
   Attributes:
     classifier: the architecture.
     optimizer: its optimizer.
+    microbatches: parts that a batch is split into for the gradient.
   """
 
   classifier: Model
   optimizer: Optimizer
+  microbatches: int
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Classifier':
@@ -41,6 +43,7 @@ class Classifier:
         inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
       ),
       optimizer=make_optimizer(section.optim, section.train.num_steps),
+      microbatches=section.train.microbatches,
     )
 
   latent_dim = 0
@@ -68,15 +71,16 @@ class Classifier:
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the cross-entropy, and its value and the accuracy."""
     del frozen
-    x = pixels.to_unit_range(batch['image'])
 
-    def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      x = pixels.to_unit_range(batch['image'])
       _, logits = self.classifier.apply(params, x, key_dropout=key)
       loss = jnp.mean(cross_entropy(logits, batch['label']))
       accuracy = jnp.mean(jnp.argmax(logits, axis=1) == batch['label'])
       return loss, {'loss': loss, 'accuracy': accuracy}
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.networks['classifier'].params)
+    params = state.networks['classifier'].params
+    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
     state, norms = base.update_one(state, 'classifier', grads, self.optimizer)
     return state, {**metrics, **norms}
 

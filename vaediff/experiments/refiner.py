@@ -57,6 +57,7 @@ class Refiner:
     condition_dropout: probability, per example, of the null condition.
     x0_vae_source: 'sample' or 'mean' of q(z | x) at each step, or 'precomputed' (in the batch).
     flip: random horizontal flips of image and condition.
+    microbatches: parts that a batch is split into for the gradient.
     latent_dim: size of z; 0 without a VAE.
     noise_shape: shape of x_T and of an image, (height, width, channels).
     settings: the stage's `sample` section: sampler, step count and so on.
@@ -74,6 +75,7 @@ class Refiner:
   condition_dropout: float
   x0_vae_source: str
   flip: bool
+  microbatches: int
   latent_dim: int
   noise_shape: tuple[int, int, int]
   settings: Mapping[str, Any]
@@ -132,6 +134,7 @@ class Refiner:
       condition_dropout=diffusion.condition_dropout,
       x0_vae_source=diffusion.x0_vae_source,
       flip=section.train.flip,
+      microbatches=section.train.microbatches,
       latent_dim=latent_dim,
       noise_shape=(size, size, channels),
       settings=section.sample.to_dict(),
@@ -244,15 +247,17 @@ class Refiner:
     self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the denoising loss."""
-    key_example, key_loss = jax.random.split(key)
-    x0, condition = self.examples(frozen, batch, key_example, flip=self.flip)
 
-    def loss_fn(params: Params) -> jax.Array:
-      return jnp.mean(self.example_losses(params, x0, condition, key_loss, training=True))
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      key_example, key_loss = jax.random.split(key)
+      x0, condition = self.examples(frozen, batch, key_example, flip=self.flip)
+      loss = jnp.mean(self.example_losses(params, x0, condition, key_loss, training=True))
+      return loss, {'loss': loss}
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.networks['denoiser'].params)
+    params = state.networks['denoiser'].params
+    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
     state, norms = base.update_one(state, 'denoiser', grads, self.optimizer)
-    return state, {'loss': loss, **norms}
+    return state, {**metrics, **norms}
 
   def eval_step(
     self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array

@@ -49,6 +49,7 @@ class Vae:
     beta: weight of the KL term.
     reduction: over the batch, 'sum' (official code) or 'mean'.
     flip: random horizontal flips.
+    microbatches: parts that a batch is split into for the gradient.
     latent_dim: size of z.
   """
 
@@ -57,6 +58,7 @@ class Vae:
   beta: float
   reduction: str
   flip: bool
+  microbatches: int
   latent_dim: int
 
   @classmethod
@@ -74,6 +76,7 @@ class Vae:
       beta=section.loss.beta,
       reduction=section.loss.reduction,
       flip=section.train.flip,
+      microbatches=section.train.microbatches,
       latent_dim=section.model.latent_dim,
     )
 
@@ -118,21 +121,22 @@ class Vae:
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one Adam update of the negative ELBO, and the loss terms per example."""
     del frozen
-    key_flip, key_z = jax.random.split(key)
-    x = pixels.to_unit_range(batch['image'])
-    if self.flip:
-      x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
 
-    def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      key_flip, key_z = jax.random.split(key)
+      x = pixels.to_unit_range(batch['image'])
+      if self.flip:
+        x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
       terms = {name: jnp.mean(values) for name, values in self.terms(params, x, key_z).items()}
       loss = terms['reconstruction'] + self.beta * terms['kl']
-      scale = x.shape[0] if self.reduction == 'sum' else 1
+      scale = x.shape[0] * self.microbatches if self.reduction == 'sum' else 1
       return scale * loss, {
         'loss': loss,
         **{f'loss/{name}': value for name, value in terms.items()},
       }
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.networks['vae'].params)
+    params = state.networks['vae'].params
+    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
     state, norms = base.update_one(state, 'vae', grads, self.optimizer)
     return state, {**metrics, **norms}
 

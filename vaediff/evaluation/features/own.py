@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, experiments, log
+from vaediff import checkpoint, distributed, experiments, log
 from vaediff.data import cache, pixels, sources
 from vaediff.errors import UserError
 from vaediff.evaluation.features import weights
@@ -42,7 +42,7 @@ def load(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float]:
     config.classifier.model.num_classes = num_classes
   experiment = experiments.build(config, STAGE)
   folder = folder_of(config, splits)
-  if not (folder / SUMMARY).exists():
+  if not distributed.agree((folder / SUMMARY).exists()):
     log.say(f'training the classifier of this data set, {config.classifier.train.num_steps} steps: {folder}')
     train(
       Stage(

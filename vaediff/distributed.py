@@ -1,0 +1,173 @@
+"""One job of many processes: joining, preemption, and not waiting for ever. The engine is `jax.distributed`.
+
+Exit statuses, for launchers: 0 finished; 2 the user has something to mend; 75 preempted, a checkpoint is
+saved; 76 another process is lost, or nothing moved for too long. After 75 and 76 the same command goes on.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+
+PREEMPTED = 75
+LOST = 76
+MODES = ('auto', 'on', 'off')
+
+
+class Preempted(Exception):
+  """The scheduler wants the machine back; all that was done is saved."""
+
+
+def join(mode: str, config: ConfigDict, environment: Mapping[str, str] = os.environ) -> None:
+  """Joins the other processes of this job, if there are any; must be called before JAX is used.
+
+  Args:
+    mode: 'auto' joins when the environment speaks of other processes, 'on' always, 'off' never.
+    config: the section `processes`: time-outs in seconds.
+    environment: where the others are found: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+      (or JOB_COMPLETION_INDEX of Kubernetes), Slurm's variables, or TPU metadata.
+
+  Raises:
+    UserError: for variables that are incomplete. When the others do not come in time, the process ends with
+      the status `LOST`.
+  """
+  arguments = arguments_from(environment)
+  if mode == 'off' or (mode == 'auto' and arguments is None):
+    return
+  try:
+    jax.distributed.initialize(
+      **(arguments or {}),
+      initialization_timeout=config.join_timeout_seconds,
+      heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+    )
+  except ValueError as error:
+    raise UserError(
+      f'--distributed={mode}, but no other processes are known ({str(error).splitlines()[0]}). Set '
+      'JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each of them, or use '
+      '--distributed=off for one process by itself'
+    ) from error
+  except RuntimeError as error:  # a time-out: the others may be on their way, so the job may be started again
+    leave(
+      f'the processes of this job did not find each other: {str(error).splitlines()[0]}. Check that the port '
+      'of JAX_COORDINATOR_ADDRESS can be reached (config.processes.join_timeout_seconds)'
+    )
+
+
+def arguments_from(environment: Mapping[str, str]) -> dict[str, Any] | None:
+  """Returns the arguments for `jax.distributed.initialize`, or None when this process is alone.
+
+  Raises:
+    UserError: for variables that are incomplete or no numbers.
+  """
+  address = environment.get('JAX_COORDINATOR_ADDRESS', '')
+  if address:
+    count = _number(environment, 'JAX_NUM_PROCESSES')
+    own = 'JAX_PROCESS_ID' if environment.get('JAX_PROCESS_ID') else 'JOB_COMPLETION_INDEX'
+    process = _number(environment, own, 'JAX_PROCESS_ID')
+    if not 0 <= process < count:
+      raise UserError(f'{own}={process} must be in 0..{count - 1}: JAX_NUM_PROCESSES is {count}')
+    return {'coordinator_address': address, 'num_processes': count, 'process_id': process}
+  if int(environment.get('SLURM_NTASKS') or 1) > 1 and environment.get('SLURM_PROCID'):
+    tasks_here = (environment.get('SLURM_STEP_TASKS_PER_NODE') or '').split('(')[0].split(',')[0]
+    gpus = environment.get('SLURM_GPUS_ON_NODE')
+    if tasks_here == '1' and gpus:  # JAX would take one GPU per task, whatever a task may see
+      return {'local_device_ids': list(range(int(gpus)))}
+    return {}
+  if len((environment.get('TPU_WORKER_HOSTNAMES') or '').split(',')) > 1:
+    return {}
+  return None
+
+
+def _number(environment: Mapping[str, str], name: str, instead: str = '') -> int:
+  text = environment.get(name, '')
+  if not text.isdigit():
+    raise UserError(
+      f'JAX_COORDINATOR_ADDRESS is set, so {instead or name} must be a number too; it is {text!r}'
+    )
+  return int(text)
+
+
+def agree(value: bool) -> bool:
+  """Returns whether the value is true in every process; all must call it."""
+  if jax.process_count() == 1:
+    return value
+  return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def wait_for_all(name: str) -> None:
+  """Returns once every process has come here; `name` says where, in the error when one does not."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+class Preemption:
+  """Notices SIGTERM; with many processes, all agree on the step to stop after."""
+
+  def __init__(self):
+    self._noticed = threading.Event()
+    self._before = None
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, lambda number, frame: self._noticed.set())
+
+  def reached(self, step: int) -> bool:
+    """Returns whether to save and stop after this step; every process must ask after every step."""
+    if jax.process_count() > 1:  # JAX's own handler tells the other processes
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._noticed.is_set()
+
+  def close(self) -> None:
+    """Gives SIGTERM back its former meaning."""
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+
+class Watchdog:
+  """Ends the process with a message when nothing has moved for too long: a hung peer gives no error.
+
+  Args:
+    seconds: longest time without `beat`; 0 = never.
+    name: what is being watched, for the message.
+  """
+
+  def __init__(self, seconds: float, name: str):
+    self._seconds, self._name = seconds, name
+    self._silence, self._stop = 0.0, threading.Event()
+    self._last = 'its start'
+    if seconds:
+      threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
+
+  def beat(self, what: str) -> None:
+    """Says that something was done."""
+    self._silence, self._last = 0.0, what
+
+  def close(self) -> None:
+    """Stops watching."""
+    self._stop.set()
+
+  def _watch(self) -> None:
+    # Counts its own ticks, not the clock: a process that was suspended has not been silent.
+    tick = min(5.0, self._seconds / 4)
+    while not self._stop.wait(tick):
+      self._silence += tick
+      if self._silence >= self._seconds:
+        leave(
+          f'{self._name}: nothing has moved for {self._seconds:g} seconds since {self._last} '
+          '(config.processes.silence_timeout_seconds); another process or a device hangs or is lost. '
+          'The run goes on from its last checkpoint when started again'
+        )
+
+
+def leave(message: str) -> None:
+  """Ends the process at once with the status `LOST`: an orderly exit would wait for the lost peer."""
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(LOST)
