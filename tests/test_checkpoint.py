@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, damage):
   folder = tmp_path / checkpoint.FOLDER / '5'
   damage(folder)
   left = sorted(path.relative_to(folder) for path in folder.rglob('*'))
-  with pytest.raises(UserError, match=f'{folder} cannot be read: .*previous checkpoint'):
+  with pytest.raises(UserError, match=f'{folder} cannot be read: .*the previous one'):
     checkpoint.Checkpointer(tmp_path, 2).restore(abstract(before))
   with pytest.raises(UserError, match=f'{folder} cannot be read'):
     checkpoint.load_frozen(tmp_path, 'vae', abstract(before.networks['vae'].params))

@@ -252,7 +252,7 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield f'{prefix}{name}', value
 
 
-def _at_least(field: str, value: float, least: int) -> None:
+def _at_least(field: str, value: int | float, least: int) -> None:
   if value < least:
     raise UserError(f'config.{field} must be >= {least}, got {value}')
 

@@ -1,0 +1,141 @@
+"""One run that meets every fault at random moments ends with the parameters of one that met none."""
+
+import importlib
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from vaediff import checkpoint, distributed, experiments, pipeline, sharding, train
+from vaediff import config as configs
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+processes = importlib.import_module('test_processes')
+
+ROUNDS = 10
+FAULTS = ('kill one', 'kill all', 'truncate', 'fill the disk', 'terminate')
+NUM_STEPS = 400
+
+
+@pytest.fixture
+def disk(tmp_path):
+  """A file system of 40 megabytes."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=40m', 'tmpfs', str(folder)], capture_output=True, check=False
+  )
+  if mounted.returncode:
+    pytest.skip('mounting a small file system needs root: ' + mounted.stderr.decode().strip())
+  yield folder
+  subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def arguments(folder, workdir):
+  return (
+    *processes.settings(workdir, NUM_STEPS, save=5),
+    f'--config.data.data_dir={folder / "data"}',
+    '--config.vae.train.eval_every_steps=100',
+    '--config.processes.heartbeat_timeout_seconds=10',
+    '--config.processes.silence_timeout_seconds=60.0',
+  )
+
+
+def progress(workdir):
+  path = workdir / 'vae' / 'metrics.jsonl'
+  return path.read_text().count('\n') if path.exists() else 0
+
+
+def parameters(workdir):
+  config = configs.read(workdir)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  experiment = experiments.build(config, 'vae')
+  state, meta = checkpoint.Checkpointer(workdir / 'vae', 9).restore(train.abstract_state(experiment, mesh))
+  assert meta['data_position'] == NUM_STEPS
+  return jax.tree.map(np.asarray, state.networks['vae'].params)
+
+
+def run_until_fault(folder, workdir, fault):
+  """Starts both processes, waits for a random moment, does the fault; returns the statuses."""
+  begun, more = progress(workdir), random.randrange(2, 40)
+  both = processes.start(workdir, 2, *arguments(folder, workdir), devices=1)
+  deadline = time.monotonic() + 240
+  while progress(workdir) < begun + more and time.monotonic() < deadline:
+    if all(process.poll() is not None for process in both):
+      break
+    time.sleep(0.002)
+  filler = workdir.parent / 'filler'
+  if fault == 'kill one':
+    both[random.randrange(2)].kill()
+  elif fault == 'kill all' or fault == 'truncate':
+    for process in both:
+      process.kill()
+  elif fault == 'terminate':
+    both[random.randrange(2)].send_signal(signal.SIGTERM)
+  else:
+    free = shutil.disk_usage(workdir.parent).free
+    filler.write_bytes(bytes(free))
+  statuses = processes.wait(both, 200)
+  filler.unlink(missing_ok=True)
+  if fault == 'truncate':
+    step = checkpoint.latest_step(workdir / 'vae')
+    files = [p for p in (workdir / 'vae' / checkpoint.FOLDER / str(step)).rglob('*') if p.is_file()]
+    files = sorted(path for path in files if 'state' in path.parts and path.stat().st_size > 100)
+    chosen = random.choice(files)
+    chosen.write_bytes(chosen.read_bytes()[: chosen.stat().st_size // 2])
+  return statuses
+
+
+@pytest.mark.slow
+def test_ten_faults(tmp_path, disk):
+  seed = random.randrange(10**6)
+  random.seed(seed)
+  undisturbed, workdir = tmp_path / 'undisturbed', disk / 'run'
+  statuses = processes.wait(processes.start(undisturbed, 2, *arguments(tmp_path, undisturbed), devices=1))
+  assert statuses == [0, 0], processes.outputs(undisturbed)
+  faults = [FAULTS[k % len(FAULTS)] for k in range(ROUNDS)]
+  random.shuffle(faults)
+  for number, fault in enumerate(faults):
+    statuses = run_until_fault(tmp_path, workdir, fault)
+    print(f'seed {seed}, round {number}, {fault}: statuses {statuses}, {progress(workdir)} lines')
+    if fault == 'terminate' and statuses != [0, 0]:
+      assert statuses == [distributed.PREEMPTED] * 2, processes.outputs(workdir)
+  statuses = processes.wait(processes.start(workdir, 2, *arguments(tmp_path, workdir), devices=1))
+  assert statuses == [0, 0], processes.outputs(workdir)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parameters(workdir), parameters(undisturbed)
+  )
+  processes.same(processes.losses(workdir), processes.losses(undisturbed))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, one_device, capsys):
+  config = importlib.import_module('configs.cifar10').get_config('debug')
+  config.data.data_dir = str(tmp_path / 'data')
+  workdir = tmp_path / 'run'
+  pipeline.run(config, workdir, ('vae',))
+  before = (workdir / 'vae' / 'metrics.jsonl').read_text()
+  latest = workdir / 'vae' / checkpoint.FOLDER / '4'
+  chosen = max(
+    (path for path in (latest / 'state').rglob('*') if path.is_file()), key=lambda p: p.stat().st_size
+  )
+  chosen.write_bytes(chosen.read_bytes()[:50])
+  pipeline.run(config, workdir, tuple(config.stages))  # the refiner reads the VAE, which is complete
+  said = capsys.readouterr().out
+  assert f'the checkpoint {latest} cannot be read' in said and 'resuming at step 2' in said
+  assert (workdir / 'vae' / checkpoint.DAMAGED / '4').is_dir() and latest.is_dir()
+
+  def values(text):
+    import json
+
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [(row['step'], row['loss']) for row in rows if 'loss' in row]
+
+  assert values((workdir / 'vae' / 'metrics.jsonl').read_text()) == values(before)
