@@ -38,13 +38,20 @@ setup(
     'tqdm>=4.66',
   ],
   extras_require={
+    'compile': ['libtpu'],
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
+    'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
     'prepare': ['tensorflow-cpu>=2.21'],
     'test': [
       'beartype>=0.20',
+      'ipykernel>=6.29',
+      'ipywidgets>=8.1',
       'kubeflow-trainer-api>=2.0',  # classes of a JobSet, to check the manifests
       'kubernetes-validate>=1.30',
+      'nbclient>=0.10',
+      'nbformat>=5.10',
+      'nbstripout>=0.8',
       'pytest>=8.2',
       'pytest-xdist>=3.6',
       'PyYAML>=6',

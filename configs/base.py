@@ -62,6 +62,12 @@ def default() -> ConfigDict:
   )
   config.evaluate = evaluate()
   config.classifier = classifier_stage()
+  config.compile = ConfigDict(
+    {
+      'topology': 'v5e:4x4',  # of --mode=compile: <chip>:<shape of the slice>, joined by commas
+      'effort': -1.0,  # of the compiler, -1 (quick) .. 1 (thorough)
+    }
+  )
   config.benchmark = ConfigDict(
     {
       'num_repeats': 10,  # timed repetitions of each measurement; medians are reported

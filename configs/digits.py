@@ -2,8 +2,10 @@
 
     python -m vaediff.main --config=configs/digits.py
 
-On 2 cores of a 2.5 GHz Xeon: 210 seconds; validation mean squared error per pixel (pixels in [0, 1]) 0.0118
-for the VAE's reconstructions, 0.0258 for the refined ones. Variants: configs/base.py.
+On 2 cores of a 2.5 GHz Xeon: 270 seconds. `fd_classifier` of 800 samples, mean and standard deviation over 3
+seeds: VAE 23.4 +- 0.4, refined 7.11 +- 0.04; real images get 5.5. Mean squared error per pixel (pixels in [0,
+1]) over the evaluation digits: 0.0173 for the VAE's reconstructions, 0.0354 for the refined ones.
+Variants: configs/base.py.
 """
 
 from configs import base, presets

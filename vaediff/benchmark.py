@@ -23,8 +23,9 @@ def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
 
   Keys: `device`, `matmul_flops_per_second` (the peak that others are compared with, float32 operands at
   JAX's default precision), `loader_images_per_second`, and per stage `compile_seconds`, median
-  `step_seconds`, `images_per_second`, `flops_per_second` (twice the multiply-accumulates of the forward and
-  backward pass over the step time), `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
+  `step_seconds`, `input_wait_fraction` (of the time of steps and loading), `images_per_second`,
+  `flops_per_second` (twice the multiply-accumulates of the forward and backward pass over the step time),
+  `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
   `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead).
   """
   repeats = config.benchmark.num_repeats
@@ -82,9 +83,11 @@ def measure_stage(
     return metrics
 
   seconds = median_seconds(one_step, repeats)
+  waiting = input_wait(config, section.train.batch_size, source, one_step, repeats)
   return {
     'compile_seconds': compile_seconds,
     'step_seconds': seconds,
+    'input_wait_fraction': waiting,
     'batch_size': section.train.batch_size,
     'images_per_second': section.train.batch_size / seconds,
     'flops_per_second': flops / seconds,
@@ -149,6 +152,28 @@ def loader_speed(config: ConfigDict, batch_size: int, source: sources.Source, re
   for _ in range(count):
     next(batches)
   return count * batch_size / (time.monotonic() - started)
+
+
+def input_wait(
+  config: ConfigDict, batch_size: int, source: sources.Source, one_step: Callable[[], Any], repeats: int
+) -> float:
+  """Returns the share of the time of steps and loading in which a step waited for its batch."""
+  batches = loader.train_batches(
+    source,
+    batch_size=batch_size,
+    seed=0,
+    start_step=0,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+  )
+  next(batches)
+  waited, started = 0.0, time.monotonic()
+  for _ in range(3 * repeats):
+    before = time.monotonic()
+    next(batches)
+    waited += time.monotonic() - before
+    jax.block_until_ready(one_step())
+  return waited / (time.monotonic() - started)
 
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:

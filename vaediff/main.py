@@ -26,6 +26,9 @@ STAGES = flags.DEFINE_string(
 DISTRIBUTED = flags.DEFINE_enum(
   'distributed', 'auto', list(distributed.MODES), 'Join the other processes of this job.'
 )
+TOPOLOGY = flags.DEFINE_string(
+  'topology', '', "With --mode=compile: slices, as 'v5e:4x4,v5e:16x16'; default config.compile.topology."
+)
 SWEEP = flags.DEFINE_bool('sweep', False, 'With --mode=evaluate: over config.evaluate.sweep.')
 
 
@@ -40,6 +43,8 @@ def main(argv: list[str]) -> None:
   configs.validate(CONFIG.value)
   distributed.join(DISTRIBUTED.value, CONFIG.value.processes)
   workdir = pathlib.Path(WORKDIR.value or f'runs/{CONFIG.value.name}')
+  if TOPOLOGY.value:
+    CONFIG.value.compile.topology = TOPOLOGY.value
   modes = SWEEPS if SWEEP.value else MODES
   if MODE.value not in modes:
     raise UserError(f'--sweep goes with --mode={" or ".join(SWEEPS)}, not with --mode={MODE.value}')

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vaediff import benchmark, describe, log, pipeline, restore, sample, sharding
+from vaediff import aot, benchmark, describe, log, pipeline, restore, sample, sharding
 from vaediff import interpolate as interpolation
 from vaediff.data import sources
 from vaediff.evaluation import networks
@@ -30,6 +30,11 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...])
 def _describe(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> None:
   del workdir
   describe.describe(config, stages)
+
+
+def _compile(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> None:
+  del workdir
+  aot.compile_mode(config, stages, config.compile.topology, config.compile.effort)
 
 
 def _benchmark(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]) -> None:
@@ -58,6 +63,7 @@ MODES: dict[str, Mode] = {
   'restore': _on_trained(restore.restore),
   'evaluate': _on_trained(evaluate),
   'benchmark': _benchmark,
+  'compile': _compile,
 }
 
 SWEEPS: dict[str, Mode] = {'evaluate': _on_trained(sweep)}

@@ -246,7 +246,8 @@ def print_table(summaries: list[dict[str, Any]], figures: dict[str, float], seco
   """Prints one line per stage, the figures of the reconstructions, and the time in all."""
   rows = [('stage', 'steps', 'seconds', 'images/s', 'last training metrics', 'validation')]
   for summary in summaries:
-    last = {name: f'{value:.4g}' for name, value in summary['last'].items() if name != 'images_per_second'}
+    timed = ('images_per_second', 'waiting/')
+    last = {name: f'{v:.4g}' for name, v in summary['last'].items() if not name.startswith(timed)}
     training = ' '.join(f'{name}={value}' for name, value in last.items() if not name.startswith('val/'))
     validation = ' '.join(f'{name[4:]}={value}' for name, value in last.items() if name.startswith('val/'))
     rows.append(
