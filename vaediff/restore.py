@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from vaediff import images
 from vaediff.data import pixels
 from vaediff.errors import UserError
-from vaediff.evaluation.quality import psnr
+from vaediff.quality import psnr
 from vaediff.sample import draw_all, eval_images, need_latents, write_grid
 from vaediff.trained import Trained
 

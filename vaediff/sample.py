@@ -7,7 +7,7 @@ import numpy as np
 
 from vaediff import draw, images, log
 from vaediff.errors import UserError
-from vaediff.evaluation.quality import mse
+from vaediff.quality import mse
 from vaediff.trained import Trained
 
 MAX_IN_GRID = 256

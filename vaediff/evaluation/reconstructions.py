@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import log
+from vaediff import log, quality
 from vaediff.data import sources
-from vaediff.evaluation import measures, quality
+from vaediff.evaluation import measures
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks

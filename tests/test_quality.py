@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vaediff.evaluation import quality
+from vaediff import quality
 
 
 def pair(seed=0, shape=(3, 16, 20, 3)):
