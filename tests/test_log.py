@@ -4,8 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
 
 from vaediff import log
+from vaediff.errors import UserError
 
 
 def steps(folder):
@@ -62,3 +68,40 @@ def test_convolutions_go_to_eigen_unless_the_user_chose():
   assert environment(XLA_FLAGS='--a=1')['XLA_FLAGS'].startswith('--a=1 ')
   assert environment(JAX_COMPILATION_CACHE_DIR='/c')['JAX_COMPILATION_CACHE_DIR'] == '/c'
   assert environment()['JAX_COMPILATION_CACHE_DIR'].endswith('vaediff/xla')
+
+
+def test_the_clock_tells_waiting_from_work():
+  clock = log.Clock()
+  with clock.waiting('input'):
+    time.sleep(0.06)
+  with clock.paused():
+    time.sleep(0.2)
+  time.sleep(0.06)
+  lap = clock.lap()
+  assert 0.1 < lap['seconds'] < 0.2 and 0.3 < lap['waiting']['input'] < 0.7
+  assert lap['waiting']['checkpoint'] == 0 and clock.lap()['waiting']['input'] == 0
+
+
+def test_a_trace_of_some_steps(tmp_path, capsys):
+  profile = log.Profile(tmp_path, (2, 3))
+  for step in range(1, 6):
+    profile.before(step)
+    profile.after(step, jax.jit(lambda x: x + 1)(jnp.float32(step)))
+  profile.close()
+  assert len(list((tmp_path / 'tensorboard').rglob('*.xplane.pb'))) == 1
+  assert capsys.readouterr().out.count('wrote a trace of steps 2 to 3') == 1
+
+
+@pytest.mark.parametrize('steps', [(1,), (3, 2), (0, 2), (1, 2, 3)])
+def test_profile_steps_that_are_none(tmp_path, steps):
+  with pytest.raises(UserError, match='train.profile_steps must be'):
+    log.Profile(tmp_path, steps)
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_json(tmp_path):
+  board = log.StageLog(tmp_path, 'vae', 0, 2)
+  board.scalars(1, {'loss': float('nan'), 'skipped_updates': 1.0})
+  board.close()
+  assert json.loads((tmp_path / 'metrics.jsonl').read_text()) == {
+    'stage': 'vae', 'step': 1, 'skipped_updates': 1.0,
+  }  # fmt: skip

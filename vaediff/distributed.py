@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -166,8 +166,10 @@ class Watchdog:
         )
 
 
-def leave(message: str) -> None:
-  """Ends the process at once with the status `LOST`: an orderly exit would wait for the lost peer."""
+def leave(message: str, status: int = LOST) -> NoReturn:
+  """Ends the process with a message; one of many at once, since an orderly exit would wait for its peers."""
   print(f'error: {message}', file=sys.stderr, flush=True)
+  if status != LOST and not jax.distributed.is_initialized():
+    sys.exit(status)
   sys.stdout.flush()
-  os._exit(LOST)
+  os._exit(status)

@@ -56,8 +56,7 @@ def cli() -> None:
   try:
     app.run(main, argv=configs.complete_argv(sys.argv), flags_parser=configs.parse_flags)
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    distributed.leave(str(error), 2)
   except distributed.Preempted as error:
     print(f'preempted: {error}. Run the same command again to go on', file=sys.stderr)
     sys.exit(distributed.PREEMPTED)
@@ -71,8 +70,7 @@ def cli() -> None:
   except OSError as error:
     if error.filename is None and error.errno is None:
       raise
-    print(f'error: {error.filename or "a file of the run"}: {error.strerror}', file=sys.stderr)
-    sys.exit(2)
+    distributed.leave(f'{error.filename or "a file of the run"}: {error.strerror}', 2)
 
 
 if __name__ == '__main__':
