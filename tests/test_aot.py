@@ -97,6 +97,11 @@ HLO = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4
   ROOT %slice = f32[4]{0} dynamic-slice(%all-reduce.9)
 }
 
+%all-reduce-scatter.2 (input: f32[16]) -> f32[4] {
+  %all-reduce.10 = f32[16]{0} all-reduce(%input), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice.2 = f32[4]{0} dynamic-slice(%all-reduce.10)
+}
+
 %hidden (p: f32[4]) -> f32[1] {
   ROOT %reduce-scatter = f32[1]{0} reduce-scatter(%p), channel_id=5, replica_groups={{0,1,2,3}}, to_apply=%add
 }
@@ -122,6 +127,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %fused = bf16[32,4]{1,0} fusion(%a), kind=kCustom, calls=%spread
   %fused.2 = bf16[32,4]{1,0} fusion(%a), kind=kCustom, calls=%spread.2
   %fused.3 = f32[4]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  %fused.4 = f32[4]{0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.2
   %async = ((f32[4]{0}), f32[1]{0}, u32[]) async-start(%a), calls=%hidden
   %ag = (f32[2,3]{1,0}, f32[8,3]{1,0}) all-gather-start(%a), channel_id=8, replica_groups=[1,4]<=[4]
   %cp = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
@@ -148,11 +154,11 @@ def test_collectives_by_kind(groups):
   assert found['collective_bytes'] == {
     'all-gather': 32 * 4 * 2 + 8 * 3 * 4,  # the two parts of channel 3 are one
     'all-reduce': 100 * 4 + 7 + 50 * 4,
-    'reduce-scatter': 16 * 4 + 4 * 4,  # before scattering
+    'reduce-scatter': 2 * 16 * 4 + 4 * 4,  # before scattering; these share a channel but are two
     'collective-permute': 6 * 4,
     'all-to-all': (10 + 3) * 4 * 4,
   }
-  sent = (256 + 96 + 80) * 3 / 4 + 407 * 2 * 3 / 4 + 200 * 2 * 1 / 2 + 24 + 208 / 2
+  sent = (256 + 96 + 144) * 3 / 4 + 407 * 2 * 3 / 4 + 200 * 2 * 1 / 2 + 24 + 208 / 2
   assert found['sent_bytes'] == pytest.approx(sent)
   assert found['unread_loops'] == 0
 

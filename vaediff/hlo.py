@@ -23,7 +23,7 @@ def collectives(text: str, num_devices: int) -> dict[str, Any]:
   """Returns what a device sends to others in one run of an optimized HLO module.
 
   The body of a loop counts as often as it runs. A collective that the TPU compiler has spread over several
-  fusions, which share its channel, counts once.
+  fusions, which share its channel and shape, counts once.
 
   Args:
     text: of the module.
@@ -36,7 +36,7 @@ def collectives(text: str, num_devices: int) -> dict[str, Any]:
     whose repetitions are not in the text, counted as one.
   """
   computations = _parse(text)
-  repeats, _, unread = _repeats(computations)
+  repeats, executed, unread = _repeats(computations)
   found = {}
   for computation, instructions in computations.items():
     for index, instruction in enumerate(instructions):
@@ -49,12 +49,14 @@ def collectives(text: str, num_devices: int) -> dict[str, Any]:
       size, group = type_bytes(moved), _group_size(instruction.rest, num_devices)
       if kind == 'reduce-scatter':
         size *= group
+      spread = not executed[computation]
       if kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):
+        spread = False
         kind = 'reduce-scatter'  # how the TPU compiler writes it: an all-reduce and a slice in one fusion
       share = 1.0 if kind == 'collective-permute' else (group - 1) / group
       share *= 2 if kind == 'all-reduce' else 1
       channel = re.search(r'channel_id=(\d+)', instruction.rest)
-      identity = (kind, channel.group(1) if channel else (computation, index))
+      identity = (kind, (channel.group(1), size) if spread and channel else (computation, index))
       times = repeats[computation]
       found[identity] = max(found.get(identity, (0, 0)), (times * size, times * size * share))
   return {
