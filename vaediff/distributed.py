@@ -4,6 +4,7 @@ Exit statuses, for launchers: 0 finished; 2 the user has something to mend; 75 p
 saved; 76 another process is lost, or nothing moved for too long. After 75 and 76 the same command goes on.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -168,8 +169,10 @@ class Watchdog:
 
 def leave(message: str, status: int = LOST) -> NoReturn:
   """Ends the process with a message; one of many at once, since an orderly exit would wait for its peers."""
-  print(f'error: {message}', file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # where the log is on a full disk, leaving comes first
+    print(f'error: {message}', file=sys.stderr, flush=True)
   if status != LOST and not jax.distributed.is_initialized():
     sys.exit(status)
-  sys.stdout.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   os._exit(status)
