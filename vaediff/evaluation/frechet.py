@@ -7,6 +7,7 @@ is the square, as everywhere in the field. It is biased upwards at small N: comp
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -57,6 +58,12 @@ class Moments:
       raise ValueError(f'a covariance needs at least 2 vectors, got {self.count}')
     return self.scatter / (self.count - 1)
 
+  @functools.cached_property
+  def root(self) -> Float[np.ndarray, 'features features']:
+    """The symmetric square root of the covariance; kept, since one reference is compared with many sets."""
+    values, vectors = np.linalg.eigh(self.covariance)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
 
 def merge_all(parts: Iterable[Moments]) -> Moments:
   """Returns the moments of all parts together; there is at least one."""
@@ -70,13 +77,10 @@ def merge_all(parts: Iterable[Moments]) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
   """Returns the (squared) Fréchet distance of the two Gaussians with these moments, >= 0.
 
-  tr (S_a S_b)^(1/2) is the sum of the square roots of the eigenvalues of the symmetric R S_b R, with
-  R = S_a^(1/2): always real, no regularisation. Rounding leaves about 1e-7 of the traces.
+  tr (S_a S_b)^(1/2) is the sum of the square roots of the eigenvalues of the symmetric R S_a R, with
+  R = S_b^(1/2): always real, no regularisation. Rounding leaves about 1e-7 of the traces.
   """
-  cov_a, cov_b = a.covariance, b.covariance
-  values, vectors = np.linalg.eigh(cov_a)
-  root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-  trace_root = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
+  trace_root = np.sqrt(np.clip(np.linalg.eigvalsh(b.root @ a.covariance @ b.root), 0, None)).sum()
   return _distance(a, b, trace_root)
 
 
