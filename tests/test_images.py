@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vaediff import images, restore, sample
+from vaediff import images, quality, restore, sample
 from vaediff.errors import UserError
 from vaediff.interpolate import lerp, slerp
 
@@ -93,5 +93,5 @@ def test_bad_restoration_settings(changes, message):
 def test_figures():
   a, b = np.zeros((1, 2, 2, 1), np.uint8), np.full((1, 2, 2, 1), 51, np.uint8)
   assert sample.mse(a, b) == pytest.approx(0.04)
-  assert sample.psnr(a, b) == pytest.approx(13.9794, abs=1e-4)
-  assert sample.psnr(a, a) == float('inf')
+  assert quality.psnr(a, b) == pytest.approx(13.9794, abs=1e-4)
+  assert quality.psnr(a, a) == float('inf')
