@@ -33,6 +33,15 @@ FORBIDDEN = {
     'vaediff.train',
     'vaediff.evaluation',
   ),
+  'features': (
+    'vaediff.config',
+    'vaediff.data',
+    'vaediff.diffusion',
+    'vaediff.models',
+    'vaediff.experiments',
+    'vaediff.train',
+    'vaediff.evaluation',
+  ),
   'experiments': (
     'vaediff.evaluation',
     'flax.linen',
@@ -44,9 +53,9 @@ FORBIDDEN = {
 }
 ONLY_IN = {
   'orbax': ('checkpoint.py',),
-  'flax.linen': ('models/', 'evaluation/features/'),
+  'flax.linen': ('models/', 'features/'),
   'matplotlib': ('evaluation/plots.py',),
-  'safetensors': ('evaluation/features/weights.py',),
+  'safetensors': ('features/weights.py',),
   'tensorflow_datasets': ('data/',),
   'grain': ('data/',),
   'tensorflow': (),

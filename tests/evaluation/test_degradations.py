@@ -14,7 +14,7 @@ from vaediff.data.builders import check_emoji_package
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet, kernel, networks
-from vaediff.evaluation.features import mobilenet, weights
+from vaediff.features import mobilenet, weights
 
 COUNT = 400
 BLUR = (0.5, 1.0, 2.0)  # standard deviation in pixels

@@ -12,8 +12,8 @@ import pytest
 from vaediff import sharding
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet, networks
-from vaediff.evaluation.features.extractor import Extractor
 from vaediff.evaluation.frechet import Moments
+from vaediff.features.extractor import Extractor
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 SIDE, DIMENSIONS = 6, 5

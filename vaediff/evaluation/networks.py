@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from vaediff import sharding
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.evaluation.features import inception, mobilenet, own, published, vgg, weights
-from vaediff.evaluation.features.extractor import Extractor
+from vaediff.evaluation import own_classifier
+from vaediff.features import inception, mobilenet, published, vgg, weights
+from vaediff.features.extractor import Extractor
 
 NAMES = ('inception', 'mobilenetv2', 'vgg16', 'classifier')
 PUBLISHED = {'mobilenetv2': 'mobilenetv2', 'vgg16': 'lpips_vgg16'}
@@ -169,7 +170,7 @@ def load(name: str, config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float | 
     return mobilenet.load(folder), None
   if name == 'vgg16':
     return vgg.load(folder), None
-  return own.load(config, mesh)
+  return own_classifier.load(config, mesh)
 
 
 def prepare(config: ConfigDict, say: Callable[[str], None]) -> None:

@@ -15,9 +15,9 @@ from vaediff import distributed, log
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet
-from vaediff.evaluation.features.own import source_fingerprint
 from vaediff.evaluation.frechet import Features, Moments
 from vaediff.evaluation.networks import Features as Network
+from vaediff.evaluation.own_classifier import source_fingerprint
 
 VERSION = 1
 """Raise it when the same settings come to mean other numbers."""

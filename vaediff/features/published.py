@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import torch_file, weights
+from vaediff.features import torch_file, weights
 
 Tensors = dict[str, np.ndarray]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import inception, torch_file, weights
+from vaediff.features import inception, torch_file, weights
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE / 'golden_inception.json'

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import published, weights
-from vaediff.evaluation.features.extractor import Extractor, imagenet_input
-from vaediff.types import ImageBytes, Params
+from vaediff.features import published, weights
+from vaediff.features.extractor import Extractor, imagenet_input
+from vaediff.types import Image, ImageBytes, Params
 
 LEAST = 64
 RESIZE = f'bilinear (half-pixel centres) to at least {LEAST}'
@@ -175,11 +175,23 @@ def features(params: Params, image: ImageBytes) -> dict[str, jax.Array]:
 
 def distance(network: str, params: Params, a: ImageBytes, b: ImageBytes) -> Float[Array, ' n']:
   """Returns LPIPS of uint8 images [n, h, w, 1 | 3] in pairs (Zhang et al. 2018, eq. 1)."""
+  return compare(network, params, imagenet_input(a, LEAST), imagenet_input(b, LEAST))
+
+
+def distance_in_unit_range(network: str, params: Params, a: Image, b: Image) -> Float[Array, ' n']:
+  """Returns LPIPS of images in [-1, 1], 1 or 3 channels: the same figure, to be trained on."""
+  return compare(network, params, *(imagenet_input((x + 1) * 127.5, LEAST) for x in (a, b)))
+
+
+def compare(
+  network: str, params: Params, a: Float[Array, 'n h w 3'], b: Float[Array, 'n h w 3']
+) -> Float[Array, ' n']:
+  """Returns LPIPS of standardised images in pairs."""
   module, taps = NETWORKS[network]
   convolutions = {layer: value for layer, value in params.items() if layer not in published.LIN_LAYERS}
   pairs = zip(
-    module.apply({'params': convolutions}, imagenet_input(a, LEAST))[: len(taps)],
-    module.apply({'params': convolutions}, imagenet_input(b, LEAST))[: len(taps)],
+    module.apply({'params': convolutions}, a)[: len(taps)],
+    module.apply({'params': convolutions}, b)[: len(taps)],
     strict=True,
   )
   total = jnp.zeros(len(a))
@@ -191,7 +203,10 @@ def distance(network: str, params: Params, a: ImageBytes, b: ImageBytes) -> Floa
 
 def unit_length(x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
   """Returns the map with every pixel's channel vector scaled to length 1; a zero vector stays zero."""
-  return x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)) + EPSILON)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  positive = square > 0  # the root has no finite slope at zero
+  length = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+  return x / (length + EPSILON)
 
 
 def fingerprint(params: Params) -> str:

@@ -12,7 +12,7 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import mobilenet, published, weights
+from vaediff.features import mobilenet, published, weights
 
 GOLDEN = pathlib.Path(__file__).with_name('golden_mobilenet.json')
 CHANNELS = (

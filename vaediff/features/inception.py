@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import torch_file, weights
-from vaediff.evaluation.features.extractor import Extractor, to_rgb
+from vaediff.features import torch_file, weights
+from vaediff.features.extractor import Extractor, to_rgb
 from vaediff.types import ImageBytes, Params
 
 PUBLISHED = 'pt_inception-2015-12-05-6726825d.pth'

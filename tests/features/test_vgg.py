@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import published, vgg, weights
+from vaediff.features import published, vgg, weights
 
 GOLDEN = pathlib.Path(__file__).with_name('golden_vgg.json')
 VGG16 = {

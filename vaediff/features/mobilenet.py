@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from vaediff.evaluation.features import published, weights
-from vaediff.evaluation.features.extractor import Extractor, imagenet_input
+from vaediff.features import published, weights
+from vaediff.features.extractor import Extractor, imagenet_input
 from vaediff.types import ImageBytes, Params
 
 LEAST = 96

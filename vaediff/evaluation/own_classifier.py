@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from vaediff import checkpoint, distributed, experiments, log
 from vaediff.data import cache, pixels, sources
 from vaediff.errors import UserError
-from vaediff.evaluation.features import weights
-from vaediff.evaluation.features.extractor import Extractor
+from vaediff.features import weights
+from vaediff.features.extractor import Extractor
 from vaediff.train import SUMMARY, Stage, train
 from vaediff.trained import abstract_params
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import published, weights
+from vaediff.features import published, weights
 
 TREE = {'conv': {'kernel': np.arange(6, dtype=np.float32).reshape(2, 3), 'bias': np.ones(3, np.float32)}}
 VECTORS = {'x': np.arange(4, dtype=np.float32)}

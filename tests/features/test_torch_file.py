@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation.features import torch_file
+from vaediff.features import torch_file
 
 TYPES = {
   'FloatStorage': 'float32',

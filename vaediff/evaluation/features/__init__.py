@@ -1,1 +1,0 @@
-"""Feature networks with published or trained weights: uint8 images -> feature vectors."""
