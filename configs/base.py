@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from configs import presets
+from configs import gan, presets
 
 Variants = Mapping[str, Callable[[ConfigDict], None]]
 
@@ -36,6 +36,9 @@ def default() -> ConfigDict:
   )
   config.vae = vae_stage()
   config.refiner = refiner_stage()
+  config.autoencoder = gan.autoencoder_stage(optim, train)
+  config.decoder = gan.light_decoder_stage(optim, train)
+  config.ddgan = gan.ddgan_stage(optim, train)
   config.reconstruct = ConfigDict(
     {
       'num_images': 64,  # images of the evaluation split; the grid shows the first 32
@@ -137,7 +140,8 @@ def optim(learning_rate: float, **changes) -> ConfigDict:
   config = ConfigDict(
     {
       'learning_rate': learning_rate,
-      'schedule': 'constant',  # after warm-up: 'constant' | 'cosine' (to 0 at the last step)
+      'schedule': 'constant',  # after warm-up: 'constant' | 'cosine' (to the end at the last step)
+      'end_learning_rate': 0.0,  # of the cosine
       'warmup_steps': 0,  # linear from 0
       'b1': 0.9,
       'b2': 0.999,
@@ -208,6 +212,7 @@ def vae_stage() -> ConfigDict:
       'batch_size': 64,
       'seed': 0,
       'save_npz': False,
+      'save_images': False,  # one PNG per image, <workdir>/samples/<index>.png
     }
   )
   return config
@@ -268,6 +273,7 @@ def refiner_stage() -> ConfigDict:
       'threshold_percentile': 99.5,  # dynamic thresholding, in percent
       'with_vae': True,  # show the VAE sample beside each refined one
       'save_npz': False,
+      'save_images': False,  # one PNG per image, <workdir>/samples/<index>.png
     }
   )
   return config
@@ -310,7 +316,8 @@ def _debug(config: ConfigDict) -> None:
       'num_heads': 2,
     }
   )
-  for stage in (config.vae, config.refiner):
+  gan.debug(config)
+  for stage in (config.vae, config.refiner, config.autoencoder, config.decoder, config.ddgan):
     stage.train.update(
       {
         'num_steps': 4,
@@ -382,8 +389,9 @@ def _guided(config: ConfigDict) -> None:
 
 
 def _bfloat16(config: ConfigDict) -> None:
-  config.vae.model.dtype = 'bfloat16'
-  config.refiner.model.dtype = 'bfloat16'
+  for stage in (config.vae, config.refiner, config.autoencoder, config.decoder, config.ddgan):
+    stage.model.dtype = 'bfloat16'
+  config.ddgan.discriminator.dtype = 'bfloat16'
 
 
 VARIANTS: Variants = {
@@ -394,6 +402,7 @@ VARIANTS: Variants = {
   'gmm': _gmm,
   'guided': _guided,
   'bfloat16': _bfloat16,
+  **gan.VARIANTS,
   'debug': _debug,
 }
 

@@ -9,7 +9,7 @@ attention at 16 pixels. The last 1,000 images are held out for evaluation.
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, presets
+from configs import base, gan, presets
 
 
 def _folder(config):
@@ -35,4 +35,13 @@ def get_config(variant: str = ''):
   config.refiner.optim.learning_rate = 2e-5
   config.refiner.train = base.train(369_000, 64, flip=True)
   config.refiner.sample.update({'variance': 'small', 'temperature': 0.8, 'batch_size': 16})
-  return base.finish(config, variant, {'folder': _folder})
+  return base.finish(
+    config,
+    variant,
+    {
+      'folder': _folder,
+      'ddgan': gan.celeba256_ddgan,
+      'wavelet': gan.celeba256_wavelet,
+      'latent': gan.celeba256_latent,
+    },
+  )

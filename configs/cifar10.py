@@ -9,7 +9,7 @@ Variants: `large` (width 160, 3 blocks), `ddim_unet` (the U-Net of the DDIM code
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, presets
+from configs import base, gan, presets
 
 
 def _large(config):
@@ -29,4 +29,8 @@ def get_config(variant: str = ''):
   config.vae.train = base.train(390_000, 128)
   config.refiner.model.dropout = 0.3
   config.refiner.train = base.train(1_111_000, 128, flip=True)
-  return base.finish(config, variant, {'large': _large, 'ddim_unet': _ddim_unet})
+  return base.finish(
+    config,
+    variant,
+    {'large': _large, 'ddim_unet': _ddim_unet, 'latent': gan.cifar10_latent, 'wavelet': gan.cifar10_wavelet},
+  )

@@ -8,7 +8,7 @@ folder. The papers have no DiffuseVAE settings for LSUN: those of CelebA-HQ 256 
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, presets
+from configs import base, gan, presets
 
 
 def _folder(config):
@@ -35,4 +35,13 @@ def get_config(variant: str = ''):
   config.refiner.optim.learning_rate = 2e-5
   config.refiner.train = base.train(500_000, 64, flip=True)
   config.refiner.sample.batch_size = 16
-  return base.finish(config, variant, {'folder': _folder})
+  return base.finish(
+    config,
+    variant,
+    {
+      'folder': _folder,
+      'ddgan': gan.lsun_church256_ddgan,
+      'wavelet': gan.lsun_church256_wavelet,
+      'latent': gan.lsun_church256_latent,
+    },
+  )

@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 base = importlib.import_module('configs.base')
 NAMES = sorted(
-  path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('__init__', 'base', 'presets')
+  path.stem
+  for path in (ROOT / 'configs').glob('*.py')
+  if path.stem not in ('__init__', 'base', 'gan', 'presets')
 )
 OWN = [
   ('fashion_mnist', 'idx'),
@@ -26,6 +28,13 @@ OWN = [
   ('celebahq128', 'folder'),
   ('celeba256', 'folder'),
   ('lsun_church256', 'folder'),
+  ('fashion_mnist', 'latent'),
+  ('cifar10', 'wavelet'),
+  ('cifar10', 'latent,light'),
+  ('celeba256', 'latent'),
+  ('celeba256', 'wavelet'),
+  ('celeba256', 'adversarial_refiner'),
+  ('lsun_church256', 'latent'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 
@@ -75,6 +84,31 @@ def test_published_parameter_counts_through_the_configs(name, stage, millions):
   assert count / 1e6 == pytest.approx(millions, abs=0.006 if stage == 'refiner' else 0.0006)
 
 
+@pytest.mark.parametrize(
+  ('name', 'variant', 'network', 'millions', 'giga_macs'),
+  [
+    ('cifar10', 'ddgan', 'generator', 48.4325, 7.034),
+    ('celeba256', 'ddgan', 'generator', 39.7270, 70.41),
+    ('cifar10', 'wavelet', 'generator', 33.3701, 1.667),
+    ('celeba256', 'wavelet', 'generator', 31.4855, 28.42),
+    ('cifar10', 'latent', 'generator', 33.3297, 1.661),
+    ('celeba256', 'latent', 'generator', 48.3667, 27.20),
+    ('lsun_church256', 'latent', 'generator', 61.8582, 8.96),
+    ('cifar10', 'ddgan', 'discriminator', 12.7416, None),
+    ('celeba256', 'ddgan', 'discriminator', 27.7372, None),
+    ('cifar10', 'wavelet', 'discriminator', 7.6306, None),
+    ('celeba256', 'latent', 'discriminator', 17.51, None),
+  ],
+)
+def test_published_networks_of_the_denoising_gans(name, variant, network, millions, giga_macs):
+  model = experiments.build(get(name, variant), 'ddgan').networks[network]
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  assert cost.num_parameters(params) / 1e6 == pytest.approx(millions, abs=5e-3 if millions == 17.51 else 6e-5)
+  if giga_macs:
+    macs = cost.macs(lambda params, inputs: model.apply(params, *inputs), params, model.inputs)
+    assert macs / 1e9 == pytest.approx(giga_macs, rel=3e-4)
+
+
 @pytest.mark.parametrize(('name', 'variant'), OWN + [('digits', name) for name in SHARED])
 def test_variants_are_described_at_full_size(name, variant):
   config = get(name, variant)
@@ -104,7 +138,7 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   again = configs.read(workdir)  # the run describes itself
   assert again == config
   wanted = ['samples.png', 'interpolation.png']
-  if config.refiner.diffusion.condition != 'none':
+  if experiments.build(config, config.stages[-1]).takes_x0_vae:
     wanted.append('reconstructions.png')
     for task in tasks:
       again.restore.task = task
@@ -126,6 +160,8 @@ def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
   run_debug(name, 'debug', tmp_path, all_tasks if name == 'digits' else all_tasks[:1])
 
 
-@pytest.mark.parametrize('variant', some_slow(SHARED, ('formulation2', 'unconditional')))
+@pytest.mark.parametrize(
+  'variant', some_slow(SHARED, ('formulation2', 'unconditional', 'vq', 'adversarial_refiner'))
+)
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)

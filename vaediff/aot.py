@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import cost, draw, experiments, hardware, hlo, log, prior, sharding, trained
+from vaediff import cost, draw, experiments, frozen_networks, hardware, hlo, log, prior, sharding
 from vaediff import train as training
 from vaediff.errors import UserError
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.guarded import Guarded
+from vaediff.experiments.refiner import reads_precomputed
 
 GIB = hardware.GIB
 PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
@@ -146,7 +147,7 @@ class Program:
   note: str
 
 
-def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: Mesh) -> Program:
+def train_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mesh) -> Program:
   """Returns the train step of a stage, for abstract arguments.
 
   Raises:
@@ -161,10 +162,10 @@ def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: 
     training.check_batch_size(section, stage, mesh)
   state = training.abstract_state(experiment, mesh)
   where, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
-  frozen = _frozen(experiment, mesh)
+  frozen = frozen_networks.abstract(experiment, mesh)
   size, channels = config.data.image_size, config.data.channels
   shapes = {'image': ((batch_size, size, size, channels), jnp.uint8)}
-  if section.experiment == 'refiner' and section.diffusion.x0_vae_source == 'precomputed':
+  if reads_precomputed(section):
     shapes['x0_vae'] = shapes['image']
     shapes['z'] = ((batch_size, experiment.latent_dim), jnp.float32)
   split = sharding.batch_sharding(mesh)
@@ -193,13 +194,13 @@ def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: 
   )
 
 
-def sample_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: Mesh) -> Program:
+def sample_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mesh) -> Program:
   """Returns the sampler of a stage with z ~ N(0, I), for abstract arguments."""
   section = config[stage]
   batch_size = sharding.round_up(section.sample.batch_size, mesh)
   where, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  params = {name: trained.abstract_params(model, mesh) for name, model in experiment.networks.items()}
-  frozen = _frozen(experiment, mesh)
+  params = {name: frozen_networks.abstract_params(model, mesh) for name, model in experiment.networks.items()}
+  frozen = frozen_networks.abstract(experiment, mesh)
   args = (params, frozen, _abstract((batch_size,), jnp.int32, where), _abstract((), jnp.int32, replicated))
   macs = macs_once = cost.macs(sampler(experiment), *args)
   if 'num_steps' in section.sample:
@@ -225,7 +226,7 @@ def sample_program(config: ConfigDict, stage: str, experiment: Experiment, mesh:
   )
 
 
-def sampler(experiment: Experiment) -> Callable[..., Any]:
+def sampler(experiment: Guarded) -> Callable[..., Any]:
   """Returns (params, frozen, indices, seed) -> images: what `draw.make_draw` compiles, with z ~ N(0, I)."""
 
   def run(params, frozen, indices, seed):
@@ -452,7 +453,3 @@ def _gib(count: int | float) -> str:
 
 def _abstract(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-
-def _frozen(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
-  return {name: trained.abstract_params(source.model, mesh) for name, source in experiment.frozen.items()}

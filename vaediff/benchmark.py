@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import cost, draw, experiments, log, sharding
+from vaediff import cost, draw, experiments, frozen_networks, log, sharding
 from vaediff import train as training
 from vaediff.data import loader, sources
 from vaediff.experiments.base import Experiment
+from vaediff.experiments.refiner import reads_precomputed
 
 
 def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
@@ -59,15 +60,12 @@ def measure_stage(
   abstract = training.abstract_state(experiment, mesh)
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   replicated = sharding.replicated(mesh)
-  frozen = {
-    name: jax.jit(source_.model.init, out_shardings=replicated)(jax.random.key(1))
-    for name, source_ in experiment.frozen.items()
-  }
+  frozen = frozen_networks.fresh(experiment, mesh)
   state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
   training.check_batch_size(section, stage, mesh)
   rows = np.arange(section.train.batch_size) % len(source)
   batch = sharding.put_batch(source.read(rows), sharding.batch_sharding(mesh))
-  if section.experiment == 'refiner' and section.diffusion.x0_vae_source == 'precomputed':
+  if reads_precomputed(section):
     batch['x0_vae'] = batch['image']
     batch['z'] = jnp.zeros((len(rows), experiment.latent_dim))
   key = jax.device_put(jax.random.key(2), replicated)

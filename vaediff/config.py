@@ -5,11 +5,13 @@ A config is an `ml_collections.ConfigDict`; every key is declared in `configs/ba
 is enough after training.
 """
 
+import inspect
 import json
 import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,8 @@ from ml_collections import ConfigDict
 from vaediff.errors import UserError
 
 FILE = 'config.json'
+STORED = pathlib.Path(__file__).with_name('stored_config.py')
+"""The config file that stands for the config of a run."""
 MAY_CHANGE = (
   'train.num_steps',
   'train.log_every_steps',
@@ -41,7 +45,13 @@ MAY_CHANGE = (
   'materialize',
 )
 """Fields of a stage or of `data` that may differ when a run goes on; all others would change its results.
-`train.num_steps` may only where the learning rate does not decay to the last step."""
+`train.num_steps` may only where nothing changes towards the last step."""
+OVER_TRAINING = {
+  'optim.schedule': ('cosine',),
+  'optim_discriminator.schedule': ('cosine',),
+  'loss.reconstruction': ('linear', 'weighted_learning'),
+}
+"""Fields of a stage, and their values, that depend on how far it is from its last step."""
 
 
 def complete_argv(argv: list[str]) -> list[str]:
@@ -64,8 +74,34 @@ def complete_argv(argv: list[str]) -> list[str]:
       workdirs.append(argv[index + 1])
   if not workdirs:
     return argv
-  stored = pathlib.Path(__file__).with_name('stored_config.py')
-  return [argv[0], f'--config={stored}:{workdirs[-1]}', *argv[1:]]
+  return [argv[0], f'--config={STORED}:{workdirs[-1]}', *argv[1:]]
+
+
+def stored_file(argv: list[str]) -> pathlib.Path | None:
+  """Returns the `config.json` that arguments of `complete_argv` stand for; None where they name a config."""
+  workdirs = [arg.partition(f'{STORED}:')[2] for arg in argv if arg.startswith(f'--config={STORED}:')]
+  return pathlib.Path(workdirs[0]) / FILE if workdirs else None
+
+
+def missing_key(error: AttributeError | KeyError, argv: list[str]) -> UserError | None:
+  """Returns the error for a key that this version reads and a stored config does not have, or None.
+
+  None where no config raised the error, or the config is not one that a run stored.
+  """
+  stored, frames = stored_file(argv), traceback.extract_tb(error.__traceback__)
+  if stored is None or frames[-1].filename != inspect.getfile(ConfigDict):
+    return None
+  return UserError(
+    f'the stored config {stored} has no key {_key_of(error)!r}: the run is of an earlier version. Add the '
+    'key to that file, in the section and with the default that configs/base.py gives it, or pass '
+    '--config=configs/<name>.py'
+  )
+
+
+def _key_of(error: AttributeError | KeyError) -> str:
+  """Returns the first word of what ml_collections says: the name of the key."""
+  words = re.search(r'\w+', str(error.args[0]))
+  return words.group() if words else str(error)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -86,13 +122,14 @@ def parse_flags(argv: list[str]) -> list[str]:
       text = text.strip().splitlines()[-1].split(': ', 1)[-1]
     raise UserError(text) from error
   except (AttributeError, KeyError) as error:
-    words = re.search(r'\w+', str(error.args[0]))
-    name = words.group() if words else str(error)
+    name = _key_of(error)
     argument = next((arg for arg in argv if name in arg), name)
     near = re.search(r'Did you mean "\w+"', str(error.args[0]))
     hint = f'{near.group()}? ' if near else ''
+    stored = stored_file(argv)
+    newer = f'. A run of an earlier version lacks newer keys: add them to {stored}' if stored else ''
     raise UserError(
-      f'{argument}: the config has no key {name!r}. {hint}Keys are declared in configs/base.py'
+      f'{argument}: the config has no key {name!r}. {hint}Keys are declared in configs/base.py{newer}'
     ) from error
   except OSError as error:
     raise UserError(f'the config file cannot be loaded: {str(error).splitlines()[-1].strip()}') from error
@@ -231,7 +268,7 @@ def check_same_run(
       continue
     before, now = dict(_flatten(stored[section])), dict(_flatten(config[section]))
     for field in sorted(before.keys() | now.keys()):
-      fixed_length = field == 'train.num_steps' and now['optim.schedule'] == 'cosine'  # it sets the decay
+      fixed_length = field == 'train.num_steps' and changes_over_training(now)
       if before.get(field) == now.get(field) or (field.startswith(MAY_CHANGE) and not fixed_length):
         continue
       problems.append((f'{name}.{field}', before.get(field), now.get(field)))
@@ -242,6 +279,11 @@ def check_same_run(
       f'{workdir} holds a run of another config: config.{field} is {before!r} there, {now!r} now{more}. '
       'Nothing was changed. Use another --workdir, or the same values, or --workdir alone'
     )
+
+
+def changes_over_training(section: dict[str, Any]) -> bool:
+  """Returns whether the length of training changes its steps; fields as 'optim.schedule'."""
+  return any(section[field] in values for field, values in OVER_TRAINING.items() if field in section)
 
 
 def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:

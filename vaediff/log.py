@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 
 from vaediff.errors import UserError
@@ -49,6 +48,8 @@ class StageLog:
     path = folder / 'metrics.jsonl'
     _drop_lines_after(path, start_step)
     self._file = open(path, 'a', encoding='utf-8')
+    import tensorboardX  # not above: where PyTorch is installed it imports that, which takes seconds
+
     self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(
       total=num_steps,

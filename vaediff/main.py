@@ -53,10 +53,16 @@ def main(argv: list[str]) -> None:
 
 def cli() -> None:
   """Runs `main`; a mistake of the user's is one message and exit status 2. Others: `vaediff.distributed`."""
+  argv = configs.complete_argv(sys.argv)
   try:
-    app.run(main, argv=configs.complete_argv(sys.argv), flags_parser=configs.parse_flags)
+    app.run(main, argv=argv, flags_parser=configs.parse_flags)
   except UserError as error:
     distributed.leave(str(error), 2)
+  except (AttributeError, KeyError) as error:
+    missing = configs.missing_key(error, argv)
+    if missing is None:
+      raise
+    distributed.leave(str(missing), 2)
   except distributed.Preempted as error:
     print(f'preempted: {error}. Run the same command again to go on', file=sys.stderr)
     sys.exit(distributed.PREEMPTED)

@@ -42,12 +42,14 @@ class Optimizer:
 
 
 def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
-  """Learning rate by step: linear from 0 during warm-up, then constant or cosine to 0 at `num_steps`."""
+  """Returns the rate by step: linear from 0 in warm-up, then constant or cosine to its end at `num_steps`."""
   warmup = config.warmup_steps
   if config.schedule == 'constant':
     after = optax.constant_schedule(config.learning_rate)
   elif config.schedule == 'cosine':
-    after = optax.cosine_decay_schedule(config.learning_rate, max(num_steps - warmup, 1))
+    after = optax.cosine_decay_schedule(
+      config.learning_rate, max(num_steps - warmup, 1), config.end_learning_rate / config.learning_rate
+    )
   else:
     raise UserError(f"optim.schedule must be 'constant' or 'cosine', got {config.schedule!r}")
   if warmup == 0:
@@ -61,6 +63,11 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> Optimizer:
     raise UserError(f'optim.ema_decay must be in [0, 1), got {config.ema_decay}')
   if config.learning_rate <= 0:
     raise UserError(f'optim.learning_rate must be > 0, got {config.learning_rate}')
+  if not 0 <= config.end_learning_rate <= config.learning_rate:
+    raise UserError(
+      'optim.end_learning_rate must be in [0, optim.learning_rate], got '
+      f'{config.end_learning_rate} with learning_rate {config.learning_rate}'
+    )
   for field in ('b1', 'b2'):
     if not 0 <= config[field] < 1:
       raise UserError(f'optim.{field} must be in [0, 1), got {config[field]}')

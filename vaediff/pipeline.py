@@ -13,15 +13,26 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, distributed, experiments, images, log, sample, sharding
+from vaediff import (
+  checkpoint,
+  distributed,
+  experiments,
+  frozen_networks,
+  images,
+  latents,
+  log,
+  sample,
+  sharding,
+)
 from vaediff import config as configs
 from vaediff import interpolate as interpolation
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.base import Experiment, HasLatents, Published, offers
+from vaediff.experiments.refiner import reads_precomputed
 from vaediff.train import SUMMARY, Stage, train
-from vaediff.trained import Trained, load_frozen
+from vaediff.trained import Trained
 from vaediff.types import Params
 
 
@@ -64,11 +75,12 @@ def run_once(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...])
   for name in stages:
     folder = workdir / name
     complete = is_complete(config, workdir, name)
-    frozen = {} if complete else load_frozen(built[name], config, workdir, mesh)
+    frozen = {} if complete else frozen_networks.load(built[name], config, workdir, mesh)
     steps = frozen_steps(built[name], config, workdir, name)
     if complete:
       summaries.append(read_summary(folder, config, name))
       log.say(f'{name}: complete at step {summaries[-1]["steps"]}, skipped')
+      measure_latents(config, workdir, name, built[name], train_source, mesh)
       continue
     fresh = True
     for old in workdir.glob('figures-*.json'):
@@ -90,6 +102,7 @@ def run_once(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...])
         )
       )
     )
+    measure_latents(config, workdir, name, built[name], train_source, mesh)
   figures = first_images(config, workdir, stages[-1], mesh, fresh)
   if jax.process_index() == 0:
     print_table(summaries, figures, time.monotonic() - started)
@@ -121,6 +134,8 @@ def frozen_steps(
   """
   steps = {}
   for name, source in experiment.frozen.items():
+    if isinstance(source, Published):
+      continue
     folder = pathlib.Path(source.workdir) if source.workdir else workdir
     if not is_complete(configs.read(folder) if source.workdir else config, folder, source.stage):
       raise UserError(
@@ -136,6 +151,27 @@ def frozen_steps(
         f'{steps}; move {workdir / stage} away to train it anew, or use another --workdir'
       )
   return steps
+
+
+def measure_latents(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  stage: str,
+  experiment: Experiment,
+  source: sources.Source,
+  mesh: Mesh,
+) -> None:
+  """Stores the statistics of a trained stage's latents, where it has any that a later stage models."""
+  if offers(experiment, HasLatents):
+    latents.ensure(
+      workdir / stage,
+      experiment,
+      lambda: Trained(config, workdir, stage, mesh).params,
+      source,
+      config[stage].sample.batch_size,
+      mesh,
+      config.seed,
+    )
 
 
 def read_summary(folder: pathlib.Path, config: ConfigDict, stage: str) -> dict[str, Any]:
@@ -159,11 +195,13 @@ def first_images(
     return json.loads(path.read_text())
   trained = Trained(config, workdir, stage, mesh)
   started = time.monotonic()
-  sample.sample(trained)
+  if not trained.experiment.reads_image:
+    sample.sample(trained)
   figures = {'seconds/sample': time.monotonic() - started}
-  if trained.experiment.latent_dim:
+  if trained.experiment.latent_dim or trained.experiment.reads_image:
     figures.update(sample.reconstruct(trained))
-  interpolation.interpolate(trained)
+  if trained.experiment.noise_shape or trained.experiment.latent_dim:
+    interpolation.interpolate(trained)
   if jax.process_index() == 0:
     temporary = path.with_name(f'.{path.name}.tmp')
     temporary.write_text(json.dumps(figures, indent=2))
@@ -185,7 +223,7 @@ def precomputed(
   Only for `diffusion.x0_vae_source = 'precomputed'`; else {}. Computed once, kept memory-mapped beside
   the stage, and computed anew when the VAE's checkpoint is another.
   """
-  if not experiment.frozen or config[stage].diffusion.x0_vae_source != 'precomputed':
+  if not experiment.frozen or not reads_precomputed(config[stage]):
     return {}
   origin = experiment.frozen['vae']
   vae_folder = (pathlib.Path(origin.workdir) if origin.workdir else workdir) / origin.stage
@@ -266,6 +304,6 @@ def print_table(summaries: list[dict[str, Any]], figures: dict[str, float], seco
     log.say('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
   for name, value in figures.items():
     if name.startswith('mse/'):
-      what = {'mse/x0_vae': 'VAE reconstruction', 'mse/x0': 'refined reconstruction'}[name]
+      what = {'mse/x0_vae': 'VAE reconstruction', 'mse/x0': 'refined reconstruction'}.get(name, name[4:])
       log.say(f'{what}: mean squared error per pixel {value:.5f} (pixels in [0, 1], evaluation split)')
   log.say(f'{seconds:.0f} seconds in all, device: {jax.devices()[0].device_kind} x {jax.device_count()}')

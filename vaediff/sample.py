@@ -5,7 +5,7 @@ import pathlib
 import jax
 import numpy as np
 
-from vaediff import draw, images, log
+from vaediff import distributed, draw, images, log
 from vaediff.errors import UserError
 from vaediff.quality import mse
 from vaediff.trained import Trained
@@ -19,14 +19,18 @@ MAX_RECONSTRUCTIONS = 32
 def sample(trained: Trained) -> dict[str, float]:
   """Draws `sample.num_images` images; writes `samples.png` and, with `save_npz`, `samples.npz` (uint8).
 
-  Holds one batch of noise at a time. Image i depends on `sample.seed` and i alone.
+  With `save_images` also one PNG per image, `samples/<index>.png`. Holds one batch of noise at a time. Image
+  i depends on `sample.seed` and i alone.
   """
   settings, count = trained.settings, trained.settings.num_images
   shown, stored = {}, {}
   for indices in draw.batches(count, min(settings.batch_size, count)):
     first = int(indices[0])
     fresh = min(len(indices), count - first)
-    for name, value in trained.draw(indices).items():
+    drawn = trained.draw(indices)
+    if settings.save_images:
+      write_each(trained, first, {name: value[:fresh] for name, value in drawn.items()})
+    for name, value in drawn.items():
       if first < MAX_IN_GRID:
         shown.setdefault(name, []).append(value[:fresh])
       if settings.save_npz:
@@ -43,6 +47,12 @@ def sample(trained: Trained) -> dict[str, float]:
     if jax.process_index() == 0:
       images.write_npz(path, stored)
     log.say(f'wrote {path}')
+  if settings.save_images:
+    folder = folder_of(trained)
+    if jax.process_index() == 0:
+      drop_others(folder, count)
+    distributed.wait_for_all(f'wrote {folder}')
+    log.say(f'wrote {count} images to {folder}')
   return {'num_images': float(count)}
 
 
@@ -54,16 +64,18 @@ def reconstruct(trained: Trained) -> dict[str, float]:
   Returns:
     Mean squared error per pixel, pixels in [0, 1], of each kind of reconstruction.
   """
-  need_latents(trained, 'reconstruct')
+  if not trained.experiment.reads_image:
+    need_latents(trained, 'reconstruct')
   settings = trained.config.reconstruct
   if settings.posterior not in ('mean', 'sample'):
     raise UserError(f"config.reconstruct.posterior must be 'mean' or 'sample', got {settings.posterior!r}")
   data, _ = eval_images(trained, settings.num_images)
-  if settings.posterior == 'sample':
-    z = trained.encode_sampled(data, trained.settings.seed)
+  if trained.experiment.reads_image:
+    result = draw_all(trained, {'image': data})
+  elif settings.posterior == 'sample':
+    result = draw_all(trained, {'z': trained.encode_sampled(data, trained.settings.seed)})
   else:
-    z, _ = trained.encode(data)
-  result = draw_all(trained, {'z': z})
+    result = draw_all(trained, {'z': trained.encode(data)[0]})
   shown = [value[:MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
   write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4)
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}
@@ -76,6 +88,37 @@ def path_of(trained: Trained, name: str, suffix: str = 'png') -> pathlib.Path:
   """Returns `<workdir>/<name>.<suffix>`, with the stage in the name unless it is the run's last."""
   stage = '' if trained.stage == trained.config.stages[-1] else f'-{trained.stage}'
   return trained.workdir / f'{name}{stage}.{suffix}'
+
+
+def folder_of(trained: Trained) -> pathlib.Path:
+  """Returns `<workdir>/samples`, with the stage in the name unless it is the run's last."""
+  return path_of(trained, 'samples').with_suffix('')
+
+
+def write_each(trained: Trained, first: int, drawn: dict[str, np.ndarray]) -> None:
+  """Writes one PNG per image, named by its index; each process those whose turn it is.
+
+  Args:
+    trained: the stage.
+    first: index of the first image.
+    drawn: uint8 images by name. The last name is what the stage makes; 'x0_vae' before it goes into a folder
+      of its own, with `with_vae`.
+  """
+  folder, (*before, made) = folder_of(trained), drawn
+  folders = {made: folder}
+  if 'x0_vae' in before and trained.settings.with_vae:
+    folders['x0_vae'] = folder / 'x0_vae'
+  for name, where in folders.items():
+    for index, image in enumerate(drawn[name], first):
+      if index % jax.process_count() == jax.process_index():
+        images.write_png(where / f'{index:06d}.png', image)
+
+
+def drop_others(folder: pathlib.Path, count: int) -> None:
+  """Removes the images of an earlier, longer call, so that a folder never holds two sets."""
+  for path in folder.rglob('*.png'):
+    if path.stem.isdigit() and int(path.stem) >= count:
+      path.unlink()
 
 
 def write_grid(trained: Trained, name: str, value: np.ndarray, columns: int) -> None:

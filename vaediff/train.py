@@ -19,7 +19,7 @@ from vaediff import best, checkpoint, distributed, draw, log, sharding
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
-from vaediff.experiments.guarded import HEALTHY
+from vaediff.experiments.guarded import HEALTHY, Guarded
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'
@@ -48,7 +48,7 @@ class Stage:
   name: str
   folder: pathlib.Path
   config: ConfigDict
-  experiment: Experiment
+  experiment: Guarded
   frozen: dict[str, Params]
   frozen_steps: dict[str, int]
   train_source: sources.Source
@@ -92,7 +92,8 @@ def train(stage: Stage) -> dict[str, Any]:
   key_init, key_train, key_eval = jax.random.split(run_key, 3)
   start_step, seconds_before, last = 0, 0.0, {}
   if checkpointer.latest_step() is None:
-    state = jax.jit(stage.experiment.init, out_shardings=where)(key_init)
+    init = jax.jit(stage.experiment.init, out_shardings=where, compiler_options=run_once_options())
+    state = init(key_init)
   else:
     state, stored = checkpointer.restore(abstract)
     start_step, seconds_before, last = stored['data_position'], stored['seconds'], stored['last']
@@ -111,7 +112,7 @@ def train(stage: Stage) -> dict[str, Any]:
     prefetch=stage.config.data.prefetch,
     extra=stage.extra,
   )
-  step_fn = make_step(stage.experiment, where, replicated)
+  step_fn = make_steps(stage.experiment, where, replicated)
   evaluate = Evaluator(stage, key_eval)
   keeper = best.Best(stage.folder, section.train.best_measure) if section.train.best_measure else None
   key_train, frozen = sharding.replicate((key_train, stage.frozen), stage.mesh)
@@ -140,7 +141,7 @@ def train(stage: Stage) -> dict[str, Any]:
         batch = next(batches)
       batch = sharding.put_batch(batch, batch_where)
       with jax.transfer_guard('disallow'):
-        state, metrics, healthy = step_fn(state, frozen, batch, key_train)
+        state, metrics, healthy = step_fn(step - 1)(state, frozen, batch, key_train)
       watch.add(step, healthy, metrics)
       profile.after(step, state)
       board.progress(step)
@@ -202,6 +203,26 @@ def check_batch_size(section: ConfigDict, stage: str, mesh: Mesh) -> None:
       f'config.{stage}.train.batch_size must be a multiple of the {mesh.size} devices{microbatches}, '
       f'got {section.train.batch_size}'
     )
+
+
+def run_once_options() -> dict[str, Any]:
+  """Returns compiler options for what runs once: on a CPU, optimizing it takes longer than running it."""
+  if jax.default_backend() != 'cpu':
+    return {}
+  return {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+
+
+def make_steps(experiment: Guarded, where: Any, replicated: Any) -> Callable[[int], Callable[..., Any]]:
+  """Returns updates done -> the compiled step that follows; each kind of update is compiled once."""
+  compiled = {}
+
+  def step_after(step: int):
+    kind = experiment.kind_of(step)
+    if kind not in compiled:
+      compiled[kind] = make_step(experiment.of_kind(kind), where, replicated)
+    return compiled[kind]
+
+  return step_after
 
 
 def make_step(experiment: Experiment, where: Any, replicated: Any):
@@ -297,7 +318,11 @@ class Evaluator:
 
   def grids(self, state: Any) -> dict[str, np.ndarray]:
     """Returns pictures of the first images of a fixed seed, by name."""
-    images = self._draw(state.eval_params, self._stage.frozen, {}, np.arange(self._grid_images))
+    indices = np.arange(self._grid_images)
+    given = {}
+    if self._stage.experiment.reads_image:
+      given['image'] = self._stage.eval_source.read(indices % len(self._stage.eval_source))['image']
+    images = self._draw(state.eval_params, self._stage.frozen, {}, indices, given)
     return {name: draw.as_grid(value) for name, value in images.items()}
 
 

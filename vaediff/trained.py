@@ -11,13 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import best, checkpoint, distributed, draw, experiments, log, prior, sharding
+from vaediff import best, checkpoint, distributed, draw, experiments, frozen_networks, log, prior, sharding
 from vaediff import config as configs
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
-from vaediff.experiments.base import Experiment
-from vaediff.models.functional import Model
-from vaediff.types import Params
 
 
 class Trained:
@@ -40,12 +37,11 @@ class Trained:
     self.experiment = experiments.build(config, stage)
     self.folder = checkpoint_folder(workdir / stage, self.settings.checkpoint)
     self.params = {
-      name: checkpoint.load_frozen(self.folder, name, abstract_params(model, mesh))
+      name: checkpoint.load_frozen(self.folder, name, frozen_networks.abstract_params(model, mesh))
       for name, model in self.experiment.networks.items()
     }
-    self.frozen = load_frozen(self.experiment, config, workdir, mesh)
+    self.frozen = frozen_networks.load(self.experiment, config, workdir, mesh)
     self._draw = draw.make_draw(self.experiment, mesh, self.settings.seed)
-    self._encode = jax.jit(self.experiment.encode, out_shardings=sharding.replicated(mesh))
 
   def with_settings(self, **changes: Any) -> 'Trained':
     """Returns the same networks with other values in the stage's `sample` section."""
@@ -62,6 +58,10 @@ class Trained:
     return self.config[self.stage].sample
 
   @functools.cached_property
+  def _encode(self):
+    return jax.jit(self.experiment.encode, out_shardings=sharding.replicated(self.mesh))
+
+  @functools.cached_property
   def prior(self) -> prior.Prior:
     """The arrays of the latent prior; {} = N(0, I)."""
     return jax.device_put(load_prior(self), sharding.replicated(self.mesh))
@@ -74,7 +74,13 @@ class Trained:
   def draw(
     self, indices: np.ndarray, given: dict[str, np.ndarray] | None = None, seed: int | None = None
   ) -> dict[str, np.ndarray]:
-    """Returns uint8 images by name; see `draw.make_draw`. Without a seed it is `sample.seed`."""
+    """Returns uint8 images by name; see `draw.make_draw`. Without a seed it is `sample.seed`.
+
+    A stage that reads images is given those of the evaluation split, in order.
+    """
+    if self.experiment.reads_image and 'image' not in (given or {}):
+      rows = indices % len(self.eval_source)
+      given = {**(given or {}), 'image': self.eval_source.read(rows)['image']}
     seed = self.settings.seed if seed is None else seed
     return self._draw(self.params, self.frozen, self.prior, indices, given, seed)
 
@@ -109,35 +115,6 @@ def checkpoint_folder(stage_folder: pathlib.Path, choice: str) -> pathlib.Path:
       f'{folder} holds no checkpoint: none is kept unless train.best_measure is set while the stage trains'
     )
   return folder
-
-
-def abstract_params(model: Model, mesh: Mesh) -> Params:
-  """Returns shapes, types and (replicated) shardings of a network's parameters."""
-  where = sharding.replicated(mesh)
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    jax.eval_shape(model.init, jax.random.key(0)),
-  )
-
-
-def load_frozen(
-  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh
-) -> dict[str, Params]:
-  """Returns the networks of earlier stages that an experiment reads, from this run or another."""
-  networks = {}
-  for name, source in experiment.frozen.items():
-    folder = pathlib.Path(source.workdir) if source.workdir else workdir
-    if source.workdir:
-      stored = configs.read(folder)
-      if source.stage not in stored or stored[source.stage].model != config[source.stage].model:
-        raise UserError(
-          f'config.{source.stage}.model differs from the stage {source.stage!r} of {folder}; '
-          f'give the same values as {folder / configs.FILE}'
-        )
-    networks[name] = checkpoint.load_frozen(
-      folder / source.stage, source.network, abstract_params(source.model, mesh)
-    )
-  return networks
 
 
 def load_prior(trained: Trained) -> dict[str, np.ndarray]:

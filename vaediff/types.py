@@ -14,6 +14,8 @@ ImageBytes = UInt8[Array, 'batch height width channels']
 """A batch of images as stored, uint8, in [0, 255]."""
 Latent = Float[Array, 'batch latent']
 """A batch of latent codes z of the VAE, unit prior variance."""
+LatentMap = Float[Array, 'batch latent_height latent_width latent_channels']
+"""A batch of two-dimensional latents, or of other maps that stand for images, such as wavelets."""
 Time = Float[Array, ' batch']
 """One time t in [0, 1] per example; 0 is data, 1 is noise."""
 Keys = Key[Array, ' batch']

@@ -18,6 +18,7 @@ class Steps:
 
   latent_dim: int = 3
   networks, frozen, noise_shape, takes_x0_vae, num_function_evaluations = {}, {}, (), False, 0
+  reads_image = False
 
   def eval_step(self, params, frozen, batch, key):
     return {}

@@ -1,5 +1,6 @@
 """The refiner's contracts: one path for both formulations, drops, flips, batch independence."""
 
+import functools
 import importlib
 import pathlib
 import sys
@@ -33,10 +34,16 @@ def randomised(params, key):
 
 
 def networks(experiment, seed=0):
+  """Returns params and frozen networks; the same arrays for the same architectures."""
+  vae, made = drawn(experiment.denoiser, experiment.vae, seed)
+  return {'denoiser': made}, {'vae': vae} if experiment.vae else {}
+
+
+@functools.cache
+def drawn(denoiser, vae, seed):
   key_denoiser, key_vae, key_noise = jax.random.split(jax.random.key(seed), 3)
-  denoiser = randomised(experiment.denoiser.init(key_denoiser), key_noise)
-  frozen = {'vae': experiment.vae.init(key_vae)} if experiment.vae else {}
-  return {'denoiser': denoiser}, frozen
+  made = randomised(jax.jit(denoiser.init)(key_denoiser), key_noise)
+  return jax.jit(vae.init)(key_vae) if vae else None, made
 
 
 def keys(count, seed=5):

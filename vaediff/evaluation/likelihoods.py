@@ -11,7 +11,7 @@ from vaediff.data import sources
 from vaediff.diffusion.likelihood import bits_per_dimension
 from vaediff.errors import UserError
 from vaediff.evaluation.measures import Figure
-from vaediff.experiments.base import Experiment, HasLikelihood
+from vaediff.experiments.base import Experiment, HasLikelihood, offers
 from vaediff.trained import Trained
 from vaediff.types import Params
 
@@ -31,7 +31,7 @@ def figures(trained: Trained) -> dict[str, Figure]:
   if origin:
     pairs.append((experiments.build(trained.config, origin.stage), {'vae': trained.frozen['vae']}, {}))
   for experiment, params, frozen in pairs:
-    if not settings.num_bound or not isinstance(experiment, HasLikelihood):
+    if not settings.num_bound or not offers(experiment, HasLikelihood):
       continue
     dimensions = int(np.prod(trained.eval_source.image_shape))
     try:

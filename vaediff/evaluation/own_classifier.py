@@ -18,8 +18,8 @@ from vaediff.data import cache, pixels, sources
 from vaediff.errors import UserError
 from vaediff.features import weights
 from vaediff.features.extractor import Extractor
+from vaediff.frozen_networks import abstract_params
 from vaediff.train import SUMMARY, Stage, train
-from vaediff.trained import abstract_params
 
 STAGE = 'classifier'
 SEED = 0

@@ -19,8 +19,9 @@ from vaediff.trained import Trained
 
 
 def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
-  """Returns one row per kind of reconstruction of the evaluation split; [] without a latent code."""
-  if not trained.experiment.latent_dim:
+  """Returns one row per kind of reconstruction of the evaluation split; [] without any."""
+  reads_image = trained.experiment.reads_image
+  if not trained.experiment.latent_dim and not reads_image:
     return []
   settings, source = trained.config.evaluate, trained.eval_source
   count = min(settings.num_reconstructions, len(source))
@@ -29,8 +30,8 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
   log.say(f'reconstructing {count} evaluation images')
   parts, streams = {}, {}
   for indices, image in in_chunks(source, count, settings.batch_size):
-    z, _ = trained.encode(image)
-    for name, value in draw_all(trained, {'z': z}, first=int(indices[0])).items():
+    given = {'image': image} if reads_image else {'z': trained.encode(image)[0]}
+    for name, value in draw_all(trained, given, first=int(indices[0])).items():
       if name not in streams:
         streams[name] = {network: features.stream() for network, features in opened.features.items()}
       for stream in streams[name].values():
@@ -55,7 +56,8 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
       values = measures.distances(network, seen, held_out, settings)
       figures |= {f'r{key}': Figure(value=value) for key, value in values.items()}
     floors_r = {f'r{key}': value for key, value in floors.items()}
-    rows.append({'set': f'{ROW_NAMES[name]} reconstructions', 'N': count, **with_floors(figures, floors_r)})
+    label = trained.stage if reads_image else ROW_NAMES[name]
+    rows.append({'set': f'{label} reconstructions', 'N': count, **with_floors(figures, floors_r)})
   return rows
 
 

@@ -102,16 +102,19 @@ def draw_sets(trained: Trained, opened: Networks, seed: int, count: int, keep: i
 
 
 def sample_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
-  """Returns one row per kind of sample, with the spread over seeds, and one of the evaluation images."""
+  """Returns one row per kind of sample, with the spread over seeds, and one of the evaluation images.
+
+  A stage that reads images has no samples of its own, only reconstructions.
+  """
   settings, count = trained.config.evaluate, trained.config.evaluate.num_images
   keep = min(count, max(settings.num_memorisation, 2 * settings.num_diversity_pairs, SHOWN))
   by_seed = []
-  for k in range(settings.num_seeds):
+  for k in range(0 if trained.experiment.reads_image else settings.num_seeds):
     log.say(f'drawing {count} samples with seed {trained.settings.seed + k}')
     by_seed.append(draw_sets(trained, opened, trained.settings.seed + k, count, keep))
   floors = floors_at(count, real, settings)
   rows = []
-  for name, first in by_seed[0].items():
+  for name, first in (by_seed[0] if by_seed else {}).items():
     figures = figures_of([sets[name] for sets in by_seed], opened, real.train, settings)
     label = ROW_NAMES[name] if len(by_seed[0]) > 1 or name == 'x0_vae' else trained.stage
     made_by_vae = name == 'x0_vae' and len(by_seed[0]) > 1
@@ -130,7 +133,8 @@ def sample_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str
       }
     )
   rows.append(data_row(trained, opened, real, count, keep))
-  add_memorisation(trained, rows, {name: sets.first for name, sets in by_seed[0].items()}, keep)
+  if by_seed:
+    add_memorisation(trained, rows, {name: sets.first for name, sets in by_seed[0].items()}, keep)
   return rows
 
 

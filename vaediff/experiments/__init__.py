@@ -3,16 +3,25 @@
 from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.classifier import Classifier
+from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.guarded import Guarded
+from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.refiner import Refiner
 from vaediff.experiments.vae import Vae
 
-BY_NAME = {'vae': Vae, 'refiner': Refiner, 'classifier': Classifier}
+BY_NAME = {
+  'vae': Vae,
+  'refiner': Refiner,
+  'autoencoder': Autoencoder,
+  'light_decoder': LightDecoder,
+  'ddgan': Ddgan,
+  'classifier': Classifier,
+}
 
 
-def build(config: ConfigDict, stage: str) -> Experiment:
+def build(config: ConfigDict, stage: str) -> Guarded:
   """Returns the experiment of `config.<stage>`.
 
   Raises:

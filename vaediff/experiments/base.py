@@ -7,10 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm
-from vaediff.types import Batch, Image, ImageBytes, Keys, Metrics, Params
+from vaediff.types import Batch, Image, ImageBytes, Keys, LatentMap, Metrics, Params
 
 
 @flax.struct.dataclass
@@ -56,12 +57,29 @@ class Frozen:
     network: its name in that stage.
     workdir: the run that holds it; '' = this run.
     model: its architecture, as this experiment builds it.
+    latent_channels: above 0, `frozen[<name> + STATISTICS]` holds the statistics of its latents.
   """
 
   stage: str
   network: str
   workdir: str
   model: Model
+  latent_channels: int = 0
+
+
+STATISTICS = '_statistics'
+"""What is appended to a frozen network's name for the statistics of its latents."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+  """A network whose weights were published: `frozen[name]` holds what `load` returns.
+
+  Attributes:
+    load: returns the weights; raises UserError, saying how to get them, when they are not there.
+  """
+
+  load: Callable[[], Params]
 
 
 @runtime_checkable
@@ -70,18 +88,20 @@ class Experiment(Protocol):
 
   Attributes:
     networks: the networks that this stage trains.
-    frozen: the networks of earlier stages that it reads.
+    frozen: the networks of earlier stages, and the published ones, that it reads.
     latent_dim: size of the latent code its samples start from; 0 = none.
     noise_shape: shape of the noise one sample starts from; () = none.
     takes_x0_vae: samples can be conditioned on a given image in place of the VAE's.
+    reads_image: a sample is made of a given image, `condition['image']` (uint8), as reconstructions are.
     num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
   """
 
   networks: Mapping[str, Model]
-  frozen: Mapping[str, Frozen]
+  frozen: Mapping[str, Frozen | Published]
   latent_dim: int
   noise_shape: tuple[int, ...]
   takes_x0_vae: bool
+  reads_image: bool
   num_function_evaluations: int
 
   def init(self, key: jax.Array) -> TrainState:
@@ -134,6 +154,39 @@ class HasLikelihood(Protocol):
     `num_times` is how many times of a diffusion are drawn per image; others do not read it.
     """
     ...
+
+
+@runtime_checkable
+class HasStepKinds(Protocol):
+  """An experiment whose updates are of several kinds, each compiled once; the host chooses by the step."""
+
+  def kind_of(self, step: int) -> str:
+    """Returns the kind of the update that follows `step` updates."""
+    ...
+
+  def of_kind(self, kind: str) -> Experiment:
+    """Returns the experiment whose `train_step` is an update of this kind; the state is the same."""
+    ...
+
+
+@runtime_checkable
+class HasLatents(Protocol):
+  """An experiment whose latents a later stage models; their statistics are measured when it is trained."""
+
+  def latents(self, params: dict[str, Params], image: ImageBytes, keys: Keys) -> LatentMap:
+    """Returns the latents of images as a later stage would draw them."""
+    ...
+
+
+def is_stage(config: ConfigDict, name: str, experiment: str) -> bool:
+  """Returns whether `config.<name>` is the section of a stage with this experiment."""
+  section = config[name] if name in config else None
+  return isinstance(section, ConfigDict) and 'experiment' in section and section.experiment == experiment
+
+
+def offers(experiment: Experiment, protocol: type) -> bool:
+  """Returns whether an experiment, seen through what is wrapped around it, has a protocol's methods."""
+  return isinstance(getattr(experiment, 'inner', experiment), protocol)
 
 
 def init_network(model: Model, optimizer: Optimizer, key: jax.Array) -> Network:

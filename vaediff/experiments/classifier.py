@@ -49,6 +49,7 @@ class Classifier:
   latent_dim = 0
   noise_shape = ()
   takes_x0_vae = False
+  reads_image = False
   num_function_evaluations = 0
 
   @property

@@ -52,6 +52,14 @@ class Guarded:
       raise AttributeError(name)
     return getattr(self.inner, name)
 
+  def kind_of(self, step: int) -> str:
+    """Returns the kind of the update that follows `step` updates; '' where there is only one."""
+    return self.inner.kind_of(step) if isinstance(self.inner, base.HasStepKinds) else ''
+
+  def of_kind(self, kind: str) -> 'Guarded':
+    """Returns the experiment whose `train_step` is an update of this kind."""
+    return dataclasses.replace(self, inner=self.inner.of_kind(kind)) if kind else self
+
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0, with the guard's counts."""
     state = self.inner.init(key)

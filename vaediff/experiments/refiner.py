@@ -33,6 +33,11 @@ CLIPS = ('static', 'dynamic', 'none')
 SAMPLER_OPTIONS = {'ddpm': ('variance',), 'ddim': ('eta',), 'heun': (), 'dpmpp_2m': ()}
 
 
+def reads_precomputed(section: ConfigDict) -> bool:
+  """Returns whether a stage's batches hold the VAE's reconstructions, computed once for all images."""
+  return section.experiment == 'refiner' and section.diffusion.x0_vae_source == 'precomputed'
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Condition:
   """What one batch is conditioned on; None where the network reads nothing of the kind."""
@@ -99,7 +104,7 @@ class Refiner:
       )
     source, latent_dim = None, 0
     if needs_vae:
-      if section.vae.stage not in config or 'latent_dim' not in config[section.vae.stage].model:
+      if not base.is_stage(config, section.vae.stage, 'vae'):
         raise UserError(f'vae.stage is {section.vae.stage!r}, which is no VAE stage of this config')
       vae_section = config[section.vae.stage]
       latent_dim = vae_section.model.latent_dim
@@ -160,6 +165,8 @@ class Refiner:
     """Forward passes of the U-Net per sampled image."""
     calls = samplers.num_function_evaluations(self.settings['sampler'], self.settings['num_steps'])
     return calls * (2 if self.settings['guidance_weight'] > 0 else 1)
+
+  reads_image = False
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""

@@ -102,6 +102,8 @@ class Vae:
     """Nothing is read from earlier stages."""
     return {}
 
+  reads_image = False
+
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""
     network = base.init_network(self.vae, self.optimizer, key)

@@ -1,0 +1,356 @@
+"""The stages of the denoising GANs, their defaults, and the settings of the papers.
+
+DDGAN (arXiv:2112.07804), WaveDiff (arXiv:2211.16152), LDDGAN (thesis, with the settings of its training
+scripts where the text gives none), latent diffusion's autoencoders (arXiv:2112.10752).
+"""
+
+from ml_collections import ConfigDict
+
+
+def autoencoder_stage(optim, train) -> ConfigDict:
+  """The autoencoder of the latent variants: f = 4, KL. `optim` and `train` make those sections."""
+  config = ConfigDict()
+  config.experiment = 'autoencoder'
+  config.model = ConfigDict(
+    {
+      'latent_channels': 4,
+      'channels': 128,
+      'channel_multipliers': (1, 2, 4),  # one level each; f = 2 to the number of levels less one
+      'num_res_blocks': 2,
+      'attention_resolutions': (),  # in pixels; the middle always has attention
+      'dropout': 0.0,
+      'bottleneck': 'kl',  # 'kl' | 'none' (deterministic, bounded by tanh) | 'vq'
+      'codebook_size': 0,  # codes; positive for 'vq' alone
+      'tanh_out': False,  # the decoder ends in a tanh
+      'remat': False,
+      'dtype': 'float32',
+    }
+  )
+  config.discriminator = ConfigDict({'channels': 64, 'num_layers': 3, 'norm': 'group', 'dtype': 'float32'})
+  config.loss = ConfigDict(
+    {
+      'pixel': 'l1',  # 'l1' | 'l2', mean over pixels in [-1, 1]
+      'perceptual': 'lpips_vgg16',  # 'lpips_vgg16' | 'lpips_alexnet' | '' = none
+      'perceptual_weight': 1.0,
+      'kl_weight': 1e-6,  # of the KL in nats per dimension of the image
+      'commitment_weight': 0.25,  # vq: of |z - sg(e)|^2
+      'codebook': 'ema',  # vq: codes follow averages, 'ema', or the loss |sg(z) - e|^2, 'gradient'
+      'codebook_decay': 0.99,  # ema
+      'restart_below': 1.0,  # ema: a code with a smaller average count starts anew at a vector of the batch
+      'adversarial_weight': 0.5,  # 0 = no discriminator
+      'adversarial_start_step': 50_000,
+      'adaptive_weight': True,  # times the ratio of the gradients at the decoder's last kernel
+    }
+  )
+  config.optim = optim(1e-4, b1=0.5, b2=0.9)
+  config.optim_discriminator = optim(1e-4, b1=0.5, b2=0.9)
+  config.train = train(500_000, 32, flip=True)
+  config.sample = sample()
+  return config
+
+
+def light_decoder_stage(optim, train) -> ConfigDict:
+  """A decoder of 1 to 2 million parameters, taught by the autoencoder's."""
+  config = ConfigDict()
+  config.experiment = 'light_decoder'
+  config.autoencoder = ConfigDict({'stage': 'autoencoder', 'workdir': ''})
+  config.model = ConfigDict({'channels': 64, 'num_blocks': 4, 'dtype': 'float32'})
+  config.loss = ConfigDict({'perceptual': 'lpips_vgg16', 'perceptual_weight': 1.0})
+  config.optim = optim(3e-4, schedule='cosine', ema_decay=0.999, ema_warmup=True)
+  config.train = train(100_000, 32, flip=True)
+  config.sample = sample()
+  return config
+
+
+def ddgan_stage(optim, train) -> ConfigDict:
+  """The denoising GAN on pixels, with DDGAN's settings for CIFAR-10."""
+  config = ConfigDict()
+  config.experiment = 'ddgan'
+  config.space = 'pixel'  # 'pixel' | 'wavelet' | 'latent'
+  config.condition = 'none'  # 'none' | 'x0_vae': refine a VAE's image
+  config.autoencoder = ConfigDict(
+    {
+      'stage': 'autoencoder',  # space = latent: the frozen autoencoder, this stage ...
+      'workdir': '',  # ... of this other run; '' = this run
+      'scaling': 'max',  # 'std' | 'max' | 'tanh': see vaediff/experiments/spaces.py
+      'posterior': 'sample',  # of a KL bottleneck: 'sample' | 'mean'
+      'decoder_stage': '',  # the stage of a light decoder to sample with; '' = the autoencoder's own
+    }
+  )
+  config.vae = ConfigDict({'stage': 'vae', 'workdir': '', 'x0_vae_source': 'sample'})  # condition = x0_vae
+  config.model = ConfigDict(
+    {
+      'network': 'ncsnpp',  # 'ncsnpp' | 'wavelet_ncsnpp' | 'uvit'
+      'channels': 128,
+      'channel_multipliers': (1, 2, 2, 2),
+      'num_res_blocks': 2,
+      'attention_resolutions': (16,),  # in pixels of the space's maps
+      'latent_dim': 100,  # of the generator's z
+      'num_mapping_layers': 4,
+      'dropout': 0.0,
+      'patch_size': 1,
+      'bounded': True,  # a tanh at the end
+      'remat': False,
+      'dtype': 'float32',
+      'wavelet': {  # wavelet_ncsnpp alone
+        'use_frequency_bottleneck': True,
+        'use_frequency_skips': True,
+        'use_residual': True,
+      },
+      'uvit': {'patch_size': 2, 'dim': 384, 'depth': 8, 'num_heads': 6, 'mlp_ratio': 4.0},  # uvit alone
+    }
+  )
+  config.discriminator = ConfigDict(
+    {
+      'variant': 'small',
+      'num_layers': 4,
+      'channels': 64,
+      'time_dim': 256,
+      'group_size': 4,
+      'dtype': 'float32',
+    }
+  )
+  config.diffusion = ConfigDict({'num_steps': 4, 'beta_min': 0.1, 'beta_max': 20.0})
+  config.loss = ConfigDict(
+    {
+      'r1_gamma': 0.02,
+      'r1_every_steps': 15,
+      'reconstruction': 'none',  # weight of |x0 - x0'|: 'none' | 'constant' | 'linear' | 'weighted_learning'
+    }
+  )
+  config.optim = optim(1.6e-4, b1=0.5, b2=0.9, schedule='cosine', end_learning_rate=1e-5, ema_decay=0.9999)
+  config.optim_discriminator = optim(1.25e-4, b1=0.5, b2=0.9, schedule='cosine', end_learning_rate=1e-5)
+  config.train = train(351_000, 256, flip=True)
+  config.sample = sample()
+  config.sample.with_vae = True  # show the VAE sample beside each refined one
+  return config
+
+
+def sample() -> ConfigDict:
+  return ConfigDict(
+    {
+      'checkpoint': 'latest',  # 'latest' | 'best'
+      'num_images': 64,
+      'batch_size': 64,
+      'seed': 0,
+      'with_vae': False,
+      'save_npz': False,
+      'save_images': False,  # one PNG per image, <workdir>/samples/<index>.png
+    }
+  )
+
+
+LARGE = 128
+"""Pixels from which the sizes of the 256 pixel networks are taken."""
+
+# Variants ------------------------------------------------------------------------------------------
+
+
+def ddgan(config: ConfigDict) -> None:
+  """The denoising GAN on pixels alone."""
+  config.stages = ('ddgan',)
+  config.ddgan.space = 'pixel'
+  if config.data.image_size >= LARGE:
+    config.ddgan.model.update(
+      {'channels': 64, 'channel_multipliers': (1, 1, 2, 2, 4, 4), 'num_mapping_layers': 3}
+    )
+    config.ddgan.discriminator.update({'variant': 'large', 'num_layers': 6})
+
+
+def wavelet(config: ConfigDict) -> None:
+  """On Haar wavelets, with the wavelet generator and the reconstruction loss (WaveDiff)."""
+  config.stages = ('ddgan',)
+  config.ddgan.space = 'wavelet'
+  config.ddgan.model.network = 'wavelet_ncsnpp'
+  config.ddgan.discriminator.num_layers = 3
+  config.ddgan.loss.reconstruction = 'constant'
+  if config.data.image_size >= LARGE:
+    config.ddgan.model.update(
+      {'channels': 64, 'channel_multipliers': (1, 2, 2, 2, 4), 'num_mapping_layers': 3}
+    )
+    config.ddgan.discriminator.update({'variant': 'large', 'num_layers': 5})
+
+
+def latent(config: ConfigDict) -> None:
+  """On the latents of an autoencoder, with Weighted Learning and constant learning rates (LDDGAN)."""
+  config.stages = ('autoencoder', 'ddgan')
+  config.ddgan.space = 'latent'
+  config.ddgan.discriminator.num_layers = 3
+  config.ddgan.loss.reconstruction = 'weighted_learning'
+  for optim in (config.ddgan.optim, config.ddgan.optim_discriminator):
+    optim.schedule = 'constant'
+  if config.data.image_size >= LARGE:
+    config.ddgan.model.num_mapping_layers = 3
+    config.ddgan.discriminator.update({'variant': 'large', 'num_layers': 4})
+
+
+def vq(config: ConfigDict) -> None:
+  """As `latent`, with a codebook, that the decoder alone quantises with."""
+  if config.ddgan.space != 'latent':
+    latent(config)
+  config.autoencoder.model.update({'bottleneck': 'vq', 'codebook_size': 512})
+
+
+def light(config: ConfigDict) -> None:
+  """As `latent`, sampling with a light decoder that is distilled from the autoencoder's."""
+  if config.ddgan.space != 'latent':
+    latent(config)
+  config.stages = ('autoencoder', 'decoder', 'ddgan')
+  config.ddgan.autoencoder.decoder_stage = 'decoder'
+
+
+def free(config: ConfigDict) -> None:
+  """As `latent`, on the free latents of LDDGAN's text: deterministic and bounded, without KL."""
+  if config.ddgan.space != 'latent':
+    latent(config)
+  config.autoencoder.model.bottleneck = 'none'
+  config.ddgan.autoencoder.scaling = 'tanh'
+
+
+def adversarial_refiner(config: ConfigDict) -> None:
+  """DiffuseVAE with a denoising GAN of 4 steps as its second stage."""
+  ddgan(config)
+  config.stages = ('vae', 'ddgan')
+  config.ddgan.condition = 'x0_vae'
+  config.ddgan.loss.reconstruction = 'weighted_learning'
+
+
+VARIANTS = {
+  'ddgan': ddgan,
+  'wavelet': wavelet,
+  'latent': latent,
+  'light': light,
+  'free': free,
+  'vq': vq,
+  'adversarial_refiner': adversarial_refiner,
+}
+
+
+def debug(config: ConfigDict) -> None:
+  """Makes the three stages tiny, for images of 8 or 16 pixels; without LPIPS, whose weights are fetched."""
+  autoencoder, decoder, player = config.autoencoder, config.decoder, config.ddgan
+  autoencoder.model.update(
+    {
+      'channels': 8,
+      'channel_multipliers': (1, 1),
+      'num_res_blocks': 1,
+      'attention_resolutions': (),
+      'latent_channels': 2,
+      'codebook_size': 16 if autoencoder.model.bottleneck == 'vq' else 0,
+    }
+  )
+  autoencoder.discriminator.update({'channels': 4, 'num_layers': 1})
+  autoencoder.loss.update({'adversarial_start_step': 2, 'perceptual': ''})
+  decoder.model.update({'channels': 8, 'num_blocks': 1})
+  decoder.loss.perceptual = ''
+  player.model.update(
+    {
+      'channels': 8,
+      'channel_multipliers': (1, 1),
+      'num_res_blocks': 1,
+      'attention_resolutions': (),
+      'latent_dim': 8,
+      'num_mapping_layers': 1,
+    }
+  )
+  player.model.uvit.update({'dim': 16, 'depth': 2, 'num_heads': 2})
+  player.discriminator.update({'variant': 'small', 'num_layers': 3, 'channels': 4, 'time_dim': 8})
+  player.loss.r1_every_steps = 2
+
+
+# The papers' settings, by data set -----------------------------------------------------------------
+
+
+def cifar10_latent(config: ConfigDict) -> None:
+  """LDDGAN on CIFAR-10: f2 KL autoencoder of 16x16x4 latents, 4 steps, z of 50."""
+  latent(config)
+  config.autoencoder.model.update(
+    {
+      'channel_multipliers': (1, 2),
+      'attention_resolutions': (16,),
+      'dropout': 0.2,
+      'tanh_out': True,
+    }
+  )
+  config.autoencoder.train.num_steps = 469_000  # 300 epochs of batch 32
+  config.ddgan.model.update({'channel_multipliers': (1, 2, 2), 'attention_resolutions': (), 'latent_dim': 50})
+  config.ddgan.train.num_steps = 391_000  # 2,000 epochs of batch 256
+
+
+def cifar10_wavelet(config: ConfigDict) -> None:
+  """WaveDiff on CIFAR-10: the plain generator on 16x16x12 wavelets."""
+  wavelet(config)
+  config.ddgan.model.update(
+    {'network': 'ncsnpp', 'channel_multipliers': (1, 2, 2), 'attention_resolutions': ()}
+  )
+
+
+def high_resolution(config: ConfigDict, *, num_steps: int, r1_gamma: float, learning_rate: float) -> None:
+  """What DDGAN, WaveDiff and LDDGAN share at 256 pixels."""
+  config.ddgan.diffusion.num_steps = num_steps
+  config.ddgan.loss.update({'r1_gamma': r1_gamma, 'r1_every_steps': 10})
+  config.ddgan.optim.learning_rate = learning_rate
+  config.ddgan.optim_discriminator.learning_rate = 1e-4
+  config.ddgan.sample.batch_size = 16
+  config.autoencoder.sample.batch_size = config.decoder.sample.batch_size = 16
+
+
+def high_resolution_ddgan(config: ConfigDict, num_updates: int, batch_size: int) -> None:
+  """DDGAN at 256 pixels."""
+  ddgan(config)
+  config.ddgan.train.update({'num_steps': num_updates, 'batch_size': batch_size})
+
+
+def high_resolution_wavelet(config: ConfigDict, num_updates: int, batch_size: int) -> None:
+  """WaveDiff at 256 pixels."""
+  wavelet(config)
+  config.ddgan.train.update({'num_steps': num_updates, 'batch_size': batch_size})
+
+
+def high_resolution_latent(config: ConfigDict, num_updates: int, batch_size: int) -> None:
+  """LDDGAN at 256 pixels; the autoencoder is the data set's."""
+  latent(config)
+  config.ddgan.optim.ema_decay = 0.999
+  config.ddgan.train.update({'num_steps': num_updates, 'batch_size': batch_size})
+
+
+def celeba256_ddgan(config: ConfigDict) -> None:
+  """800 epochs of batch 32, 2 steps."""
+  high_resolution(config, num_steps=2, r1_gamma=2.0, learning_rate=2e-4)
+  high_resolution_ddgan(config, 725_000, 32)
+
+
+def celeba256_wavelet(config: ConfigDict) -> None:
+  """500 epochs of batch 64, 2 steps."""
+  high_resolution(config, num_steps=2, r1_gamma=2.0, learning_rate=2e-4)
+  high_resolution_wavelet(config, 227_000, 64)
+
+
+def celeba256_latent(config: ConfigDict) -> None:
+  """400 epochs of batch 128, 2 steps, on 64x64x3 latents with 8,192 codes, quantised in the decoder."""
+  high_resolution(config, num_steps=2, r1_gamma=2.0, learning_rate=2e-4)
+  high_resolution_latent(config, 91_000, 128)
+  config.autoencoder.model.update({'latent_channels': 3, 'bottleneck': 'vq', 'codebook_size': 8192})
+  config.autoencoder.loss.update({'adversarial_weight': 0.75, 'adversarial_start_step': 0})
+
+
+def lsun_church256_ddgan(config: ConfigDict) -> None:
+  """500 epochs (of 120,000 images) of batch 64, 4 steps."""
+  high_resolution(config, num_steps=4, r1_gamma=1.0, learning_rate=1.6e-4)
+  high_resolution_ddgan(config, 937_000, 64)
+  config.ddgan.optim.ema_decay = 0.999
+
+
+def lsun_church256_wavelet(config: ConfigDict) -> None:
+  """500 epochs (of 120,000 images) of batch 64, 4 steps."""
+  high_resolution(config, num_steps=4, r1_gamma=1.0, learning_rate=1.6e-4)
+  high_resolution_wavelet(config, 937_000, 64)
+  config.ddgan.optim.ema_decay = 0.999
+
+
+def lsun_church256_latent(config: ConfigDict) -> None:
+  """400 epochs (of 120,000 images) of batch 128, 4 steps, on 32x32x4 latents of a KL autoencoder."""
+  high_resolution(config, num_steps=4, r1_gamma=1.0, learning_rate=2e-4)
+  high_resolution_latent(config, 375_000, 128)
+  config.autoencoder.model.channel_multipliers = (1, 2, 4, 4)
+  config.ddgan.model.update({'num_res_blocks': 3, 'latent_dim': 50})

@@ -1,0 +1,204 @@
+"""The autoencoder stage: its bottlenecks, codes, players, and the latents that later stages read."""
+
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaediff import experiments, frozen_networks, latents, sharding
+from vaediff.errors import UserError
+from vaediff.experiments import autoencoder, base, spaces
+from vaediff.models.autoencoder import LAST_KERNEL
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
+
+
+def digits(variant='latent', **changes):
+  config = importlib.import_module('configs.digits').get_config(f'{variant},debug')
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def images(count, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 1), np.uint8)
+
+
+def updates(experiment, num_updates, state=None, first=0, mesh=None):
+  state = jax.jit(experiment.init)(jax.random.key(0)) if state is None else state
+  history, steps = [], {}
+  for k in range(first, num_updates):
+    batch = {'image': images(8, k)}
+    if mesh is not None:
+      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    kind = experiment.kind_of(k)
+    steps.setdefault(kind, jax.jit(experiment.of_kind(kind).train_step))
+    state, metrics = steps[kind](state, {}, batch, jax.random.key(k))
+    history.append(jax.device_get(metrics))
+  return state, history
+
+
+@pytest.fixture(scope='module')
+def vq():
+  """A VQ stage whose discriminator starts at the third update, and its state after four."""
+  config = digits('vq', **{'autoencoder.optim.ema_decay': 0.9})
+  experiment = experiments.build(config, 'autoencoder')
+  return experiment, *updates(experiment, 4)
+
+
+def test_the_discriminator_starts_at_its_step(vq):
+  experiment, state, history = vq
+  assert [experiment.kind_of(step) for step in range(4)] == ['', '', 'adversarial', 'adversarial']
+  assert ['loss/discriminator' in metrics for metrics in history] == [False, False, True, True]
+  assert all(np.isfinite(value) for metrics in history for value in metrics.values())
+  assert history[-1]['adaptive_weight'] > 0 and int(state.step) == 4
+
+
+def test_codes_start_at_vectors_of_the_first_batch_and_follow_averages(vq):
+  experiment, state, history = vq
+  start = jax.jit(experiment.init)(jax.random.key(0))
+  one, _ = updates(experiment, 1)
+  x = autoencoder.pixels.to_unit_range(jnp.asarray(images(8)))
+  z = autoencoder.encode(experiment.autoencoder, start.networks['autoencoder'].params, x, None).reshape(-1, 2)
+  codes = one.networks['autoencoder'].params['codes']
+  distance = np.linalg.norm(np.asarray(codes)[:, None] - np.asarray(z), axis=-1)
+  assert float(distance.min(axis=1).max()) < 0.2 * float(np.linalg.norm(z, axis=-1).mean())
+  assert not np.allclose(codes, start.networks['autoencoder'].params['codes'])
+  network = state.networks['autoencoder']
+  np.testing.assert_array_equal(network.params['codes'], network.ema_params['codes'])
+  book = state.extra['codebook']
+  np.testing.assert_allclose(book['sums'] / book['counts'][:, None], network.params['codes'], rtol=1e-3)
+  assert 0 < history[-1]['codebook/used'] <= 1 < history[-1]['codebook/perplexity'] <= 16
+
+
+def test_codes_can_follow_the_gradient(vq):
+  del vq
+  experiment = experiments.build(
+    digits('vq', **{'autoencoder.loss.codebook': 'gradient', 'autoencoder.loss.adversarial_weight': 0.0}),
+    'autoencoder',
+  )
+  assert set(experiment.networks) == {'autoencoder'}
+  one, history = updates(experiment, 1)
+  two, _ = updates(experiment, 2, one, first=1)
+  before, after = (state.networks['autoencoder'].params['codes'] for state in (one, two))
+  assert 1e-6 < float(jnp.abs(before - after).max()) < 1e-3  # one step of Adam
+  assert history[0]['loss/codebook'] > 0
+
+
+def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been(vq):
+  experiment, whole, _ = vq
+  half, _ = updates(experiment, 2)
+  state = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, half))
+  state, _ = updates(experiment, 4, state, first=2)
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, whole)
+  )
+
+
+def test_one_device_equals_eight(vq):
+  experiment, one, history = vq
+  mesh = sharding.make_mesh(digits().mesh)
+  eight, others = updates(experiment, 4, mesh=mesh)
+  assert mesh.size == 8
+  for a, b in zip(history, others, strict=True):
+    assert a['codebook/perplexity'] == pytest.approx(b['codebook/perplexity'], rel=1e-4)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+    one.networks['autoencoder'].params,
+    eight.networks['autoencoder'].params,
+  )
+
+
+def test_the_last_kernel_is_the_decoders(vq):
+  experiment, state, _ = vq
+  params = state.networks['autoencoder'].params
+  kernel = autoencoder.last_kernel(params)
+  assert LAST_KERNEL[-1] == 'kernel' and kernel.shape[-1] == 1
+  doubled = autoencoder.with_last_kernel(params, 2 * kernel)
+  np.testing.assert_array_equal(autoencoder.last_kernel(doubled), 2 * kernel)
+  assert jax.tree.structure(doubled) == jax.tree.structure(params)
+  x = jnp.zeros((1, 8, 8, 1))
+  assert (
+    float(jnp.abs(experiment.autoencoder.apply(doubled, x) - experiment.autoencoder.apply(params, x)).max())
+    > 0
+  )
+
+
+def test_statistics_are_those_of_all_images():
+  class Source:
+    """Nine images whose latents are known."""
+
+    image = images(9)
+    image_shape = (8, 8, 1)
+    num_classes = 0
+
+    def __len__(self):
+      return 9
+
+    def read(self, rows):
+      return {'image': self.image[rows]}
+
+  class Halves:
+    """The latents are the columns of the image, left and right half as two channels, far from zero."""
+
+    def latents(self, params, image, keys):
+      x = image[..., 0].astype(jnp.float32) / 255 + 100.0
+      return jnp.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
+
+  mesh = sharding.make_mesh(digits().mesh)
+  found = latents.measure(Halves(), {}, Source(), 8, mesh, 0)
+  x = Source.image[..., 0].astype(np.float64) / 255 + 100.0
+  expected = np.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
+  for name in latents.NAMES:
+    np.testing.assert_allclose(found[name], getattr(expected, name)(axis=(0, 1, 2)), rtol=1e-5)
+  assert int(found['count']) == 9
+
+
+@pytest.mark.parametrize('scaling', ['std', 'max', 'tanh'])
+def test_scaled_latents_come_back(scaling):
+  changes = {'ddgan.autoencoder.scaling': scaling, 'ddgan.model.bounded': scaling != 'std'}
+  config = digits('free' if scaling == 'tanh' else 'latent', **changes)
+  space = spaces.make_space(config, 'ddgan')
+  params = jax.jit(space.source.model.init)(jax.random.key(0))
+  statistics = {'mean': [0.5, -1.0], 'std': [0.5, 2.0], 'min': [-3.0, -1.0], 'max': [1.0, 2.0]}
+  frozen = {'autoencoder': params, 'autoencoder_statistics': {k: jnp.array(v) for k, v in statistics.items()}}
+  x = autoencoder.pixels.to_unit_range(jnp.asarray(images(2)))
+  z = autoencoder.encode(space.source.model, params, x, None)
+  y = jax.jit(space.from_image)(frozen, x, None)
+  expected = {
+    'std': (z - jnp.array([[[[0.5, -1.0]]]])) / jnp.array([[[[0.5, 2.0]]]]),
+    'max': z / 3.0,
+    'tanh': z,
+  }
+  np.testing.assert_allclose(y, expected[scaling], atol=1e-5)
+  decoded = autoencoder.decode(space.source.model, params, z)
+  np.testing.assert_allclose(jax.jit(space.to_image)(frozen, y), decoded, atol=1e-4)
+
+
+def test_a_stage_without_the_statistics_does_not_start(tmp_path):
+  config = digits()
+  experiment = experiments.build(config, 'ddgan')
+  assert experiment.frozen['autoencoder'].latent_channels == 2
+  with pytest.raises(UserError, match=r'latents-step-None.npz does not exist: .* --stages=autoencoder'):
+    latents.load(tmp_path / 'autoencoder')
+  fresh = frozen_networks.fresh(experiment, sharding.make_mesh(config.mesh))
+  assert set(fresh) == {'autoencoder', 'autoencoder' + base.STATISTICS}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'autoencoder.loss.pixel': 'huber'}, "loss.pixel must be 'l1' or 'l2', got 'huber'"),
+    ({'autoencoder.loss.codebook': 'kmeans'}, "loss.codebook must be 'ema' or 'gradient', got 'kmeans'"),
+    ({'autoencoder.loss.kl_weight': -1.0}, 'loss.kl_weight must be >= 0, got -1.0'),
+    ({'autoencoder.loss.perceptual': 'lpips_resnet'}, "LPIPS network 'resnet' is unknown"),
+    ({'autoencoder.model.bottleneck': 'fsq'}, "model.bottleneck is 'fsq'; choose one of kl, none, vq"),
+    ({'autoencoder.model.codebook_size': 4}, "codebook_size is 4; it must be 0 without 'vq'"),
+  ],
+)
+def test_bad_settings_are_named(changes, message):
+  with pytest.raises(UserError, match=message):
+    experiments.build(digits(**changes), 'autoencoder')

@@ -1,0 +1,188 @@
+"""The denoising GAN stage: its two kinds of updates, its losses, devices, and a toy problem."""
+
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vaediff import experiments, sharding
+from vaediff.errors import UserError
+from vaediff.models.functional import Model
+
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent.parent)]
+toy_gan = importlib.import_module('toy_gan')
+
+
+def updates(experiment, num_updates, mesh=None, batch_size=32):
+  """Returns state and metrics after so many updates of the kinds that the host chooses."""
+  images = toy_gan.data(0, 256)
+  state = experiment.init(jax.random.key(0))
+  steps = {kind: jax.jit(experiment.of_kind(kind).train_step) for kind in ('', 'r1')}
+  history = []
+  for k in range(num_updates):
+    batch = {'image': images[np.arange(k, k + batch_size) % 256]}
+    if mesh is not None:
+      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    state, metrics = steps[experiment.kind_of(k)](state, {}, batch, jax.random.key(k))
+    history.append(jax.device_get(metrics))
+  return state, history
+
+
+def test_both_kinds_are_chosen_by_the_step():
+  experiment = toy_gan.make(2)
+  assert [experiment.kind_of(step) for step in range(9)] == ['r1', '', '', '', 'r1', '', '', '', 'r1']
+  assert experiment.of_kind('r1').is_regularised and not experiment.of_kind('').is_regularised
+  without = toy_gan.make(2, loss={'r1_gamma': 0.0, 'r1_every_steps': 4, 'reconstruction': 'none'})
+  assert {without.kind_of(step) for step in range(9)} == {''}
+
+
+def test_metrics_are_the_same_in_both_kinds_and_r1_is_kept_between():
+  state, history = updates(toy_gan.make(2), 5)
+  assert len({frozenset(metrics) for metrics in history}) == 1
+  assert history[0]['r1'] == history[1]['r1'] == history[3]['r1'] != history[4]['r1']
+  assert float(state.extra['r1']) == history[4]['r1'] > 0
+  assert int(state.step) == 5
+  average, now = (
+    jax.tree.leaves(t)[0] for t in (state.eval_params['generator'], state.networks['generator'].params)
+  )
+  assert np.abs(average - now).max() > 0
+  assert state.networks['discriminator'].ema_params is None
+
+
+class OfTheNext(nn.Module):
+  """A discriminator that reads its second argument alone."""
+
+  @nn.compact
+  def __call__(self, x_t, t, x_next, condition=None, *, deterministic=True):
+    return nn.Dense(1, name='out')(x_next.reshape(len(x_next), -1) ** 3)[:, 0]
+
+
+def test_r1_has_no_part_in_the_second_argument():
+  judge = toy_gan.make(2).discriminator
+  blind = Model(module=OfTheNext(), inputs=judge.inputs)
+  _, history = updates(toy_gan.make(2, discriminator=blind, discriminator_float32=blind), 1)
+  assert history[0]['r1'] == 0.0 and history[0]['grad_norm/discriminator'] > 0
+  _, history = updates(toy_gan.make(2), 1)
+  assert history[0]['r1'] > 0
+
+
+def test_losses_are_what_they_are_called():
+  _, history = updates(
+    toy_gan.make(2, loss={'r1_gamma': 0.0, 'r1_every_steps': 1, 'reconstruction': 'linear'}), 3
+  )
+  for k, metrics in enumerate(history):
+    assert metrics['reconstruction_weight'] == pytest.approx(1 - k / 1000)
+    total = metrics['loss/adversarial'] + metrics['reconstruction_weight'] * metrics['loss/reconstruction']
+    assert metrics['loss'] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_generator_is_held_in_the_discriminators_loss():
+  experiment = toy_gan.make(2)
+  rows = {'x0': jnp.asarray(toy_gan.data(0, 8), jnp.float32) / 100}
+  params, judge = (
+    experiment.generator.init(jax.random.key(1)),
+    experiment.discriminator.init(jax.random.key(2)),
+  )
+
+  def loss(params):
+    return experiment.discriminator_loss(judge, params, rows, jax.random.key(3))[0]
+
+  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+
+
+def test_one_device_equals_eight():
+  one, _ = updates(toy_gan.make(4), 5)
+  eight, _ = updates(toy_gan.make(4), 5, mesh=sharding.make_mesh(digits('ddgan').mesh))
+  for name in ('generator', 'discriminator'):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+      one.networks[name].params,
+      eight.networks[name].params,
+    )
+
+
+def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been():
+  whole, _ = updates(toy_gan.make(2), 6)
+  experiment = toy_gan.make(2)
+  images, state = toy_gan.data(0, 256), updates(toy_gan.make(2), 3)[0]
+  stored = jax.tree.map(np.asarray, state)  # what a checkpoint holds: both optimizers, average, last R1
+  state = jax.tree.map(jnp.asarray, stored)
+  for k in range(3, 6):
+    step = jax.jit(experiment.of_kind(experiment.kind_of(k)).train_step)
+    state, _ = step(state, {}, {'image': images[np.arange(k, k + 32)]}, jax.random.key(k))
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, whole)
+  )
+
+
+@pytest.mark.slow
+def test_four_steps_cover_the_modes():
+  """Prints coverage for one and four steps; the two figures are compared by whoever reads them."""
+  found = {}
+  for num_steps in (1, 4):
+    experiment = toy_gan.make(num_steps)
+    found[num_steps] = toy_gan.covered(experiment, toy_gan.train(experiment, 20_000, 256, 0))
+    print(
+      f'T = {num_steps}: {found[num_steps][0]} of 25 modes, {found[num_steps][1]:.3f} within 4 deviations'
+    )
+  assert found[4][1] > 0.5
+
+
+# By config ----------------------------------------------------------------------------------------
+
+
+def digits(variant, **changes):
+  config = importlib.import_module('configs.digits').get_config(f'{variant},debug')
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+SHAPES = {'ddgan': (8, 8, 1), 'wavelet': (4, 4, 4), 'latent': (4, 4, 2), 'adversarial_refiner': (8, 8, 1)}
+
+
+@pytest.mark.parametrize('variant', SHAPES)
+def test_spaces_by_config(variant):
+  experiment = experiments.build(digits(variant), 'ddgan')
+  assert experiment.noise_shape == SHAPES[variant]
+  assert experiment.takes_x0_vae == (variant == 'adversarial_refiner')
+  assert experiment.num_function_evaluations == 4
+  assert set(experiment.frozen) == {'latent': {'autoencoder'}, 'adversarial_refiner': {'vae'}}.get(
+    variant, set()
+  )
+
+
+@pytest.mark.parametrize(
+  ('variant', 'changes', 'message'),
+  [
+    ('ddgan', {'ddgan.space': 'fourier'}, "space is 'fourier'; valid: pixel, wavelet, latent"),
+    (
+      'ddgan',
+      {'ddgan.model.network': 'unet'},
+      "model.network is 'unet'; valid: ncsnpp, wavelet_ncsnpp, uvit",
+    ),
+    ('ddgan', {'ddgan.condition': 'z'}, "condition is 'z'; valid: none, x0_vae"),
+    ('ddgan', {'ddgan.loss.r1_every_steps': 0}, 'loss.r1_every_steps must be >= 1, got 0'),
+    ('ddgan', {'ddgan.loss.reconstruction': 'sigmoid'}, "loss.reconstruction is 'sigmoid'; valid: none"),
+    ('ddgan', {'ddgan.diffusion.num_steps': 0}, 'diffusion.num_steps must be >= 1, got 0'),
+    ('ddgan', {'ddgan.train.batch_size': 6}, 'train.microbatches is 6: it must be a multiple'),
+    ('ddgan', {'ddgan.optim_discriminator.ema_decay': 0.9}, 'only the generator is averaged, got 0.9'),
+    (
+      'ddgan',
+      {'ddgan.optim.end_learning_rate': 1.0},
+      r'end_learning_rate must be in \[0, optim.learning_rate\]',
+    ),
+    ('latent', {'ddgan.autoencoder.scaling': 'std'}, 'model.bounded = True .* cannot reach'),
+    ('latent', {'ddgan.autoencoder.scaling': 'tanh'}, "bottleneck = 'none', got 'kl'"),
+    ('latent', {'ddgan.autoencoder.stage': 'vae'}, "is 'vae', which is no autoencoder stage of this config"),
+    ('latent', {'ddgan.autoencoder.decoder_stage': 'vae'}, 'which is no light decoder'),
+    ('adversarial_refiner', {'ddgan.vae.stage': 'data'}, "vae.stage is 'data', which is no VAE stage"),
+  ],
+)
+def test_bad_settings_are_named(variant, changes, message):
+  with pytest.raises(UserError, match=message):
+    experiments.build(digits(variant, **changes), 'ddgan')

@@ -1,0 +1,441 @@
+"""The autoencoder of latent models: a map of latents instead of one vector, sharp instead of probable.
+
+  L = |x - x_hat| + w LPIPS(x, x_hat) + the bottleneck's loss + lambda * adversarial loss
+
+with lambda the adaptive weight of VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 7) times a factor, from a
+start step on. The bottleneck is one of: KL (Rombach et al. 2022, arXiv:2112.10752, weight about 1e-6), none
+(deterministic and bounded by tanh: the free latents of LDDGAN), or VQ, whose codes follow averages or
+gradients. With VQ a later stage models the vectors before quantisation, and the decoder quantises.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vaediff.data import pixels
+from vaediff.diffusion import adversarial
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.features import vgg, weights
+from vaediff.models import autoencoder as autoencoder_model
+from vaediff.models import codebook
+from vaediff.models.functional import Model
+from vaediff.models.patch_discriminator import PatchDiscriminator
+from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.types import Batch, Image, ImageBytes, Keys, LatentMap, Metrics, Params
+
+ADVERSARIAL = 'adversarial'
+"""Kind of the updates from `loss.adversarial_start_step` on: of both networks."""
+CODES = 'codes'
+
+
+def build_model(config: ConfigDict, data: ConfigDict) -> Model:
+  """Returns the autoencoder that a stage's `model` section describes, for the images of `data`."""
+  size, channels = data.image_size, data.channels
+  return Model(
+    module=autoencoder_model.Autoencoder(image_channels=channels, **config.to_dict()),
+    inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
+  )
+
+
+def latent_shape(config: ConfigDict, data: ConfigDict) -> tuple[int, int, int]:
+  """Returns (height, width, channels) of the latents of the images of `data`."""
+  side = data.image_size // 2 ** (len(config.channel_multipliers) - 1)
+  return side, side, config.latent_channels
+
+
+def source_of(config: ConfigDict, stage: str, workdir: str, field: str, *, latents: bool) -> base.Frozen:
+  """Returns the frozen autoencoder of a stage, with the statistics of its latents if wanted.
+
+  Raises:
+    UserError: when the stage is no autoencoder; names the field that named it.
+  """
+  if not base.is_stage(config, stage, 'autoencoder'):
+    raise UserError(f'{field} is {stage!r}, which is no autoencoder stage of this config')
+  section = config[stage]
+  return base.Frozen(
+    stage=stage,
+    network='autoencoder',
+    workdir=workdir,
+    model=build_model(section.model, config.data),
+    latent_channels=section.model.latent_channels if latents else 0,
+  )
+
+
+def encode(model: Model, params: Params, x: Image, noise: LatentMap | None) -> LatentMap:
+  """Returns the latents of images in [-1, 1]; with a KL bottleneck and `noise`, drawn from the posterior."""
+  mean, logvar = model.apply(params, x, method='encode')
+  return mean if logvar is None or noise is None else mean + jnp.exp(0.5 * logvar) * noise
+
+
+def decode(model: Model, params: Params, z: LatentMap) -> Image:
+  """Returns the images of latents; a codebook moves them to its codes first."""
+  return model.apply(params, quantized(params, z), method='decode')
+
+
+def quantized(params: Params, z: LatentMap) -> LatentMap:
+  """Returns the latents as the decoder takes them: at their codes, where there is a codebook."""
+  return codebook.quantize(z, params[CODES])[0] if CODES in params else z
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perceptual:
+  """Weighted LPIPS of image pairs, or nothing; the weights of its network are frozen."""
+
+  weight: float
+  network: str
+  source: base.Published | None
+
+  @classmethod
+  def of(cls, name: str, weight: float, weights_dir: str) -> 'Perceptual':
+    """Returns the distance of a config: '' or weight 0 is none."""
+    if weight < 0:
+      raise UserError(f'loss.perceptual_weight must be >= 0, got {weight}')
+    if not name or weight == 0:
+      return cls(weight=0.0, network='', source=None)
+    network = vgg.check_network(name.removeprefix('lpips_'))
+    folder = weights.folder(weights_dir)
+    return cls(
+      weight=weight,
+      network=network,
+      source=base.Published(load=lambda: vgg.load_lpips(network, folder).params),
+    )
+
+  @property
+  def frozen(self) -> Mapping[str, base.Published]:
+    """The network that the stage must be given."""
+    return {'lpips': self.source} if self.source else {}
+
+  def __call__(self, frozen: dict[str, Params], a: Image, b: Image) -> Float[Array, ' batch']:
+    """Returns weight * LPIPS per pair of images in [-1, 1]."""
+    if self.source is None:
+      return jnp.zeros(a.shape[0])
+    return self.weight * vgg.distance_in_unit_range(self.network, frozen['lpips'], a, b)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+  """The autoencoder stage; trains the networks `autoencoder` and, with an adversarial loss, `discriminator`.
+
+  Attributes:
+    autoencoder: encoder, decoder and codes.
+    discriminator: judges patches; None without an adversarial loss.
+    optimizer: of the autoencoder.
+    optimizer_discriminator: of the discriminator.
+    perceptual: LPIPS, or nothing.
+    loss: the stage's `loss` section.
+    flip: random horizontal flips.
+    microbatches: parts that a batch is split into for the gradient.
+    latent_shape: (height, width, channels).
+    is_adversarial: this update trains against the discriminator too.
+  """
+
+  autoencoder: Model
+  discriminator: Model | None
+  optimizer: Optimizer
+  optimizer_discriminator: Optimizer
+  perceptual: Perceptual
+  loss: Mapping[str, Any]
+  flip: bool
+  microbatches: int
+  latent_shape: tuple[int, int, int]
+  is_adversarial: bool = False
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Autoencoder':
+    """Builds the experiment of `config.<stage>`."""
+    section, size, channels = config[stage], config.data.image_size, config.data.channels
+    check_loss(section.loss)
+    discriminator = None
+    if section.loss.adversarial_weight > 0:
+      discriminator = Model(
+        module=PatchDiscriminator(**section.discriminator.to_dict()),
+        inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
+      )
+    return cls(
+      autoencoder=build_model(section.model, config.data),
+      discriminator=discriminator,
+      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
+      perceptual=Perceptual.of(
+        section.loss.perceptual, section.loss.perceptual_weight, config.evaluate.weights_dir
+      ),
+      loss=section.loss.to_dict(),
+      flip=section.train.flip,
+      microbatches=section.train.microbatches,
+      latent_shape=latent_shape(section.model, config.data),
+    )
+
+  latent_dim = 0
+  noise_shape = ()
+  takes_x0_vae = False
+  reads_image = True
+  num_function_evaluations = 0
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """The autoencoder, and the discriminator where there is one."""
+    networks = {'autoencoder': self.autoencoder}
+    return networks | ({'discriminator': self.discriminator} if self.discriminator else {})
+
+  @property
+  def frozen(self) -> Mapping[str, base.Published]:
+    """The network of the perceptual distance."""
+    return self.perceptual.frozen
+
+  @property
+  def has_codes(self) -> bool:
+    """Whether the bottleneck is a codebook."""
+    return self.autoencoder.module.bottleneck == 'vq'
+
+  def kind_of(self, step: int) -> str:
+    """Returns 'adversarial' from the start step on, where there is a discriminator."""
+    return ADVERSARIAL if self.discriminator and step >= self.loss['adversarial_start_step'] else ''
+
+  def of_kind(self, kind: str) -> 'Autoencoder':
+    """Returns the experiment whose update is of this kind."""
+    return dataclasses.replace(self, is_adversarial=kind == ADVERSARIAL)
+
+  def init(self, key: jax.Array) -> base.TrainState:
+    """Returns the state at step 0; averaged counts and sums of the codes are in `extra['codebook']`."""
+    keys = dict(zip(('autoencoder', 'discriminator'), jax.random.split(key), strict=True))
+    networks = {'autoencoder': base.init_network(self.autoencoder, self.optimizer, keys['autoencoder'])}
+    if self.discriminator:
+      networks['discriminator'] = base.init_network(
+        self.discriminator, self.optimizer_discriminator, keys['discriminator']
+      )
+    extra = {}
+    if self.has_codes:
+      codes = networks['autoencoder'].params[CODES]
+      extra['codebook'] = {'counts': jnp.ones(codes.shape[0]), 'sums': jnp.copy(codes)}
+    return base.TrainState(step=jnp.int32(0), networks=networks, extra=extra)
+
+  # Training ---------------------------------------------------------------------------------------
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after an update of the autoencoder and, if adversarial, one of the discriminator."""
+    key_flip, key_codes, key_loss, key_discriminator = jax.random.split(key, 4)
+    x = pixels.to_unit_range(batch['image'])
+    if self.flip:
+      x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
+    network = state.networks['autoencoder']
+    metrics, extra = {}, state.extra
+    if self.has_codes:
+      network, book, metrics = self.move_codes(state, x, key_codes)
+      extra = {**extra, 'codebook': book}
+    judge = state.networks['discriminator'].params if self.is_adversarial else None
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      return self.autoencoder_loss(params, judge, frozen, batch['x'], key)
+
+    grads, found = base.gradients(loss_fn, network.params, {'x': x}, key_loss, self.microbatches)
+    metrics |= found | {'grad_norm/autoencoder': global_norm(grads)}
+    if self.averages_codes:  # they have no gradient, and neither decay nor averaging is to move them
+      codes = network.params[CODES]
+    network = base.apply_gradients(network, grads, self.optimizer, state.step)
+    if self.averages_codes:
+      network = with_codes(network, codes)
+    networks = {**state.networks, 'autoencoder': network}
+
+    if self.is_adversarial:
+
+      def judge_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        x_hat = self.reconstruct(network.params, batch['x'], key)[0]
+        return self.discriminator_loss(params, batch['x'], jax.lax.stop_gradient(x_hat))
+
+      before = state.networks['discriminator']
+      grads, found = base.gradients(judge_fn, before.params, {'x': x}, key_discriminator, self.microbatches)
+      metrics |= found | {'grad_norm/discriminator': global_norm(grads)}
+      networks['discriminator'] = base.apply_gradients(
+        before, grads, self.optimizer_discriminator, state.step
+      )
+    return base.TrainState(step=state.step + 1, networks=networks, extra=extra), metrics
+
+  @property
+  def averages_codes(self) -> bool:
+    """Whether the codes follow averages, not gradients."""
+    return self.has_codes and self.loss['codebook'] == 'ema'
+
+  def move_codes(
+    self, state: base.TrainState, x: Image, key: jax.Array
+  ) -> tuple[base.Network, dict[str, Array], Metrics]:
+    """Returns the network with its codes moved, their averages, and how much of the codebook is in use.
+
+    Before the first update the codes are vectors of the batch. With 'ema' they then follow the averages, and
+    dead ones start anew; with 'gradient' the loss moves them. Vectors are those of the whole global batch.
+    """
+    network, book, settings = state.networks['autoencoder'], state.extra['codebook'], self.loss
+    key_init, key_restart = jax.random.split(key)
+    z = jax.lax.stop_gradient(encode(self.autoencoder, network.params, x, None))
+    known = codebook.Codebook(codes=network.params[CODES], **book)
+    size = known.codes.shape[0]
+    known = jax.lax.cond(state.step == 0, lambda: codebook.data_init(z, key_init, size), lambda: known)
+    indices = codebook.nearest(z, known.codes)
+    used, perplexity = codebook.usage(indices, size)
+    metrics = {'codebook/used': used, 'codebook/perplexity': perplexity}
+    if self.averages_codes:
+      known = codebook.ema_update(known, z, indices, settings['codebook_decay'])
+      metrics['codebook/dead'] = jnp.mean(known.counts < settings['restart_below'])
+      known = codebook.restart_dead(known, z, key_restart, settings['restart_below'])
+    return with_codes(network, known.codes), {'counts': known.counts, 'sums': known.sums}, metrics
+
+  def reconstruct(
+    self, params: Params, x: Image, key: jax.Array | None
+  ) -> tuple[Image, Array, dict[str, jax.Array]]:
+    """Returns x_hat, the features before the last convolution, and the bottleneck's loss terms (scalars).
+
+    With a key the latents of a KL bottleneck are drawn from the posterior and dropout is on.
+    """
+    key_noise, key_dropout = (None, None) if key is None else jax.random.split(key)
+    dropout = {} if key is None else {'key_dropout': key_dropout, 'deterministic': False}
+    mean, logvar = self.autoencoder.apply(params, x, method='encode', **dropout)
+    z, terms = mean, {}
+    if logvar is not None:
+      if key is not None:
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key_noise, mean.shape)
+      kl = 0.5 * (mean**2 + jnp.expm1(logvar) - logvar)
+      terms['kl'] = jnp.sum(kl) / x.size  # nats per dimension of the image
+    if self.has_codes:
+      z, indices = codebook.quantize(mean, params[CODES])
+      e = codebook.lookup(params[CODES], indices)
+      terms['commitment'] = codebook.commitment_loss(mean, e, 1.0)
+      if not self.averages_codes:
+        terms['codebook'] = codebook.codebook_loss(mean, e)
+    features = self.autoencoder.apply(params, z, method='decode_features', **dropout)
+    return self.autoencoder.apply(params, features, method='last_conv'), features, terms
+
+  def autoencoder_loss(
+    self,
+    params: Params,
+    judge: Params | None,
+    frozen: dict[str, Params],
+    x: Image,
+    key: jax.Array | None,
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns the autoencoder's loss, a mean over the batch, and its terms."""
+    x_hat, features, terms = self.reconstruct(params, x, key)
+
+    def distance(x_hat: Image) -> jax.Array:
+      return jnp.mean(self.pixel_loss(x, x_hat)) + jnp.mean(self.perceptual(frozen, x, x_hat))
+
+    reconstruction = distance(x_hat)
+    factors = {'kl': self.loss['kl_weight'], 'commitment': self.loss['commitment_weight'], 'codebook': 1.0}
+    loss = reconstruction + sum(factors[name] * value for name, value in terms.items())
+    metrics = {'loss/reconstruction': reconstruction}
+    metrics |= {f'loss/{name}': value for name, value in terms.items()}
+    if judge is not None:
+      weight = jnp.float32(1.0)
+      if self.loss['adaptive_weight']:
+        kernel = last_kernel(params)
+        fixed = jax.lax.stop_gradient((params, features))
+
+        def image_of(kernel: Array) -> Image:
+          return self.autoencoder.apply(with_last_kernel(fixed[0], kernel), fixed[1], method='last_conv')
+
+        of_distance = jax.grad(lambda kernel: distance(image_of(kernel)))(kernel)
+        of_judge = jax.grad(lambda kernel: self.deception(judge, image_of(kernel)))(kernel)
+        weight = adversarial.adaptive_weight(of_distance, of_judge)
+      deception = self.deception(judge, x_hat)
+      loss += self.loss['adversarial_weight'] * weight * deception
+      metrics |= {'loss/adversarial': deception, 'adaptive_weight': weight}
+    return loss, {'loss': loss, **metrics}
+
+  def pixel_loss(self, x: Image, x_hat: Image) -> Float[Array, ' batch']:
+    """Returns the mean absolute or squared error per image, pixels in [-1, 1]."""
+    error = jnp.abs(x - x_hat) if self.loss['pixel'] == 'l1' else jnp.square(x - x_hat)
+    return jnp.mean(error, axis=(1, 2, 3))
+
+  def deception(self, judge: Params, x_hat: Image) -> jax.Array:
+    """Returns minus the mean logit of the reconstructions, the generator's side of the hinge loss."""
+    return -jnp.mean(self.discriminator.apply(judge, x_hat))
+
+  def discriminator_loss(self, params: Params, x: Image, x_hat: Image) -> tuple[jax.Array, Metrics]:
+    """Returns the hinge loss over patches, and the mean logits."""
+    real, fake = (self.discriminator.apply(params, image) for image in (x, x_hat))
+    loss = jnp.mean(adversarial.hinge_discriminator_loss(real, fake))
+    return loss, {
+      'loss/discriminator': loss,
+      'logits/real': jnp.mean(real),
+      'logits/fake': jnp.mean(fake),
+    }
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns pixel and perceptual loss, and the squared error per pixel in [0, 1], from the mean latents."""
+    del key
+    x = pixels.to_unit_range(batch['image'])
+    x_hat = jnp.clip(self.reconstruct(params['autoencoder'], x, None)[0], -1.0, 1.0)
+    pixel, perceptual = self.pixel_loss(x, x_hat), self.perceptual(frozen, x, x_hat)
+    values = {'loss': pixel + perceptual, 'mse': jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3)) / 4}
+    if self.perceptual.source:
+      values[f'lpips_{self.perceptual.network}'] = perceptual / self.perceptual.weight
+    return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  # What later stages read -------------------------------------------------------------------------
+
+  def latents(self, params: dict[str, Params], image: ImageBytes, keys: Keys) -> LatentMap:
+    """Returns latents: drawn from the posterior of a KL bottleneck, before quantisation of a codebook."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
+    return encode(self.autoencoder, params['autoencoder'], pixels.to_unit_range(image), noise)
+
+  def sample(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
+  ) -> dict[str, Image]:
+    """Returns {'x0': reconstructions of `condition['image']` (uint8)}, from the mean latents."""
+    del frozen, keys
+    params = params['autoencoder']
+    z = encode(self.autoencoder, params, pixels.to_unit_range(condition['image']), None)
+    return {'x0': jnp.clip(decode(self.autoencoder, params, z), -1.0, 1.0)}
+
+
+def with_codes(network: base.Network, codes: Array) -> base.Network:
+  """Returns the network, and its average, with these codes."""
+  average = network.ema_params
+  return network.replace(
+    params={**network.params, CODES: codes},
+    ema_params=None if average is None else {**average, CODES: codes},
+  )
+
+
+def last_kernel(params: Params) -> Array:
+  """Returns the kernel of the decoder's last convolution."""
+  for name in autoencoder_model.LAST_KERNEL:
+    params = params[name]
+  return params
+
+
+def with_last_kernel(params: Params, kernel: Array) -> Params:
+  """Returns the parameters with another last kernel."""
+
+  def replaced(tree: Params, path: tuple[str, ...]) -> Params:
+    inner = kernel if len(path) == 1 else replaced(tree[path[0]], path[1:])
+    return {**tree, path[0]: inner}
+
+  return replaced(params, autoencoder_model.LAST_KERNEL)
+
+
+def check_loss(loss: ConfigDict) -> None:
+  """Raises UserError for the first value of a `loss` section that is not allowed."""
+  if loss.pixel not in ('l1', 'l2'):
+    raise UserError(f"loss.pixel must be 'l1' or 'l2', got {loss.pixel!r}")
+  if loss.codebook not in ('ema', 'gradient'):
+    raise UserError(f"loss.codebook must be 'ema' or 'gradient', got {loss.codebook!r}")
+  if not 0 <= loss.codebook_decay < 1:
+    raise UserError(f'loss.codebook_decay must be in [0, 1), got {loss.codebook_decay}')
+  for field in (
+    'kl_weight', 'commitment_weight', 'restart_below', 'adversarial_weight', 'adversarial_start_step',
+  ):  # fmt: skip
+    if loss[field] < 0:
+      raise UserError(f'loss.{field} must be >= 0, got {loss[field]}')

@@ -1,0 +1,399 @@
+"""The denoising diffusion GAN: one to a few large steps, each drawn by a generator G(x_{t+1}, t, z).
+
+Per example t is uniform in 0 ... T - 1 and (x_t, x_{t+1}) a pair drawn jointly from q. The generator's x0'
+makes x_t' ~ q(x_t | x_{t+1}, x0'), and a discriminator D(x_t, t, x_{t+1}) tells the two apart:
+
+  L_D = softplus(-D(x_t, t, x_{t+1})) + softplus(D(x_t', t, x_{t+1})) + gamma / 2 |grad_{x_t} D|^2
+  L_G = softplus(-D(x_t', t, x_{t+1})) + lambda |x0 - x0'|
+
+(Xiao et al. 2022, arXiv:2112.07804; the second term of L_G is WaveDiff's, arXiv:2211.16152, and its weight
+over training LDDGAN's). R1 is taken every few updates only, and is not multiplied by their number. The maps
+are pixels, wavelets or latents (`spaces`).
+
+With the condition `x0_vae` both networks also read a VAE's image, as a map of the same space: the
+adversarial refiner, which draws what a diffusion refiner does in T steps.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vaediff.data import pixels
+from vaediff.diffusion import adversarial, few_steps
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.experiments.spaces import Space, make_space
+from vaediff.experiments.vae import build_model, draw_latent
+from vaediff.models.discriminator import TimeDiscriminator
+from vaediff.models.functional import Model
+from vaediff.models.ncsnpp import NcsnPlusPlus
+from vaediff.models.uvit import UVit
+from vaediff.models.wavelet_ncsnpp import WaveletNcsnPlusPlus
+from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.types import Batch, Image, Keys, Latent, LatentMap, Metrics, Params, Time
+
+GENERATORS = ('ncsnpp', 'wavelet_ncsnpp', 'uvit')
+CONDITIONS = ('none', 'x0_vae')
+X0_VAE_SOURCES = ('sample', 'mean')
+REGULARISED = 'r1'
+"""Kind of the updates whose discriminator loss has the term R1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ddgan:
+  """The denoising GAN stage; trains the networks `generator` and `discriminator`.
+
+  Attributes:
+    generator: (x_{t+1}, t, z, condition) -> x0'.
+    discriminator: (x_t, t, x_{t+1}, condition) -> logit.
+    discriminator_float32: the same in float32, for R1.
+    optimizer: of the generator; keeps its average.
+    optimizer_discriminator: of the discriminator.
+    space: what is diffused.
+    vae_source: the frozen VAE of the condition x0_vae, or None.
+    x0_vae_source: 'sample' or 'mean' of q(z | x).
+    steps: the diffusion.
+    noise_dim: size of the generator's z.
+    loss: the stage's `loss` section.
+    num_updates: of the whole training, over which the weight lambda changes.
+    flip: random horizontal flips.
+    microbatches: parts that a batch is split into for the gradients.
+    latent_dim: size of the VAE's latent code; 0 without one.
+    is_regularised: this update has the term R1.
+  """
+
+  generator: Model
+  discriminator: Model
+  discriminator_float32: Model
+  optimizer: Optimizer
+  optimizer_discriminator: Optimizer
+  space: Space
+  vae_source: base.Frozen | None
+  x0_vae_source: str
+  steps: few_steps.Steps
+  noise_dim: int
+  loss: Mapping[str, Any]
+  num_updates: int
+  flip: bool
+  microbatches: int
+  latent_dim: int
+  is_regularised: bool = False
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Ddgan':
+    """Builds the experiment of `config.<stage>`."""
+    section = config[stage]
+    check(section)
+    space, source = make_space(config, stage), None
+    if section.condition == 'x0_vae':
+      source = vae_of(config, section)
+    given = jax.ShapeDtypeStruct((1, *space.shape), jnp.float32)
+    read = given if source else None
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    noise = jax.ShapeDtypeStruct((1, section.model.latent_dim), jnp.float32)
+    settings = section.discriminator.to_dict()
+    modules = [TimeDiscriminator(**{**settings, 'dtype': name}) for name in (settings['dtype'], 'float32')]
+    discriminator, exact = (Model(module=m, inputs=(given, time, given, read)) for m in modules)
+    rows = section.train.batch_size // section.train.microbatches
+    if rows % min(rows, modules[0].group_size):
+      raise UserError(
+        f'train.batch_size / train.microbatches is {rows}: it must be a multiple of '
+        f'discriminator.group_size, {modules[0].group_size}, or smaller'
+      )
+    return cls(
+      generator=Model(
+        module=build_generator(section, space.shape[-1]),
+        inputs=(given, time, noise, read),
+      ),
+      discriminator=discriminator,
+      discriminator_float32=exact,
+      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
+      space=space,
+      vae_source=source,
+      x0_vae_source=section.vae.x0_vae_source,
+      steps=few_steps.make_steps(
+        section.diffusion.num_steps, section.diffusion.beta_min, section.diffusion.beta_max
+      ),
+      noise_dim=section.model.latent_dim,
+      loss=section.loss.to_dict(),
+      num_updates=section.train.num_steps,
+      flip=section.train.flip,
+      microbatches=section.train.microbatches,
+      latent_dim=config[source.stage].model.latent_dim if source else 0,
+    )
+
+  reads_image = False
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """Both players."""
+    return {'generator': self.generator, 'discriminator': self.discriminator}
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen | base.Published]:
+    """What the space reads, and the VAE of the condition."""
+    return {**self.space.frozen, **({'vae': self.vae_source} if self.vae_source else {})}
+
+  @property
+  def noise_shape(self) -> tuple[int, ...]:
+    """Shape of x_T."""
+    return self.space.shape
+
+  @property
+  def takes_x0_vae(self) -> bool:
+    """Whether the networks read an image."""
+    return self.vae_source is not None
+
+  @property
+  def num_function_evaluations(self) -> int:
+    """T calls of the generator."""
+    return self.steps.num_steps
+
+  def kind_of(self, step: int) -> str:
+    """Returns 'r1' every `loss.r1_every_steps` updates."""
+    due = self.loss['r1_gamma'] > 0 and step % self.loss['r1_every_steps'] == 0
+    return REGULARISED if due else ''
+
+  def of_kind(self, kind: str) -> 'Ddgan':
+    """Returns the experiment whose update is of this kind."""
+    return dataclasses.replace(self, is_regularised=kind == REGULARISED)
+
+  def init(self, key: jax.Array) -> base.TrainState:
+    """Returns the state at step 0; `extra['r1']` is the last |grad D|^2 that was taken."""
+    key_generator, key_discriminator = jax.random.split(key)
+    return base.TrainState(
+      step=jnp.int32(0),
+      networks={
+        'generator': base.init_network(self.generator, self.optimizer, key_generator),
+        'discriminator': base.init_network(
+          self.discriminator, self.optimizer_discriminator, key_discriminator
+        ),
+      },
+      extra={'r1': jnp.float32(0)},
+    )
+
+  # The condition ----------------------------------------------------------------------------------
+
+  def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
+    """Returns mean and log variance of the frozen VAE's q(z | x)."""
+    del params
+    return self.vae_source.model.apply(frozen['vae'], x, method='encode')
+
+  def examples(self, frozen: dict[str, Params], x: Image, key: jax.Array) -> Batch:
+    """Returns 'x0', maps of the space, and 'condition' where there is one, of images in [-1, 1]."""
+    key_map, key_z = jax.random.split(key)
+    rows = {'x0': self.space.from_image(frozen, x, key_map)}
+    if self.vae_source:
+      z, logvar = self.encode({}, frozen, x)
+      if self.x0_vae_source == 'sample':
+        z = draw_latent(z, logvar, key_z)
+      x0_vae = self.vae_source.model.apply(frozen['vae'], z, method='decode')
+      rows['condition'] = self.space.from_image(frozen, x0_vae, None)
+    return rows
+
+  # Training ---------------------------------------------------------------------------------------
+
+  def generate(
+    self, params: Params, x_next: Array, t: Time, z: Latent, condition: Array | None, key: jax.Array | None
+  ) -> Array:
+    """Returns x0'; with a key dropout is on."""
+    return self.generator.apply(params, x_next, t, z, condition, key_dropout=key)
+
+  def fake(self, params: Params, rows: Batch, key: jax.Array, *, training: bool = True) -> dict[str, Array]:
+    """Returns 't', the real pair 'x_t' and 'x_next', and the generator's 'x0_hat' and 'x_t_hat'."""
+    key_t, key_pair, key_z, key_noise, key_dropout = jax.random.split(key, 5)
+    x0, condition = rows['x0'], rows.get('condition')
+    t = few_steps.sample_time(key_t, x0.shape[0], self.steps)
+    x_t, x_next = few_steps.q_sample_pair(x0, t, key_pair, self.steps)
+    z = jax.random.normal(key_z, (x0.shape[0], self.noise_dim))
+    x0_hat = self.generate(params, x_next, t, z, condition, key_dropout if training else None)
+    noise = jax.random.normal(key_noise, x0.shape)
+    x_t_hat = few_steps.posterior_sample(x0_hat, x_next, t, noise, self.steps)
+    return {'t': t, 'x_t': x_t, 'x_next': x_next, 'x0_hat': x0_hat, 'x_t_hat': x_t_hat}
+
+  def discriminator_loss(
+    self, params: Params, generator: Params, rows: Batch, key: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns L_D, a mean over the batch, its terms, and the mean logits."""
+    drawn, condition = self.fake(generator, rows, key), rows.get('condition')
+    drawn = jax.lax.stop_gradient(drawn)
+
+    def judge(model: Model, x_t: Array) -> Float[Array, ' batch']:
+      return model.apply(params, x_t, drawn['t'], drawn['x_next'], condition)
+
+    real, fake = (judge(self.discriminator, drawn[name]) for name in ('x_t', 'x_t_hat'))
+    loss = jnp.mean(adversarial.discriminator_loss(real, fake))
+    metrics = {
+      'loss/discriminator': loss,
+      'logits/real': jnp.mean(real),
+      'logits/fake': jnp.mean(fake),
+    }
+    if self.is_regularised:
+      slope = adversarial.r1(lambda x_t: judge(self.discriminator_float32, x_t), drawn['x_t'])
+      metrics['r1'] = jnp.mean(slope)
+      loss += 0.5 * self.loss['r1_gamma'] * metrics['r1']
+    return loss, metrics
+
+  def generator_loss(
+    self, params: Params, discriminator: Params, weight: jax.Array, rows: Batch, key: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns L_G, a mean over the batch, and its terms; `weight` is lambda."""
+    drawn = self.fake(params, rows, key)
+    logits = self.discriminator.apply(
+      discriminator, drawn['x_t_hat'], drawn['t'], drawn['x_next'], rows.get('condition')
+    )
+    deception = jnp.mean(adversarial.generator_loss(logits))
+    reconstruction = jnp.mean(jnp.abs(rows['x0'] - drawn['x0_hat']))
+    loss = deception + weight * reconstruction
+    return loss, {'loss': loss, 'loss/adversarial': deception, 'loss/reconstruction': reconstruction}
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update of the discriminator and then one of the generator.
+
+    Both see the same images, with times and noise of their own.
+    """
+    key_flip, key_rows, key_d, key_g = jax.random.split(key, 4)
+    x = pixels.to_unit_range(batch['image'])
+    if self.flip:
+      x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
+    rows = jax.lax.stop_gradient(self.examples(frozen, x, key_rows))
+    generator, discriminator = state.networks['generator'], state.networks['discriminator']
+    fraction = state.step.astype(jnp.float32) / self.num_updates
+    weight = adversarial.reconstruction_weight(self.loss['reconstruction'], fraction)
+
+    def loss_d(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      return self.discriminator_loss(params, generator.params, rows, key)
+
+    grads_d, metrics_d = base.gradients(loss_d, discriminator.params, rows, key_d, self.microbatches)
+    discriminator = base.apply_gradients(discriminator, grads_d, self.optimizer_discriminator, state.step)
+
+    def loss_g(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      return self.generator_loss(params, discriminator.params, weight, rows, key)
+
+    grads_g, metrics_g = base.gradients(loss_g, generator.params, rows, key_g, self.microbatches)
+    generator = base.apply_gradients(generator, grads_g, self.optimizer, state.step)
+
+    last_r1 = metrics_d.pop('r1', state.extra['r1'])
+    state = base.TrainState(
+      step=state.step + 1,
+      networks={'generator': generator, 'discriminator': discriminator},
+      extra={**state.extra, 'r1': last_r1},
+    )
+    return state, {
+      **metrics_g,
+      **metrics_d,
+      'r1': last_r1,
+      'reconstruction_weight': weight,
+      'grad_norm/generator': global_norm(grads_g),
+      'grad_norm/discriminator': global_norm(grads_d),
+    }
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns the mean |x0 - x0'| at random times. A discriminator's loss says nothing on its own."""
+    key_rows, key_fake = jax.random.split(key)
+    rows = self.examples(frozen, pixels.to_unit_range(batch['image']), key_rows)
+    drawn = self.fake(params['generator'], rows, key_fake, training=False)
+    error = jnp.mean(jnp.abs(rows['x0'] - drawn['x0_hat']), axis=(1, 2, 3))
+    return {'loss': base.masked_mean(error, batch['mask'])}
+
+  # Sampling ---------------------------------------------------------------------------------------
+
+  def draw_map(self, params: Params, noise: Array, condition: Array | None, keys: Keys) -> LatentMap:
+    """Returns maps of the space after T steps from `noise`: the generator's part of sampling."""
+
+    def generate(x_next: Array, t: Time, z: Latent) -> Array:
+      return self.generate(params, x_next, t, z, condition, None)
+
+    return few_steps.sample(generate, self.steps, noise, keys, self.noise_dim)
+
+  def sample(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
+  ) -> dict[str, Image]:
+    """Returns {'x0': images} and, with a VAE, {'x0_vae': what they were refined from}.
+
+    Args:
+      params: `generator`.
+      frozen: `autoencoder`, `decoder` or `vae`, where they are read.
+      condition: 'z' where a VAE is read; optionally 'x0_vae' (takes the place of decode(z)) and 'noise'
+        (takes the place of x_T, unit variance).
+      keys: one per image.
+    """
+    keys = jax.vmap(lambda key: jax.random.split(key))(keys)
+    if 'noise' in condition:
+      noise = condition['noise']
+    else:
+      noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(keys[:, 0])
+    images, read = {}, None
+    if self.vae_source:
+      images['x0_vae'] = (
+        condition['x0_vae']
+        if 'x0_vae' in condition
+        else self.vae_source.model.apply(frozen['vae'], condition['z'], method='decode')
+      )
+      read = self.space.from_image(frozen, images['x0_vae'], None)
+    y = self.draw_map(params['generator'], noise, read, keys[:, 1])
+    return {**images, 'x0': jnp.clip(self.space.to_image(frozen, y), -1.0, 1.0)}
+
+
+def build_generator(section: ConfigDict, channels: int) -> Any:
+  """Returns the Flax module that `model.network` names, for maps of `channels`."""
+  model = section.model.to_dict()
+  name, transformer, wavelet = model.pop('network'), model.pop('uvit'), model.pop('wavelet')
+  builders: dict[str, Callable[[], Any]] = {
+    'ncsnpp': lambda: NcsnPlusPlus(out_channels=channels, **model),
+    'wavelet_ncsnpp': lambda: WaveletNcsnPlusPlus(out_channels=channels, **model, **wavelet),
+    'uvit': lambda: UVit(
+      out_channels=channels,
+      **{field: model[field] for field in ('latent_dim', 'num_mapping_layers', 'bounded', 'remat', 'dtype')},
+      **transformer,
+    ),
+  }
+  return builders[name]()
+
+
+def vae_of(config: ConfigDict, section: ConfigDict) -> base.Frozen:
+  """Returns the frozen VAE that `vae.stage` names."""
+  named = section.vae
+  if not base.is_stage(config, named.stage, 'vae'):
+    raise UserError(f'vae.stage is {named.stage!r}, which is no VAE stage of this config')
+  return base.Frozen(
+    stage=named.stage,
+    network='vae',
+    workdir=named.workdir,
+    model=build_model(config[named.stage].model, config.data),
+  )
+
+
+def check(section: ConfigDict) -> None:
+  """Raises UserError for the first value of the stage's section that is not allowed."""
+  for field, value, valid in (
+    ('model.network', section.model.network, GENERATORS),
+    ('condition', section.condition, CONDITIONS),
+    ('vae.x0_vae_source', section.vae.x0_vae_source, X0_VAE_SOURCES),
+  ):
+    if value not in valid:
+      raise UserError(f'{field} is {value!r}; valid: {", ".join(valid)}')
+  adversarial.check_reconstruction_weight(section.loss.reconstruction)
+  if section.loss.r1_gamma < 0:
+    raise UserError(f'loss.r1_gamma must be >= 0, got {section.loss.r1_gamma}')
+  if section.loss.r1_every_steps < 1:
+    raise UserError(f'loss.r1_every_steps must be >= 1, got {section.loss.r1_every_steps}')
+  if section.optim_discriminator.ema_decay:
+    raise UserError(
+      'optim_discriminator.ema_decay must be 0: only the generator is averaged, got '
+      f'{section.optim_discriminator.ema_decay}'
+    )

@@ -1,0 +1,156 @@
+"""A small decoder in the place of an autoencoder's own, which at 256 pixels is most of the work of sampling.
+
+  L = |teacher(z) - student(z)| + w LPIPS(teacher(z), student(z)),   z the latents of training images,
+
+so that the student is asked for what the teacher draws, not for what the latents have lost.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vaediff.data import pixels
+from vaediff.experiments import base
+from vaediff.experiments.autoencoder import Perceptual, decode, encode, latent_shape, quantized, source_of
+from vaediff.models.autoencoder import LightDecoder as LightDecoderModule
+from vaediff.models.functional import Model
+from vaediff.optim import Optimizer, make_optimizer
+from vaediff.types import Batch, Image, Keys, Metrics, Params
+
+
+def build_model(config: ConfigDict, stage: str) -> Model:
+  """Returns the light decoder of a stage, for the latents of the autoencoder that the stage names."""
+  section = config[stage]
+  taught = config[section.autoencoder.stage].model
+  return Model(
+    module=LightDecoderModule(
+      latent_channels=taught.latent_channels,
+      image_channels=config.data.channels,
+      num_upsamplings=len(taught.channel_multipliers) - 1,
+      **section.model.to_dict(),
+    ),
+    inputs=(jax.ShapeDtypeStruct((1, *latent_shape(taught, config.data)), jnp.float32),),
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LightDecoder:
+  """The stage of the light decoder; trains the network `decoder`.
+
+  Attributes:
+    decoder: the student.
+    autoencoder: the frozen teacher.
+    optimizer: of the student.
+    perceptual: LPIPS, or nothing.
+    flip: random horizontal flips.
+    microbatches: parts that a batch is split into for the gradient.
+    latent_shape: (height, width, channels).
+  """
+
+  decoder: Model
+  autoencoder: base.Frozen
+  optimizer: Optimizer
+  perceptual: Perceptual
+  flip: bool
+  microbatches: int
+  latent_shape: tuple[int, int, int]
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> 'LightDecoder':
+    """Builds the experiment of `config.<stage>`."""
+    section = config[stage]
+    named = section.autoencoder
+    source = source_of(config, named.stage, named.workdir, 'autoencoder.stage', latents=False)
+    return cls(
+      decoder=build_model(config, stage),
+      autoencoder=source,
+      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      perceptual=Perceptual.of(
+        section.loss.perceptual, section.loss.perceptual_weight, config.evaluate.weights_dir
+      ),
+      flip=section.train.flip,
+      microbatches=section.train.microbatches,
+      latent_shape=latent_shape(config[named.stage].model, config.data),
+    )
+
+  latent_dim = 0
+  noise_shape = ()
+  takes_x0_vae = False
+  reads_image = True
+  num_function_evaluations = 0
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """The one network of this stage."""
+    return {'decoder': self.decoder}
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen | base.Published]:
+    """The autoencoder, and the network of the perceptual distance."""
+    return {'autoencoder': self.autoencoder, **self.perceptual.frozen}
+
+  def init(self, key: jax.Array) -> base.TrainState:
+    """Returns the state at step 0."""
+    network = base.init_network(self.decoder, self.optimizer, key)
+    return base.TrainState(step=jnp.int32(0), networks={'decoder': network}, extra={})
+
+  def pair(self, params: Params, frozen: dict[str, Params], x: Image, key: jax.Array) -> tuple[Image, Image]:
+    """Returns what teacher and student make of the same latents of x."""
+    model, known = self.autoencoder.model, frozen['autoencoder']
+    z = encode(model, known, x, jax.random.normal(key, (x.shape[0], *self.latent_shape)))
+    return decode(model, known, z), self.decoder.apply(params, quantized(known, z))
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update of the distance between student and teacher."""
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      key_flip, key_z = jax.random.split(key)
+      x = pixels.to_unit_range(batch['image'])
+      if self.flip:
+        x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
+      taught, learned = self.pair(params, frozen, x, key_z)
+      pixel = jnp.mean(jnp.abs(taught - learned))
+      perceptual = jnp.mean(self.perceptual(frozen, taught, learned))
+      loss = pixel + perceptual
+      return loss, {'loss': loss, 'loss/pixel': pixel, 'loss/perceptual': perceptual}
+
+    params = state.networks['decoder'].params
+    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
+    state, norms = base.update_one(state, 'decoder', grads, self.optimizer)
+    return state, {**metrics, **norms}
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns the pixel loss, and squared errors per pixel in [0, 1] to the teacher and to the data."""
+    x = pixels.to_unit_range(batch['image'])
+    taught, learned = self.pair(params['decoder'], frozen, x, key)
+
+    def mse(a: Image, b: Image) -> jax.Array:
+      return jnp.mean(jnp.square(jnp.clip(a, -1, 1) - jnp.clip(b, -1, 1)), axis=(1, 2, 3)) / 4
+
+    values = {
+      'loss': jnp.mean(jnp.abs(taught - learned), axis=(1, 2, 3)),
+      'mse_to_teacher': mse(taught, learned),
+      'mse': mse(x, learned),
+      'mse_of_teacher': mse(x, taught),
+    }
+    return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  def sample(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
+  ) -> dict[str, Image]:
+    """Returns {'x0': reconstructions of `condition['image']` (uint8)} by the light decoder."""
+    del keys
+    known = frozen['autoencoder']
+    z = encode(self.autoencoder.model, known, pixels.to_unit_range(condition['image']), None)
+    return {'x0': jnp.clip(self.decoder.apply(params['decoder'], quantized(known, z)), -1.0, 1.0)}
