@@ -74,6 +74,9 @@ def default() -> ConfigDict:
   config.benchmark = ConfigDict(
     {
       'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
+      'sample_batch_size': 100,  # denoising GANs: images per timed batch, over all devices
+      'num_warmups': 10,  # ... batches before the first that is timed
+      'num_sample_repeats': 30,  # ... timed batches
       'matmul_size': 2048,  # side of the square matrices that measure the device's peak
     }
   )
@@ -337,7 +340,15 @@ def _debug(config: ConfigDict) -> None:
   config.reconstruct.num_images = 4
   config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32})
   config.restore.num_images = 4
-  config.benchmark.update({'num_repeats': 2, 'matmul_size': 256})
+  config.benchmark.update(
+    {
+      'num_repeats': 2,
+      'sample_batch_size': 4,
+      'num_warmups': 1,
+      'num_sample_repeats': 2,
+      'matmul_size': 256,
+    }
+  )
   config.classifier.model.update({'channels': 8, 'num_features': 8})
   config.classifier.train.update(
     {'num_steps': 4, 'batch_size': 8, 'log_every_steps': 2, 'eval_every_steps': 4}

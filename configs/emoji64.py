@@ -9,7 +9,7 @@ memorisation, and look at the nearest training images.
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, presets
+from configs import base, gan, presets
 
 
 def get_config(variant: str = ''):
@@ -27,4 +27,6 @@ def get_config(variant: str = ''):
     }
   )
   config.refiner.train = base.train(200_000, 64)
-  return base.finish(config, variant)
+  gan.small(config)
+  config.ddgan.train.num_steps = 50_000
+  return base.finish(config, variant, {'latent': gan.small_latent})

@@ -17,41 +17,6 @@ def _idx(config):
   config.data.path = '/usr/share/datasets/fashion-mnist'
 
 
-def small_gan(config):
-  """Networks of a denoising GAN for two cores: minutes, not days. LPIPS would cost more than all of them."""
-  config.autoencoder.model.update({'channels': 8, 'num_res_blocks': 1})
-  config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0, 'kl_weight': 1e-4})
-  config.autoencoder.optim.update({'learning_rate': 2e-3, 'b1': 0.9, 'b2': 0.99, 'schedule': 'cosine'})
-  config.autoencoder.train = base.train(1000, 64, eval_every_steps=1000, save_every_steps=1000)
-  config.decoder.model.update({'channels': 24, 'num_blocks': 1})
-  config.decoder.loss.perceptual = ''
-  config.decoder.train = base.train(1000, 64, eval_every_steps=1000, save_every_steps=1000)
-  config.ddgan.model.update(
-    {
-      'channels': 16,
-      'channel_multipliers': (1, 2, 2),
-      'num_res_blocks': 1,
-      'attention_resolutions': (),
-      'latent_dim': 32,
-      'num_mapping_layers': 2,
-    }
-  )
-  config.ddgan.discriminator.update({'num_layers': 3, 'channels': 8, 'time_dim': 64})
-  for optim in (config.ddgan.optim, config.ddgan.optim_discriminator):
-    optim.update({'learning_rate': 5e-4, 'end_learning_rate': 5e-5})
-  config.ddgan.optim.update({'ema_decay': 0.995, 'ema_warmup': True})
-  config.ddgan.train = base.train(
-    2000, 32, eval_every_steps=1000, save_every_steps=1000, grid_every_steps=1000
-  )
-
-
-def _latent(config):
-  """8x8x4 latents, whose generator has two levels."""
-  gan.latent(config)
-  config.ddgan.model.update({'channels': 32, 'channel_multipliers': (1, 2)})
-  config.ddgan.discriminator.channels = 16
-
-
 def get_config(variant: str = ''):
   config = base.default()
   config.name = 'fashion_mnist'
@@ -81,8 +46,10 @@ def get_config(variant: str = ''):
     }
   )
   config.refiner.train = base.train(100_000, 128)
-  small_gan(config)
+  gan.small(config)
+  config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
+  config.decoder.loss.perceptual = ''  # LPIPS costs more than all of these networks
   config.evaluate.extractors = ('classifier', 'inception')
   config.evaluate.lpips = ''
   config.classifier.train.num_steps = 4000
-  return base.finish(config, variant, {'idx': _idx, 'latent': _latent})
+  return base.finish(config, variant, {'idx': _idx, 'latent': gan.small_latent})

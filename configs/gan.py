@@ -226,6 +226,49 @@ VARIANTS = {
 }
 
 
+def small(config: ConfigDict) -> None:
+  """Networks for images of 8 to 64 pixels and a few cores: minutes to hours, not days."""
+  config.autoencoder.model.update({'channels': 8, 'num_res_blocks': 1})
+  config.autoencoder.loss.update({'kl_weight': 1e-4, 'adversarial_start_step': 500})
+  config.autoencoder.optim.update({'learning_rate': 2e-3, 'b1': 0.9, 'b2': 0.99, 'schedule': 'cosine'})
+  config.decoder.model.update({'channels': 24, 'num_blocks': 1})
+  for stage in (config.autoencoder, config.decoder):
+    stage.train.update(
+      {'num_steps': 1000, 'batch_size': 64, 'eval_every_steps': 500, 'save_every_steps': 500, 'flip': False}
+    )
+  config.ddgan.model.update(
+    {
+      'channels': 16,
+      'channel_multipliers': (1, 2, 2),
+      'num_res_blocks': 1,
+      'attention_resolutions': (),
+      'latent_dim': 32,
+      'num_mapping_layers': 2,
+    }
+  )
+  config.ddgan.discriminator.update({'num_layers': 3, 'channels': 8, 'time_dim': 64})
+  for optim in (config.ddgan.optim, config.ddgan.optim_discriminator):
+    optim.update({'learning_rate': 5e-4, 'end_learning_rate': 5e-5})
+  config.ddgan.optim.update({'ema_decay': 0.995, 'ema_warmup': True})
+  config.ddgan.train.update(
+    {
+      'num_steps': 2000,
+      'batch_size': 32,
+      'eval_every_steps': 500,
+      'save_every_steps': 500,
+      'grid_every_steps': 500,
+      'flip': False,
+    }
+  )
+
+
+def small_latent(config: ConfigDict) -> None:
+  """As `latent`, for the sizes of `small`: few positions, so a wider generator of two levels."""
+  latent(config)
+  config.ddgan.model.update({'channels': 32, 'channel_multipliers': (1, 2)})
+  config.ddgan.discriminator.channels = 16
+
+
 def debug(config: ConfigDict) -> None:
   """Makes the three stages tiny, for images of 8 or 16 pixels; without LPIPS, whose weights are fetched."""
   autoencoder, decoder, player = config.autoencoder, config.decoder, config.ddgan

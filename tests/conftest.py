@@ -1,26 +1,40 @@
-"""Eight fake CPU devices, rank promotion an error, key reuse an error, a persistent compilation cache."""
+"""Eight fake CPU devices, rank promotion an error, key reuse an error; what the tests of a session share.
 
+Almost all time goes into compiling: XLA leaves most optimizations out, and programs are kept on disk; the
+processes that tests start inherit both. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests with optimizations.
+"""
+
+import fcntl
+import importlib
 import os
 import pathlib
+import shutil
+import sys
 import tempfile
+import types
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+QUICK = os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1'
 os.environ['XLA_FLAGS'] = ' '.join(
   [
     os.environ.get('XLA_FLAGS', ''),
     '--xla_force_host_platform_device_count=8',
     '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution',
+    *(['--xla_cpu_use_fusion_emitters=false'] if QUICK else []),  # compiles in half the time
   ]
 ).strip()
 CACHE = pathlib.Path(os.environ.get('VAEDIFF_TEST_CACHE', tempfile.gettempdir())) / 'vaediff_test_jax_cache'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
-from vaediff import sharding  # noqa: E402
+from vaediff import sharding  # noqa: E402  (what is imported here is not type-checked: no more than this)
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the folder of configs
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
@@ -32,8 +46,58 @@ def key():
   return jax.random.key(0)
 
 
+MAKE_MESH = sharding.make_mesh
+
+
+def make_one_device(patch):
+  patch.setattr(sharding, 'make_mesh', lambda config: MAKE_MESH(config, jax.devices()[:1]))
+
+
 @pytest.fixture
 def one_device(monkeypatch):
   """A mesh of one device: eight compile slower and are tested where they matter."""
-  make_mesh = sharding.make_mesh
-  monkeypatch.setattr(sharding, 'make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))
+  make_one_device(monkeypatch)
+
+
+@pytest.fixture(scope='session')
+def once(tmp_path_factory):
+  """Returns once(name, make) -> a folder that one worker of the session has filled by make(folder)."""
+  root = tmp_path_factory.getbasetemp()
+  root = (root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root) / 'shared'
+
+  def once(name, make):
+    folder, done = root / name, root / f'{name}.done'
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(root / f'{name}.lock', 'w') as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not done.exists():
+        make(folder)
+        done.touch()
+    return folder
+
+  return once
+
+
+@pytest.fixture(scope='session')
+def trained(once):
+  """Returns trained(config, **changes) -> its debug run, made once by one device; change only copies of it.
+
+  `trained('digits').run` is the workdir, `.data` the data folder; `.copy(folder)` copies the workdir.
+  """
+
+  def trained(name, **changes):
+    from vaediff import pipeline
+
+    def make(folder):
+      config = importlib.import_module(f'configs.{name}').get_config('debug')
+      config.data.data_dir = str(folder / 'data')
+      config.update_from_flattened_dict(changes)
+      with pytest.MonkeyPatch.context() as patch:
+        make_one_device(patch)
+        pipeline.run(config, folder / 'run', tuple(config.stages))
+
+    folder = once('-'.join([name, *(f'{key}={value}' for key, value in changes.items())]), make)
+    copy = lambda target: pathlib.Path(shutil.copytree(folder / 'run', target))
+    return types.SimpleNamespace(run=folder / 'run', data=folder / 'data', copy=copy)
+
+  return trained

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group('colab')  # one worker: the tests share what is dear
 COLAB = pathlib.Path(__file__).resolve().parents[1] / 'colab'
 NOTEBOOKS = ('train_tpu', 'explore_latents')
 MAX_LINES = 25
@@ -110,7 +111,8 @@ def execute(tmp_path_factory):
     'display_name': 'test',
     'language': 'python',
     'env': {
-      'XLA_FLAGS': '',  # one device: eight compile slower
+      # one device: eight compile slower
+      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1'),
       'IPYTHONDIR': str(folder / 'ipython'),
       'MPLCONFIGDIR': str(folder / 'matplotlib'),
       'VAEDIFF_NOTEBOOK_CONFIG': 'configs/digits.py:debug',

@@ -1,6 +1,7 @@
 """Loading, storing, checking and comparing configs."""
 
 import importlib
+import json
 import pathlib
 import subprocess
 import sys
@@ -10,22 +11,13 @@ import pytest
 from vaediff import config as configs
 from vaediff.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('config')  # one worker: the tests share what is dear
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
 def digits(variant='debug'):
   return importlib.import_module('configs.digits').get_config(variant)
-
-
-def run_main(*arguments, cwd=ROOT):
-  return subprocess.run(
-    [sys.executable, '-m', 'vaediff.main', *arguments],
-    cwd=cwd,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
 
 
 def test_round_trip_through_the_run_folder(tmp_path):
@@ -92,43 +84,113 @@ def test_a_run_goes_on_with_what_does_not_change_results_only(tmp_path):
   configs.check_same_run(now, stored, (), tmp_path)  # nothing trained yet: nothing to protect
 
 
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    (
-      ['--config.refiner.optim.learning_rat=1'],
-      'has no key \'learning_rat\'. Did you mean "learning_rate"',
-    ),
-    (['--config.vaee.optim.b1=1'], 'has no key \'vaee\'. Did you mean "vae"'),
-    (
-      ['--config.refiner.optim.learning_rate=abc'],
-      "learning_rate=abc: could not convert string to float: 'abc'",
-    ),
-    (['--config.refiner.train.num_steps=1.5'], 'num_steps=1.5: invalid literal for int()'),
-    (
-      ['--config.refiner.sample.num_steps=0'],
-      'config.refiner: sample.num_steps must be >= 1, got 0',
-    ),
-    (
-      ['--config.refiner.sample.sampler=euler'],
-      "sample.sampler is 'euler'; valid: ddpm, ddim, heun, dpmpp_2m",
-    ),
-    (['--config.refiner.model.channel_multipliers=(1,2,2,2,2)'], 'image_size'),
-    (['--mode=paint'], 'train'),
-    (['--stages=gan'], 'the stages of this config are vae, refiner'),
-  ],
-)
-def test_command_line_mistakes_get_one_message(arguments, message, tmp_path):
-  workdir = tmp_path / 'run'
-  result = run_main('--config=configs/digits.py:debug', f'--workdir={workdir}', *arguments)
-  assert result.returncode == 2
-  assert 'Traceback' not in result.stderr
-  assert message in result.stderr
+MISTAKES = [
+  (
+    ['--config.refiner.optim.learning_rat=1'],
+    'has no key \'learning_rat\'. Did you mean "learning_rate"',
+  ),
+  (['--config.vaee.optim.b1=1'], 'has no key \'vaee\'. Did you mean "vae"'),
+  (
+    ['--config.refiner.optim.learning_rate=abc'],
+    "learning_rate=abc: could not convert string to float: 'abc'",
+  ),
+  (['--config.refiner.train.num_steps=1.5'], 'num_steps=1.5: invalid literal for int()'),
+  (
+    ['--config.refiner.sample.num_steps=0'],
+    'config.refiner: sample.num_steps must be >= 1, got 0',
+  ),
+  (
+    ['--config.refiner.sample.sampler=euler'],
+    "sample.sampler is 'euler'; valid: ddpm, ddim, heun, dpmpp_2m",
+  ),
+  (['--config.refiner.model.channel_multipliers=(1,2,2,2,2)'], 'image_size'),
+  (['--mode=paint'], 'train'),
+  (['--stages=gan'], 'the stages of this config are vae, refiner'),
+]
+FORK = """
+import json, os, sys
+from vaediff import main
+for index, arguments in enumerate(json.loads(sys.argv[1])):
+  if os.fork() == 0:
+    said = os.open(f'{sys.argv[2]}/{index}.txt', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    sys.argv[1:] = arguments
+    main.cli()
+    os._exit(0)
+  print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+"""Imports once, and runs each command line in a process of its own."""
+
+
+def run_all(folder, lines):
+  """Returns exit status and messages of `vaediff.main` with each line of arguments."""
+  command = [sys.executable, '-c', FORK, json.dumps(lines), str(folder)]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  statuses = [int(line) for line in result.stdout.split()]
+  said = [(folder / f'{index}.txt').read_text() for index in range(len(lines))]
+  return list(zip(statuses, said, strict=True))
+
+
+@pytest.fixture(scope='module')
+def mistakes(tmp_path_factory):
+  """Exit status and messages of each of `MISTAKES`, and the run folder that none of them may make."""
+  folder = tmp_path_factory.mktemp('mistakes')
+  always = ['--config=configs/digits.py:debug', f'--workdir={folder / "run"}']
+  return run_all(folder, [[*always, *arguments] for arguments, _ in MISTAKES]), folder / 'run'
+
+
+@pytest.mark.parametrize('index', range(len(MISTAKES)))
+def test_command_line_mistakes_get_one_message(index, mistakes):
+  results, workdir = mistakes
+  status, said = results[index]
+  assert status == 2, said
+  assert 'Traceback' not in said
+  assert MISTAKES[index][1] in said
   assert not workdir.exists()
 
 
+def forget(config, *path):
+  """Takes a key away, as a run of a version without it would have stored its config."""
+  section = config
+  for name in path[:-1]:
+    section = section[name]
+  with section.unlocked():
+    del section[path[-1]]
+
+
+def test_a_stored_config_without_a_newer_key(tmp_path):
+  """It is a message, not a trace."""
+  earlier, unknown = 'the run is of an earlier version', 'A run of an earlier version lacks newer keys'
+  cases = [
+    (('refiner', 'diffusion', 'prediction'), (), f"has no key 'prediction': {earlier}"),
+    (('vae', 'train', 'best_images'), (), f"has no key 'best_images': {earlier}"),
+    (('refiner', 'sample', 'save_images'), ('--config.refiner.sample.save_images=True',), unknown),
+  ]
+  lines = []
+  for path, override, _ in cases:
+    old, workdir = digits(), tmp_path / path[-1]
+    forget(old, *path)
+    configs.save(old, workdir)
+    lines.append([f'--workdir={workdir}', '--mode=describe', *override])
+  for (status, said), (path, _, message) in zip(run_all(tmp_path, lines), cases, strict=True):
+    assert status == 2 and 'Traceback' not in said, said
+    assert message in said and str(tmp_path / path[-1] / 'config.json') in said
+
+
+def test_an_error_that_is_no_missing_key_stays_what_it_is(tmp_path):
+  argv = configs.complete_argv(['main', f'--workdir={tmp_path}'])
+  for wrong in (lambda: None.nothing, lambda: {}['nothing']):
+    with pytest.raises((AttributeError, KeyError)) as caught:
+      wrong()
+    assert configs.missing_key(caught.value, argv) is None
+  with pytest.raises(AttributeError) as caught:
+    _ = digits().nothing
+  assert configs.missing_key(caught.value, ['main', '--config=configs/digits.py']) is None
+  assert "has no key 'nothing'" in str(configs.missing_key(caught.value, argv))
+
+
 def test_missing_config_file_and_missing_run(tmp_path):
-  result = run_main('--config=configs/nothing.py')
-  assert result.returncode == 2 and 'configs/nothing.py' in result.stderr
-  result = run_main(f'--workdir={tmp_path}', '--mode=sample')
-  assert result.returncode == 2 and f'{tmp_path / "config.json"} does not exist' in result.stderr
+  lines = [['--config=configs/nothing.py'], [f'--workdir={tmp_path}', '--mode=sample']]
+  (status, said), (status_of_run, said_of_run) = run_all(tmp_path, lines)
+  assert status == 2 and 'configs/nothing.py' in said
+  assert status_of_run == 2 and f'{tmp_path / "config.json"} does not exist' in said_of_run

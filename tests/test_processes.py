@@ -12,10 +12,13 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from vaediff import distributed
+from vaediff import config as configs
+from vaediff import distributed, modes
 from vaediff.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('processes')  # one worker: the tests share what is dear
 ROOT = pathlib.Path(__file__).parent.parent
 ARGUMENTS = ('--config=configs/cifar10.py:debug', '--stages=vae')
 TIMEOUT = 600
@@ -27,7 +30,7 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def start(workdir, count, *overrides, devices=2):
+def start(workdir, count, *overrides, devices=2, config=ARGUMENTS):
   """Starts `count` processes with `devices` fake devices each; their output goes to files."""
   port, processes = free_port(), []
   workdir.mkdir(parents=True, exist_ok=True)
@@ -35,7 +38,7 @@ def start(workdir, count, *overrides, devices=2):
     environment = {
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}'),
     }
     if count > 1:
       environment |= {
@@ -44,7 +47,7 @@ def start(workdir, count, *overrides, devices=2):
         'JAX_PROCESS_ID': str(index),
       }
     output = open(workdir / f'output-{count}-{index}.txt', 'w')  # noqa: SIM115
-    command = [sys.executable, '-m', 'vaediff.main', *ARGUMENTS, f'--workdir={workdir}', *overrides]
+    command = [sys.executable, '-m', 'vaediff.main', *config, f'--workdir={workdir}', *overrides]
     processes.append(
       subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     )
@@ -82,8 +85,8 @@ def settings(workdir, num_steps, save=4):
   )
 
 
-def losses(workdir):
-  rows = [json.loads(line) for line in (workdir / 'vae' / 'metrics.jsonl').read_text().splitlines()]
+def losses(workdir, stage='vae'):
+  rows = [json.loads(line) for line in (workdir / stage / 'metrics.jsonl').read_text().splitlines()]
   return {(row['step'], name): row[name] for row in rows for name in ('loss', 'val/loss') if name in row}
 
 
@@ -151,6 +154,87 @@ def test_preemption_of_one_process_stops_and_saves_both(one, tmp_path):
     assert statuses == [distributed.PREEMPTED] * 2, outputs(workdir)
     train(workdir, 2, 12)
   same(losses(workdir), one)
+
+
+# A whole run, drawn from and measured ---------------------------------------------------------------
+
+
+def close(a, b, where=''):
+  """Equal but for rounding: the same names, texts and counts; seconds and devices differ."""
+  if isinstance(a, dict):
+    assert a.keys() == b.keys(), where
+    for key in a.keys() - {'device', 'seconds per image', 'weights sha256'}:
+      close(a[key], b[key], f'{where}/{key}')
+  elif isinstance(a, list):
+    assert len(a) == len(b), where
+    for index, pair in enumerate(zip(a, b, strict=True)):
+      close(*pair, f'{where}/{index}')
+  else:
+    assert a == (pytest.approx(b, rel=1e-3, abs=1e-5) if isinstance(b, float) else b), where
+
+
+def run_mode(workdir, count, mode, *overrides):
+  statuses = wait(start(workdir, count, f'--mode={mode}', *overrides, config=()))
+  assert statuses == [0] * count, outputs(workdir)
+
+
+def pictures(folder):
+  """Returns the images of a folder by their path in it."""
+  found = {}
+  for path in folder.rglob('*.png'):
+    with Image.open(path) as picture:
+      found[str(path.relative_to(folder))] = np.asarray(picture).astype(int)
+  return found
+
+
+def test_two_processes_draw_the_images_of_one(tmp_path, trained, one_device):
+  one, two = trained('digits').copy(tmp_path / 'one'), trained('digits').copy(tmp_path / 'two')
+  config = configs.read(one)
+  config.refiner.sample.update({'save_images': True, 'num_images': 5, 'save_npz': True})
+  modes.MODES['sample'](config, one, ('vae', 'refiner'))
+  changes = ('save_images=True', 'num_images=5', 'save_npz=True')
+  run_mode(two, 2, 'sample', *(f'--config.refiner.sample.{change}' for change in changes))
+  ours, theirs = pictures(two), pictures(one)
+  assert ours.keys() == theirs.keys()
+  names = {f'{index:06d}.png' for index in range(5)}
+  assert {f'samples/{name}' for name in names} | {f'samples/x0_vae/{name}' for name in names} < ours.keys()
+  for name, picture in ours.items():
+    assert np.abs(picture - theirs[name]).max() <= 1, name  # a byte may round the other way
+  with np.load(one / 'samples.npz') as a, np.load(two / 'samples.npz') as b:
+    assert sorted(a) == sorted(b) == ['x0', 'x0_vae']
+    for index in range(5):
+      assert np.array_equal(a['x0'][index, :, :, 0], theirs[f'samples/{index:06d}.png'])
+  config.refiner.sample.num_images = 4
+  modes.MODES['sample'](config, one, ('vae', 'refiner'))
+  assert {path.name for path in (one / 'samples').rglob('*.png')} == names - {'000004.png'}  # no older ones
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_figures_of_one(tmp_path, trained, one_device):
+  one, two = trained('digits').copy(tmp_path / 'one'), trained('digits').copy(tmp_path / 'two')
+  config = configs.read(one)
+  modes.MODES['evaluate'](config, one, ('vae', 'refiner'))
+  run_mode(
+    two, 2, 'evaluate', f'--config.data.data_dir={tmp_path / "data"}'
+  )  # with a classifier of their own
+  files = [{path.name for path in (run / 'evaluation').iterdir()} for run in (one, two)]
+  assert files[0] == files[1] and len(files[0]) > 3
+  (name,) = (path.name for path in (one / 'evaluation').glob('*.json'))
+  close(*(json.loads((run / 'evaluation' / name).read_text()) for run in (one, two)))
+
+
+@pytest.mark.slow
+def test_two_processes_train_all_stages_as_one(tmp_path, trained):
+  one, two = trained('digits').run, tmp_path / 'two'
+  digits, data_dir = '--config=configs/digits.py:debug', f'--config.data.data_dir={tmp_path / "data"}'
+  statuses = wait(start(two, 2, data_dir, config=(digits,)))
+  assert statuses == [0, 0], outputs(two)
+  for stage in ('vae', 'refiner'):
+    rows = [losses(run, stage) for run in (one, two)]
+    assert len(rows[0]) > 4
+    same(*rows)
+  for path in [*one.glob('*.png'), *one.glob('*.json')]:
+    assert (two / path.name).exists(), path.name
 
 
 # One process by itself ------------------------------------------------------------------------------

@@ -14,11 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from vaediff import checkpoint, experiments, modes, pipeline, sharding, train
+from vaediff import checkpoint, experiments, frozen_networks, modes, pipeline, sharding, train
 from vaediff import config as configs
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.trained import load_frozen
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -66,7 +65,8 @@ OVERRIDES = [
 
 
 def start(workdir, data_dir):
-  environment = {**os.environ, 'XLA_FLAGS': ''}  # one device, as a user would have
+  flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')  # as a user would have
+  environment = {**os.environ, 'XLA_FLAGS': flags}
   return subprocess.Popen(
       [
           sys.executable, '-m', 'vaediff.main', '--config=configs/cifar10.py:debug', f'--workdir={workdir}',
@@ -129,7 +129,7 @@ def five_steps(tmp_path, devices, stage, **changes):
     name: jax.device_put(jax.jit(source.model.init)(jax.random.key(3)), sharding.replicated(mesh))
     for name, source in experiment.frozen.items()
   }
-  config[stage].train.update({'num_steps': 5, 'save_every_steps': 5})
+  config[stage].train.update({'num_steps': 5, 'save_every_steps': 5, 'grid_every_steps': 0})
   folder = tmp_path / f'{devices}-{stage}'
   source = sources.open_source(config.data, 'train')
   train.train(
@@ -143,27 +143,33 @@ def five_steps(tmp_path, devices, stage, **changes):
 
 
 @pytest.mark.parametrize('stage', ['vae', 'refiner'])
-@pytest.mark.parametrize('fsdp', [1, 4])
-def test_one_device_equals_eight(tmp_path, stage, fsdp):
+def test_one_device_equals_eight(tmp_path, stage):
+  """Eight devices that split the batch alone, and eight of which four split the state too."""
   states = []
-  for devices in (1, 8):
-    changes = {'mesh.fsdp': fsdp} if devices == 8 else {}
-    config, folder, mesh = five_steps(tmp_path, devices, stage, **changes)
+  for devices, fsdp in ((1, 1), (8, 1), (8, 4)):
+    config, folder, mesh = five_steps(tmp_path / str(fsdp), devices, stage, **{'mesh.fsdp': fsdp})
     abstract = train.abstract_state(experiments.build(config, stage), mesh)
     state, _ = checkpoint.Checkpointer(folder, 9).restore(abstract)
     states.append({name: jax.tree.map(np.asarray, net.params) for name, net in state.networks.items()})
-    start = jax.jit(experiments.build(config, stage).init)(jax.random.key(0))
-    (network,) = states[-1].values()
-    (begun,) = [net.params for net in start.networks.values()]
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), network, begun)
-    assert max(jax.tree.leaves(moved)) > 1e-3  # five steps at this rate change far more than the tolerance
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
+  (network,) = states[0].values()
+  start = jax.jit(experiments.build(config, stage).init)(jax.random.key(0))
+  (begun,) = [net.params for net in start.networks.values()]
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), network, begun)
+  assert max(jax.tree.leaves(moved)) > 1e-3  # five steps at this rate change far more than the tolerance
+  for other in states[1:]:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[0], other)
 
 
-def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device):
-  config, workdir = synthetic(tmp_path), tmp_path / 'run'
+def copied(trained, tmp_path):
+  """Returns the config and a copy of a run of both stages: four steps each, by one device."""
+  workdir = trained('cifar10').copy(tmp_path / 'run')
+  return configs.read(workdir), workdir
+
+
+def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device, trained):
+  config, workdir = copied(trained, tmp_path)
   stages = tuple(config.stages)
-  first = pipeline.run(config, workdir, stages)
+  first = [json.loads((workdir / stage / train.SUMMARY).read_text()) for stage in stages]
   times = {
     path: path.stat().st_mtime_ns
     for path in workdir.rglob('*')
@@ -177,9 +183,8 @@ def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device):
   assert capsys.readouterr().out.count('skipped') == 2
 
 
-def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_path, one_device):
-  config, workdir = synthetic(tmp_path), tmp_path / 'run'
-  pipeline.run(config, workdir, ('vae',))
+def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_path, one_device, trained):
+  _, workdir = copied(trained, tmp_path)
   before = (workdir / configs.FILE).read_text()
   other = synthetic(tmp_path, **{'vae.model.latent_dim': 16, 'vae.loss.beta': 7.0})
   with pytest.raises(UserError, match='config.vae.loss.beta is 1.0 there, 7.0 now'):
@@ -187,9 +192,8 @@ def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_pa
   assert (workdir / configs.FILE).read_text() == before
 
 
-def test_a_refiner_is_never_joined_with_another_vae(tmp_path, one_device):
-  config, workdir = synthetic(tmp_path), tmp_path / 'run'
-  pipeline.run(config, workdir, tuple(config.stages))
+def test_a_refiner_is_never_joined_with_another_vae(tmp_path, one_device, trained):
+  config, workdir = copied(trained, tmp_path)
   config.vae.train.num_steps = 6
   with pytest.raises(UserError, match=r"'refiner' .* was trained on .*'vae': 4.* now at .*'vae': 6"):
     pipeline.run(config, workdir, tuple(config.stages))
@@ -198,17 +202,15 @@ def test_a_refiner_is_never_joined_with_another_vae(tmp_path, one_device):
     pipeline.run(config, workdir, ('refiner',))
 
 
-def test_sampling_with_settings_that_were_not_trained_is_refused(tmp_path, one_device):
-  config, workdir = synthetic(tmp_path), tmp_path / 'run'
-  pipeline.run(config, workdir, tuple(config.stages))
+def test_sampling_with_settings_that_were_not_trained_is_refused(tmp_path, one_device, trained):
+  config, workdir = copied(trained, tmp_path)
   config.refiner.diffusion.prediction = 'v'
   with pytest.raises(UserError, match="config.refiner.diffusion.prediction is 'eps' there, 'v' now"):
     modes.MODES['sample'](config, workdir, tuple(config.stages))
 
 
-def test_training_longer_goes_on_from_the_checkpoint(tmp_path, one_device):
-  config, workdir = synthetic(tmp_path), tmp_path / 'run'
-  pipeline.run(config, workdir, ('vae',))
+def test_training_longer_goes_on_from_the_checkpoint(tmp_path, one_device, trained):
+  config, workdir = copied(trained, tmp_path)
   config.vae.train.num_steps = 6
   pipeline.run(config, workdir, ('vae',))
   assert [row['step'] for row in lines(workdir, 'vae') if 'loss' in row] == [1, 2, 3, 4, 5, 6]
@@ -231,24 +233,25 @@ def test_a_stage_without_its_vae_says_so(tmp_path):
     pipeline.run(config, tmp_path / 'run', ('refiner',))
 
 
-def test_a_vae_of_another_run_is_read_from_there(tmp_path, one_device):
-  config = synthetic(tmp_path)
-  pipeline.run(config, tmp_path / 'first', ('vae',))
-  second = synthetic(tmp_path, **{'refiner.vae.workdir': str(tmp_path / 'first'), 'stages': ('refiner',)})
+def test_a_vae_of_another_run_is_read_from_there(tmp_path, one_device, trained, monkeypatch):
+  monkeypatch.setattr(pipeline, 'first_images', lambda *arguments: {})  # tested elsewhere
+  first = str(trained('cifar10').run)
+  second = synthetic(tmp_path, **{'refiner.vae.workdir': first, 'stages': ('refiner',)})
   pipeline.run(second, tmp_path / 'second', ('refiner',))
   assert not (tmp_path / 'second' / 'vae').exists()
-  third = synthetic(tmp_path, **{'refiner.vae.workdir': str(tmp_path / 'first'), 'vae.model.stem': 'dense'})
+  third = synthetic(tmp_path, **{'refiner.vae.workdir': first, 'vae.model.stem': 'dense'})
   mesh = sharding.make_mesh(third.mesh)
   with pytest.raises(UserError, match="config.vae.model differs from the stage 'vae' of"):
-    load_frozen(experiments.build(third, 'refiner'), third, tmp_path / 'third', mesh)
+    frozen_networks.load(experiments.build(third, 'refiner'), third, tmp_path / 'third', mesh)
 
 
-def test_precomputed_reconstructions_are_read_in_step(tmp_path, one_device):
+def test_precomputed_reconstructions_are_read_in_step(tmp_path, one_device, trained, monkeypatch):
   """With the mean, on the fly and precomputed differ by the rounding to bytes alone."""
-  losses = []
+  monkeypatch.setattr(pipeline, 'first_images', lambda *arguments: {})  # tested elsewhere
+  losses, vae = [], {'refiner.vae.workdir': str(trained('cifar10').run), 'stages': ('refiner',)}
   for source in ('mean', 'precomputed'):
-    config = synthetic(tmp_path, **{'refiner.diffusion.x0_vae_source': source})
-    pipeline.run(config, tmp_path / source, tuple(config.stages))
+    config = synthetic(tmp_path, **{'refiner.diffusion.x0_vae_source': source, **vae})
+    pipeline.run(config, tmp_path / source, ('refiner',))
     losses.append([row['loss'] for row in lines(tmp_path / source, 'refiner') if 'loss' in row])
   np.testing.assert_allclose(*losses, rtol=2e-3)
 

@@ -1,5 +1,6 @@
 """Speed of this device: train steps, samplers, data loading, beside its measured matmul peak."""
 
+import collections
 import json
 import statistics
 import time
@@ -12,10 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import cost, draw, experiments, frozen_networks, log, sharding
+from vaediff import cost, draw, experiments, frozen_networks, log, sampling_cost, sharding
 from vaediff import train as training
 from vaediff.data import loader, sources
 from vaediff.experiments.base import Experiment
+from vaediff.experiments.ddgan import Ddgan
+from vaediff.experiments.guarded import Guarded
 from vaediff.experiments.refiner import reads_precomputed
 
 
@@ -27,7 +30,9 @@ def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
   `step_seconds`, `input_wait_fraction` (of the time of steps and loading), `images_per_second`,
   `flops_per_second` (twice the multiply-accumulates of the forward and backward pass over the step time),
   `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
-  `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead).
+  `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead), and for denoising
+  GANs `sampling` (see `sampling_cost`). A stage with several kinds of updates gets their mean, by how often
+  they come.
   """
   repeats = config.benchmark.num_repeats
   mesh = sharding.make_mesh(config.mesh)
@@ -70,17 +75,25 @@ def measure_stage(
     batch['z'] = jnp.zeros((len(rows), experiment.latent_dim))
   key = jax.device_put(jax.random.key(2), replicated)
 
+  kinds, by_kind = kinds_of(experiment, section.train.num_steps), {}
   started = time.monotonic()
-  step = training.make_step(experiment, where, replicated).lower(state, frozen, batch, key).compile()
+  for kind in kinds:
+    update = training.make_step(experiment.of_kind(kind), where, replicated)
+    by_kind[kind] = update.lower(state, frozen, batch, key).compile()
   compile_seconds = time.monotonic() - started
-  flops = 2 * cost.macs(experiment.train_step, abstract, frozen, batch, key)
+  flops = 2 * sum(
+    share * cost.macs(experiment.of_kind(kind).train_step, abstract, frozen, batch, key)
+    for kind, share in kinds.items()
+  )
 
-  def one_step():
+  def one_step(kind: str = next(iter(kinds))):
     nonlocal state
-    state, metrics, _ = step(state, frozen, batch, key)
+    state, metrics, _ = by_kind[kind](state, frozen, batch, key)
     return metrics
 
-  seconds = median_seconds(one_step, repeats)
+  seconds = sum(
+    share * median_seconds(lambda kind=kind: one_step(kind), repeats) for kind, share in kinds.items()
+  )
   waiting = input_wait(config, section.train.batch_size, source, one_step, repeats)
   return {
     'compile_seconds': compile_seconds,
@@ -91,7 +104,24 @@ def measure_stage(
     'flops_per_second': flops / seconds,
     'fraction_of_matmul_peak': flops / seconds / peak,
     **measure_sampler(experiment, section, state.eval_params, frozen, mesh, repeats),
+    **measure_generator(config, experiment, state.eval_params, frozen, mesh),
   }
+
+
+def kinds_of(experiment: Guarded, num_steps: int) -> dict[str, float]:
+  """Returns the kinds of updates in the second half of training, most frequent first, and their shares."""
+  steps = range(num_steps // 2, num_steps // 2 + min(1000, num_steps - num_steps // 2))
+  counts = collections.Counter(experiment.kind_of(step) for step in steps)
+  return {kind: count / len(steps) for kind, count in counts.most_common()}
+
+
+def measure_generator(
+  config: ConfigDict, experiment: Guarded, params: Any, frozen: Any, mesh: Mesh
+) -> dict[str, Any]:
+  """Returns what samples of a denoising GAN cost, as `sampling`; {} for the other stages."""
+  if not isinstance(experiment.inner, Ddgan):
+    return {}
+  return {'sampling': sampling_cost.measure(experiment.inner, params, frozen, mesh, config.benchmark)}
 
 
 def measure_sampler(

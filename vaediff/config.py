@@ -242,7 +242,8 @@ def validate(config: ConfigDict) -> None:
   _at_least('interpolate.num_points', config.interpolate.num_points, 2)
   _at_least('interpolate.num_rows', config.interpolate.num_rows, 1)
   _at_least('restore.num_images', config.restore.num_images, 1)
-  _at_least('benchmark.num_repeats', config.benchmark.num_repeats, 1)
+  for field in ('num_repeats', 'sample_batch_size', 'num_warmups', 'num_sample_repeats'):
+    _at_least(f'benchmark.{field}', config.benchmark[field], 1)
 
 
 def check_same_run(

@@ -1,23 +1,27 @@
 """From a trained run to tables: what is written, what is compared with what, what is not done twice."""
 
-import importlib
 import json
-import pathlib
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from vaediff import best, checkpoint, modes, pipeline, sharding
+from vaediff import best, checkpoint, modes, sharding
 from vaediff import config as configs
 from vaediff.errors import UserError
 from vaediff.evaluation import during_training, evaluate, networks, sets, sweep
 from vaediff.evaluation.measures import Figure
 from vaediff.trained import Trained
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
+pytestmark = pytest.mark.xdist_group('evaluate')  # one worker: the tests share what is dear
+KEEP_BEST = {
+  'refiner.train.best_measure': 'fd_classifier',
+  'refiner.train.best_every_steps': 2,
+  'refiner.train.best_images': 16,
+  'vae.train.best_measure': 'val/mse',
+  'vae.train.best_every_steps': 2,
+}
 
 
 @pytest.fixture(scope='module')
@@ -30,15 +34,9 @@ def one():
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, one):
+def run(tmp_path_factory, one, trained):
   """A debug run of the digits whose refiner keeps its best checkpoint."""
-  folder = tmp_path_factory.mktemp('evaluate')
-  config = importlib.import_module('configs.digits').get_config('debug')
-  config.data.data_dir = str(folder / 'data')
-  config.refiner.train.update({'best_measure': 'fd_classifier', 'best_every_steps': 2, 'best_images': 16})
-  config.vae.train.update({'best_measure': 'val/mse', 'best_every_steps': 2})
-  pipeline.run(config, folder / 'run', tuple(config.stages))
-  return folder / 'run'
+  return trained('digits', **KEEP_BEST).copy(tmp_path_factory.mktemp('evaluate') / 'run')
 
 
 def opened(run, stage='refiner', **changes):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vaediff import experiments, frozen_networks, latents, sharding
+from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.experiments import autoencoder, base, spaces
 from vaediff.models.autoencoder import LAST_KERNEL
@@ -19,6 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 
 def digits(variant='latent', **changes):
   config = importlib.import_module('configs.digits').get_config(f'{variant},debug')
+  config.autoencoder.loss.update({'adversarial_weight': 0.5, 'adversarial_start_step': 2})
+  config.autoencoder.optim.learning_rate = 1e-4
   config.update_from_flattened_dict(changes)
   return config
 
@@ -128,18 +131,8 @@ def test_the_last_kernel_is_the_decoders(vq):
 
 
 def test_statistics_are_those_of_all_images():
-  class Source:
-    """Nine images whose latents are known."""
-
-    image = images(9)
-    image_shape = (8, 8, 1)
-    num_classes = 0
-
-    def __len__(self):
-      return 9
-
-    def read(self, rows):
-      return {'image': self.image[rows]}
+  image = images(9)
+  source = sources.ArraySource(images=image, labels=np.zeros(9, np.int32), label_names=(), num_classes=0)
 
   class Halves:
     """The latents are the columns of the image, left and right half as two channels, far from zero."""
@@ -149,8 +142,8 @@ def test_statistics_are_those_of_all_images():
       return jnp.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
 
   mesh = sharding.make_mesh(digits().mesh)
-  found = latents.measure(Halves(), {}, Source(), 8, mesh, 0)
-  x = Source.image[..., 0].astype(np.float64) / 255 + 100.0
+  found = latents.measure(Halves(), {}, source, 8, mesh, 0)
+  x = image[..., 0].astype(np.float64) / 255 + 100.0
   expected = np.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
   for name in latents.NAMES:
     np.testing.assert_allclose(found[name], getattr(expected, name)(axis=(0, 1, 2)), rtol=1e-5)
