@@ -106,7 +106,7 @@ def test_published_networks_of_the_denoising_gans(name, variant, network, millio
   assert cost.num_parameters(params) / 1e6 == pytest.approx(millions, abs=5e-3 if millions == 17.51 else 6e-5)
   if giga_macs:
     macs = cost.macs(lambda params, inputs: model.apply(params, *inputs), params, model.inputs)
-    assert macs / 1e9 == pytest.approx(giga_macs, rel=3e-4)
+    assert macs / 1e9 == pytest.approx(giga_macs, rel=6e-4)
 
 
 @pytest.mark.parametrize(('name', 'variant'), OWN + [('digits', name) for name in SHARED])
@@ -114,7 +114,7 @@ def test_variants_are_described_at_full_size(name, variant):
   config = get(name, variant)
   configs.validate(config)
   rows = describe.describe(config, tuple(config.stages))
-  assert [row['stage'] for row in rows] == list(config.stages)
+  assert list(dict.fromkeys(row['stage'] for row in rows)) == list(config.stages)
   assert all(row['GMACs/image'] > 0 and row['parameters'] > 0 for row in rows)
 
 

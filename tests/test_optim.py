@@ -16,6 +16,7 @@ def settings(**changes):
     {
       'learning_rate': 0.1,
       'schedule': 'constant',
+      'end_learning_rate': 0.0,
       'warmup_steps': 0,
       'b1': 0.9,
       'b2': 0.999,
