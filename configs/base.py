@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from configs import gan, presets
+from configs import distill, gan, presets
 
 Variants = Mapping[str, Callable[[ConfigDict], None]]
 
@@ -39,6 +39,7 @@ def default() -> ConfigDict:
   config.autoencoder = gan.autoencoder_stage(optim, train)
   config.decoder = gan.light_decoder_stage(optim, train)
   config.ddgan = gan.ddgan_stage(optim, train)
+  config.distill = distill.progressive_stage(optim, train)
   config.reconstruct = ConfigDict(
     {
       'num_images': 64,  # images of the evaluation split; the grid shows the first 32
@@ -143,8 +144,8 @@ def optim(learning_rate: float, **changes) -> ConfigDict:
   config = ConfigDict(
     {
       'learning_rate': learning_rate,
-      'schedule': 'constant',  # after warm-up: 'constant' | 'cosine' (to the end at the last step)
-      'end_learning_rate': 0.0,  # of the cosine
+      'schedule': 'constant',  # after warm-up: 'constant' | 'cosine' | 'linear' (to the end at the last step)
+      'end_learning_rate': 0.0,  # of 'cosine' and 'linear'
       'warmup_steps': 0,  # linear from 0
       'b1': 0.9,
       'b2': 0.999,
@@ -241,6 +242,7 @@ def refiner_stage() -> ConfigDict:
       'num_heads': 8,
       'dropout': 0.1,
       'scale_shift_norm': False,
+      'guidance_embedding': False,  # the guidance weight is an input: students of guided teachers
       'remat': False,  # recompute activations in the backward pass
       'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
     }
@@ -264,7 +266,7 @@ def refiner_stage() -> ConfigDict:
       'num_images': 64,
       'batch_size': 64,  # images in memory at a time, over all devices
       'seed': 0,
-      'sampler': 'ddim',  # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m'
+      'sampler': 'ddim',  # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m' | for students 'renoise' | 'there_and_back'
       'num_steps': 50,
       'grid': 'uniform',  # of times: 'uniform' | 'quadratic' | 'karras'
       'eta': 0.0,  # ddim: 0 = deterministic, 1 = ancestral
@@ -320,7 +322,9 @@ def _debug(config: ConfigDict) -> None:
     }
   )
   gan.debug(config)
-  for stage in (config.vae, config.refiner, config.autoencoder, config.decoder, config.ddgan):
+  distill.debug(config)
+  stages = (config.vae, config.refiner, config.autoencoder, config.decoder, config.ddgan, config.distill)
+  for stage in stages:
     stage.train.update(
       {
         'num_steps': 4,
@@ -333,7 +337,8 @@ def _debug(config: ConfigDict) -> None:
         'eval_images': 16,
       }
     )
-    stage.sample.update({'num_images': 4, 'batch_size': 4})
+    if stage is not config.distill:
+      stage.sample.update({'num_images': 4, 'batch_size': 4})
   config.vae.prior.update({'num_components': (1, 2), 'num_encoded': 64})
   config.refiner.sample.num_steps = 4
   config.refiner.optim.warmup_steps = 2
@@ -414,6 +419,7 @@ VARIANTS: Variants = {
   'guided': _guided,
   'bfloat16': _bfloat16,
   **gan.VARIANTS,
+  **distill.VARIANTS,
   'debug': _debug,
 }
 

@@ -47,8 +47,8 @@ MAY_CHANGE = (
 """Fields of a stage or of `data` that may differ when a run goes on; all others would change its results.
 `train.num_steps` may only where nothing changes towards the last step."""
 OVER_TRAINING = {
-  'optim.schedule': ('cosine',),
-  'optim_discriminator.schedule': ('cosine',),
+  'optim.schedule': ('cosine', 'linear'),
+  'optim_discriminator.schedule': ('cosine', 'linear'),
   'loss.reconstruction': ('linear', 'weighted_learning'),
 }
 """Fields of a stage, and their values, that depend on how far it is from its last step."""

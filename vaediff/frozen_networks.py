@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from vaediff import checkpoint, latents, sharding
 from vaediff import config as configs
 from vaediff.errors import UserError
-from vaediff.experiments.base import STATISTICS, Experiment, Published
+from vaediff.experiments.base import STATISTICS, Experiment, Given
 from vaediff.models.functional import Model
 from vaediff.types import Params
 
@@ -29,23 +29,33 @@ def load(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh
   """
   networks = {}
   for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
+    if isinstance(source, Given):
       networks[name] = sharding.replicate(source.load(), mesh)
       continue
     folder = pathlib.Path(source.workdir) if source.workdir else workdir
     if source.workdir:
-      stored = configs.read(folder)
-      if source.stage not in stored or stored[source.stage].model != config[source.stage].model:
-        raise UserError(
-          f'config.{source.stage}.model differs from the stage {source.stage!r} of {folder}; '
-          f'give the same values as {folder / configs.FILE}'
-        )
+      check_same(configs.read(folder), config, source.stage, folder)
     networks[name] = checkpoint.load_frozen(
       folder / source.stage, source.network, abstract_params(source.model, mesh)
     )
     if source.latent_channels:
       networks[name + STATISTICS] = sharding.replicate(latents.load(folder / source.stage), mesh)
   return networks
+
+
+def check_same(stored: ConfigDict, config: ConfigDict, stage: str, folder: pathlib.Path) -> None:
+  """Raises UserError where another run's stage is not the network, or the diffusion, that `config` says."""
+  for name in ('model', 'diffusion'):
+    if name not in config[stage]:
+      continue
+    here = config[stage][name].to_dict()
+    there = stored[stage][name].to_dict() if stage in stored and name in stored[stage] else {}
+    for field, value in here.items():
+      if there.get(field) != value:
+        raise UserError(
+          f'config.{stage}.{name}.{field} is {value!r}, but {there.get(field)!r} in the stage {stage!r} of '
+          f'{folder}; give the same values as {folder / configs.FILE}'
+        )
 
 
 def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
@@ -56,7 +66,7 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
   """
   networks = {}
   for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
+    if isinstance(source, Given):
       networks[name] = _abstract(source.load(), mesh)
       continue
     networks[name] = abstract_params(source.model, mesh)
@@ -69,7 +79,7 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Params]:
   """Returns networks as initialised and standard latents, to measure speed; published ones as they are."""
   everywhere, networks = sharding.replicated(mesh), {}
   for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
+    if isinstance(source, Given):
       networks[name] = sharding.replicate(source.load(), mesh)
       continue
     networks[name] = jax.jit(source.model.init, out_shardings=everywhere)(jax.random.key(1))

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vaediff import config as configs
-from vaediff import distributed
+from vaediff import distributed, students
 from vaediff.errors import UserError
 from vaediff.modes import MODES, SWEEPS
 
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f'unexpected argument {argv[1]!r}; options are written --name=value')
   if CONFIG.value is None:
     raise UserError('give --config=configs/<name>.py, or --workdir=<folder> of an earlier run')
+  students.resolve(CONFIG.value)
   configs.validate(CONFIG.value)
   distributed.join(DISTRIBUTED.value, CONFIG.value.processes)
   workdir = pathlib.Path(WORKDIR.value or f'runs/{CONFIG.value.name}')

@@ -42,7 +42,7 @@ class Optimizer:
 
 
 def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
-  """Returns the rate by step: linear from 0 in warm-up, then constant or cosine to its end at `num_steps`."""
+  """Returns the rate by step: linear from 0 in warm-up, then constant, or to its end at `num_steps`."""
   warmup = config.warmup_steps
   if config.schedule == 'constant':
     after = optax.constant_schedule(config.learning_rate)
@@ -50,8 +50,10 @@ def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
     after = optax.cosine_decay_schedule(
       config.learning_rate, max(num_steps - warmup, 1), config.end_learning_rate / config.learning_rate
     )
+  elif config.schedule == 'linear':
+    after = optax.linear_schedule(config.learning_rate, config.end_learning_rate, max(num_steps - warmup, 1))
   else:
-    raise UserError(f"optim.schedule must be 'constant' or 'cosine', got {config.schedule!r}")
+    raise UserError(f"optim.schedule must be 'constant', 'cosine' or 'linear', got {config.schedule!r}")
   if warmup == 0:
     return after
   return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])

@@ -29,10 +29,10 @@ from vaediff import interpolate as interpolation
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
-from vaediff.experiments.base import Experiment, HasLatents, Published, offers
+from vaediff.experiments.base import Experiment, Given, HasLatents, HasPrior, offers
 from vaediff.experiments.refiner import reads_precomputed
 from vaediff.train import SUMMARY, Stage, train
-from vaediff.trained import Trained
+from vaediff.trained import Trained, load_prior
 from vaediff.types import Params
 
 
@@ -77,6 +77,8 @@ def run_once(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...])
     complete = is_complete(config, workdir, name)
     frozen = {} if complete else frozen_networks.load(built[name], config, workdir, mesh)
     steps = frozen_steps(built[name], config, workdir, name)
+    if not complete and offers(built[name], HasPrior) and built[name].draws_codes:
+      frozen['prior'] = prior_of_codes(config, workdir, built[name], mesh)
     if complete:
       summaries.append(read_summary(folder, config, name))
       log.say(f'{name}: complete at step {summaries[-1]["steps"]}, skipped')
@@ -134,7 +136,7 @@ def frozen_steps(
   """
   steps = {}
   for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
+    if isinstance(source, Given):
       continue
     folder = pathlib.Path(source.workdir) if source.workdir else workdir
     if not is_complete(configs.read(folder) if source.workdir else config, folder, source.stage):
@@ -151,6 +153,16 @@ def frozen_steps(
         f'{steps}; move {workdir / stage} away to train it anew, or use another --workdir'
       )
   return steps
+
+
+def prior_of_codes(
+  config: ConfigDict, workdir: pathlib.Path, experiment: HasPrior, mesh: Mesh
+) -> dict[str, Any]:
+  """Returns the arrays of the prior that a stage draws latent codes from while it trains."""
+  source = experiment.teacher_source
+  folder = pathlib.Path(source.workdir) if source.workdir else workdir
+  config = configs.read(folder) if source.workdir else config
+  return sharding.replicate(load_prior(Trained(config, folder, source.stage, mesh)), mesh)
 
 
 def measure_latents(

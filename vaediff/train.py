@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vaediff import best, checkpoint, distributed, draw, log, sharding
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.base import Experiment, HasStart, offers
 from vaediff.experiments.guarded import HEALTHY, Guarded
 from vaediff.types import Params
 
@@ -94,6 +94,9 @@ def train(stage: Stage) -> dict[str, Any]:
   if checkpointer.latest_step() is None:
     init = jax.jit(stage.experiment.init, out_shardings=where, compiler_options=run_once_options())
     state = init(key_init)
+    if offers(stage.experiment, HasStart):
+      start = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)
+      state = start(state, sharding.replicate(stage.frozen, stage.mesh))
   else:
     state, stored = checkpointer.restore(abstract)
     start_step, seconds_before, last = stored['data_position'], stored['seconds'], stored['last']

@@ -66,7 +66,7 @@ def rng():
   return np.random.default_rng(0)
 
 
-# Published to three or four digits. `quant_conv` (in the encoder) and `post_quant_conv` (in the decoder) are
+# Given to three or four digits. `quant_conv` (in the encoder) and `post_quant_conv` (in the decoder) are
 # counted here; they have 12 to 72 parameters, too few to show in the published figures.
 @pytest.mark.parametrize(
   ('architecture', 'size', 'decoder', 'encoder', 'decoder_gmacs'),

@@ -8,6 +8,7 @@ shift, that is y_t itself, with the null condition.
 Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,7 +17,9 @@ from vaediff.errors import UserError
 from vaediff.types import Time
 
 
-def guided(denoise_conditional: Denoise, denoise_unconditional: Denoise, weight: float) -> Denoise:
+def guided(
+  denoise_conditional: Denoise, denoise_unconditional: Denoise, weight: float | Float[Array, ' batch']
+) -> Denoise:
   """Returns the classifier-free guided denoiser, x0 = (1 + w) x0_conditional - w x0_unconditional.
 
   Ho & Salimans 2022, eq. 6 (arXiv:2207.12598). `weight` 0 is the conditional denoiser itself, and
@@ -25,13 +28,14 @@ def guided(denoise_conditional: Denoise, denoise_unconditional: Denoise, weight:
   Args:
     denoise_conditional: (y_t, t) -> x0_hat given the condition.
     denoise_unconditional: (y_t, t) -> x0_hat given the null condition and zero shift.
-    weight: w, a Python number.
+    weight: w, a Python number, or one per example.
   """
-  if weight == 0:
+  if isinstance(weight, int | float) and weight == 0:
     return denoise_conditional
 
   def denoise(y: Float[Array, 'batch *shape'], t: Time) -> Float[Array, 'batch *shape']:
-    return (1 + weight) * denoise_conditional(y, t) - weight * denoise_unconditional(y, t)
+    w = per_example(weight, y) if isinstance(weight, jax.Array) else weight
+    return (1 + w) * denoise_conditional(y, t) - w * denoise_unconditional(y, t)
 
   return denoise
 

@@ -181,7 +181,7 @@ def _run(
   return x0, jnp.concatenate([y[None], states[np.flatnonzero(table.advance)]])
 
 
-def _ode_coefficients(schedule: Schedule, times: Times) -> tuple[Column, Column]:
+def ode_coefficients(schedule: Schedule, times: Times) -> tuple[Column, Column]:
   """Returns (keep, current) of the Euler steps of d(y / sigma) / d(alpha / sigma) = x0_hat.
 
   The probability-flow ODE (Song et al. 2021, arXiv:2011.13456), finite at t = 1; its Euler step is
@@ -292,7 +292,7 @@ def sample_heun(
     UserError: for a bad grid.
   """
   times = time_grid(schedule, grid, num_steps, t_start, t_end)
-  keep, current = _ode_coefficients(schedule, times)
+  keep, current = ode_coefficients(schedule, times)
   # Rows alternate: predict at t (x0_hat alone), correct at s (half of each x0_hat, from the same
   # y_base).
   corrects = np.tile([False, True], num_steps)
@@ -331,7 +331,7 @@ def sample_dpmpp_2m(
     UserError: for a bad grid.
   """
   times = time_grid(schedule, grid, num_steps, t_start, t_end)
-  keep, step = _ode_coefficients(schedule, times)
+  keep, step = ode_coefficients(schedule, times)
   last = num_steps if t_end > 0 else num_steps - 1
   h = 0.5 * np.diff(schedule.logsnr(times[: last + 1]))
   extrapolation = np.zeros(num_steps)
@@ -341,11 +341,79 @@ def sample_dpmpp_2m(
   return _run(denoise, y, keys, table, trajectory)
 
 
+def sample_renoise(
+  denoise: Denoise,
+  schedule: Schedule,
+  y: State,
+  keys: Keys,
+  *,
+  num_steps: int,
+  grid: str = 'uniform',
+  t_start: float = 1.0,
+  t_end: float = 0.0,
+  trajectory: bool = False,
+) -> State | tuple[State, Trajectory]:
+  """Returns a sample of multistep consistency sampling (Song et al. 2023, alg. 1, arXiv:2303.01469).
+
+  After each x0_hat new noise is drawn: y_s = alpha_s x0_hat + sigma_s n. For networks whose x0_hat is itself
+  a sample: consistency models and adversarial students. Other arguments: see the module.
+
+  Raises:
+    UserError: for a bad grid.
+  """
+  times = time_grid(schedule, grid, num_steps, t_start, t_end)
+  current, noise = schedule.alpha(times[1:]), schedule.sigma(times[1:])
+  if t_end == 0:
+    current[-1], noise[-1] = 1.0, 0.0
+  zeros = np.zeros(num_steps)
+  table = _Table(times[:-1], zeros, zeros, current, noise, np.ones(num_steps, bool))
+  return _run(denoise, y, keys, table, trajectory)
+
+
+def sample_there_and_back(
+  denoise: Denoise,
+  schedule: Schedule,
+  y: State,
+  keys: Keys,
+  *,
+  num_steps: int,
+  grid: str = 'uniform',
+  t_start: float = 1.0,
+  t_end: float = 0.0,
+  trajectory: bool = False,
+) -> State | tuple[State, Trajectory]:
+  """Returns a sample of the stochastic sampler for distilled networks (Meng et al. 2023, arXiv:2210.03142).
+
+  Each DDIM step is of twice the length, over two intervals of the grid, and noise takes it one interval back:
+  y_s ~ q(y_s | y_r) with r < s. The last interval is a plain DDIM step. Other arguments: see the module.
+
+  Raises:
+    UserError: for a bad grid.
+  """
+  times = time_grid(schedule, grid, num_steps, t_start, t_end)
+  keep, current = ode_coefficients(schedule, times)
+  noise = np.zeros(num_steps)
+  if num_steps > 1:
+    start, back, far = times[:-2], times[1:-1], times[2:]
+    far_keep = schedule.sigma(far) / schedule.sigma(start)
+    far_current = schedule.alpha(far) - schedule.alpha(start) * far_keep
+    if t_end == 0:
+      far_keep[-1], far_current[-1] = 0.0, schedule.alpha(far[-1:]).item()
+    ratio = schedule.alpha(back) / schedule.alpha(far)
+    keep[:-1], current[:-1] = ratio * far_keep, ratio * far_current
+    noise[:-1] = np.sqrt(schedule.beta(far, back))
+  zeros = np.zeros(num_steps)
+  table = _Table(times[:-1], keep, zeros, current, noise, np.ones(num_steps, bool))
+  return _run(denoise, y, keys, table, trajectory)
+
+
 SAMPLERS = {
   'ddpm': sample_ddpm,
   'ddim': sample_ddim,
   'heun': sample_heun,
   'dpmpp_2m': sample_dpmpp_2m,
+  'renoise': sample_renoise,
+  'there_and_back': sample_there_and_back,
 }
 
 

@@ -8,6 +8,7 @@ from vaediff.experiments.classifier import Classifier
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.guarded import Guarded
 from vaediff.experiments.light_decoder import LightDecoder
+from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.refiner import Refiner
 from vaediff.experiments.vae import Vae
 
@@ -17,6 +18,7 @@ BY_NAME = {
   'autoencoder': Autoencoder,
   'light_decoder': LightDecoder,
   'ddgan': Ddgan,
+  'progressive': Progressive,
   'classifier': Classifier,
 }
 

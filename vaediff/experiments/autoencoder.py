@@ -89,7 +89,7 @@ class Perceptual:
 
   weight: float
   network: str
-  source: base.Published | None
+  source: base.Given | None
 
   @classmethod
   def of(cls, name: str, weight: float, weights_dir: str) -> 'Perceptual':
@@ -103,11 +103,11 @@ class Perceptual:
     return cls(
       weight=weight,
       network=network,
-      source=base.Published(load=lambda: vgg.load_lpips(network, folder).params),
+      source=base.Given(load=lambda: vgg.load_lpips(network, folder).params),
     )
 
   @property
-  def frozen(self) -> Mapping[str, base.Published]:
+  def frozen(self) -> Mapping[str, base.Given]:
     """The network that the stage must be given."""
     return {'lpips': self.source} if self.source else {}
 
@@ -184,7 +184,7 @@ class Autoencoder:
     return networks | ({'discriminator': self.discriminator} if self.discriminator else {})
 
   @property
-  def frozen(self) -> Mapping[str, base.Published]:
+  def frozen(self) -> Mapping[str, base.Given]:
     """The network of the perceptual distance."""
     return self.perceptual.frozen
 

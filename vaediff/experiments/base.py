@@ -72,11 +72,11 @@ STATISTICS = '_statistics'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Published:
-  """A network whose weights were published: `frozen[name]` holds what `load` returns.
+class Given:
+  """Arrays that no stage has trained, such as published weights: `frozen[name]` holds what `load` returns.
 
   Attributes:
-    load: returns the weights; raises UserError, saying how to get them, when they are not there.
+    load: returns them; raises UserError, saying how to get them, when they are not there.
   """
 
   load: Callable[[], Params]
@@ -97,7 +97,7 @@ class Experiment(Protocol):
   """
 
   networks: Mapping[str, Model]
-  frozen: Mapping[str, Frozen | Published]
+  frozen: Mapping[str, Frozen | Given]
   latent_dim: int
   noise_shape: tuple[int, ...]
   takes_x0_vae: bool
@@ -176,6 +176,28 @@ class HasLatents(Protocol):
   def latents(self, params: dict[str, Params], image: ImageBytes, keys: Keys) -> LatentMap:
     """Returns the latents of images as a later stage would draw them."""
     ...
+
+
+@runtime_checkable
+class HasStart(Protocol):
+  """An experiment whose networks start from those it reads."""
+
+  def start(self, state: TrainState, frozen: dict[str, Params]) -> TrainState:
+    """Returns the state at step 0, made of what `init` returned."""
+    ...
+
+
+@runtime_checkable
+class HasPrior(Protocol):
+  """An experiment that draws latent codes while it trains: `frozen['prior']` holds the prior's arrays.
+
+  Attributes:
+    draws_codes: whether it does.
+    teacher_source: the stage whose codes they are.
+  """
+
+  draws_codes: bool
+  teacher_source: Frozen
 
 
 def is_stage(config: ConfigDict, name: str, experiment: str) -> bool:

@@ -136,7 +136,7 @@ class Ddgan:
     return {'generator': self.generator, 'discriminator': self.discriminator}
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen | base.Published]:
+  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
     """What the space reads, and the VAE of the condition."""
     return {**self.space.frozen, **({'vae': self.vae_source} if self.vae_source else {})}
 

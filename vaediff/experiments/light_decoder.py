@@ -88,7 +88,7 @@ class LightDecoder:
     return {'decoder': self.decoder}
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen | base.Published]:
+  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
     """The autoencoder, and the network of the perceptual distance."""
     return {'autoencoder': self.autoencoder, **self.perceptual.frozen}
 

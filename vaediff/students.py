@@ -1,0 +1,100 @@
+"""Stages with a teacher, made whole: a student's network is its teacher's, and the config names only that.
+
+`resolve` is called once the config is complete, overrides included. It gives every such stage the sections
+`vae`, `model`, `diffusion` and `sample` of its teacher with what distillation changes, and turns a stage of
+progressive distillation into one stage for each halving, such as `distill_256`, ..., `distill_1`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+
+MATCHED = {False: 'v', True: 'guided'}
+"""What is appended to the name of the stage before the halvings, without and with guidance."""
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+  """Returns the config, changed in place: its `stages` are all trainable. Changes nothing the second time.
+
+  Raises:
+    UserError: when a teacher is missing, or `from_steps` cannot be halved to `to_steps`.
+  """
+  stages = []
+  with config.unlocked():
+    for stage in config.stages:
+      section = config[stage] if stage in config else None
+      if not isinstance(section, ConfigDict) or 'teacher' not in section or 'model' in section:
+        stages.append(stage)
+      elif 'from_steps' in section:
+        stages += _halvings(config, stage)
+        del config[stage]  # an override would change nothing any more
+      else:
+        config[stage] = _student(config, stage, section.to_dict(), section.sample.num_steps)
+        stages.append(stage)
+    config.stages = tuple(stages)
+  return config
+
+
+def _halvings(config: ConfigDict, stage: str) -> list[str]:
+  """Adds one section per halving, and one before them where the teacher predicts eps or is guided."""
+  template = config[stage].to_dict()
+  first, last = template.pop('from_steps'), template.pop('to_steps')
+  guided, num_last = template.pop('guided'), template.pop('last_train_steps')
+  teacher = _teacher(config, stage)
+  counts = [first]
+  while counts[-1] > last and counts[-1] % 2 == 0:
+    counts.append(counts[-1] // 2)
+  if last < 1 or counts[-1] != last or len(counts) == 1:
+    raise UserError(
+      f'config.{stage}.from_steps is {first}, which is not {stage}.to_steps = {last} times 2, 4, 8, ...'
+    )
+  names = []
+
+  def add(name: str, num_steps: int, changes: dict[str, Any]) -> None:
+    section = {**template, 'num_steps': num_steps, **changes}
+    if names:
+      section['teacher'] = {'stage': names[-1], 'workdir': ''}
+    if 0 < num_steps <= 2 and num_last:
+      section['train'] = {**section['train'], 'num_steps': num_last}
+    config[name] = ConfigDict(section)
+    config[name] = _student(config, name, section, num_steps or first)
+    config[name].model.guidance_embedding = guided
+    if guided:
+      config[name].sample.guidance_weight = weight
+    names.append(name)
+
+  weight = teacher.sample.guidance_weight
+  if guided or teacher.diffusion.prediction == 'eps':
+    add(f'{stage}_{MATCHED[guided]}', 0, {'data_free_fraction': 0.0})
+  for count in counts[1:]:
+    add(f'{stage}_{count}', count, {})
+  return names
+
+
+def _teacher(config: ConfigDict, stage: str) -> ConfigDict:
+  """Returns the section of a stage's teacher."""
+  name = config[stage].teacher.stage
+  if name not in config or 'diffusion' not in config[name] or 'model' not in config[name]:
+    raise UserError(
+      f'config.{stage}.teacher.stage is {name!r}, which is no stage before it with a diffusion network'
+    )
+  return config[name]
+
+
+def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps: int) -> ConfigDict:
+  """Returns the section with the teacher's network and sampling, but for what distillation changes."""
+  teacher = _teacher(config, stage).to_dict()
+  vae = dict(teacher['vae'])
+  vae['workdir'] = vae['workdir'] or section['teacher']['workdir']
+  sampling = {'sampler': 'ddim', 'grid': 'uniform', 'eta': 0.0, 'guidance_weight': 0.0, 't_start': 1.0}
+  return ConfigDict(
+    {
+      **section,
+      'vae': vae,
+      'model': {**teacher['model'], 'dropout': 0.0},
+      'diffusion': {**teacher['diffusion'], **section['diffusion']},
+      'sample': {**teacher['sample'], **sampling, **section['sample'], 'num_steps': num_steps},
+    }
+  )
