@@ -40,6 +40,8 @@ def default() -> ConfigDict:
   config.decoder = gan.light_decoder_stage(optim, train)
   config.ddgan = gan.ddgan_stage(optim, train)
   config.distill = distill.progressive_stage(optim, train)
+  config.consistency = distill.consistency_stage(optim, train)
+  config.adversarial = distill.adversarial_stage(optim, train)
   config.reconstruct = ConfigDict(
     {
       'num_images': 64,  # images of the evaluation split; the grid shows the first 32
@@ -133,6 +135,8 @@ def evaluate() -> ConfigDict:
         'samplers': ('ddpm', 'ddim', 'heun', 'dpmpp_2m'),
         'num_steps': (1, 2, 5, 10, 25, 50),
         'guidance_weights': (),  # () = sample.guidance_weight alone
+        'teacher_steps': 512,  # of DDIM: students are compared with such images of the first teacher
+        'num_compared': 256,  # ... so many of them
         'workdirs': (),  # other runs of the same data set, such as the unconditional one
       },
     }
@@ -323,7 +327,8 @@ def _debug(config: ConfigDict) -> None:
   )
   gan.debug(config)
   distill.debug(config)
-  stages = (config.vae, config.refiner, config.autoencoder, config.decoder, config.ddgan, config.distill)
+  sections = [config[name] for name in config if isinstance(config[name], ConfigDict)]
+  stages = [section for section in sections if 'experiment' in section and section is not config.classifier]
   for stage in stages:
     stage.train.update(
       {
@@ -337,7 +342,7 @@ def _debug(config: ConfigDict) -> None:
         'eval_images': 16,
       }
     )
-    if stage is not config.distill:
+    if 'teacher' not in stage:  # it samples as its teacher does
       stage.sample.update({'num_images': 4, 'batch_size': 4})
   config.vae.prior.update({'num_components': (1, 2), 'num_encoded': 64})
   config.refiner.sample.num_steps = 4
@@ -370,7 +375,9 @@ def _debug(config: ConfigDict) -> None:
       'num_bound_times': 4,
     }
   )
-  config.evaluate.sweep.update({'samplers': ('ddim',), 'num_steps': (1, 2)})
+  config.evaluate.sweep.update(
+    {'samplers': ('ddim',), 'num_steps': (1, 2), 'teacher_steps': 4, 'num_compared': 8}
+  )
 
 
 def _unconditional(config: ConfigDict) -> None:
@@ -407,7 +414,7 @@ def _guided(config: ConfigDict) -> None:
 def _bfloat16(config: ConfigDict) -> None:
   for stage in (config.vae, config.refiner, config.autoencoder, config.decoder, config.ddgan):
     stage.model.dtype = 'bfloat16'
-  config.ddgan.discriminator.dtype = 'bfloat16'
+  config.ddgan.discriminator.dtype = config.adversarial.discriminator.dtype = 'bfloat16'
 
 
 VARIANTS: Variants = {

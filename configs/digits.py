@@ -70,6 +70,18 @@ def get_config(variant: str = ''):
     }
   )
   config.classifier.train.num_steps = 1000
+  # DDIM with 64 steps is as good as with 512 here
+  config.distill.from_steps = 64
+  config.distill.optim.learning_rate = 5e-4
+  config.distill.train = base.train(
+    600, 64, save_every_steps=300, eval_every_steps=300, grid_every_steps=0, eval_images=0
+  )
+  # from far pairs to near ones: in few updates near ones alone do not carry the data to high noise
+  config.consistency.loss.update({'q': 2.0, 'double_every_steps': 400, 'level_mean': 0.0})
+  config.consistency.optim.update({'learning_rate': 3e-4, 'ema_decay': 0.99, 'ema_warmup': True})
+  config.consistency.train = base.train(
+    2000, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=0, eval_images=0
+  )
   gan.small(config)
   config.autoencoder.model.channel_multipliers = (1, 2)
   config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})

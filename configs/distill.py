@@ -30,18 +30,85 @@ def progressive_stage(optim, train) -> ConfigDict:
   return config
 
 
+def consistency_stage(optim, train) -> ConfigDict:
+  """Easy Consistency Tuning (arXiv:2406.14548), with the settings of its quickest run on CIFAR-10."""
+  config = ConfigDict()
+  config.experiment = 'consistency'
+  config.teacher = ConfigDict({'stage': 'refiner', 'workdir': ''})
+  config.diffusion = ConfigDict({'prediction': 'v'})
+  config.loss = ConfigDict(
+    {
+      # of log(sigma / alpha) of the times that are drawn; t = 1 is 5.1 for the linear schedule, 10 for cosine
+      'level_mean': -1.1,
+      'level_std': 2.0,
+      'q': 256.0,  # the two levels of a pair differ by 1 / q of the larger, or more
+      'double_every_steps': 0,  # after which q is q^2, q^3, ...; 0 = never
+      'huber': 0.0,  # c of the pseudo-Huber distance; 0 = Euclidean
+    }
+  )
+  config.optim = optim(1e-4, ema_decay=0.9993)
+  config.train = train(8000, 128)
+  # quadratic: with the linear schedule the second of two steps is at sigma / alpha = 0.8
+  config.sample = ConfigDict({'sampler': 'renoise', 'num_steps': 2, 'grid': 'quadratic'})
+  return config
+
+
+def adversarial_stage(optim, train) -> ConfigDict:
+  """LADD (arXiv:2403.12015): heads on the frozen teacher's encoder, and the teacher's images beside them."""
+  config = ConfigDict()
+  config.experiment = 'adversarial_distillation'
+  config.teacher = ConfigDict({'stage': 'refiner', 'workdir': ''})
+  config.teacher_calls = 4  # of its DDIM from the student's time to x0*, the target of the distillation loss
+  config.start_probabilities = ()  # of the student's times from t = 1 on; () = equal
+  config.diffusion = ConfigDict({'loss_weight': 'truncated_snr'})  # of the distillation loss
+  config.discriminator = ConfigDict({'channels': 256, 'dtype': 'float32'})
+  config.loss = ConfigDict(
+    {
+      'adversarial_weight': 1.0,
+      'distillation_weight': 1.0,  # of |x0_hat - x0*|^2, mean over pixels; 0 = none
+      'r1_gamma': 1e-5,  # of R1 on the heads' inputs; 0 = none
+      'renoise_mean': 1.0,  # of logit(t') of the times at which images are judged; above 0 = high noise
+      'renoise_std': 1.0,
+    }
+  )
+  config.optim = optim(5e-5, b1=0.5, clip_norm=1.0, ema_decay=0.999)
+  config.optim_discriminator = optim(1e-4, b1=0.5)
+  config.train = train(20_000, 128)
+  config.sample = ConfigDict({'sampler': 'renoise', 'num_steps': 2})  # 'renoise' | 'ddim'
+  return config
+
+
 # Variants ------------------------------------------------------------------------------------------
+
+
+def _add(config: ConfigDict, stage: str) -> None:
+  """Appends a stage that sees the images as the refiner does."""
+  config.stages = (*config.stages, stage)
+  for field in ('batch_size', 'microbatches', 'flip'):
+    config[stage].train[field] = config.refiner.train[field]
 
 
 def distill(config: ConfigDict) -> None:
   """After the refiner its progressive distillation; of a guided refiner into students of the weight."""
-  config.stages = (*config.stages, 'distill')
+  _add(config, 'distill')
   config.distill.guided = config.refiner.diffusion.condition_dropout > 0
 
 
-VARIANTS = {'distill': distill}
+def consistency(config: ConfigDict) -> None:
+  """After the refiner its consistency tuning, sampled in 2 steps."""
+  _add(config, 'consistency')
+
+
+def adversarial(config: ConfigDict) -> None:
+  """After the refiner its adversarial distillation, sampled in 2 steps."""
+  _add(config, 'adversarial')
+
+
+VARIANTS = {'distill': distill, 'consistency': consistency, 'adversarial': adversarial}
 
 
 def debug(config: ConfigDict) -> None:
-  """Two halvings."""
+  """Two halvings; narrow heads."""
   config.distill.update({'from_steps': 4, 'to_steps': 1})
+  config.adversarial.discriminator.channels = 8
+  config.adversarial.teacher_calls = 2

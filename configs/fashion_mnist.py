@@ -46,6 +46,9 @@ def get_config(variant: str = ''):
     }
   )
   config.refiner.train = base.train(100_000, 128)
+  config.distill.from_steps = 64
+  config.distill.optim.learning_rate = 2e-4
+  config.distill.train.num_steps = 10_000
   gan.small(config)
   config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
   config.decoder.loss.perceptual = ''  # LPIPS costs more than all of these networks

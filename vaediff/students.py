@@ -88,7 +88,9 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
   teacher = _teacher(config, stage).to_dict()
   vae = dict(teacher['vae'])
   vae['workdir'] = vae['workdir'] or section['teacher']['workdir']
-  sampling = {'sampler': 'ddim', 'grid': 'uniform', 'eta': 0.0, 'guidance_weight': 0.0, 't_start': 1.0}
+  # a teacher that reads the weight has one to be sampled with; that of another is distilled into the student
+  weight = teacher['sample']['guidance_weight'] if teacher['model']['guidance_embedding'] else 0.0
+  sampling = {'sampler': 'ddim', 'grid': 'uniform', 'eta': 0.0, 'guidance_weight': weight, 't_start': 1.0}
   return ConfigDict(
     {
       **section,

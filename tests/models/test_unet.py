@@ -7,7 +7,7 @@ import pytest
 
 from vaediff.errors import UserError
 from vaediff.models.functional import Model
-from vaediff.models.unet import UNet, convert_formulation
+from vaediff.models.unet import UNet, convert_formulation, feature_shapes
 
 TINY = {
   'variant': 'openai',
@@ -280,3 +280,43 @@ def test_only_networks_that_read_the_image_are_converted(rng):
     convert_formulation(params, to=1, image_channels=2)
   with pytest.raises(ValueError, match='formulations 1 and 2, not 3'):
     convert_formulation(params, to=3, image_channels=2)
+
+
+# Features -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('changes', [{}, {'attention_resolutions': (8,), 'num_res_blocks': 2}])
+def test_features_are_the_maps_of_the_forward_pass(rng, changes):
+  """Those of each level's last block, before it is halved, and of the middle."""
+  model = build(**changes)
+  params, inputs = random_params(model, rng), random_inputs(rng)
+
+  def whole(params):
+    _, state = model.module.apply({'params': params}, *inputs, capture_intermediates=True, mutable=True)
+    return state['intermediates']
+
+  captured = jax.jit(whole)(params)
+  features = jax.jit(lambda params: model.apply(params, *inputs, method='features'))(params)
+  last = 'attn_1' if changes else 'res_0'
+  levels = [captured['down_0'][last], captured['down_1'][last.replace('attn', 'res')], captured['middle']]
+  assert (
+    [x.shape[1:] for x in features] == feature_shapes(model.module) == [(8, 8, 64), (4, 4, 64), (4, 4, 64)]
+  )
+  for got, expected in zip(features, levels, strict=True):
+    np.testing.assert_allclose(got, expected['__call__'][0], rtol=1e-5, atol=1e-6)
+
+
+def test_features_need_no_parameter_of_the_way_up_and_all_of_the_way_down(rng):
+  model = build()
+  params, (x_t, t, x0_vae, z) = random_params(model, rng), random_inputs(rng)
+  down = {k: v for k, v in params.items() if not k.startswith(('up_', 'norm_out', 'conv_out'))}
+  assert len(down) == len(params) - 4
+  drop = jnp.array([True, False])
+
+  def total(params):
+    return sum(
+      jnp.sum(jnp.square(x)) for x in model.apply(params, x_t, t, x0_vae, z, drop, method='features')
+    )
+
+  grads = jax.jit(jax.grad(total))(down)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))

@@ -1,9 +1,11 @@
 """Progressive distillation: what a student says at y_t to land in one DDIM step where its teacher's two do.
 
 Salimans & Ho 2022, arXiv:2202.00512, section 3 and appendix G. A DDIM step from t to s is
-y_s = k y_t + c x0_hat with k = sigma_s / sigma_t and c = alpha_s - alpha_t k. The teacher goes from t over m to
-s with x0_hats x1 and x2, the student in one step. As the product of the teacher's two k is the student's, its
-target is
+
+    y_s = k y_t + c x0_hat,    k = sigma_s / sigma_t,    c = alpha_s - alpha_t k.
+
+The teacher goes from t over m to s with x0_hats x1 and x2, the student in one step. As the product of the
+teacher's two k is the student's, the student's target is
 
     x0* = w x1 + (1 - w) x2,    w = k_2 c_1 / (k_2 c_1 + c_2),
 
@@ -122,8 +124,7 @@ def simulate(
   def step(y: State, k: jax.Array) -> tuple[State, None]:
     before, after = ((index * j + num_calls - 1) // max(num_calls, 1) for j in (k, k + 1))
     t, s = grid[before], grid[after]
-    moved = ddim(y, denoise(y, t), t, s, schedule)
-    return jnp.where(per_example(before == after, y), y, moved), None
+    return ddim(y, denoise(y, t), t, s, schedule), None
 
   y, _ = jax.lax.scan(step, noise, jnp.arange(num_calls))
   return y

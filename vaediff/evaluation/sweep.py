@@ -17,7 +17,7 @@ from vaediff import checkpoint, distributed, log
 from vaediff import config as configs
 from vaediff.data import cache
 from vaediff.errors import UserError
-from vaediff.evaluation import measures, networks, plots, report
+from vaediff.evaluation import against_teacher, measures, networks, plots, report
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.sets import FOLDER, Real, draw_sets, floors_at, real_images, with_floors
@@ -37,7 +37,11 @@ def sweep(trained: Trained) -> dict[str, float]:
   """
   config, folder = trained.config, trained.workdir / FOLDER
   settings = config.evaluate.sweep
-  runs = [trained, *(open_run(path, trained) for path in settings.workdirs)]
+  stages = against_teacher.chain(trained)
+  teacher = None
+  if len(stages) > 1:
+    teacher = against_teacher.Teacher(stages[0], settings.teacher_steps, settings.num_compared)
+  runs = [*stages, *(open_run(path, trained) for path in settings.workdirs)]
   points = [(run, changes) for run in runs for changes in grid(run, settings)]
   opened = networks.open_networks(config, trained.mesh)
   real = real_images(config, opened)
@@ -45,12 +49,15 @@ def sweep(trained: Trained) -> dict[str, float]:
   rows = []
   for number, (run, changes) in enumerate(points, start=1):
     chosen = run.with_settings(**changes)
-    facts = facts_of(chosen, opened)
+    compared = teacher if run in stages else None
+    facts = facts_of(chosen, opened) | (
+      {'teacher': [settings.teacher_steps, settings.num_compared]} if compared else {}
+    )
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = folder / NAME / f'{digest}.json'
     known = read_row(path)
     if known is None:
-      known = measure(chosen, opened, real)
+      known = measure(chosen, opened, real) | (compared.compare(chosen) if compared else {})
       if jax.process_index() == 0:
         report.write_json(path, {'facts': facts, 'figures': known})
     row = {**label(chosen, trained), **{k: v for k, v in known.items() if not isinstance(v, Figure)}}
@@ -84,7 +91,8 @@ def open_run(path: str, trained: Trained) -> Trained:
 def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
   """Returns the settings of each row of one run: samplers x step counts x guidance weights.
 
-  A weight above 0 is left out for a network that was trained without condition dropout.
+  A weight above 0 is left out for a network that was trained without condition dropout. A student is sampled
+  as it was trained.
   """
   if 'sampler' not in run.settings:
     raise UserError(f'--sweep needs a stage with a sampler; {run.stage!r} of {run.workdir} has none')
@@ -93,9 +101,13 @@ def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
       raise UserError(f'config.evaluate.sweep.{field} is empty; name at least one')
   dropout = run.config[run.stage].diffusion.condition_dropout
   weights = [w for w in settings.guidance_weights if w == 0 or dropout > 0] or [run.settings.guidance_weight]
+  samplers, counts = settings.samplers, settings.num_steps
+  if 'teacher' in run.config[run.stage]:
+    samplers, counts = (run.settings.sampler,), (run.settings.num_steps,)
+    weights = weights if run.config[run.stage].model.guidance_embedding else [0.0]
   return [
     {'sampler': sampler, 'num_steps': steps, 'guidance_weight': float(weight)}
-    for sampler, weight, steps in itertools.product(settings.samplers, weights, settings.num_steps)
+    for sampler, weight, steps in itertools.product(samplers, weights, counts)
   ]
 
 
@@ -128,9 +140,11 @@ def label(chosen: Trained, trained: Trained) -> dict[str, Any]:
   condition = diffusion.condition + ('+z' if diffusion.z_conditioning else '')
   run = chosen.workdir.name if chosen.workdir != trained.workdir else trained.workdir.name
   weight = f' w={settings.guidance_weight:g}' if settings.guidance_weight else ''
+  student = 'teacher' in chosen.config[chosen.stage]
   return {
-    'line': f'{condition} {settings.sampler}{weight}',
+    'line': f'{condition} {"students" if student else settings.sampler}{weight}',
     'run': run,
+    'stage': chosen.stage,
     'condition': condition,
     'sampler': settings.sampler,
     'steps': settings.num_steps,

@@ -3,8 +3,10 @@
 from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
+from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.classifier import Classifier
+from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.guarded import Guarded
 from vaediff.experiments.light_decoder import LightDecoder
@@ -19,6 +21,8 @@ BY_NAME = {
   'light_decoder': LightDecoder,
   'ddgan': Ddgan,
   'progressive': Progressive,
+  'consistency': Consistency,
+  'adversarial_distillation': AdversarialDistillation,
   'classifier': Classifier,
 }
 

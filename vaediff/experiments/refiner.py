@@ -239,15 +239,21 @@ class Refiner:
     drop: Mask | None = None,
     key_dropout: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the U-Net's output at y_t; the only place where Formulation 2 adds its shift."""
+    """Returns the U-Net's output at y_t."""
+    return self.denoiser.apply(params, *self.inputs(y, t, condition, drop), key_dropout=key_dropout)
+
+  def features(self, params: Params, y: Image, t: jax.Array, condition: Condition) -> list[jax.Array]:
+    """Returns the maps of the U-Net's way down and middle at y_t (`UNet.features`)."""
+    return self.denoiser.apply(params, *self.inputs(y, t, condition, None), method='features')
+
+  def inputs(self, y: Image, t: jax.Array, condition: Condition, drop: Mask | None) -> list[jax.Array | None]:
+    """Returns what the U-Net reads at y_t; the only place where Formulation 2 adds its shift."""
     x_t = y
     if self.formulation > 0:
       shift = gaussian.shift(self.formulation, condition.x0_vae)
       x_t = y + (shift if drop is None else jnp.where(drop[:, None, None, None], 0.0, shift))
     inputs = [x_t, t, condition.x0_vae, condition.z, drop]
-    if self.reads_guidance:
-      inputs.append(condition.guidance)
-    return self.denoiser.apply(params, *inputs, key_dropout=key_dropout)
+    return [*inputs, condition.guidance] if self.reads_guidance else inputs
 
   def example_losses(
     self,

@@ -84,7 +84,6 @@ class UNet(nn.Module):
       )
     super().__post_init__()
 
-  @nn.compact
   def __call__(
     self,
     x_t: Image,
@@ -110,6 +109,38 @@ class UNet(nn.Module):
     Raises:
       ValueError: an input does not fit the module, or `drop` comes without `learned_null`.
     """
+    return self._run(x_t, t, x0_vae, z, drop, guidance, deterministic=deterministic, encoder_only=False)
+
+  def features(
+    self,
+    x_t: Image,
+    t: Time,
+    x0_vae: Image | None = None,
+    z: Latent | None = None,
+    drop: Mask | None = None,
+    guidance: Float[Array, ' batch'] | None = None,
+  ) -> list[Array]:
+    """Returns the maps of the way down, one per level, and that of the middle; their type is `dtype`.
+
+    A level's map is that of its last block, at the level's own resolution. Nothing of the way up is computed,
+    and dropout is off. Arguments and errors are those of `__call__`; shapes: `feature_shapes`.
+    """
+    return self._run(x_t, t, x0_vae, z, drop, guidance, deterministic=True, encoder_only=True)
+
+  @nn.compact
+  def _run(
+    self,
+    x_t: Array,
+    t: Array,
+    x0_vae: Array | None,
+    z: Array | None,
+    drop: Array | None,
+    guidance: Array | None,
+    *,
+    deterministic: bool,
+    encoder_only: bool,
+  ) -> Array | list[Array]:
+    """Returns what `features` does with `encoder_only`, else what `__call__` does; Flax wants one method."""
     self._check_inputs(x_t, x0_vae, z, drop, guidance)
     x0_vae, z = self._drop_conditions(x0_vae, z, drop)
     variant = VARIANTS[self.variant]
@@ -146,35 +177,42 @@ class UNet(nn.Module):
 
     x = x_t if x0_vae is None else jnp.concatenate([x_t, x0_vae], axis=-1)
     h = layers.conv3x3(self.channels, name='conv_in', dtype=dtype)(x)
-    h = self._down_and_up(h, emb, options)
+    skips, features = self._down(h, emb, options)
+    if encoder_only:
+      return features
+    h = self._up(features[-1], skips, emb, options)
     h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
     return layers.conv3x3(
       self.image_channels, name='conv_out', dtype=jnp.float32, zero_init=variant.zero_init
     )(h.astype(jnp.float32))
 
-  def _down_and_up(self, h: Array, emb: Array, options: BlockOptions) -> Array:
-    """Returns the map after all levels, down and up again; at full resolution."""
-    sizes = _level_sizes(self)
-    last = len(sizes) - 1
-    widths = [multiplier * self.channels for multiplier in self.channel_multipliers]
-    attend = [size in self.attention_resolutions for size in sizes]
-    skips = [h]
+  def _down(self, h: Array, emb: Array, options: BlockOptions) -> tuple[list[Array], list[Array]]:
+    """Returns the maps that the way up reads back, and those of `features`."""
+    sizes, widths = _level_sizes(self), _level_widths(self)
+    skips, features = [h], []
     for level, width in enumerate(widths):
-      skips += DownLevel(
+      outputs = DownLevel(
         features=width,
         num_blocks=self.num_res_blocks,
-        attend=attend[level],
-        downsample=level < last,
+        attend=sizes[level] in self.attention_resolutions,
+        downsample=level < len(sizes) - 1,
         options=options,
         name=f'down_{level}',
       )(skips[-1], emb)
-    h = Middle(options=options, name='middle')(skips[-1], emb)
+      features.append(outputs[self.num_res_blocks - 1])
+      skips += outputs
+    features.append(Middle(options=options, name='middle')(skips[-1], emb))
+    return skips, features
+
+  def _up(self, h: Array, skips: list[Array], emb: Array, options: BlockOptions) -> Array:
+    """Returns the map after all levels of the way up; at full resolution."""
+    sizes, widths = _level_sizes(self), _level_widths(self)
     for level in reversed(range(len(sizes))):
       # A level reads back what it wrote, and the map that entered it.
       first = len(skips) - self.num_res_blocks - 1
       h = UpLevel(
         features=widths[level],
-        attend=attend[level],
+        attend=sizes[level] in self.attention_resolutions,
         upsample=level > 0,
         options=options,
         name=f'up_{level}',
@@ -253,9 +291,20 @@ def convert_formulation(params: Params, *, to: int, image_channels: int) -> Para
   return {**params, 'conv_in': {**params['conv_in'], 'kernel': kernel}}
 
 
+def feature_shapes(unet: UNet) -> list[tuple[int, int, int]]:
+  """Returns (height, width, channels) of the maps of `UNet.features`."""
+  shapes = [(size, size, width) for size, width in zip(_level_sizes(unet), _level_widths(unet), strict=True)]
+  return [*shapes, shapes[-1]]
+
+
 def _level_sizes(unet: UNet) -> list[int]:
   """Returns the side of the map at each level, in pixels."""
   return [unet.image_size >> level for level in range(len(unet.channel_multipliers))]
+
+
+def _level_widths(unet: UNet) -> list[int]:
+  """Returns the channels of the map at each level."""
+  return [multiplier * unet.channels for multiplier in unet.channel_multipliers]
 
 
 def _check_shape(unet: UNet) -> None:

@@ -1,0 +1,398 @@
+"""Progressive distillation as stages: starts, targets, halvings by config, students of guided teachers."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vaediff import config as configs
+from vaediff import experiments, pipeline, students
+from vaediff.diffusion import distillation, samplers, schedules
+from vaediff.errors import UserError
+from vaediff.evaluation import against_teacher
+from vaediff.experiments.refiner import Condition
+from vaediff.optim import Optimizer
+from vaediff.sharding import make_mesh
+from vaediff.trained import Trained
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import toy_denoiser  # noqa: E402
+
+
+def get(variant='distill,debug', name='digits', **changes):
+  config = importlib.import_module(f'configs.{name}').get_config(variant)
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return students.resolve(config)
+
+
+def build(variant='distill,debug', stage='distill_2', **changes):
+  return experiments.build(get(variant, **changes), stage).inner
+
+
+def randomised(params, seed):
+  leaves, treedef = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  return treedef.unflatten(
+    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  )
+
+
+@functools.cache
+def made(model, seed):
+  return randomised(jax.jit(model.init)(jax.random.key(seed)), seed)
+
+
+def frozen_of(experiment):
+  """Random networks, and the table of steps as the loop would load it."""
+  networks = {'teacher': made(experiment.teacher.denoiser, 1)}
+  if experiment.student.vae:
+    networks['vae'] = made(experiment.student.vae, 2)
+  if 'steps' in experiment.frozen:
+    networks['steps'] = jax.tree.map(jnp.asarray, experiment.frozen['steps'].load())
+  return networks
+
+
+def image(count=6):
+  return jnp.asarray(np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8))
+
+
+def noise(count=6, seed=3):
+  return jax.random.normal(jax.random.key(seed), (count, 8, 8, 1))
+
+
+def condition(experiment, frozen, count=6, seed=4):
+  z = jax.random.normal(jax.random.key(seed), (count, experiment.latent_dim))
+  return experiment.student.condition(frozen, {'z': z})
+
+
+# The stages of a config ------------------------------------------------------------------------------
+
+
+def test_a_config_builds_its_halvings():
+  config = get('distill', **{'distill.from_steps': 512})
+  halvings = tuple(f'distill_{n}' for n in (256, 128, 64, 32, 16, 8, 4, 2, 1))
+  assert config.stages == ('vae', 'refiner', *halvings)
+  assert [config[name].teacher.stage for name in halvings] == ['refiner', *halvings[:-1]]
+  assert [config[name].sample.num_steps for name in halvings] == [int(name[8:]) for name in halvings]
+  assert 'distill' not in config  # an override of what is expanded would do nothing
+  before = configs.to_json(config)
+  assert configs.to_json(students.resolve(config)) == before
+
+
+def test_an_eps_teacher_is_first_distilled_to_v():
+  config = get('distill', 'cifar10')
+  assert config.refiner.diffusion.prediction == 'eps'
+  assert config.stages[2:4] == ('distill_v', 'distill_256')
+  assert config.distill_v.num_steps == 0 and config.distill_v.diffusion.prediction == 'v'
+  assert config.distill_v.model.dropout == 0 and config.refiner.model.dropout > 0
+
+
+def test_a_guided_teacher_is_first_distilled_to_one_pass():
+  config = get('guided,distill,debug')
+  assert config.stages[2:] == ('distill_guided', 'distill_2', 'distill_1')
+  student = experiments.build(config, 'distill_2').inner.student
+  teacher = experiments.build(config, 'refiner').inner
+  assert student.reads_guidance and not teacher.reads_guidance
+  assert (teacher.num_function_evaluations, student.num_function_evaluations) == (8, 2)
+  assert student.settings['guidance_weight'] == teacher.settings['guidance_weight'] == 0.5
+
+
+def test_last_halvings_can_train_longer():
+  config = get('distill', **{'distill.last_train_steps': 999, 'distill.from_steps': 8})
+  assert [config[f'distill_{n}'].train.num_steps for n in (4, 2, 1)] == [600, 999, 999]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'distill.from_steps': 12, 'distill.to_steps': 1}, 'distill.to_steps = 1 times 2, 4, 8'),
+    ({'distill.from_steps': 1}, 'distill.from_steps is 1'),
+    ({'distill.teacher.stage': 'vae'}, "distill.teacher.stage is 'vae'"),
+    ({'distill.teacher.stage': 'nothing'}, "distill.teacher.stage is 'nothing'"),
+    ({'distill.diffusion.prediction': 'eps'}, "prediction is 'eps'; a student"),
+    ({'distill.data_free_fraction': 1.0}, 'data_free_fraction must be in'),
+    ({'distill.data_free_calls': 0}, 'data_free_calls must be >= 1'),
+    ({'distill.from_steps': 1024}, 'Start from fewer steps'),
+  ],
+)
+def test_bad_settings_are_named(changes, message):
+  with pytest.raises(UserError, match=message.replace('(', r'\(')):
+    config = get(**changes)
+    for stage in config.stages:
+      experiments.build(config, stage)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('condition', 'formulation2'), ('schedule', 'cosine'), ('z_conditioning', True)],
+)
+def test_a_teacher_of_another_kind_is_refused_by_name(field, value):
+  config = get()
+  with config.unlocked():
+    config.refiner.diffusion[field] = value
+  with pytest.raises(UserError, match=f"diffusion.{field} is .* of the teacher 'refiner' is"):
+    experiments.build(config, 'distill_2')
+
+
+def test_a_teacher_that_predicts_eps_does_not_teach_a_halving():
+  config = get()
+  with config.unlocked():
+    config.refiner.diffusion.prediction = 'eps'
+  with pytest.raises(UserError, match="'refiner' predicts eps"):
+    experiments.build(config, 'distill_2')
+
+
+def test_the_teacher_of_another_run_must_be_of_this_kind(trained):
+  run = trained('digits').run
+  changes = {'distill.teacher.workdir': str(run), 'data.data_dir': str(trained('digits').data)}
+  config = get(**changes, **{'refiner.diffusion.prediction': 'x0'})
+  with config.unlocked():
+    config.stages = ('distill_2',)
+  with pytest.raises(UserError, match=r"config.refiner.diffusion.prediction is 'x0', but 'v' in the stage"):
+    pipeline.run(config, run.parent / 'student', ('distill_2',))
+
+
+# Targets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('variant', ['distill,debug', 'guided,distill,debug'])
+def test_the_student_starts_as_its_teacher(variant):
+  config = get(variant)
+  for stage in config.stages[2:]:
+    experiment = experiments.build(config, stage).inner
+    frozen = frozen_of(experiment)
+    state = experiment.start(experiment.init(jax.random.key(0)), frozen)
+    params = state.networks['denoiser'].params
+    for name, tree in frozen['teacher'].items():
+      jax.tree.map(np.testing.assert_array_equal, params[name], tree)
+    new = set(params) - set(frozen['teacher'])
+    assert new == ({'guidance'} if stage == 'distill_guided' else set())
+    given = condition(experiment, frozen)
+    y, t = noise(), jnp.full(6, 0.7)
+    student = experiment.student.x0_hat(params, given)(y, t)
+    teacher = experiment.teacher.x0_hat(frozen['teacher'], given)(y, t)
+    np.testing.assert_allclose(student, teacher, atol=1e-6)
+
+
+@pytest.mark.parametrize('variant', ['formulation1,distill,debug', 'formulation2,distill,debug'])
+def test_one_step_of_the_target_is_two_of_the_teachers_sampler(variant):
+  """With the U-Net, clipping and formulation as they are sampled, in one compiled program each."""
+  experiment = build(variant, stage='distill_1')
+  frozen = frozen_of(experiment)
+  given = condition(experiment, frozen)
+  y = noise()
+  wanted = jax.jit(lambda: experiment.target(frozen, y, given, jnp.zeros(6, jnp.int32), jnp.ones(6)))()
+  teacher = experiment.teacher.denoise(frozen['teacher'], given)
+  keys = jax.random.split(jax.random.key(9), 6)
+  drawn = samplers.sample_ddim(teacher, experiment.teacher.schedule, y, keys, num_steps=2)
+  np.testing.assert_allclose(wanted, drawn, atol=1e-5)
+
+
+def test_formulation2_without_a_shift_is_formulation1():
+  targets = []
+  for variant in ('formulation1,distill,debug', 'formulation2,distill,debug'):
+    experiment = build(variant)
+    frozen = frozen_of(experiment)
+    given = dataclasses.replace(condition(experiment, frozen), x0_vae=jnp.zeros((6, 8, 8, 1)))
+    index = jnp.asarray([0, 0, 0, 1, 1, 1])
+    targets.append(experiment.target(frozen, noise(), given, index, frozen['steps']['time'][index]))
+  np.testing.assert_array_equal(*targets)
+
+
+def test_the_target_does_not_change_when_x_t_and_x0_vae_shift_together():
+  """With a network that reads x_t - x0_vae alone; y does not shift."""
+  experiment = build('formulation2,distill,debug')
+  frozen = frozen_of(experiment)
+  kernel = frozen['teacher']['conv_in']['kernel']
+  kernel = jnp.concatenate([kernel[:, :, :1], -kernel[:, :, :1]], axis=2)
+  frozen['teacher'] = {**frozen['teacher'], 'conv_in': {**frozen['teacher']['conv_in'], 'kernel': kernel}}
+  given, index = condition(experiment, frozen), jnp.asarray([0, 0, 0, 1, 1, 1])
+  shifted = dataclasses.replace(given, x0_vae=given.x0_vae + 0.3)
+  targets = [
+    experiment.target(frozen, noise(), c, index, frozen['steps']['time'][index]) for c in (given, shifted)
+  ]
+  np.testing.assert_allclose(*targets, atol=2e-5)
+
+
+def test_the_guided_target_is_the_guided_teacher():
+  config = get('guided,distill,debug')
+  experiment = experiments.build(config, 'distill_guided').inner
+  frozen = frozen_of(experiment)
+  weights = jnp.linspace(0.0, 4.0, 6)
+  given = dataclasses.replace(condition(experiment, frozen), guidance=weights)
+  y, t = noise(), jnp.full(6, 0.6)
+  teacher = experiment.teacher
+  on = teacher.x0_hat(frozen['teacher'], given)(y, t)
+  off = teacher.x0_hat(frozen['teacher'], given, dropped=True)(y, t)
+  w = weights[:, None, None, None]
+  expected = jnp.clip((1 + w) * on - w * off, -1, 1)
+  np.testing.assert_allclose(experiment.target(frozen, y, given, None, t), expected, atol=1e-6)
+  assert float(jnp.abs(on - off).max()) > 1e-3
+
+
+def test_a_student_of_guided_teachers_reads_the_weight():
+  config = get('guided,distill,debug')
+  student = experiments.build(config, 'distill_2').inner.student
+  params = made(student.denoiser, 5)
+  z = jnp.zeros((2, student.latent_dim))
+  given = student.condition({'vae': made(student.vae, 2)}, {'z': z})
+  out = [
+    student.x0_hat(params, dataclasses.replace(given, guidance=jnp.full(2, w)))(noise(2), jnp.full(2, 0.5))
+    for w in (0.0, 3.0)
+  ]
+  assert float(jnp.abs(out[0] - out[1]).max()) > 1e-3
+
+
+def test_examples_free_of_data_come_from_the_student_itself():
+  experiment = build(**{'distill.data_free_fraction': 0.5})
+  frozen = frozen_of(experiment)
+  params = made(experiment.student.denoiser, 7)
+  x0, given = experiment.student.examples(frozen, {'image': image()}, jax.random.key(1), flip=False)
+  states = functools.partial(experiment.states, params, frozen, x0, given)
+  y, mixed, index, t = states(jax.random.key(2), data_free=True)
+  plain, same, _, _ = states(jax.random.key(2), data_free=False)
+  np.testing.assert_array_equal(y[3:], plain[3:])
+  np.testing.assert_array_equal(mixed.x0_vae[3:], given.x0_vae[3:])
+  assert np.all(np.any(np.asarray(mixed.x0_vae[:3] != given.x0_vae[:3]), axis=(1, 2, 3)))
+  np.testing.assert_array_equal(same.x0_vae, given.x0_vae)
+  # where a step has been taken y is a state of the student's own sampler
+  key_noise = jax.random.split(jax.random.key(2), 5)[4]
+  start = jax.random.normal(key_noise, (3, 8, 8, 1))
+  first = jax.tree.map(lambda rows: rows[:3], mixed)
+  _, trajectory = samplers.sample_ddim(
+    experiment.student.denoise(params, first),
+    experiment.student.schedule,
+    start,
+    jax.random.split(jax.random.key(0), 3),
+    num_steps=2,
+    trajectory=True,
+  )
+  assert set(np.asarray(index[:3]).tolist()) == {0, 1}
+  for i in range(3):
+    np.testing.assert_allclose(y[i], trajectory[int(index[i]), i], atol=1e-5)
+
+
+# Training --------------------------------------------------------------------------------------------
+
+
+def test_a_one_step_student_of_gaussian_data_has_its_teachers_map():
+  """x0 ~ N(0, s^2): the exact denoiser is linear, and so is its DDIM map from noise to x0."""
+  std, schedule = 0.5, schedules.make_schedule('cosine')
+  model = toy_denoiser.model(8)
+  teacher = toy_denoiser.exact(schedule, std)
+  optimizer = Optimizer(
+    transform=optax.adam(optax.linear_schedule(0.02, 0.0, 600)), ema_decay=0.0, ema_warmup=False
+  )
+  experiment = build('unconditional,distill,debug', stage='distill_1')
+  refiner = dataclasses.replace(
+    experiment.student,
+    denoiser=model,
+    optimizer=optimizer,
+    schedule=schedule,
+    prediction='v',
+    settings={**experiment.student.settings, 'clip': 'none'},
+  )
+  keys = jax.random.split(jax.random.key(0), 4)
+  y = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+  many = samplers.sample_ddim(
+    refiner.denoise(teacher, Condition(x0_vae=None, z=None)), schedule, y, keys, num_steps=16
+  )
+  params = teacher
+  for count in (8, 4, 2, 1):
+    halving = dataclasses.replace(experiment, student=refiner, teacher=refiner, num_steps=count)
+    frozen = {
+      'teacher': params,
+      'steps': jax.tree.map(jnp.asarray, distillation.halving(schedule, count)),
+    }
+
+    @jax.jit
+    def train(state, frozen, halving=halving):
+      def body(state, k):
+        batch = toy_denoiser.batch(std, k)
+        state, _ = halving.train_step(state, frozen, batch, jax.random.fold_in(jax.random.key(3), k))
+        return state, None
+
+      return jax.lax.scan(body, state, jnp.arange(600))[0]
+
+    state = halving.start(halving.init(jax.random.key(0)), frozen)
+    params = train(state, frozen).networks['denoiser'].params
+  one = samplers.sample_ddim(
+    refiner.denoise(params, Condition(x0_vae=None, z=None)), schedule, y, keys, num_steps=1
+  )
+  undistilled = samplers.sample_ddim(
+    refiner.denoise(teacher, Condition(x0_vae=None, z=None)), schedule, y, keys, num_steps=1
+  )
+  assert float(jnp.abs(one - many).max() / jnp.abs(many).max()) < 0.02
+  assert float(jnp.abs(undistilled - many).max() / jnp.abs(many).max()) > 0.5
+
+
+@pytest.fixture(scope='module')
+def distilled(once, trained):
+  """A debug run of the halvings, trained in one go."""
+
+  def make(folder):
+    config = get(**{'data.data_dir': str(trained('digits').data)})
+    with pytest.MonkeyPatch.context() as patch:
+      one_device_mesh(patch)
+      pipeline.run(config, folder / 'run', tuple(config.stages))
+
+  return once('distilled', make) / 'run'
+
+
+def one_device_mesh(patch):
+  patch.setattr('vaediff.sharding.make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+def params_of(run, stage):
+  config = configs.read(run)
+  return Trained(config, run, stage, make_mesh(config.mesh, jax.devices()[:1])).params
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_halving_goes_on_where_it_stopped_and_none_is_done_twice(distilled, tmp_path, capsys, trained):
+  config = get(**{'data.data_dir': str(trained('digits').data)})
+  run = tmp_path / 'run'
+  shutil.copytree(distilled, run)
+  # distill_1 was stopped after its checkpoint of step 2
+  shutil.rmtree(run / 'distill_1' / 'checkpoints' / '4')
+  (run / 'distill_1' / 'summary.json').unlink()
+  capsys.readouterr()
+  pipeline.run(config, run, tuple(config.stages))
+  said = capsys.readouterr().out
+  assert all(f'{name}: complete at step 4, skipped' in said for name in ('vae', 'refiner', 'distill_2'))
+  assert 'distill_1: resuming at step 2 of 4' in said
+  jax.tree.map(np.testing.assert_array_equal, params_of(run, 'distill_1'), params_of(distilled, 'distill_1'))
+
+
+@pytest.mark.usefixtures('one_device')
+def test_students_stand_beside_their_teacher_in_a_sweep(distilled, tmp_path):
+  from vaediff.evaluation import sweep
+
+  run = tmp_path / 'run'
+  shutil.copytree(distilled, run)
+  config = configs.read(run)
+  mesh = make_mesh(config.mesh, jax.devices()[:1])
+  opened = Trained(config, run, 'distill_1', mesh)
+  assert [stage.stage for stage in against_teacher.chain(opened)] == ['refiner', 'distill_2', 'distill_1']
+  sweep.sweep(opened)
+  rows = json.loads((run / 'evaluation' / 'sweep.json').read_text())['rows']
+  assert [(row['stage'], row['steps'], row['NFE']) for row in rows] == [
+    ('refiner', 1, 1),
+    ('refiner', 2, 2),
+    ('distill_2', 2, 2),
+    ('distill_1', 1, 1),
+  ]
+  assert all(row['rmse to teacher'] > 0 and row['diversity ratio'] > 0 for row in rows)
+  itself = against_teacher.Teacher(Trained(config, run, 'refiner', mesh), 4, 8)
+  same = Trained(config, run, 'refiner', mesh).with_settings(sampler='ddim', num_steps=4)
+  assert itself.compare(same) == {'rmse to teacher': 0.0, 'diversity ratio': 1.0}

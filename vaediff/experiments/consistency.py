@@ -1,0 +1,118 @@
+"""Consistency tuning of a trained denoiser: one or two steps without a teacher beside the student.
+
+The student starts as a copy of a network that predicts v and learns to map two states of one image and one
+noise to the same x0 (`diffusion.consistency`). Its samples are drawn with the sampler 'renoise'.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vaediff.diffusion import consistency, gaussian
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.experiments.refiner import Condition
+from vaediff.experiments.student import Student, parts
+from vaediff.types import Batch, Image, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Consistency(Student):
+  """The stage; trains the network `denoiser`.
+
+  Attributes:
+    level_mean: mean of log(sigma / alpha) of the times that are drawn.
+    level_std: its standard deviation.
+    q: the two levels' distance, 1 / q of the level where it is large.
+    double_every_steps: updates after which the distance is divided by q again; 0 = never.
+    huber: c of the pseudo-Huber distance, in units of the norm over all pixels.
+    microbatches: parts that a batch is split into for the gradient.
+    flip: random horizontal flips.
+  """
+
+  level_mean: float
+  level_std: float
+  q: float
+  double_every_steps: int
+  huber: float
+  microbatches: int
+  flip: bool
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Consistency':
+    """Builds the experiment of `config.<stage>`."""
+    section = config[stage]
+    shared = parts(config, stage)
+    check(section)
+    if shared['teacher'].prediction != 'v':
+      raise UserError(
+        f'the teacher {section.teacher.stage!r} predicts {shared["teacher"].prediction}; only a network that '
+        "predicts v maps data to itself. Train it with diffusion.prediction = 'v', or name a student that "
+        "does (teacher.stage = 'distill_v', variant distill)"
+      )
+    return cls(
+      **shared,
+      **section.loss.to_dict(),
+      microbatches=section.train.microbatches,
+      flip=section.train.flip,
+    )
+
+  def example_losses(
+    self, params: Params, x0: Image, condition: Condition, key: jax.Array, step: jax.Array
+  ) -> jax.Array:
+    """Returns the loss of each example at one pair of levels."""
+    key_level, key_eps = jax.random.split(key)
+    schedule = self.student.schedule
+    tau = consistency.sample_level(key_level, x0.shape[0], self.level_mean, self.level_std, schedule)
+    doublings = step // self.double_every_steps if self.double_every_steps else jnp.zeros_like(step)
+    r = consistency.earlier(tau, self.q, doublings)
+    eps = jax.random.normal(key_eps, x0.shape)
+    denoise = self.student.x0_hat(params, condition)
+
+    def at(level: jax.Array) -> jax.Array:
+      t = consistency.time_of(level, schedule)
+      return denoise(gaussian.q_sample(x0, eps, t, schedule), t)
+
+    x0_hat, before = at(tau), jax.lax.stop_gradient(at(r))
+    lowest = jnp.exp(jnp.float32(consistency.levels(schedule)[1][0]))
+    target = jnp.where(gaussian.per_example(r, x0) < lowest, x0, before)
+    return consistency.loss(x0_hat, target, tau, self.huber)
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update."""
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      key_example, key_loss = jax.random.split(key)
+      x0, condition = self.student.examples(frozen, batch, key_example, flip=self.flip)
+      loss = jnp.mean(self.example_losses(params, x0, condition, key_loss, state.step))
+      return loss, {'loss': loss}
+
+    params = state.networks['denoiser'].params
+    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
+    state, norms = base.update_one(state, 'denoiser', grads, self.student.optimizer)
+    return state, {**metrics, **norms}
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns the loss at the first distance of levels."""
+    key_example, key_loss = jax.random.split(key)
+    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
+    values = self.example_losses(params['denoiser'], x0, condition, key_loss, jnp.int32(0))
+    return {'loss': base.masked_mean(values, batch['mask'])}
+
+
+def check(section: ConfigDict) -> None:
+  """Raises UserError for the first value of the stage's section that is not allowed."""
+  loss = section.loss
+  if section.diffusion.prediction != 'v':
+    raise UserError(f"diffusion.prediction must be 'v', got {section.diffusion.prediction!r}")
+  if loss.q <= 1:
+    raise UserError(f'loss.q must be above 1, got {loss.q}')
+  for field in ('level_std', 'huber', 'double_every_steps'):
+    if loss[field] < 0:
+      raise UserError(f'loss.{field} must be >= 0, got {loss[field]}')
