@@ -82,6 +82,12 @@ def get_config(variant: str = ''):
   config.consistency.train = base.train(
     2000, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=0, eval_images=0
   )
+  config.adversarial.discriminator.channels = 64
+  config.adversarial.optim.update({'learning_rate': 3e-4, 'ema_decay': 0.99, 'ema_warmup': True})
+  config.adversarial.optim_discriminator.learning_rate = 6e-4
+  config.adversarial.train = base.train(
+    600, 64, save_every_steps=300, eval_every_steps=100, grid_every_steps=0, eval_images=0
+  )
   gan.small(config)
   config.autoencoder.model.channel_multipliers = (1, 2)
   config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vaediff import config as configs
-from vaediff import cost, describe, experiments, modes, pipeline
+from vaediff import cost, describe, experiments, modes, pipeline, students
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,7 +18,7 @@ base = importlib.import_module('configs.base')
 NAMES = sorted(
   path.stem
   for path in (ROOT / 'configs').glob('*.py')
-  if path.stem not in ('__init__', 'base', 'gan', 'presets')
+  if path.stem not in ('__init__', 'base', 'distill', 'gan', 'presets')
 )
 OWN = [
   ('fashion_mnist', 'idx'),
@@ -35,12 +35,14 @@ OWN = [
   ('celeba256', 'wavelet'),
   ('celeba256', 'adversarial_refiner'),
   ('lsun_church256', 'latent'),
+  ('cifar10', 'guided,distill'),
+  ('celeba256', 'adversarial'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 
 
 def get(name, variant=''):
-  return importlib.import_module(f'configs.{name}').get_config(variant)
+  return students.resolve(importlib.import_module(f'configs.{name}').get_config(variant))
 
 
 def test_the_configs_are_all_here():
@@ -161,7 +163,7 @@ def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
 
 
 @pytest.mark.parametrize(
-  'variant', some_slow(SHARED, ('formulation2', 'unconditional', 'vq', 'adversarial_refiner'))
+  'variant', some_slow(SHARED, ('formulation2', 'unconditional', 'vq', 'adversarial_refiner', 'adversarial'))
 )
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)

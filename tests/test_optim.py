@@ -44,6 +44,11 @@ def test_cosine_ends_at_zero_at_the_last_step():
   assert values == pytest.approx([0.05, 0.1, 0.05, 0.0], abs=1e-8)
 
 
+def test_linear_ends_at_its_end_at_the_last_step():
+  values = [rate(step, schedule='linear', end_learning_rate=0.02) for step in (0, 50, 100, 200)]
+  assert values == pytest.approx([0.1, 0.06, 0.02, 0.02])
+
+
 @pytest.mark.parametrize('warmup', [False, True])
 def test_average_is_the_recursion(warmup):
   optimizer = optim.make_optimizer(settings(ema_warmup=warmup), 100)

@@ -1,8 +1,9 @@
 """Stages with a teacher, made whole: a student's network is its teacher's, and the config names only that.
 
 `resolve` is called once the config is complete, overrides included. It gives every such stage the sections
-`vae`, `model`, `diffusion` and `sample` of its teacher with what distillation changes, and turns a stage of
-progressive distillation into one stage for each halving, such as `distill_256`, ..., `distill_1`.
+`vae`, `model`, `diffusion` and `sample` of its teacher with what distillation changes, turns a stage of
+progressive distillation into one stage for each halving, such as `distill_256`, ..., `distill_1`, and puts a
+student that predicts v between a teacher that predicts eps and its own.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from vaediff.errors import UserError
 
 MATCHED = {False: 'v', True: 'guided'}
-"""What is appended to the name of the stage before the halvings, without and with guidance."""
+"""What is appended to the name of the stage before the others, without and with guidance."""
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -21,7 +22,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   Raises:
     UserError: when a teacher is missing, or `from_steps` cannot be halved to `to_steps`.
   """
-  stages = []
+  stages, expanded = [], []
   with config.unlocked():
     for stage in config.stages:
       section = config[stage] if stage in config else None
@@ -29,20 +30,19 @@ def resolve(config: ConfigDict) -> ConfigDict:
         stages.append(stage)
       elif 'from_steps' in section:
         stages += _halvings(config, stage)
-        del config[stage]  # an override would change nothing any more
+        expanded.append(stage)
       else:
-        config[stage] = _student(config, stage, section.to_dict(), section.sample.num_steps)
-        stages.append(stage)
+        stages += _one_student(config, stage)
     config.stages = tuple(stages)
+    for stage in expanded:
+      del config[stage]  # an override would change nothing any more
   return config
 
 
 def _halvings(config: ConfigDict, stage: str) -> list[str]:
   """Adds one section per halving, and one before them where the teacher predicts eps or is guided."""
-  template = config[stage].to_dict()
-  first, last = template.pop('from_steps'), template.pop('to_steps')
-  guided, num_last = template.pop('guided'), template.pop('last_train_steps')
-  teacher = _teacher(config, stage)
+  section = config[stage]
+  first, last, guided = section.from_steps, section.to_steps, section.guided
   counts = [first]
   while counts[-1] > last and counts[-1] % 2 == 0:
     counts.append(counts[-1] // 2)
@@ -50,26 +50,56 @@ def _halvings(config: ConfigDict, stage: str) -> list[str]:
     raise UserError(
       f'config.{stage}.from_steps is {first}, which is not {stage}.to_steps = {last} times 2, 4, 8, ...'
     )
-  names = []
-
-  def add(name: str, num_steps: int, changes: dict[str, Any]) -> None:
-    section = {**template, 'num_steps': num_steps, **changes}
-    if names:
-      section['teacher'] = {'stage': names[-1], 'workdir': ''}
-    if 0 < num_steps <= 2 and num_last:
-      section['train'] = {**section['train'], 'num_steps': num_last}
-    config[name] = ConfigDict(section)
-    config[name] = _student(config, name, section, num_steps or first)
-    config[name].model.guidance_embedding = guided
-    if guided:
-      config[name].sample.guidance_weight = weight
-    names.append(name)
-
-  weight = teacher.sample.guidance_weight
-  if guided or teacher.diffusion.prediction == 'eps':
-    add(f'{stage}_{MATCHED[guided]}', 0, {'data_free_fraction': 0.0})
+  names, teacher = [], section.teacher.to_dict()
+  root = _teacher(config, stage)
+  if guided or root.diffusion.prediction == 'eps':
+    names.append(f'{stage}_{MATCHED[guided]}')
+    _add(config, names[-1], section, teacher, num_steps=0, guided=guided)
   for count in counts[1:]:
-    add(f'{stage}_{count}', count, {})
+    taught_by = {'stage': names[-1], 'workdir': ''} if names else teacher
+    names.append(f'{stage}_{count}')
+    _add(config, names[-1], section, taught_by, num_steps=count, guided=guided)
+  if guided:
+    for name in names:
+      config[name].sample.guidance_weight = root.sample.guidance_weight
+  return names
+
+
+def _add(
+  config: ConfigDict,
+  name: str,
+  template: ConfigDict,
+  teacher: dict[str, str],
+  *,
+  num_steps: int,
+  guided: bool,
+) -> None:
+  """Adds the section of one stage of progressive distillation."""
+  section = template.to_dict()
+  first, num_last = section['from_steps'], section['last_train_steps']
+  for field in ('from_steps', 'to_steps', 'guided', 'last_train_steps'):
+    del section[field]
+  section |= {'teacher': teacher, 'num_steps': num_steps}
+  if num_steps == 0:
+    section['data_free_fraction'] = 0.0  # it has no steps that could lead to the examples
+  if 0 < num_steps <= 2 and num_last:
+    section['train'] = {**section['train'], 'num_steps': num_last}
+  config[name] = ConfigDict(section)
+  config[name] = _student(config, name, section, num_steps or first)
+  config[name].model.guidance_embedding = guided
+
+
+def _one_student(config: ConfigDict, stage: str) -> list[str]:
+  """Completes a student, and adds a stage before it where its teacher predicts eps."""
+  names = [stage]
+  section = config[stage].to_dict()
+  if _teacher(config, stage).diffusion.prediction == 'eps':
+    name = f'{stage}_v'
+    _add(config, name, config.distill, section['teacher'], num_steps=0, guided=False)
+    section['teacher'] = {'stage': name, 'workdir': ''}
+    config[stage].teacher = ConfigDict(section['teacher'])
+    names.insert(0, name)
+  config[stage] = _student(config, stage, section, section['sample']['num_steps'])
   return names
 
 

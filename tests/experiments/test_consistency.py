@@ -42,7 +42,6 @@ def test_it_is_sampled_in_two_steps_with_new_noise_between():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'refiner.diffusion.prediction': 'eps'}, "'refiner' predicts eps; only a network that predicts v"),
     ({'refiner.diffusion.prediction': 'x0'}, "'refiner' predicts x0"),
     ({'consistency.loss.q': 1.0}, 'loss.q must be above 1'),
     ({'consistency.loss.huber': -1.0}, 'loss.huber must be >= 0'),
@@ -135,3 +134,10 @@ def test_one_device_equals_eight():
   one = two_updates(sharding.make_mesh(config.mesh, jax.devices()[:1]))
   eight = two_updates(sharding.make_mesh(config.mesh))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, eight)
+
+
+def test_an_eps_teacher_is_first_distilled_to_v():
+  config = get('distill,consistency', **{'refiner.diffusion.prediction': 'eps', 'distill.from_steps': 2})
+  assert config.stages == ('vae', 'refiner', 'distill_v', 'distill_1', 'consistency_v', 'consistency')
+  experiment = experiments.build(config, 'consistency').inner
+  assert experiment.teacher_source.stage == 'consistency_v' and experiment.teacher.prediction == 'v'

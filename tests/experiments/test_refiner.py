@@ -179,7 +179,7 @@ def test_every_prediction_weight_and_schedule_gives_a_finite_loss(prediction, we
     ({'refiner.diffusion.condition': 'none', 'refiner.sample.t_start': 0.5}, 'does not have'),
     (
       {'refiner.optim.schedule': 'step'},
-      "optim.schedule must be 'constant' or 'cosine', got 'step'",
+      "optim.schedule must be 'constant', 'cosine' or 'linear', got 'step'",
     ),
     ({'refiner.optim.ema_decay': 1.0}, r'optim.ema_decay must be in \[0, 1\), got 1.0'),
     (

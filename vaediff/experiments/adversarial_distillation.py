@@ -317,7 +317,13 @@ def check(section: ConfigDict) -> None:
 
 
 def check_teacher(section: ConfigDict, teacher: ConfigDict) -> None:
-  """Raises UserError where the teacher's calls leave the grid that it was itself distilled to."""
+  """Raises UserError for a student that cannot be a copy, or calls off a distilled teacher's own grid."""
+  wanted, given = teacher.diffusion.prediction, section.diffusion.prediction
+  if given != wanted:
+    raise UserError(
+      f'diffusion.prediction is {given!r}, but the student starts as a copy of {section.teacher.stage!r}, '
+      f'which predicts {wanted!r}'
+    )
   known = teacher.num_steps if teacher.experiment == 'progressive' else 0
   if known and known % (section.sample.num_steps * section.teacher_calls):
     raise UserError(

@@ -37,7 +37,9 @@ SAMPLER_OPTIONS = {'ddpm': ('variance',), 'ddim': ('eta',)}
 
 def reads_precomputed(section: ConfigDict) -> bool:
   """Returns whether a stage's batches hold the VAE's reconstructions, computed once for all images."""
-  return section.to_dict().get('diffusion', {}).get('x0_vae_source') == 'precomputed'
+  if 'diffusion' not in section or 'x0_vae_source' not in section.diffusion:
+    return False
+  return section.diffusion.x0_vae_source == 'precomputed'
 
 
 @jax.tree_util.register_dataclass
