@@ -5,6 +5,7 @@
 Data: TFDS `celeb_a_hq/256` (made by hand from the official archives), or an image folder with `:folder` and
 `--config.data.path=...`. Settings of the official code (arXiv:2201.00308): 32.6 M VAE, 113.7 M U-Net,
 attention at 16 pixels. The last 1,000 images are held out for evaluation.
+Denoising GANs with their papers' settings (2 steps): `ddgan`, `wavelet`, `latent` (64x64x3, 8,192 codes).
 
 Hardware, hours and figures: not yet measured.
 """

@@ -5,6 +5,7 @@
 Data: TFDS `cifar10`. Settings of the official code (arXiv:2201.00308): 9.24 M VAE, U-Net of width 128 with
 attention at 16 pixels, dropout 0.3, flips for the refiner only. Steps: 1,000 and 2,850 epochs of batch 128.
 Variants: `large` (width 160, 3 blocks), `ddim_unet` (the U-Net of the DDIM code, global batch 256).
+Denoising GANs with their papers' settings: `ddgan`, `wavelet`, `latent` (4 steps).
 
 Hardware, hours and figures: not yet measured.
 """

@@ -4,6 +4,7 @@
 
 Data: TFDS `lsun/church_outdoor` (images of any size; shorter side cropped square, then resized), or an image
 folder. The papers have no DiffuseVAE settings for LSUN: those of CelebA-HQ 256 are used.
+Denoising GANs with their papers' settings (4 steps): `ddgan`, `wavelet`, `latent`.
 
 Hardware, hours and figures: not yet measured.
 """

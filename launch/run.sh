@@ -82,25 +82,21 @@ forward() {
 trap forward TERM INT HUP
 
 # Runs a command and sets `status`. In the background, because bash handles no signal while it waits for a
-# command in the foreground. And in naps: a signal that comes just before `wait` is handled only after it.
+# command in the foreground.
 run() {
-  local nap code=0
+  local before code first=1
   status=0
   "$@" &
   child=$!
   if ((signals)) && [[ $told != "$child" ]]; then forward; fi # it came before `child` was known
-  for nap in 0.05 0.1 0.2 0.5 1; do napping "$nap" || break; done
-  while napping 2; do :; done
-  wait "$child" || code=$?
-  status=$code
+  while :; do
+    before=$signals code=0
+    wait "$child" || code=$?
+    if ((first || code != 127)); then status=$code; fi # 127: bash has forgotten it, so the first answer was it
+    first=0
+    if [[ $signals == "$before" ]]; then break; fi # otherwise a signal ended `wait`, and not the command
+  done
   child=''
-}
-
-# Returns after some seconds, a signal, or at once if the child has ended; false then.
-napping() {
-  kill -0 "$child" 2>/dev/null || return 1
-  sleep "$1" >/dev/null 2>&1 &
-  wait "$!" || true
 }
 
 pause=${RETRY_PAUSE:-5}

@@ -60,7 +60,13 @@ def test_small_levels_are_taught_the_image_itself():
   state = experiment.init(jax.random.key(0))
   condition = Condition(x0_vae=jnp.zeros_like(x0), z=None)
   values = experiment.example_losses(
-    state.networks['denoiser'].params, x0, condition, jax.random.key(1), jnp.int32(0)
+    state.networks['denoiser'].params,
+    {},
+    x0,
+    condition,
+    jax.random.key(1),
+    jnp.int32(0),
+    training=True,
   )
   # an untrained network says v = 0, so x0_hat = alpha y with y at the first time of the table
   schedule, first = experiment.student.schedule, np.array(1 / 1000)

@@ -63,8 +63,6 @@ class AdversarialDistillation(Student):
     distillation_weight: of the squared error to x0*; 0 = no x0* is made in training.
     loss_weight: w_s of that error, by name.
     r1_gamma: weight of R1; 0 = none.
-    microbatches: parts that a batch is split into for the gradients.
-    flip: random horizontal flips.
   """
 
   discriminator: Model
@@ -78,8 +76,6 @@ class AdversarialDistillation(Student):
   distillation_weight: float
   loss_weight: str
   r1_gamma: float
-  microbatches: int
-  flip: bool
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'AdversarialDistillation':
@@ -106,8 +102,6 @@ class AdversarialDistillation(Student):
       start_probabilities=tuple(section.start_probabilities) or (1 / num_steps,) * num_steps,
       teacher_calls=section.teacher_calls,
       loss_weight=section.diffusion.loss_weight,
-      microbatches=section.train.microbatches,
-      flip=section.train.flip,
     )
 
   @property

@@ -8,14 +8,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff.diffusion import consistency, gaussian
 from vaediff.errors import UserError
-from vaediff.experiments import base
 from vaediff.experiments.refiner import Condition
 from vaediff.experiments.student import Student, parts
-from vaediff.types import Batch, Image, Metrics, Params
+from vaediff.types import Image, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,6 @@ class Consistency(Student):
     q: the two levels' distance, 1 / q of the level where it is large.
     double_every_steps: updates after which the distance is divided by q again; 0 = never.
     huber: c of the pseudo-Huber distance, in units of the norm over all pixels.
-    microbatches: parts that a batch is split into for the gradient.
-    flip: random horizontal flips.
   """
 
   level_mean: float
@@ -37,8 +35,6 @@ class Consistency(Student):
   q: float
   double_every_steps: int
   huber: float
-  microbatches: int
-  flip: bool
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Consistency':
@@ -55,14 +51,21 @@ class Consistency(Student):
     return cls(
       **shared,
       **section.loss.to_dict(),
-      microbatches=section.train.microbatches,
-      flip=section.train.flip,
     )
 
   def example_losses(
-    self, params: Params, x0: Image, condition: Condition, key: jax.Array, step: jax.Array
-  ) -> jax.Array:
+    self,
+    params: Params,
+    frozen: dict[str, Params],
+    x0: Image,
+    condition: Condition,
+    key: jax.Array,
+    step: jax.Array,
+    *,
+    training: bool,
+  ) -> Float[Array, ' batch']:
     """Returns the loss of each example at one pair of levels."""
+    del frozen, training
     key_level, key_eps = jax.random.split(key)
     schedule = self.student.schedule
     tau = consistency.sample_level(key_level, x0.shape[0], self.level_mean, self.level_std, schedule)
@@ -79,31 +82,6 @@ class Consistency(Student):
     lowest = jnp.exp(jnp.float32(consistency.levels(schedule)[1][0]))
     target = jnp.where(gaussian.per_example(r, x0) < lowest, x0, before)
     return consistency.loss(x0_hat, target, tau, self.huber)
-
-  def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> tuple[base.TrainState, Metrics]:
-    """Returns the state after one update."""
-
-    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      key_example, key_loss = jax.random.split(key)
-      x0, condition = self.student.examples(frozen, batch, key_example, flip=self.flip)
-      loss = jnp.mean(self.example_losses(params, x0, condition, key_loss, state.step))
-      return loss, {'loss': loss}
-
-    params = state.networks['denoiser'].params
-    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
-    state, norms = base.update_one(state, 'denoiser', grads, self.student.optimizer)
-    return state, {**metrics, **norms}
-
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
-    """Returns the loss at the first distance of levels."""
-    key_example, key_loss = jax.random.split(key)
-    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
-    values = self.example_losses(params['denoiser'], x0, condition, key_loss, jnp.int32(0))
-    return {'loss': base.masked_mean(values, batch['mask'])}
 
 
 def check(section: ConfigDict) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff.diffusion import distillation, gaussian, losses, schedules
@@ -25,7 +26,7 @@ from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.refiner import Condition
 from vaediff.experiments.student import Student, parts
-from vaediff.types import Batch, Image, Metrics, Params
+from vaediff.types import Image, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,6 @@ class Progressive(Student):
     data_free_fraction: share of examples without data.
     data_free_calls: most calls of the student that bring such an example to its time.
     guidance_weights: (least, most) of the weights that are drawn in training; () where none is read.
-    microbatches: parts that a batch is split into for the gradient.
-    flip: random horizontal flips.
   """
 
   num_steps: int
@@ -47,8 +46,6 @@ class Progressive(Student):
   data_free_fraction: float
   data_free_calls: int
   guidance_weights: tuple[float, float] | tuple[()]
-  microbatches: int
-  flip: bool
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Progressive':
@@ -70,8 +67,6 @@ class Progressive(Student):
       data_free_fraction=section.data_free_fraction,
       data_free_calls=section.data_free_calls,
       guidance_weights=tuple(section.guidance_weights) if section.model.guidance_embedding else (),
-      microbatches=section.train.microbatches,
-      flip=section.train.flip,
     )
 
   @property
@@ -167,10 +162,12 @@ class Progressive(Student):
     x0: Image,
     condition: Condition,
     key: jax.Array,
+    step: jax.Array,
     *,
     training: bool,
-  ) -> jax.Array:
-    """Returns the weighted squared error of each example."""
+  ) -> Float[Array, ' batch']:
+    """Returns the weighted squared error of each example; in training a share of them is free of data."""
+    del step
     y, condition, index, t = jax.lax.stop_gradient(
       self.states(params, frozen, x0, condition, key, data_free=training)
     )
@@ -179,31 +176,6 @@ class Progressive(Student):
     output = self.student.predict(params, y, t, condition)
     eps = gaussian.to_eps('x0', wanted, y, t, schedule)
     return losses.denoising_loss(prediction, output, wanted, eps, t, schedule, self.loss_weight)
-
-  def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> tuple[base.TrainState, Metrics]:
-    """Returns the state after one update."""
-
-    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      key_example, key_loss = jax.random.split(key)
-      x0, condition = self.student.examples(frozen, batch, key_example, flip=self.flip)
-      loss = jnp.mean(self.example_losses(params, frozen, x0, condition, key_loss, training=True))
-      return loss, {'loss': loss}
-
-    params = state.networks['denoiser'].params
-    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
-    state, norms = base.update_one(state, 'denoiser', grads, self.student.optimizer)
-    return state, {**metrics, **norms}
-
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
-    """Returns the loss on examples with data."""
-    key_example, key_loss = jax.random.split(key)
-    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
-    values = self.example_losses(params['denoiser'], frozen, x0, condition, key_loss, training=False)
-    return {'loss': base.masked_mean(values, batch['mask'])}
 
 
 def check(section: ConfigDict) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff import prior
@@ -18,7 +19,7 @@ from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.refiner import Condition, Refiner
 from vaediff.models.functional import Model
-from vaediff.types import Image, Keys, Latent, Params
+from vaediff.types import Batch, Image, Keys, Latent, Metrics, Params
 
 EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation')
 """Of the stages that have a teacher."""
@@ -29,17 +30,21 @@ SAME = ('schedule', 'condition', 'z_conditioning')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-  """The part of a distillation stage that is not its loss; trains the network `denoiser`.
+  """A distillation stage but for its `example_losses`; trains the network `denoiser`.
 
   Attributes:
     student: how the trained network is read and sampled.
     teacher: how the frozen network `teacher` is read: with its own guidance and clipping.
     teacher_source: where its parameters are.
+    microbatches: parts that a batch is split into for the gradient.
+    flip: random horizontal flips.
   """
 
   student: Refiner
   teacher: Refiner
   teacher_source: base.Frozen
+  microbatches: int
+  flip: bool
 
   @property
   def networks(self) -> Mapping[str, Model]:
@@ -102,6 +107,48 @@ class Student:
     """Returns the student's images; see `Refiner.sample`."""
     return self.student.sample(params, frozen, condition, keys)
 
+  def example_losses(
+    self,
+    params: Params,
+    frozen: dict[str, Params],
+    x0: Image,
+    condition: Condition,
+    key: jax.Array,
+    step: jax.Array,
+    *,
+    training: bool,
+  ) -> Float[Array, ' batch']:
+    """Returns the loss of each example after `step` updates."""
+    raise NotImplementedError
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update."""
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      key_example, key_loss = jax.random.split(key)
+      x0, condition = self.student.examples(frozen, batch, key_example, flip=self.flip)
+      values = self.example_losses(params, frozen, x0, condition, key_loss, state.step, training=True)
+      loss = jnp.mean(values)
+      return loss, {'loss': loss}
+
+    params = state.networks['denoiser'].params
+    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
+    state, norms = base.update_one(state, 'denoiser', grads, self.student.optimizer)
+    return state, {**metrics, **norms}
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """Returns the loss of the first update, on images as they are."""
+    key_example, key_loss = jax.random.split(key)
+    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
+    values = self.example_losses(
+      params['denoiser'], frozen, x0, condition, key_loss, jnp.int32(0), training=False
+    )
+    return {'loss': base.masked_mean(values, batch['mask'])}
+
   def drawn_condition(self, frozen: dict[str, Params], key: jax.Array, count: int) -> Condition:
     """Returns the condition of codes that are drawn from the prior of z, as in sampling."""
     if self.student.vae is None:
@@ -132,4 +179,10 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
       )
   student, teacher = Refiner.from_config(config, stage), Refiner.from_config(config, named.stage)
   source = base.Frozen(stage=named.stage, network='denoiser', workdir=named.workdir, model=teacher.denoiser)
-  return {'student': student, 'teacher': teacher, 'teacher_source': source}
+  return {
+    'student': student,
+    'teacher': teacher,
+    'teacher_source': source,
+    'microbatches': section.train.microbatches,
+    'flip': section.train.flip,
+  }
