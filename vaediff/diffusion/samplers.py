@@ -32,6 +32,7 @@ Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,216 +196,164 @@ def ode_coefficients(schedule: Schedule, times: Times) -> tuple[Column, Column]:
   return keep, current
 
 
-def sample_ddpm(
-  denoise: Denoise,
-  schedule: Schedule,
-  y: State,
-  keys: Keys,
-  *,
-  num_steps: int,
-  grid: str = 'uniform',
-  t_start: float = 1.0,
-  t_end: float = 0.0,
-  trajectory: bool = False,
-  variance: str = 'small',
-) -> State | tuple[State, Trajectory]:
+def _steps(
+  times: Times, keep: Column, current: Column, *, previous: Column | None = None, noise: Column | None = None
+) -> _Table:
+  """Returns the table of one network evaluation per interval of the grid."""
+  zeros = np.zeros_like(keep)
+  return _Table(
+    times[:-1],
+    keep,
+    zeros if previous is None else previous,
+    current,
+    zeros if noise is None else noise,
+    np.ones(len(keep), bool),
+  )
+
+
+def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State, Trajectory]]:
+  """Returns the sampler with the module's arguments whose steps are `table(schedule, times, **options)`.
+
+  It raises UserError for a bad grid.
+  """
+
+  def sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    y: State,
+    keys: Keys,
+    *,
+    num_steps: int,
+    grid: str = 'uniform',
+    t_start: float = 1.0,
+    t_end: float = 0.0,
+    trajectory: bool = False,
+    **options: Any,
+  ) -> State | tuple[State, Trajectory]:
+    times = time_grid(schedule, grid, num_steps, t_start, t_end)
+    return _run(denoise, y, keys, table(schedule, times, **options), trajectory)
+
+  sample.__name__, sample.__qualname__, sample.__doc__ = table.__name__, table.__qualname__, table.__doc__
+  return sample
+
+
+@_sampler
+def sample_ddpm(schedule: Schedule, times: Times, variance: str = 'small') -> _Table:
   """Returns a DDPM ancestral sample (Ho et al. 2020, algorithm 2, arXiv:2006.11239), over any grid.
 
   y_s is drawn from q(y_s | y_t, x0_hat), with its variance for `variance` 'small' and with
   beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s for 'large'; no noise in the step onto t = 0. 'small'
-  is exact for data at a point and 'large' for data of unit variance. Other arguments: see the
-  module.
+  is exact for data at a point and 'large' for data of unit variance.
 
   Raises:
-    UserError: if `variance` is neither 'small' nor 'large', or for a bad grid.
+    UserError: if `variance` is neither 'small' nor 'large'.
   """
   if variance not in ('small', 'large'):
     raise UserError(f"sample.variance must be one of ['large', 'small'], got {variance!r}")
-  times = time_grid(schedule, grid, num_steps, t_start, t_end)
   current, keep, noise = posterior_coefficients(times[1:], times[:-1], schedule)
   if variance == 'large':
     noise = schedule.beta(times[1:], times[:-1])
-  if t_end == 0:
+  if times[-1] == 0:
     keep[-1], current[-1], noise[-1] = 0.0, 1.0, 0.0
-  zeros = np.zeros(num_steps)
-  table = _Table(times[:-1], keep, zeros, current, np.sqrt(noise), np.ones(num_steps, bool))
-  return _run(denoise, y, keys, table, trajectory)
+  return _steps(times, keep, current, noise=np.sqrt(noise))
 
 
-def sample_ddim(
-  denoise: Denoise,
-  schedule: Schedule,
-  y: State,
-  keys: Keys,
-  *,
-  num_steps: int,
-  grid: str = 'uniform',
-  t_start: float = 1.0,
-  t_end: float = 0.0,
-  trajectory: bool = False,
-  eta: float = 0.0,
-) -> State | tuple[State, Trajectory]:
+@_sampler
+def sample_ddim(schedule: Schedule, times: Times, eta: float = 0.0) -> _Table:
   """Returns a DDIM sample, first order (Song et al. 2020, eqs. 12 and 16, arXiv:2010.02502).
 
   y_s = alpha_s x0_hat + sqrt(sigma_s^2 - w^2) eps_hat + w n, with w = eta times the posterior
   standard deviation of q(y_s | y_t, x0): `eta` 0 is deterministic, 1 is `sample_ddpm` with the
-  small variance. Other arguments: see the module.
+  small variance.
 
   Raises:
-    UserError: if `eta` is outside [0, 1], or for a bad grid.
+    UserError: if `eta` is outside [0, 1].
   """
   if not 0 <= eta <= 1:
     raise UserError(f'sample.eta must be in [0, 1], got {eta}')
-  times = time_grid(schedule, grid, num_steps, t_start, t_end)
   alpha, sigma = schedule.alpha(times), schedule.sigma(times)
   variance = eta**2 * posterior_coefficients(times[1:], times[:-1], schedule)[2]
   # eps_hat = (y - alpha_t x0_hat) / sigma_t is substituted, which leaves coefficients of y and
   # x0_hat.
   keep = np.sqrt(np.maximum(sigma[1:] ** 2 - variance, 0.0)) / sigma[:-1]
   current = alpha[1:] - alpha[:-1] * keep
-  if t_end == 0:
+  if times[-1] == 0:
     keep[-1], current[-1], variance[-1] = 0.0, 1.0, 0.0
-  zeros = np.zeros(num_steps)
-  table = _Table(times[:-1], keep, zeros, current, np.sqrt(variance), np.ones(num_steps, bool))
-  return _run(denoise, y, keys, table, trajectory)
+  return _steps(times, keep, current, noise=np.sqrt(variance))
 
 
-def sample_heun(
-  denoise: Denoise,
-  schedule: Schedule,
-  y: State,
-  keys: Keys,
-  *,
-  num_steps: int,
-  grid: str = 'uniform',
-  t_start: float = 1.0,
-  t_end: float = 0.0,
-  trajectory: bool = False,
-) -> State | tuple[State, Trajectory]:
+@_sampler
+def sample_heun(schedule: Schedule, times: Times) -> _Table:
   """Returns a sample of the probability-flow ODE by Heun's second-order method.
 
   The trapezoidal rule on d(y / sigma) / d(alpha / sigma) = x0_hat, after Karras et al. 2022,
   algorithm 1 (arXiv:2206.00364): a DDIM step, then the same step again with the mean of x0_hat at
-  its two ends. The step onto t = 0 is plain DDIM, so 2 num_steps - 1 network evaluations. Other
-  arguments: see the module.
-
-  Raises:
-    UserError: for a bad grid.
+  its two ends. The step onto t = 0 is plain DDIM, so 2 num_steps - 1 network evaluations.
   """
-  times = time_grid(schedule, grid, num_steps, t_start, t_end)
   keep, current = ode_coefficients(schedule, times)
   # Rows alternate: predict at t (x0_hat alone), correct at s (half of each x0_hat, from the same
   # y_base).
-  corrects = np.tile([False, True], num_steps)
+  corrects = np.tile([False, True], len(keep))
   time = np.stack([times[:-1], times[1:]], axis=1).ravel()
   keep, current = np.repeat(keep, 2), np.repeat(current, 2)
   previous = np.where(corrects, 0.5 * current, 0.0)
   current = np.where(corrects, 0.5 * current, current)
   advance = corrects
-  if t_end == 0:
+  if times[-1] == 0:
     columns = (time, keep, previous, current, advance)
     time, keep, previous, current, advance = (column[:-1] for column in columns)
     advance[-1] = True
-  table = _Table(time, keep, previous, current, np.zeros_like(keep), advance)
-  return _run(denoise, y, keys, table, trajectory)
+  return _Table(time, keep, previous, current, np.zeros_like(keep), advance)
 
 
-def sample_dpmpp_2m(
-  denoise: Denoise,
-  schedule: Schedule,
-  y: State,
-  keys: Keys,
-  *,
-  num_steps: int,
-  grid: str = 'uniform',
-  t_start: float = 1.0,
-  t_end: float = 0.0,
-  trajectory: bool = False,
-) -> State | tuple[State, Trajectory]:
+@_sampler
+def sample_dpmpp_2m(schedule: Schedule, times: Times) -> _Table:
   """Returns a DPM-Solver++(2M) sample, second order (Lu et al. 2022, arXiv:2211.01095, alg. 2).
 
   Two-step in the log SNR: with h the steps of log(alpha / sigma), the DDIM step is taken with
   x0_hat + (h_k / 2 h_{k-1}) (x0_hat - x0_hat_previous). First order in the first step, which has no
-  previous one, and in the step onto t = 0, where h is infinite. Other arguments: see the module.
-
-  Raises:
-    UserError: for a bad grid.
+  previous one, and in the step onto t = 0, where h is infinite.
   """
-  times = time_grid(schedule, grid, num_steps, t_start, t_end)
   keep, step = ode_coefficients(schedule, times)
-  last = num_steps if t_end > 0 else num_steps - 1
+  last = len(step) if times[-1] > 0 else len(step) - 1
   h = 0.5 * np.diff(schedule.logsnr(times[: last + 1]))
-  extrapolation = np.zeros(num_steps)
+  extrapolation = np.zeros_like(step)
   extrapolation[1:last] = h[1:] / (2 * h[:-1])
-  previous, current = -step * extrapolation, step * (1 + extrapolation)
-  table = _Table(times[:-1], keep, previous, current, np.zeros(num_steps), np.ones(num_steps, bool))
-  return _run(denoise, y, keys, table, trajectory)
+  return _steps(times, keep, step * (1 + extrapolation), previous=-step * extrapolation)
 
 
-def sample_renoise(
-  denoise: Denoise,
-  schedule: Schedule,
-  y: State,
-  keys: Keys,
-  *,
-  num_steps: int,
-  grid: str = 'uniform',
-  t_start: float = 1.0,
-  t_end: float = 0.0,
-  trajectory: bool = False,
-) -> State | tuple[State, Trajectory]:
+@_sampler
+def sample_renoise(schedule: Schedule, times: Times) -> _Table:
   """Returns a sample of multistep consistency sampling (Song et al. 2023, alg. 1, arXiv:2303.01469).
 
   After each x0_hat new noise is drawn: y_s = alpha_s x0_hat + sigma_s n. For networks whose x0_hat is itself
-  a sample: consistency models and adversarial students. Other arguments: see the module.
-
-  Raises:
-    UserError: for a bad grid.
+  a sample: consistency models and adversarial students.
   """
-  times = time_grid(schedule, grid, num_steps, t_start, t_end)
   current, noise = schedule.alpha(times[1:]), schedule.sigma(times[1:])
-  if t_end == 0:
+  if times[-1] == 0:
     current[-1], noise[-1] = 1.0, 0.0
-  zeros = np.zeros(num_steps)
-  table = _Table(times[:-1], zeros, zeros, current, noise, np.ones(num_steps, bool))
-  return _run(denoise, y, keys, table, trajectory)
+  return _steps(times, np.zeros_like(current), current, noise=noise)
 
 
-def sample_there_and_back(
-  denoise: Denoise,
-  schedule: Schedule,
-  y: State,
-  keys: Keys,
-  *,
-  num_steps: int,
-  grid: str = 'uniform',
-  t_start: float = 1.0,
-  t_end: float = 0.0,
-  trajectory: bool = False,
-) -> State | tuple[State, Trajectory]:
+@_sampler
+def sample_there_and_back(schedule: Schedule, times: Times) -> _Table:
   """Returns a sample of the stochastic sampler for distilled networks (Meng et al. 2023, arXiv:2210.03142).
 
   Each DDIM step is of twice the length, over two intervals of the grid, and noise takes it one interval back:
-  y_s ~ q(y_s | y_r) with r < s. The last interval is a plain DDIM step. Other arguments: see the module.
-
-  Raises:
-    UserError: for a bad grid.
+  y_s ~ q(y_s | y_r) with r < s. The last interval is a plain DDIM step.
   """
-  times = time_grid(schedule, grid, num_steps, t_start, t_end)
   keep, current = ode_coefficients(schedule, times)
-  noise = np.zeros(num_steps)
-  if num_steps > 1:
+  noise = np.zeros_like(keep)
+  if len(keep) > 1:
     start, back, far = times[:-2], times[1:-1], times[2:]
     far_keep = schedule.sigma(far) / schedule.sigma(start)
     far_current = schedule.alpha(far) - schedule.alpha(start) * far_keep
-    if t_end == 0:
+    if times[-1] == 0:
       far_keep[-1], far_current[-1] = 0.0, schedule.alpha(far[-1:]).item()
     ratio = schedule.alpha(back) / schedule.alpha(far)
     keep[:-1], current[:-1] = ratio * far_keep, ratio * far_current
     noise[:-1] = np.sqrt(schedule.beta(far, back))
-  zeros = np.zeros(num_steps)
-  table = _Table(times[:-1], keep, zeros, current, noise, np.ones(num_steps, bool))
-  return _run(denoise, y, keys, table, trajectory)
+  return _steps(times, keep, current, noise=noise)
 
 
 SAMPLERS = {
