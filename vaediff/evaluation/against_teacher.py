@@ -5,35 +5,35 @@ image x0_vae its samples still differ with the noise; a student whose samples di
 leave the noise out, which no distance between sets of images shows as plainly.
 """
 
-import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from vaediff import config as configs
 from vaediff import draw, log, prior
+from vaediff.errors import UserError
 from vaediff.trained import Trained
 
 SECOND_SEED = 1_000_003
 """Added to the seed for the second noise of each image."""
 
 
-def teacher_of(config: ConfigDict, stage: str) -> str:
-  """Returns the stage of the same run that taught this one; '' where there is none."""
-  section = config[stage]
-  if 'teacher' not in section or section.teacher.workdir:
-    return ''
-  return section.teacher.stage
-
-
 def chain(trained: Trained) -> list[Trained]:
   """Returns the stages that lead to a student, the first teacher first; a stage without one alone."""
-  names = [trained.stage]
-  while teacher := teacher_of(trained.config, names[0]):
-    names.insert(0, teacher)
-  opened = [Trained(trained.config, trained.workdir, name, trained.mesh) for name in names[:-1]]
-  return [*opened, trained]
+  stages = [trained]
+  while 'teacher' in stages[0].config[stages[0].stage]:
+    student = stages[0]
+    named = student.config[student.stage].teacher
+    workdir, config = student.workdir, student.config
+    if named.workdir:
+      workdir = pathlib.Path(named.workdir)
+      config = configs.read(workdir)
+      with config.unlocked():
+        config.evaluate = student.config.evaluate
+    stages.insert(0, Trained(config, workdir, named.stage, student.mesh))
+  return stages
 
 
 class Teacher:
@@ -46,21 +46,33 @@ class Teacher:
   """
 
   def __init__(self, root: Trained, num_steps: int, count: int):
+    for field, value in (('teacher_steps', num_steps), ('num_compared', count)):
+      if value < 1:
+        raise UserError(f'config.evaluate.sweep.{field} must be >= 1, got {value}')
     self._root = root.with_settings(sampler='ddim', num_steps=num_steps, grid='uniform', eta=0.0)
-    self._num_steps, self._count = num_steps, count
+    self._count, self._seed = count, root.settings.seed
+    self._images = {}
 
-  @functools.cached_property
-  def _images(self) -> tuple[np.ndarray, np.ndarray]:
-    log.say(f'drawing {self._count} images of {self._root.stage} in {self._num_steps} steps, to compare with')
-    return pairs(self._root, self._count)
+  def images(self, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the teacher's two sets of images under a guidance weight."""
+    if weight not in self._images:
+      root = self._root.with_settings(guidance_weight=weight)
+      log.say(
+        f'drawing {self._count} images of {root.stage} in {root.settings.num_steps} steps to compare with'
+      )
+      self._images[weight] = pairs(root, self._count, self._seed)
+    return self._images[weight]
 
   def compare(self, student: Trained) -> dict[str, float]:
     """Returns 'rmse to teacher', per pixel in [0, 1], and 'diversity ratio', student over teacher.
 
-    The diversity is the mean squared difference of two images of one code and two noises.
+    The teacher is guided as the student is, or as it was when it taught a student that reads no weight. The
+    diversity is the mean squared difference of two images of one code and two noises.
     """
-    first, second = pairs(student, self._count)
-    wanted, other = self._images
+    section = student.config[student.stage]
+    chosen = self._root if 'teacher' in section and not section.model.guidance_embedding else student
+    first, second = pairs(student, self._count, self._seed)
+    wanted, other = self.images(float(chosen.settings.guidance_weight))
     spread = float(np.mean((wanted - other) ** 2))
     return {
       'rmse to teacher': float(np.sqrt(np.mean((first - wanted) ** 2))),
@@ -68,9 +80,9 @@ class Teacher:
     }
 
 
-def pairs(trained: Trained, count: int) -> tuple[np.ndarray, np.ndarray]:
+def pairs(trained: Trained, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns two sets of images, pixels in [0, 1]: image i of both is of code i, and of another noise."""
-  experiment, seed = trained.experiment, trained.settings.seed
+  experiment = trained.experiment
   size = min(trained.settings.batch_size, count)
   sets = ([], [])
   for indices in draw.batches(count, size):
@@ -80,8 +92,9 @@ def pairs(trained: Trained, count: int) -> tuple[np.ndarray, np.ndarray]:
       keys, _ = draw.image_keys(seed, jnp.asarray(indices))
       codes['z'] = np.asarray(prior.draw(jax.device_get(trained.prior), keys, experiment.latent_dim))
     for k, images in enumerate(sets):
-      _, keys = draw.image_keys(seed + k * SECOND_SEED, jnp.asarray(indices))
+      of_noise = (seed + k * SECOND_SEED) % 2**31
+      _, keys = draw.image_keys(of_noise, jnp.asarray(indices))
       noise = jax.vmap(lambda key: jax.random.normal(key, experiment.noise_shape))(keys)
-      drawn = trained.draw(indices, {**codes, 'noise': np.asarray(noise)})['x0'][:fresh]
-      images.append(drawn.astype(np.float64) / 255)
+      drawn = trained.draw(indices, {**codes, 'noise': np.asarray(noise)}, seed=of_noise)
+      images.append(drawn['x0'][:fresh].astype(np.float64) / 255)
   return np.concatenate(sets[0]), np.concatenate(sets[1])
