@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from vaediff import checkpoint, latents, sharding
 from vaediff import config as configs
 from vaediff.errors import UserError
-from vaediff.experiments.base import STATISTICS, Experiment, Given
+from vaediff.experiments.base import STATISTICS, Experiment, Given, HasPrior, offers
 from vaediff.models.functional import Model
 from vaediff.types import Params
 
@@ -22,7 +22,7 @@ def abstract_params(model: Model, mesh: Mesh) -> Params:
 
 
 def load(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> dict[str, Params]:
-  """Returns the networks that an experiment reads, of this run, another, or published.
+  """Returns what an experiment reads: networks of this run or another, and what is given.
 
   Raises:
     UserError: when one is missing, damaged or of another architecture, or its latents were not measured.
@@ -62,7 +62,7 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
   """Returns shapes, types and shardings of what `load` would return.
 
   Raises:
-    UserError: when a published network is not there.
+    UserError: when published weights are not there.
   """
   networks = {}
   for name, source in experiment.frozen.items():
@@ -72,11 +72,11 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
     networks[name] = abstract_params(source.model, mesh)
     if source.latent_channels:
       networks[name + STATISTICS] = _abstract(_standard(source.latent_channels), mesh)
-  return networks
+  return networks | _normal_prior(experiment)
 
 
 def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Params]:
-  """Returns networks as initialised and standard latents, to measure speed; published ones as they are."""
+  """Returns networks as initialised and standard latents, to measure speed; what is given as it is."""
   everywhere, networks = sharding.replicated(mesh), {}
   for name, source in experiment.frozen.items():
     if isinstance(source, Given):
@@ -85,7 +85,13 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Params]:
     networks[name] = jax.jit(source.model.init, out_shardings=everywhere)(jax.random.key(1))
     if source.latent_channels:
       networks[name + STATISTICS] = sharding.replicate(_standard(source.latent_channels), mesh)
-  return networks
+  return networks | _normal_prior(experiment)
+
+
+def _normal_prior(experiment: Experiment) -> dict[str, Any]:
+  """Returns N(0, I) for an experiment that draws codes: which prior it is changes no program's cost."""
+  draws = offers(experiment, HasPrior) and experiment.draws_codes
+  return {'prior': {}} if draws else {}
 
 
 def _standard(channels: int) -> latents.Statistics:

@@ -90,13 +90,14 @@ def train(stage: Stage) -> dict[str, Any]:
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   run_key = jax.random.fold_in(jax.random.key(stage.config.seed), _number(stage.name))
   key_init, key_train, key_eval = jax.random.split(run_key, 3)
+  frozen = sharding.replicate(stage.frozen, stage.mesh)
   start_step, seconds_before, last = 0, 0.0, {}
   if checkpointer.latest_step() is None:
     init = jax.jit(stage.experiment.init, out_shardings=where, compiler_options=run_once_options())
     state = init(key_init)
     if offers(stage.experiment, HasStart):
       start = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)
-      state = start(state, sharding.replicate(stage.frozen, stage.mesh))
+      state = start(state, frozen)
   else:
     state, stored = checkpointer.restore(abstract)
     start_step, seconds_before, last = stored['data_position'], stored['seconds'], stored['last']
@@ -118,7 +119,7 @@ def train(stage: Stage) -> dict[str, Any]:
   step_fn = make_steps(stage.experiment, where, replicated)
   evaluate = Evaluator(stage, key_eval)
   keeper = best.Best(stage.folder, section.train.best_measure) if section.train.best_measure else None
-  key_train, frozen = sharding.replicate((key_train, stage.frozen), stage.mesh)
+  key_train = sharding.replicate(key_train, stage.mesh)
 
   # The loop ----------------------------------------------------------------------------------------
   board = log.StageLog(stage.folder, stage.name, start_step, num_steps)

@@ -54,7 +54,7 @@ def made(model, seed):
 
 def frozen_of(experiment):
   """Random networks, and the table of steps as the loop would load it."""
-  networks = {'teacher': made(experiment.teacher.denoiser, 1)}
+  networks = {'teacher': made(experiment.teacher.denoiser, 1), 'prior': {}}
   if experiment.student.vae:
     networks['vae'] = made(experiment.student.vae, 2)
   if 'steps' in experiment.frozen:
@@ -372,6 +372,24 @@ def test_a_halving_goes_on_where_it_stopped_and_none_is_done_twice(distilled, tm
   assert all(f'{name}: complete at step 4, skipped' in said for name in ('vae', 'refiner', 'distill_2'))
   assert 'distill_1: resuming at step 2 of 4' in said
   jax.tree.map(np.testing.assert_array_equal, params_of(run, 'distill_1'), params_of(distilled, 'distill_1'))
+
+
+@pytest.mark.usefixtures('one_device')
+def test_a_teacher_of_another_run_teaches_as_one_of_this(distilled, tmp_path, trained):
+  config = get(**{'distill.teacher.workdir': str(distilled), 'data.data_dir': str(trained('digits').data)})
+  students_alone = ('distill_2', 'distill_1')
+  with config.unlocked():
+    config.stages = students_alone
+  assert [config[stage].teacher.workdir for stage in students_alone] == [str(distilled), '']
+  assert config.distill_1.vae.workdir == str(distilled)
+  run = tmp_path / 'run'
+  pipeline.run(config, run, students_alone)
+  assert not (run / 'vae').exists() and not (run / 'refiner').exists()
+  first = params_of(run, 'distill_2')['denoiser'], params_of(distilled, 'distill_2')['denoiser']
+  for ours, theirs in zip(*(jax.tree.leaves(params) for params in first), strict=True):
+    assert ours.shape == theirs.shape and np.isfinite(ours).all()
+  opened = Trained(configs.read(run), run, 'distill_1', make_mesh(config.mesh, jax.devices()[:1]))
+  assert [stage.stage for stage in against_teacher.chain(opened)] == ['refiner', 'distill_2', 'distill_1']
 
 
 @pytest.mark.usefixtures('one_device')

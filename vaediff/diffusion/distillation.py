@@ -117,12 +117,12 @@ def simulate(
     noise: y at t = 1, unit variance.
     index: per example, where to stop; 0 = at the noise.
     grid: falling times from 1.
-    num_calls: calls of `denoise`; 0 only where all stop at the noise.
+    num_calls: calls of `denoise`, at least 1.
     schedule: gives alpha and sigma.
   """
 
   def step(y: State, k: jax.Array) -> tuple[State, None]:
-    before, after = ((index * j + num_calls - 1) // max(num_calls, 1) for j in (k, k + 1))
+    before, after = ((index * j + num_calls - 1) // num_calls for j in (k, k + 1))
     t, s = grid[before], grid[after]
     return ddim(y, denoise(y, t), t, s, schedule), None
 

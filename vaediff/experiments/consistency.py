@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from vaediff.diffusion import consistency, gaussian
 from vaediff.errors import UserError
 from vaediff.experiments.refiner import Condition
-from vaediff.experiments.student import Student, parts
+from vaediff.experiments.student import LossStudent, parts
 from vaediff.types import Image, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Consistency(Student):
+class Consistency(LossStudent):
   """The stage; trains the network `denoiser`.
 
   Attributes:
@@ -39,8 +39,7 @@ class Consistency(Student):
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Consistency':
     """Builds the experiment of `config.<stage>`."""
-    section = config[stage]
-    shared = parts(config, stage)
+    section, shared = config[stage], parts(config, stage)
     check(section)
     if shared['teacher'].prediction != 'v':
       raise UserError(

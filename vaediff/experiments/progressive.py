@@ -25,12 +25,12 @@ from vaediff.diffusion import distillation, gaussian, losses, schedules
 from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.refiner import Condition
-from vaediff.experiments.student import Student, parts
+from vaediff.experiments.student import LossStudent, parts
 from vaediff.types import Image, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Progressive(Student):
+class Progressive(LossStudent):
   """A halving, or with 0 steps a student of the teacher's single predictions.
 
   Attributes:
@@ -50,9 +50,8 @@ class Progressive(Student):
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Progressive':
     """Builds the experiment of `config.<stage>`."""
-    section = config[stage]
+    section, shared = config[stage], parts(config, stage)
     check(section)
-    shared = parts(config, stage)
     if section.num_steps:
       distillation.halving(shared['student'].schedule, section.num_steps)  # checks them
     if section.num_steps and shared['teacher'].prediction == 'eps':

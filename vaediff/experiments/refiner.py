@@ -31,7 +31,14 @@ CONDITIONS = {'none': 0, 'formulation1': 1, 'formulation2': 2}
 X0_VAE_SOURCES = ('sample', 'mean', 'precomputed')
 VARIANCES = ('small', 'large')
 CLIPS = ('static', 'dynamic', 'none')
-SAMPLER_OPTIONS = {'ddpm': ('variance',), 'ddim': ('eta',)}
+SAMPLER_OPTIONS = {
+  'ddpm': ('variance',),
+  'ddim': ('eta',),
+  'heun': (),
+  'dpmpp_2m': (),
+  'renoise': (),
+  'there_and_back': (),
+}
 """What a sampler reads of the stage's `sample` section beside what all of them do."""
 
 
@@ -364,7 +371,7 @@ class Refiner:
       num_steps=settings['num_steps'],
       grid=settings['grid'],
       t_start=settings['t_start'],
-      **{name: settings[name] for name in SAMPLER_OPTIONS.get(sampler, ())},
+      **{name: settings[name] for name in SAMPLER_OPTIONS[sampler]},
     )
     images = {'x0': jnp.clip(x0, -1.0, 1.0)}
     return images if given.x0_vae is None else {'x0_vae': given.x0_vae, **images}

@@ -5,6 +5,7 @@ The sections `model`, `diffusion`, `vae` and `sample` are the teacher's with wha
 (`vaediff.students`).
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,7 @@ SAME = ('schedule', 'condition', 'z_conditioning')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-  """A distillation stage but for its `example_losses`; trains the network `denoiser`.
+  """A distillation stage but for its updates; trains the network `denoiser`.
 
   Attributes:
     student: how the trained network is read and sampled.
@@ -107,6 +108,18 @@ class Student:
     """Returns the student's images; see `Refiner.sample`."""
     return self.student.sample(params, frozen, condition, keys)
 
+  def drawn_condition(self, frozen: dict[str, Params], key: jax.Array, count: int) -> Condition:
+    """Returns the condition of codes that are drawn from `frozen['prior']`, as in sampling."""
+    if self.student.vae is None:
+      return Condition(x0_vae=None, z=None)
+    keys = jax.random.split(key, count)
+    return self.student.condition(frozen, {'z': prior.draw(frozen['prior'], keys, self.latent_dim)})
+
+
+class LossStudent(Student, abc.ABC):
+  """A student that one update of one loss trains: it has `example_losses`."""
+
+  @abc.abstractmethod
   def example_losses(
     self,
     params: Params,
@@ -119,7 +132,6 @@ class Student:
     training: bool,
   ) -> Float[Array, ' batch']:
     """Returns the loss of each example after `step` updates."""
-    raise NotImplementedError
 
   def train_step(
     self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
@@ -149,13 +161,6 @@ class Student:
     )
     return {'loss': base.masked_mean(values, batch['mask'])}
 
-  def drawn_condition(self, frozen: dict[str, Params], key: jax.Array, count: int) -> Condition:
-    """Returns the condition of codes that are drawn from the prior of z, as in sampling."""
-    if self.student.vae is None:
-      return Condition(x0_vae=None, z=None)
-    keys = jax.random.split(key, count)
-    return self.student.condition(frozen, {'z': prior.draw(frozen.get('prior', {}), keys, self.latent_dim)})
-
 
 def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
   """Returns the fields of `Student` for a stage of the config.
@@ -164,6 +169,8 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
     UserError: when the teacher is no stage that can teach, or one of another formulation or schedule.
   """
   section = config[stage]
+  if 'model' not in section:
+    raise UserError('it lacks what its teacher gives it; call vaediff.students.resolve(config) first')
   named = section.teacher
   teacher_section = config[named.stage] if named.stage in config else None
   if not any(base.is_stage(config, named.stage, name) for name in TEACHERS):
