@@ -38,6 +38,7 @@ setup(
     'tqdm>=4.66',
   ],
   extras_require={
+    'benchmarks': ['diffusers>=0.36', 'torch>=2.8'],  # what `benchmarks/` compares with
     'compile': ['libtpu'],
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],

@@ -1,0 +1,1 @@
+"""The same networks in this project and in PyTorch, timed in turns: `python -m benchmarks.paired`."""

@@ -1,0 +1,104 @@
+"""One table of several trained runs: the figures of `--mode=evaluate`, over the seeds of training.
+
+    python -m benchmarks.results 'pixel=runs/pixel-*' 'latent=runs/latent-*'
+
+Each argument is a label and the runs of one setting, which differ in their seeds. Every run must have been
+evaluated; its newest `evaluation/<name>.json` of the last stage is read. Writes nothing but the table.
+"""
+
+import glob
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vaediff.errors import UserError
+from vaediff.evaluation import measures, report
+from vaediff.evaluation.measures import Figure
+
+FIGURES = ('fd_classifier', 'precision_classifier', 'recall_classifier')
+SAMPLES = ('refined samples', 'samples')
+"""Ends of the names of the rows of samples, the first that is there."""
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns what a table needs of one run.
+
+  Raises:
+    UserError: when it was not evaluated, or draws no samples.
+  """
+  files = sorted(workdir.glob('evaluation/*.json'), key=lambda path: path.stat().st_mtime)
+  found = [value for value in map(read_json, files) if 'samples' in value]
+  if not found:
+    raise UserError(f'{workdir}: no figures in {workdir}/evaluation; run --mode=evaluate --workdir={workdir}')
+  value = found[-1]
+  rows = [row for end in SAMPLES for row in value['samples'] if row['set'].endswith(end)]
+  if not rows:
+    raise UserError(
+      f'{workdir}: the stage {value["stage"]!r} draws no samples, so there is nothing to compare'
+    )
+  return {
+    'row': rows[0],
+    'step': value['step'],
+    'device': value['device'],
+    'seconds': sum(json.loads(path.read_text())['seconds'] for path in workdir.glob('*/summary.json')),
+    'seconds of the last stage': json.loads((workdir / value['stage'] / 'summary.json').read_text())[
+      'seconds'
+    ],
+  }
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object of a file."""
+  return json.loads(path.read_text())
+
+
+def row_of(label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Returns one row: mean and standard deviation of the figures over the runs."""
+  rows = [run['row'] for run in runs]
+  figures = measures.over_seeds(
+    [
+      {name: row[name]['value'] for name in FIGURES}
+      | {'seconds per 100 images': 100 * row['seconds per image']['value']}
+      | {'training seconds': run['seconds'], '... of the last stage': run['seconds of the last stage']}
+      for run, row in zip(runs, rows, strict=True)
+    ]
+  )
+  seeds = {'runs': len(runs), 'N': rows[0]['N'], 'updates': runs[0]['step'], 'NFE': rows[0]['NFE']}
+  return {'setting': label, **seeds, **figures}
+
+
+def table(arguments: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns the rows of arguments `label=pattern`, and of what real images get.
+
+  Raises:
+    UserError: for an argument of another form, or one that names no run.
+  """
+  rows, floors = [], {}
+  for argument in arguments:
+    label, _, pattern = argument.partition('=')
+    folders = sorted(map(pathlib.Path, glob.glob(pattern)))
+    if not pattern or not folders:
+      raise UserError(f'{argument!r} must be a label and existing runs, such as pixel=runs/pixel-*')
+    runs = [read(folder) for folder in folders]
+    rows.append(row_of(label, runs))
+    floors |= {name: runs[0]['row'][name].get('floor') for name in FIGURES}
+  real = {name: Figure(value=value) for name, value in floors.items() if value is not None}
+  return [*rows, {'setting': 'real images', 'N': rows[0]['N'], **real}]
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Prints the table; returns the exit status."""
+  try:
+    if not arguments:
+      raise UserError("no runs named; usage: python -m benchmarks.results 'label=runs/label-*' ...")
+    print(report.table(table(arguments), markdown=True))
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
