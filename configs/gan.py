@@ -107,6 +107,7 @@ def ddgan_stage(optim, train) -> ConfigDict:
       'channels': 64,
       'time_dim': 256,
       'group_size': 4,
+      'init_scale': 0.0,  # of the kernels that end a branch; 1 where the channels are few
       'dtype': 'float32',
     }
   )

@@ -42,6 +42,9 @@ class TimeDiscriminator(nn.Module):
     channels: base width; the blocks have 2, 4 or 8 times as many channels.
     time_dim: sines and cosines of t, and width of its embedding; even, at least 4.
     group_size: examples per group of the minibatch standard deviation.
+    init_scale: of the variance of the first kernels that end a branch, and for 'small' of the last
+      convolution: 0, as published, starts the network linear and its logits at 0. A narrow network, whose
+      updates move its logits little, leaves that state too slowly to teach a generator, and starts at 1.
 
   Raises:
     UserError: a field has a value that is not allowed.
@@ -53,6 +56,7 @@ class TimeDiscriminator(nn.Module):
   channels: int = 64
   time_dim: int = 256
   group_size: int = 4
+  init_scale: int | float = 0.0
 
   def __post_init__(self):
     _check_fields(self)
@@ -90,12 +94,18 @@ class TimeDiscriminator(nn.Module):
     )
     h = dense(2 * self.channels, name='conv_in', dtype=dtype)(h)
     for i, (multiplier, halve) in enumerate(blocks):
-      block = DownBlock(features=multiplier * self.channels, halve=halve, dtype=dtype, name=f'block_{i}')
+      block = DownBlock(
+        features=multiplier * self.channels,
+        halve=halve,
+        dtype=dtype,
+        init_scale=self.init_scale,
+        name=f'block_{i}',
+      )
       h = block(h, emb)
     spread = minibatch_std(h, group_size=self.group_size)
     spread = jnp.broadcast_to(spread[:, None, None, None].astype(dtype), (*h.shape[:3], 1))
     h = jnp.concatenate([h, spread], axis=-1)
-    scale = 0.0 if self.variant == 'small' else 1.0
+    scale = self.init_scale if self.variant == 'small' else 1.0
     h = _act(conv3x3(8 * self.channels, name='conv_out', dtype=dtype, scale=scale)(h))
     h = h.astype(jnp.float32).sum(axis=(1, 2))
     return dense(1, name='logit', dtype=jnp.float32)(h)[:, 0]
@@ -135,11 +145,13 @@ class DownBlock(nn.Module):
     features: channels of the output.
     halve: both branches are filtered and halved, before the second convolution.
     dtype: compute type.
+    init_scale: of the second convolution's first kernels.
   """
 
   features: int
   halve: bool
   dtype: Any
+  init_scale: int | float
 
   @nn.compact
   def __call__(
@@ -150,7 +162,7 @@ class DownBlock(nn.Module):
     h = _act(h + dense(self.features, name='emb', dtype=self.dtype)(emb)[:, None, None, :])
     if self.halve:
       h, x = resampling.fir_downsample(h), resampling.fir_downsample(x)
-    h = conv3x3(self.features, name='conv_2', dtype=self.dtype, scale=0.0)(h)
+    h = conv3x3(self.features, name='conv_2', dtype=self.dtype, scale=self.init_scale)(h)
     return (dense(self.features, name='skip', dtype=self.dtype, use_bias=False)(x) + h) * INV_SQRT2
 
 
@@ -202,6 +214,8 @@ def _check_fields(network: TimeDiscriminator) -> None:
     )
   if network.time_dim < 4 or network.time_dim % 2:
     raise UserError(f'discriminator.time_dim is {network.time_dim}; it must be even and at least 4.')
+  if network.init_scale < 0:
+    raise UserError(f'discriminator.init_scale is {network.init_scale}; it must be at least 0.')
   for field in ('channels', 'group_size'):
     if getattr(network, field) < 1:
       raise UserError(f'discriminator.{field} is {getattr(network, field)}; it must be at least 1.')
