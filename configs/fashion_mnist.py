@@ -54,5 +54,5 @@ def get_config(variant: str = ''):
   config.decoder.loss.perceptual = ''  # LPIPS costs more than all of these networks
   config.evaluate.extractors = ('classifier', 'inception')
   config.evaluate.lpips = ''
-  config.classifier.train.num_steps = 4000
+  config.classifier.train.num_steps = 1500
   return base.finish(config, variant, {'idx': _idx, 'latent': gan.small_latent})
