@@ -93,4 +93,4 @@ def get_config(variant: str = ''):
   config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
   config.decoder.loss.perceptual = ''
   config.ddgan.model.channel_multipliers = (1, 2)
-  return base.finish(config, variant, {'latent': gan.small_latent})
+  return base.finish(config, variant, {'latent': gan.small_latent, 'free': gan.small_free})

@@ -29,4 +29,4 @@ def get_config(variant: str = ''):
   config.refiner.train = base.train(200_000, 64)
   gan.small(config)
   config.ddgan.train.num_steps = 50_000
-  return base.finish(config, variant, {'latent': gan.small_latent})
+  return base.finish(config, variant, {'latent': gan.small_latent, 'free': gan.small_free})

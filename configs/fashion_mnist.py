@@ -55,4 +55,4 @@ def get_config(variant: str = ''):
   config.evaluate.extractors = ('classifier', 'inception')
   config.evaluate.lpips = ''
   config.classifier.train.num_steps = 1500
-  return base.finish(config, variant, {'idx': _idx, 'latent': gan.small_latent})
+  return base.finish(config, variant, {'idx': _idx, 'latent': gan.small_latent, 'free': gan.small_free})
