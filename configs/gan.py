@@ -275,6 +275,8 @@ def small_latent(config: ConfigDict) -> None:
   config.ddgan.model.update({'channels': 32, 'channel_multipliers': (1, 2), 'bounded': False})
   config.ddgan.autoencoder.scaling = 'std'
   config.ddgan.discriminator.channels = 16
+  # twice the width, half the rate: with 2e-3 its logits ran away and came back to chance
+  config.ddgan.optim_discriminator.update({'learning_rate': 1e-3, 'end_learning_rate': 1e-4})
 
 
 def small_free(config: ConfigDict) -> None:

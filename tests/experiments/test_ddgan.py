@@ -122,15 +122,16 @@ def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been():
 
 @pytest.mark.slow
 def test_four_steps_cover_the_modes():
-  """Prints coverage for one and four steps; the two figures are compared by whoever reads them."""
+  """One step, a plain GAN, drops some of the 25 modes where four cover them all; prints both."""
   found = {}
   for num_steps in (1, 4):
-    experiment = toy_gan.make(num_steps)
-    found[num_steps] = toy_gan.covered(experiment, toy_gan.train(experiment, 20_000, 256, 0))
+    experiment = toy_gan.stable(num_steps, 12_000)
+    found[num_steps] = toy_gan.covered(experiment, toy_gan.train(experiment, 12_000, 256, 0))
     print(
       f'T = {num_steps}: {found[num_steps][0]} of 25 modes, {found[num_steps][1]:.3f} within 4 deviations'
     )
-  assert found[4][1] > 0.5
+  assert found[4][0] == 25
+  assert found[1][0] < 25
 
 
 # By config ----------------------------------------------------------------------------------------

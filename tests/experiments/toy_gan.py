@@ -78,6 +78,19 @@ def make(num_steps: int, **changes) -> Ddgan:
   return Ddgan(**{**settings, **changes})
 
 
+def stable(num_steps: int, num_updates: int) -> Ddgan:
+  """Returns the stage with a stable recipe: R1 in every update, no momentum, falling rates."""
+  rate = optax.cosine_decay_schedule(1e-3, num_updates, 0.05)
+  adam = optax.adam(rate, b1=0.0, b2=0.9)
+  return make(
+    num_steps,
+    loss={'r1_gamma': 0.3, 'r1_every_steps': 1, 'reconstruction': 'none'},
+    optimizer=Optimizer(transform=adam, ema_decay=0.995, ema_warmup=False),
+    optimizer_discriminator=Optimizer(transform=adam, ema_decay=0.0, ema_warmup=False),
+    num_updates=num_updates,
+  )
+
+
 def train(experiment: Ddgan, num_updates: int, batch_size: int, seed: int):
   """Returns the state after so many updates on fresh points; the host chooses the kind of each."""
   images = jnp.asarray(data(seed, 50_000))
