@@ -1,9 +1,9 @@
 """One table of several trained runs: the figures of `--mode=evaluate`, over the seeds of training.
 
-    python -m benchmarks.results 'pixel=runs/pixel-*' 'latent=runs/latent-*'
+    python -m benchmarks.results 'pixel=runs/pixel-*' 'latent=runs/latent-*/evaluation/ddgan.json'
 
-Each argument is a label and the runs of one setting, which differ in their seeds. Every run must have been
-evaluated; its newest `evaluation/<name>.json` of the last stage is read. Writes nothing but the table.
+Each argument is a label and the runs of one setting, which differ in their seeds: folders, whose newest
+figures are read, or files of figures. Writes nothing but the table.
 """
 
 import glob
@@ -22,31 +22,24 @@ SAMPLES = ('refined samples', 'samples')
 """Ends of the names of the rows of samples, the first that is there."""
 
 
-def read(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns what a table needs of one run.
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a table needs of one run, from its folder or a file of figures.
 
   Raises:
     UserError: when it was not evaluated, or draws no samples.
   """
-  files = sorted(workdir.glob('evaluation/*.json'), key=lambda path: path.stat().st_mtime)
+  workdir, files = path, sorted(path.glob('evaluation/*.json'), key=lambda file: file.stat().st_mtime)
+  if path.is_file():
+    workdir, files = path.parent.parent, [path]
   found = [value for value in map(read_json, files) if 'samples' in value]
   if not found:
-    raise UserError(f'{workdir}: no figures in {workdir}/evaluation; run --mode=evaluate --workdir={workdir}')
+    raise UserError(f'{path}: no figures there; run --mode=evaluate --workdir={workdir}')
   value = found[-1]
   rows = [row for end in SAMPLES for row in value['samples'] if row['set'].endswith(end)]
   if not rows:
-    raise UserError(
-      f'{workdir}: the stage {value["stage"]!r} draws no samples, so there is nothing to compare'
-    )
-  return {
-    'row': rows[0],
-    'step': value['step'],
-    'device': value['device'],
-    'seconds': sum(json.loads(path.read_text())['seconds'] for path in workdir.glob('*/summary.json')),
-    'seconds of the last stage': json.loads((workdir / value['stage'] / 'summary.json').read_text())[
-      'seconds'
-    ],
-  }
+    raise UserError(f'{path}: the stage {value["stage"]!r} draws no samples, so there is nothing to compare')
+  summary = read_json(workdir / value['stage'] / 'summary.json')
+  return {'row': rows[0], 'step': value['step'], 'seconds': summary['seconds']}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -61,7 +54,7 @@ def row_of(label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     [
       {name: row[name]['value'] for name in FIGURES}
       | {'seconds per 100 images': 100 * row['seconds per image']['value']}
-      | {'training seconds': run['seconds'], '... of the last stage': run['seconds of the last stage']}
+      | {'training seconds of this stage': run['seconds']}
       for run, row in zip(runs, rows, strict=True)
     ]
   )

@@ -12,7 +12,6 @@ from vaediff.errors import UserError
 def write_run(folder, fd, seconds, ending='samples'):
   (folder / 'evaluation').mkdir(parents=True)
   (folder / 'ddgan').mkdir()
-  (folder / 'vae').mkdir()
   names = ('fd_classifier', 'precision_classifier', 'recall_classifier', 'seconds per image')
   row = {name: {'value': 0.5} for name in names} | {'fd_classifier': {'value': fd, 'floor': 5.0}}
   vae = {'set': 'VAE samples', **row, 'fd_classifier': {'value': 99.0}}
@@ -24,19 +23,17 @@ def write_run(folder, fd, seconds, ending='samples'):
   }
   (folder / 'evaluation' / 'ddgan.json').write_text(json.dumps(value))
   (folder / 'ddgan' / 'summary.json').write_text(json.dumps({'seconds': seconds}))
-  (folder / 'vae' / 'summary.json').write_text(json.dumps({'seconds': 1.0}))
 
 
 def test_rows_are_means_over_runs(tmp_path, capsys):
   write_run(tmp_path / 'a-0', 10.0, 30.0)
   write_run(tmp_path / 'a-1', 14.0, 50.0)
   write_run(tmp_path / 'b-0', 7.0, 20.0, ending='refined samples')
-  first, second, real = results.table([f'a={tmp_path}/a-*', f'b={tmp_path}/b-*'])
+  first, second, real = results.table([f'a={tmp_path}/a-*', f'b={tmp_path}/b-*/evaluation/ddgan.json'])
   assert (first['setting'], first['runs'], first['N'], first['NFE']) == ('a', 2, 800, 4)
   assert first['fd_classifier'].value == 12.0
   assert first['fd_classifier'].spread == pytest.approx(8**0.5)
-  assert first['training seconds'].value == 41.0
-  assert first['... of the last stage'].value == 40.0
+  assert first['training seconds of this stage'].value == 40.0
   assert first['seconds per 100 images'].value == 50.0
   assert second['fd_classifier'].value == 7.0 and second['fd_classifier'].spread is None
   assert real['fd_classifier'].value == 5.0
