@@ -122,7 +122,11 @@ def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been():
 
 @pytest.mark.slow
 def test_four_steps_cover_the_modes():
-  """One step, a plain GAN, drops some of the 25 modes where four cover them all; prints both."""
+  """Four steps cover all 25 modes, where one step, a plain GAN, drops some; prints both.
+
+  By how much depends on R1: of one and four steps with gamma 0.01 cover 22 and 24 modes, with 0.05 24 and 25,
+  and with 0.3 both cover all (12,000 updates, seed 0).
+  """
   found = {}
   for num_steps in (1, 4):
     experiment = toy_gan.stable(num_steps, 12_000)

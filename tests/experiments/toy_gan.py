@@ -84,7 +84,7 @@ def stable(num_steps: int, num_updates: int) -> Ddgan:
   adam = optax.adam(rate, b1=0.0, b2=0.9)
   return make(
     num_steps,
-    loss={'r1_gamma': 0.3, 'r1_every_steps': 1, 'reconstruction': 'none'},
+    loss={'r1_gamma': 0.05, 'r1_every_steps': 1, 'reconstruction': 'none'},
     optimizer=Optimizer(transform=adam, ema_decay=0.995, ema_warmup=False),
     optimizer_discriminator=Optimizer(transform=adam, ema_decay=0.0, ema_warmup=False),
     num_updates=num_updates,

@@ -57,6 +57,14 @@ def test_parameters_are_the_published_networks(variant, num_layers, size, channe
     assert count == blocks + ends
 
 
+@pytest.mark.parametrize(('init_scale', 'low', 'high'), [(0.0, 0.0, 1e-3), (1.0, 0.05, 10.0)])
+def test_the_first_logits_are_zero_or_not(rng, init_scale, low, high):
+  module = TimeDiscriminator(**{**TINY, 'channels': 8}, init_scale=init_scale)
+  inputs = random_inputs(rng)
+  logits = module.apply(module.init(jax.random.key(0), *inputs), *inputs)
+  assert low <= float(jnp.abs(logits).mean()) < high
+
+
 def test_parameters_have_stable_names():
   params = shapes(TimeDiscriminator(**TINY), 16, 3)['params']
   blocks = {'block_0', 'block_1', 'block_2'}
@@ -208,6 +216,7 @@ def test_bfloat16_is_close_and_returns_float32(rng):
     ({'time_dim': 5}, 'discriminator.time_dim is 5; it must be even and at least 4'),
     ({'channels': 0}, 'discriminator.channels is 0; it must be at least 1'),
     ({'group_size': 0}, 'discriminator.group_size is 0; it must be at least 1'),
+    ({'init_scale': -1.0}, 'discriminator.init_scale is -1.0; it must be at least 0'),
     ({'dtype': 'float16'}, "discriminator.dtype is 'float16'; choose one of float32, bfloat16"),
   ],
 )
