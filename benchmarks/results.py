@@ -38,7 +38,10 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   rows = [row for end in SAMPLES for row in value['samples'] if row['set'].endswith(end)]
   if not rows:
     raise UserError(f'{path}: the stage {value["stage"]!r} draws no samples, so there is nothing to compare')
-  summary = read_json(workdir / value['stage'] / 'summary.json')
+  file = workdir / value['stage'] / 'summary.json'
+  if not file.is_file():
+    raise UserError(f'{path}: {file} is missing, so its training did not end; end it, then evaluate it again')
+  summary = read_json(file)
   return {'row': rows[0], 'step': value['step'], 'seconds': summary['seconds']}
 
 
@@ -48,7 +51,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def row_of(label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Returns one row: mean and standard deviation of the figures over the runs."""
+  """Returns one row: mean and standard deviation over the runs, or of one run over its sets of samples."""
   rows = [run['row'] for run in runs]
   figures = measures.over_seeds(
     [
@@ -58,6 +61,10 @@ def row_of(label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
       for run, row in zip(runs, rows, strict=True)
     ]
   )
+  if len(rows) == 1:
+    figures |= {
+      name: Figure(value=rows[0][name]['value'], spread=rows[0][name].get('spread')) for name in FIGURES
+    }
   seeds = {'runs': len(runs), 'N': rows[0]['N'], 'updates': runs[0]['step'], 'NFE': rows[0]['NFE']}
   return {'setting': label, **seeds, **figures}
 

@@ -276,7 +276,7 @@ def small_latent(config: ConfigDict) -> None:
   config.ddgan.autoencoder.scaling = 'std'
   config.ddgan.discriminator.channels = 16
   # twice the width, half the rate: with 2e-3 its logits ran away and came back to chance
-  config.ddgan.optim_discriminator.update({'learning_rate': 1e-3, 'end_learning_rate': 1e-4})
+  config.ddgan.optim_discriminator.learning_rate = 1e-3
 
 
 def small_free(config: ConfigDict) -> None:

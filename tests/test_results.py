@@ -13,7 +13,9 @@ def write_run(folder, fd, seconds, ending='samples'):
   (folder / 'evaluation').mkdir(parents=True)
   (folder / 'ddgan').mkdir()
   names = ('fd_classifier', 'precision_classifier', 'recall_classifier', 'seconds per image')
-  row = {name: {'value': 0.5} for name in names} | {'fd_classifier': {'value': fd, 'floor': 5.0}}
+  row = {name: {'value': 0.5} for name in names} | {
+    'fd_classifier': {'value': fd, 'spread': 0.25, 'floor': 5.0}
+  }
   vae = {'set': 'VAE samples', **row, 'fd_classifier': {'value': 99.0}}
   value = {
     'stage': 'ddgan',
@@ -35,7 +37,7 @@ def test_rows_are_means_over_runs(tmp_path, capsys):
   assert first['fd_classifier'].spread == pytest.approx(8**0.5)
   assert first['training seconds of this stage'].value == 40.0
   assert first['seconds per 100 images'].value == 50.0
-  assert second['fd_classifier'].value == 7.0 and second['fd_classifier'].spread is None
+  assert second['fd_classifier'].value == 7.0 and second['fd_classifier'].spread == 0.25
   assert real['fd_classifier'].value == 5.0
   assert results.main([f'a={tmp_path}/a-*']) == 0
   assert '| a ' in capsys.readouterr().out
@@ -57,4 +59,11 @@ def test_bad_arguments_are_named(arguments, message, capsys):
 def test_a_run_without_figures_is_named(tmp_path):
   (tmp_path / 'run').mkdir()
   with pytest.raises(UserError, match='run --mode=evaluate --workdir='):
+    results.table([f'a={tmp_path}/run'])
+
+
+def test_a_run_that_did_not_end_is_named(tmp_path):
+  write_run(tmp_path / 'run', 1.0, 1.0)
+  (tmp_path / 'run' / 'ddgan' / 'summary.json').unlink()
+  with pytest.raises(UserError, match='summary.json is missing, so its training did not end'):
     results.table([f'a={tmp_path}/run'])

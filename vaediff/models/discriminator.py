@@ -151,7 +151,7 @@ class DownBlock(nn.Module):
   features: int
   halve: bool
   dtype: Any
-  init_scale: int | float
+  init_scale: int | float = 0.0
 
   @nn.compact
   def __call__(
