@@ -181,7 +181,7 @@ def test_spaces_by_config(variant):
       {'ddgan.optim.end_learning_rate': 1.0},
       r'end_learning_rate must be in \[0, optim.learning_rate\]',
     ),
-    ('latent', {'ddgan.autoencoder.scaling': 'std'}, 'model.bounded = True .* cannot reach'),
+    ('latent', {'ddgan.model.bounded': True}, 'model.bounded = True .* cannot reach'),
     ('latent', {'ddgan.autoencoder.scaling': 'tanh'}, "bottleneck = 'none', got 'kl'"),
     ('latent', {'ddgan.autoencoder.stage': 'vae'}, "is 'vae', which is no autoencoder stage of this config"),
     ('latent', {'ddgan.autoencoder.decoder_stage': 'vae'}, 'which is no light decoder'),
