@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from vaediff.errors import UserError
+from vaediff.evaluation import report
 
 
 def cpu_model(cpuinfo: str) -> str:
@@ -58,8 +59,5 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def write(path: pathlib.Path, results: dict[str, Any], table: str) -> None:
   """Writes the results, and their table beside them; neither is ever seen half written."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  for target, text in ((path, json.dumps(results, indent=1) + '\n'), (path.with_suffix('.md'), table)):
-    temporary = target.with_name(f'.{target.name}.tmp')
-    temporary.write_text(text)
-    os.replace(temporary, target)
+  report.write_json(path, results)
+  report.write_text(path.with_suffix('.md'), table)

@@ -38,6 +38,12 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   rows = [row for end in SAMPLES for row in value['samples'] if row['set'].endswith(end)]
   if not rows:
     raise UserError(f'{path}: the stage {value["stage"]!r} draws no samples, so there is nothing to compare')
+  absent = [name for name in FIGURES if rows[0].get(name, {}).get('value') is None]
+  if absent:
+    raise UserError(
+      f'{path}: no {", ".join(absent)} there; evaluate it with '
+      '--config.evaluate.extractors="(\'classifier\',)"'
+    )
   file = workdir / value['stage'] / 'summary.json'
   if not file.is_file():
     raise UserError(f'{path}: {file} is missing, so its training did not end; end it, then evaluate it again')

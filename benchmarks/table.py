@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cases import CASES
+from vaediff.evaluation import report
 
 COLUMNS = {'jax': 'JAX', 'torch_eager': 'PyTorch eager', 'torch_compile': 'torch.compile'}
 
@@ -34,11 +35,7 @@ def ratios(sides: dict[str, dict[str, Any]], side: str) -> list[float]:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Returns a Markdown table, padded so that it can be read as it is."""
-  cells = [tuple(header), *map(tuple, rows)]
-  widths = [max(len(line[k]) for line in cells) for k in range(len(header))]
-  cells.insert(1, tuple('-' * width for width in widths))
-  lines = [' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-  return ''.join(f'| {line} |\n' for line in lines)
+  return report.table([dict(zip(header, row, strict=True)) for row in rows], markdown=True) + '\n'
 
 
 def seconds(side: dict[str, Any] | None) -> str:

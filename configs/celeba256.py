@@ -10,7 +10,7 @@ Denoising GANs with their papers' settings (2 steps): `ddgan`, `wavelet`, `laten
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan, presets
+from configs import base, gan_papers, presets
 
 
 def _folder(config):
@@ -41,8 +41,8 @@ def get_config(variant: str = ''):
     variant,
     {
       'folder': _folder,
-      'ddgan': gan.celeba256_ddgan,
-      'wavelet': gan.celeba256_wavelet,
-      'latent': gan.celeba256_latent,
+      'ddgan': gan_papers.celeba256_ddgan,
+      'wavelet': gan_papers.celeba256_wavelet,
+      'latent': gan_papers.celeba256_latent,
     },
   )

@@ -10,7 +10,7 @@ Denoising GANs with their papers' settings: `ddgan`, `wavelet`, `latent` (4 step
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan, presets
+from configs import base, gan_papers, presets
 
 
 def _large(config):
@@ -33,5 +33,10 @@ def get_config(variant: str = ''):
   return base.finish(
     config,
     variant,
-    {'large': _large, 'ddim_unet': _ddim_unet, 'latent': gan.cifar10_latent, 'wavelet': gan.cifar10_wavelet},
+    {
+      'large': _large,
+      'ddim_unet': _ddim_unet,
+      'latent': gan_papers.cifar10_latent,
+      'wavelet': gan_papers.cifar10_wavelet,
+    },
   )

@@ -9,7 +9,7 @@ Denoising GANs with their papers' settings (4 steps): `ddgan`, `wavelet`, `laten
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan, presets
+from configs import base, gan_papers, presets
 
 
 def _folder(config):
@@ -41,8 +41,8 @@ def get_config(variant: str = ''):
     variant,
     {
       'folder': _folder,
-      'ddgan': gan.lsun_church256_ddgan,
-      'wavelet': gan.lsun_church256_wavelet,
-      'latent': gan.lsun_church256_latent,
+      'ddgan': gan_papers.lsun_church256_ddgan,
+      'wavelet': gan_papers.lsun_church256_wavelet,
+      'latent': gan_papers.lsun_church256_latent,
     },
   )

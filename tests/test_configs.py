@@ -15,11 +15,7 @@ from vaediff import cost, describe, experiments, modes, pipeline, students
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 base = importlib.import_module('configs.base')
-NAMES = sorted(
-  path.stem
-  for path in (ROOT / 'configs').glob('*.py')
-  if path.stem not in ('__init__', 'base', 'distill', 'gan', 'presets', 'variants')
-)
+NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if 'def get_config(' in path.read_text())
 OWN = [
   ('fashion_mnist', 'idx'),
   ('cifar10', 'large'),

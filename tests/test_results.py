@@ -67,3 +67,9 @@ def test_a_run_that_did_not_end_is_named(tmp_path):
   (tmp_path / 'run' / 'ddgan' / 'summary.json').unlink()
   with pytest.raises(UserError, match='summary.json is missing, so its training did not end'):
     results.table([f'a={tmp_path}/run'])
+
+
+def test_figures_of_other_networks_do_not_stand_in(tmp_path):
+  write_run(tmp_path / 'run', None, 1.0)
+  with pytest.raises(UserError, match=r'no fd_classifier there; evaluate it with .*extractors'):
+    results.table([f'a={tmp_path}/run'])
