@@ -43,7 +43,7 @@ def describe(abouts: dict[str, dict[str, Any]], device: str) -> dict[str, Any]:
 
 
 def software(abouts: dict[str, dict[str, Any]]) -> dict[str, str]:
-  """Returns the versions that the workers use, and XLA_FLAGS."""
+  """Returns the versions that the workers use, XLA_FLAGS, and the C library's settings of all sides."""
   return {name: value for about in abouts.values() for name, value in about['software'].items()}
 
 

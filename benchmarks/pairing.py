@@ -15,6 +15,8 @@ import sys
 import tempfile
 from typing import Any, Self
 
+from vaediff import runtime
+
 ROOT = pathlib.Path(__file__).parent.parent
 SIDES = ('jax', 'torch_eager', 'torch_compile')
 PASSIVE = {'OMP_WAIT_POLICY': 'PASSIVE', 'KMP_BLOCKTIME': '0'}
@@ -40,6 +42,9 @@ class Worker:
     """
     self.side = side
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+    environment['GLIBC_TUNABLES'] = (
+      runtime.tunables()
+    )  # huge pages for every side, as `vaediff.main` has them
     if side != 'jax':
       environment = {**PASSIVE, **environment}
     if device == 'cpu':

@@ -65,7 +65,7 @@ def load(side: str) -> tuple[dict[str, Callable[..., Any]], Any, dict[str, Any]]
   packages = PACKAGES['jax' if side == 'jax' else 'torch']
   software = {name: importlib.metadata.version(name) for name in packages}
   if side == 'jax':
-    software['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '')
+    software |= {name: os.environ.get(name, '') for name in ('XLA_FLAGS', 'GLIBC_TUNABLES')}
   builders = {'networks': networks.build, 'operations': operations.build}
   about = {'device': networks.describe_device(), 'threads': threads, 'software': software}
   return builders, operations, about

@@ -93,4 +93,5 @@ def get_config(variant: str = ''):
   config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
   config.decoder.loss.perceptual = ''
   config.ddgan.model.channel_multipliers = (1, 2)
-  return base.finish(config, variant, {'latent': gan.small_latent, 'free': gan.small_free})
+  own = {'wavelet': gan.small_wavelet, 'latent': gan.small_latent, 'free': gan.small_free}
+  return base.finish(config, variant, own)

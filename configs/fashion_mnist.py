@@ -17,6 +17,51 @@ def _idx(config):
   config.data.path = '/usr/share/datasets/fashion-mnist'
 
 
+def _small(config):
+  """VAE and U-Net for an hour of one core, students from 512 steps to 1 included."""
+  config.vae.model.update(
+    presets.vae(
+      '32x1,32d2,32t16,16x1,16d2,16t8,8x1,8d2,8t4,4x1,4d4,4t1,1x1',
+      '1x1,1u4,1t4,4x1,4u2,4t8,8x1,8u2,8t16,16x1,16u2,16t32,32x1',
+      '32:16,16:32,8:64,4:128,1:32',
+      32,
+    )
+  )
+  config.vae.model.stem = 'dense'
+  config.vae.loss.reduction = 'mean'
+  config.vae.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
+  config.vae.prior.update({'kind': 'gmm', 'covariance': 'diag', 'num_components': (20, 40)})
+  config.vae.prior.num_encoded = 10_000
+  config.vae.train.update({'num_steps': 1200, 'batch_size': 64})
+  config.refiner.model.update(
+    {
+      'channels': 16,
+      'channel_multipliers': (1, 2, 4),
+      'num_res_blocks': 1,
+      'dropout': 0.0,
+    }
+  )
+  config.refiner.diffusion.update({'prediction': 'v', 'loss_weight': 'v'})
+  config.refiner.optim.update(
+    {
+      'learning_rate': 1e-3,
+      'schedule': 'cosine',
+      'warmup_steps': 100,
+      'ema_decay': 0.995,
+      'ema_warmup': True,
+    }
+  )
+  config.refiner.train.update({'num_steps': 2500, 'batch_size': 32})
+  config.distill.from_steps = 512
+  config.distill.optim.learning_rate = 5e-4
+  config.distill.train.update({'num_steps': 150, 'batch_size': 32})
+  for stage in (config.vae, config.refiner, config.distill):
+    stage.train.update(
+      {'save_every_steps': 400, 'eval_every_steps': 400, 'grid_every_steps': 0, 'eval_images': 512}
+    )
+  config.evaluate.update({'extractors': ('classifier',), 'num_images': 1000})
+
+
 def get_config(variant: str = ''):
   config = base.default()
   config.name = 'fashion_mnist'
@@ -55,4 +100,11 @@ def get_config(variant: str = ''):
   config.evaluate.extractors = ('classifier', 'inception')
   config.evaluate.lpips = ''
   config.classifier.train.num_steps = 1500
-  return base.finish(config, variant, {'idx': _idx, 'latent': gan.small_latent, 'free': gan.small_free})
+  own = {
+    'idx': _idx,
+    'small': _small,
+    'wavelet': gan.small_wavelet,
+    'latent': gan.small_latent,
+    'free': gan.small_free,
+  }
+  return base.finish(config, variant, own)

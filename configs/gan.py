@@ -280,6 +280,12 @@ def small_latent(config: ConfigDict) -> None:
   config.ddgan.optim_discriminator.learning_rate = 1e-3
 
 
+def small_wavelet(config: ConfigDict) -> None:
+  """As `wavelet`, with the plain generator: WaveDiff's own choice for 32 pixels, whose wavelets are 16x16."""
+  wavelet(config)
+  config.ddgan.model.network = 'ncsnpp'
+
+
 def small_free(config: ConfigDict) -> None:
   """As `small_latent`, on free latents."""
   small_latent(config)

@@ -1,9 +1,6 @@
-"""metrics.jsonl neither repeats nor loses a line; the environment is set only where the user has not."""
+"""metrics.jsonl neither repeats nor loses a line."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import jax
@@ -49,25 +46,6 @@ def test_tensorboard_reads_the_events(tmp_path):
 
 def test_duration():
   assert log.duration(3725.4) == '1:02:05'
-
-
-def environment(**given):
-  code = 'import json, os; from vaediff import runtime; runtime.set_environment()'
-  code += '; print(json.dumps(dict(os.environ)))'
-  keep = {name: value for name, value in os.environ.items() if not name.startswith(('XLA', 'JAX'))}
-  result = subprocess.run(
-    [sys.executable, '-c', code], env={**keep, **given}, capture_output=True, text=True, check=True
-  )
-  return json.loads(result.stdout)
-
-
-def test_convolutions_go_to_eigen_unless_the_user_chose():
-  flag = '--xla_cpu_experimental_ynn_fusion_type='
-  assert environment()['XLA_FLAGS'] == flag + '-individual_convolution'
-  assert environment(XLA_FLAGS=flag + 'x')['XLA_FLAGS'] == flag + 'x'
-  assert environment(XLA_FLAGS='--a=1')['XLA_FLAGS'].startswith('--a=1 ')
-  assert environment(JAX_COMPILATION_CACHE_DIR='/c')['JAX_COMPILATION_CACHE_DIR'] == '/c'
-  assert environment()['JAX_COMPILATION_CACHE_DIR'].endswith('vaediff/xla')
 
 
 def test_the_clock_tells_waiting_from_work():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -97,3 +98,21 @@ def test_clipping_bounds_the_norm_before_adam():
 def test_bad_values_are_named(field, value):
   with pytest.raises(UserError, match=f'optim.{field} must be .* got {value}'):
     optim.make_optimizer(settings(**{field: value}), 100)
+
+
+@pytest.mark.parametrize('largest', [0.5, 5.0, 50.0])
+def test_clipping_is_that_of_optax(largest):
+  grads = {'a': jnp.array([3.0, -4.0]), 'b': jnp.array([[12.0]])}  # of norm 13
+  found, wanted = (
+    clip.update(grads, clip.init(grads))[0]
+    for clip in (optim.clip_by_global_norm(largest), optax.clip_by_global_norm(largest))
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
+  assert float(optim.global_norm(found)) == pytest.approx(min(13.0, largest), rel=1e-6)
+
+
+def test_clipping_leaves_zeros_and_shows_what_is_not_finite():
+  clip = optim.clip_by_global_norm(1.0)
+  for value in (0.0, np.nan, np.inf):
+    found = np.asarray(clip.update({'a': jnp.full(2, value)}, clip.init({}))[0]['a'])
+    np.testing.assert_array_equal(found, [0.0, 0.0] if value == 0 else [np.nan, np.nan])

@@ -6,6 +6,7 @@ import sys
 from vaediff import runtime
 
 if __name__ == '__main__':
+  runtime.restart_with_huge_pages('vaediff.main')
   runtime.set_environment()
 
 import jax

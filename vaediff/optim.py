@@ -78,12 +78,27 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> Optimizer:
       raise UserError(f'optim.{field} must be >= 0, got {config[field]}')
   chain = []
   if config.clip_norm > 0:
-    chain.append(optax.clip_by_global_norm(config.clip_norm))
+    chain.append(clip_by_global_norm(config.clip_norm))
   chain.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
   if config.weight_decay > 0:
     chain.append(optax.add_decayed_weights(config.weight_decay))
   chain.append(optax.scale_by_learning_rate(learning_rate(config, num_steps)))
   return Optimizer(transform=optax.chain(*chain), ema_decay=config.ema_decay, ema_warmup=config.ema_warmup)
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+  """Returns g -> g min(1, largest / |g|) (Pascanu et al. 2013, 1211.5063, algorithm 1), |g| over all leaves.
+
+  As `optax.clip_by_global_norm`, whose choice between g and (g / |g|) largest keeps compilers from computing
+  clipping, moments and parameters in one pass: on a CPU the whole update takes 2.5 times as long with it.
+  """
+
+  def update(grads: Params, state: optax.EmptyState, params: Params | None = None):
+    del params
+    factor = jnp.minimum(1.0, largest / global_norm(grads))
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def global_norm(tree: Params) -> Scalar:
