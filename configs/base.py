@@ -39,6 +39,7 @@ def default() -> ConfigDict:
   config.distill = distill.progressive_stage(optim, train)
   config.consistency = distill.consistency_stage(optim, train)
   config.adversarial = distill.adversarial_stage(optim, train)
+  config.matching = distill.matching_stage(optim, train)
   config.reconstruct = ConfigDict(
     {
       'num_images': 64,  # images of the evaluation split; the grid shows the first 32

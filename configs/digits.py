@@ -88,6 +88,12 @@ def get_config(variant: str = ''):
   config.adversarial.train = base.train(
     600, 64, save_every_steps=300, eval_every_steps=100, grid_every_steps=0, eval_images=0
   )
+  config.matching.discriminator.channels = 64
+  config.matching.optim.update({'learning_rate': 1e-4, 'ema_decay': 0.99, 'ema_warmup': True})
+  config.matching.optim_fake.learning_rate = 3e-4
+  config.matching.train = base.train(
+    1500, 64, save_every_steps=500, eval_every_steps=250, grid_every_steps=0, eval_images=0
+  )
   gan.small(config)
   config.autoencoder.model.channel_multipliers = (1, 2)
   config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})

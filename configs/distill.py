@@ -60,6 +60,8 @@ def adversarial_stage(optim, train) -> ConfigDict:
   config.teacher = ConfigDict({'stage': 'refiner', 'workdir': ''})
   config.teacher_calls = 4  # of its DDIM from the student's time to x0*, the target of the distillation loss
   config.start_probabilities = ()  # of the student's times from t = 1 on; () = equal
+  # LADD, 4 steps: (0, 0, 0.5, 0.5) for 500 updates, then (0.7, 0.1, 0.1, 0.1)
+  config.warmup = ConfigDict({'num_steps': 0, 'start_probabilities': ()})  # ... in the first updates
   config.diffusion = ConfigDict({'loss_weight': 'truncated_snr'})  # of the distillation loss
   config.discriminator = ConfigDict({'channels': 256, 'dtype': 'float32'})
   config.loss = ConfigDict(
@@ -75,6 +77,32 @@ def adversarial_stage(optim, train) -> ConfigDict:
   config.optim_discriminator = optim(1e-4, b1=0.5)
   config.train = train(20_000, 128)
   config.sample = ConfigDict({'sampler': 'renoise', 'num_steps': 2})  # 'renoise' | 'ddim'
+  return config
+
+
+def matching_stage(optim, train) -> ConfigDict:
+  """DMD2 (arXiv:2405.14867), with the weights and the ratio of updates of its code for ImageNet 64."""
+  config = ConfigDict()
+  config.experiment = 'distribution_matching'
+  config.teacher = ConfigDict({'stage': 'refiner', 'workdir': ''})
+  config.start_stage = ''  # of this run, whose student it goes on from; '' = the teacher
+  config.teacher_calls = 4  # of its DDIM from the student's time to what val/loss compares with
+  config.start_probabilities = ()  # of the student's times from t = 1 on; () = equal
+  config.fake_updates = 5  # updates of the fake denoiser for one of the student
+  config.diffusion = ConfigDict({'loss_weight': 'v'})  # of the fake denoiser's loss, and of val/loss
+  config.discriminator = ConfigDict({'channels': 256, 'dtype': 'float32'})
+  config.loss = ConfigDict(
+    {
+      'min_time': 0.02,  # of the times at which the two denoisers are compared
+      'max_time': 0.98,
+      'adversarial_weight': 3e-3,  # in the student's loss; 0 = no discriminator
+      'fake_adversarial_weight': 1e-2,  # in the fake denoiser's
+    }
+  )
+  config.optim = optim(5e-5, clip_norm=10.0, ema_decay=0.999)  # the student's
+  config.optim_fake = optim(5e-5, clip_norm=10.0)
+  config.train = train(100_000, 128)
+  config.sample = ConfigDict({'sampler': 'renoise', 'num_steps': 2})
   return config
 
 
@@ -104,11 +132,24 @@ def adversarial(config: ConfigDict) -> None:
   _add(config, 'adversarial')
 
 
-VARIANTS = {'distill': distill, 'consistency': consistency, 'adversarial': adversarial}
+def matching(config: ConfigDict) -> None:
+  """Distribution matching in 2 steps, from the refiner or, after `adversarial`, from its student."""
+  if 'adversarial' in config.stages:
+    config.matching.start_stage = 'adversarial'
+  _add(config, 'matching')
+
+
+VARIANTS = {
+  'distill': distill,
+  'consistency': consistency,
+  'adversarial': adversarial,
+  'matching': matching,
+}
 
 
 def debug(config: ConfigDict) -> None:
   """Two halvings; narrow heads."""
   config.distill.update({'from_steps': 4, 'to_steps': 1})
-  config.adversarial.discriminator.channels = 8
+  config.adversarial.discriminator.channels = config.matching.discriminator.channels = 8
+  config.matching.fake_updates = 2
   config.adversarial.teacher_calls = 2

@@ -116,7 +116,8 @@ def _guided(config: ConfigDict) -> None:
 def _bfloat16(config: ConfigDict) -> None:
   for stage in (config.vae, config.refiner, config.autoencoder, config.decoder, config.ddgan):
     stage.model.dtype = 'bfloat16'
-  config.ddgan.discriminator.dtype = config.adversarial.discriminator.dtype = 'bfloat16'
+  for stage in (config.ddgan, config.adversarial, config.matching):
+    stage.discriminator.dtype = 'bfloat16'
 
 
 VARIANTS: Variants = {

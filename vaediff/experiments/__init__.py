@@ -8,6 +8,7 @@ from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.classifier import Classifier
 from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
+from vaediff.experiments.distribution_matching import DistributionMatching
 from vaediff.experiments.guarded import Guarded
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.progressive import Progressive
@@ -23,6 +24,7 @@ BY_NAME = {
   'progressive': Progressive,
   'consistency': Consistency,
   'adversarial_distillation': AdversarialDistillation,
+  'distribution_matching': DistributionMatching,
   'classifier': Classifier,
 }
 

@@ -13,10 +13,8 @@ image in common: x0_vae and z, t', and the noise of y_t'. Either could be told b
 Both losses read the student's x0_hat as the network says it, not clipped to [-1, 1] as in sampling: a clipped
 pixel would have no gradient to bring it back. Real images and x0* are in the range, and hold x0_hat there.
 
-x0_vae is a strong condition, and a student that ignores its noise is the likely failure. `val/diversity` is
-the mean squared difference of two x0_hats from pure noise with one condition, and `val/diversity_ratio` is
-that over the teacher's with the same noise, in as many calls as the target takes: below 0.5 the noise is
-being ignored. Remedies are a larger `loss.distillation_weight` and a smaller `loss.adversarial_weight`.
+Where `val/diversity_ratio` falls below 0.5 (`grid_student`), remedies are a larger `loss.distillation_weight`
+and a smaller `loss.adversarial_weight`.
 
 A teacher that was itself distilled gives targets on its own grid only, and features that were trained last at
 those times.
@@ -27,15 +25,21 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff.diffusion import gaussian, ladd, losses, samplers
+from vaediff.diffusion import gaussian, ladd
 from vaediff.errors import UserError
 from vaediff.experiments import base
+from vaediff.experiments.grid_student import (
+  GridStudent,
+  apart,
+  beside,
+  check_probabilities,
+  condition_of,
+  grid_parts,
+)
 from vaediff.experiments.refiner import Condition
-from vaediff.experiments.student import Student, parts
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
 from vaediff.models.unet import feature_shapes
@@ -43,49 +47,40 @@ from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.types import Batch, Image, Metrics, Params, Time
 
 SAMPLERS = ('renoise', 'ddim')
-CONDITION = ('x0_vae', 'z', 'guidance')
-"""Of a batch's arrays, those that are the condition."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdversarialDistillation(Student):
+class AdversarialDistillation(GridStudent):
   """The stage; trains the networks `denoiser`, the student, and `discriminator`, the heads.
 
   Attributes:
     discriminator: (t', maps of the teacher's features) -> logits of each head.
     optimizer_discriminator: of the heads.
-    start_times: the student's grid without its end, from 1.
-    start_probabilities: of each of them.
-    teacher_calls: calls of the teacher from y_s to its x0.
+    warmup_probabilities: of the student's times in the first `warmup_steps` updates.
+    warmup_steps: how many these are.
     renoise_mean: mean of logit(t').
     renoise_std: its standard deviation.
     adversarial_weight: of the heads in the student's loss.
     distillation_weight: of the squared error to x0*; 0 = no x0* is made in training.
-    loss_weight: w_s of that error, by name.
     r1_gamma: weight of R1; 0 = none.
   """
 
   discriminator: Model
   optimizer_discriminator: Optimizer
-  start_times: tuple[float, ...]
-  start_probabilities: tuple[float, ...]
-  teacher_calls: int
+  warmup_probabilities: tuple[float, ...]
+  warmup_steps: int
   renoise_mean: float
   renoise_std: float
   adversarial_weight: float
   distillation_weight: float
-  loss_weight: str
   r1_gamma: float
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'AdversarialDistillation':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
-    shared = parts(config, stage)
+    shared = grid_parts(config, stage)
     check(section)
-    check_teacher(section, config[section.teacher.stage])
-    student, num_steps = shared['student'], section.sample.num_steps
-    grid = samplers.time_grid(student.schedule, section.sample.grid, num_steps)
     maps = [
       jax.ShapeDtypeStruct((1, *shape), jnp.float32)
       for shape in feature_shapes(shared['teacher'].denoiser.module)
@@ -98,10 +93,8 @@ class AdversarialDistillation(Student):
         inputs=(jax.ShapeDtypeStruct((1,), jnp.float32), *maps),
       ),
       optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
-      start_times=tuple(grid[:-1].tolist()),
-      start_probabilities=tuple(section.start_probabilities) or (1 / num_steps,) * num_steps,
-      teacher_calls=section.teacher_calls,
-      loss_weight=section.diffusion.loss_weight,
+      warmup_probabilities=tuple(section.warmup.start_probabilities) or shared['start_probabilities'],
+      warmup_steps=section.warmup.num_steps,
     )
 
   @property
@@ -118,14 +111,10 @@ class AdversarialDistillation(Student):
 
   # The players ------------------------------------------------------------------------------------
 
-  def states(self, x0: Image, key: jax.Array) -> tuple[Image, Time]:
-    """Returns y_s and s of each example, at one of the student's times."""
-    key_s, key_eps = jax.random.split(key)
-    drawn = jax.random.choice(
-      key_s, len(self.start_times), (x0.shape[0],), p=jnp.asarray(self.start_probabilities)
-    )
-    s = jnp.asarray(self.start_times)[drawn]
-    return gaussian.q_sample(x0, jax.random.normal(key_eps, x0.shape), s, self.student.schedule), s
+  def probabilities(self, step: jax.Array) -> Float[Array, ' times']:
+    """Returns the probabilities of the student's times after `step` updates."""
+    first, then = jnp.asarray(self.warmup_probabilities), jnp.asarray(self.start_probabilities)
+    return jnp.where(step < self.warmup_steps, first, then)
 
   def renoising(self, key: jax.Array, like: Image) -> tuple[Time, Image]:
     """Returns t' of each example and the noise of y_t'."""
@@ -146,25 +135,21 @@ class AdversarialDistillation(Student):
     """Returns the logits of each head."""
     return self.discriminator.apply(params, t, *maps)
 
-  def target(self, frozen: dict[str, Params], y: Image, s: Time, condition: Condition) -> Image:
-    """Returns x0*: where the teacher's DDIM comes to from y_s, with its own guidance and clipping."""
-    denoise = self.teacher.denoise(frozen['teacher'], condition)
-    return ladd.finish(denoise, y, s, self.teacher_calls, self.teacher.schedule)
-
-  def distillation_losses(self, x0_hat: Image, target: Image, s: Time) -> Float[Array, ' batch']:
-    """Returns w_s |x0_hat - x0*|^2 per example, averaged over pixels."""
-    weight = losses.prediction_weight('x0', self.loss_weight, self.student.schedule.logsnr(s))
-    return weight * ladd.squared_distance(x0_hat, target)
-
   # Training ---------------------------------------------------------------------------------------
 
   def discriminator_loss(
-    self, params: Params, student: Params, frozen: dict[str, Params], rows: Batch, key: jax.Array
+    self,
+    params: Params,
+    student: Params,
+    frozen: dict[str, Params],
+    rows: Batch,
+    key: jax.Array,
+    probabilities: Array,
   ) -> tuple[jax.Array, Metrics]:
     """Returns L_D, a mean over the batch, its terms, and the mean logits."""
     key_state, key_noise = jax.random.split(key)
     x0, condition = rows['x0'], condition_of(rows)
-    y, s = self.states(x0, key_state)
+    y, s = self.states(x0, key_state, probabilities)
     x0_hat = self.student.x0_hat(student, condition)(y, s)
     t, eps = self.renoising(key_noise, x0)
     t_twice, eps_twice, condition = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (t, eps, condition))
@@ -184,12 +169,18 @@ class AdversarialDistillation(Student):
     return loss, metrics
 
   def student_loss(
-    self, params: Params, heads: Params, frozen: dict[str, Params], rows: Batch, key: jax.Array
+    self,
+    params: Params,
+    heads: Params,
+    frozen: dict[str, Params],
+    rows: Batch,
+    key: jax.Array,
+    probabilities: Array,
   ) -> tuple[jax.Array, Metrics]:
     """Returns L_G, a mean over the batch, and its terms."""
     key_state, key_noise = jax.random.split(key)
     x0, condition = rows['x0'], condition_of(rows)
-    y, s = self.states(x0, key_state)
+    y, s = self.states(x0, key_state, probabilities)
     x0_hat = self.student.x0_hat(params, condition)(y, s)
     t, eps = self.renoising(key_noise, x0)
     fake = self.judge(heads, t, self.maps(frozen['teacher'], x0_hat, condition, t, eps))
@@ -209,19 +200,18 @@ class AdversarialDistillation(Student):
     Both see the same images and conditions, with times and noise of their own.
     """
     key_rows, key_d, key_g = jax.random.split(key, 3)
-    x0, condition = self.student.examples(frozen, batch, key_rows, flip=self.flip)
-    given = {name: getattr(condition, name) for name in CONDITION}
-    rows = jax.lax.stop_gradient({'x0': x0, **{k: v for k, v in given.items() if v is not None}})
+    rows = self.rows(frozen, batch, key_rows)
     student, heads = state.networks['denoiser'], state.networks['discriminator']
+    probabilities = self.probabilities(state.step)
 
     def loss_d(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.discriminator_loss(params, student.params, frozen, rows, key)
+      return self.discriminator_loss(params, student.params, frozen, rows, key, probabilities)
 
     grads_d, metrics_d = base.gradients(loss_d, heads.params, rows, key_d, self.microbatches)
     heads = base.apply_gradients(heads, grads_d, self.optimizer_discriminator, state.step)
 
     def loss_g(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.student_loss(params, heads.params, frozen, rows, key)
+      return self.student_loss(params, heads.params, frozen, rows, key, probabilities)
 
     grads_g, metrics_g = base.gradients(loss_g, student.params, rows, key_g, self.microbatches)
     student = base.apply_gradients(student, grads_g, self.student.optimizer, state.step)
@@ -233,71 +223,14 @@ class AdversarialDistillation(Student):
       'grad_norm/discriminator': global_norm(grads_d),
     }
 
-  # Evaluation -------------------------------------------------------------------------------------
-
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
-    """Returns `loss`, the distillation error of x0_hat as it is sampled, and the diversity of the module."""
-    key_example, key_state, *key_noise = jax.random.split(key, 4)
-    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
-    y, s = self.states(x0, key_state)
-    noises = [jax.random.normal(k, x0.shape) for k in key_noise]
-    drawn, wanted = self.compared(params['denoiser'], frozen, condition, [y, *noises], s)
-    of_student, of_teacher = (
-      base.masked_mean(ladd.squared_distance(*images[1:]), batch['mask']) for images in (drawn, wanted)
-    )
-    return {
-      'loss': base.masked_mean(self.distillation_losses(drawn[0], wanted[0], s), batch['mask']),
-      'diversity': of_student,
-      'diversity_ratio': of_student / jnp.maximum(of_teacher, jnp.finfo(jnp.float32).tiny),
-    }
-
-  def compared(
-    self, params: Params, frozen: dict[str, Params], condition: Condition, states: list[Image], s: Time
-  ) -> tuple[list[Image], list[Image]]:
-    """Returns the student's x0_hat and the teacher's x0* at each state: the first is y_s, others y_1."""
-    count = len(states)
-    condition = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), condition)
-    y, t = beside(*states), beside(s, *[jnp.ones_like(s)] * (count - 1))
-    x0_hat = self.student.denoise(params, condition)(y, t)
-    return apart(x0_hat, count), apart(self.target(frozen, y, t, condition), count)
-
-
-def beside(*arrays: Array) -> Array:
-  """Returns the rows of all arrays, those of one example next to each other: no device is sent any."""
-  return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-
-
-def apart(x: Array, count: int) -> list[Array]:
-  """Returns the `count` arrays that `beside` has joined."""
-  x = x.reshape(-1, count, *x.shape[1:])
-  return [x[:, k] for k in range(count)]
-
-
-def condition_of(rows: Batch) -> Condition:
-  """Returns the condition of a batch of rows."""
-  return Condition(**{name: rows[name] if name in rows else None for name in CONDITION})
-
 
 def check(section: ConfigDict) -> None:
   """Raises UserError for the first value of the stage's section that is not allowed."""
-  if section.diffusion.prediction == 'eps':
-    raise UserError(
-      f'the teacher {section.teacher.stage!r} predicts eps, whose error is divided by alpha at high noise; '
-      "name one that predicts v: train it with diffusion.prediction = 'v', or distill it to v first "
-      "(teacher.stage = 'distill_v', variant distill)"
-    )
   if section.sample.sampler not in SAMPLERS:
     raise UserError(f'sample.sampler is {section.sample.sampler!r}; valid: {", ".join(SAMPLERS)}')
-  given, num_steps = section.start_probabilities, section.sample.num_steps
-  if given and (len(given) != num_steps or min(given) < 0 or not np.isclose(sum(given), 1)):
-    raise UserError(
-      f'start_probabilities must be () or {num_steps} numbers >= 0 (sample.num_steps) that sum to 1, got '
-      f'{tuple(given)}'
-    )
-  if section.teacher_calls < 1:
-    raise UserError(f'teacher_calls must be >= 1, got {section.teacher_calls}')
+  check_probabilities('warmup.start_probabilities', section.warmup.start_probabilities, section)
+  if section.warmup.num_steps < 0:
+    raise UserError(f'warmup.num_steps must be >= 0, got {section.warmup.num_steps}')
   if section.loss.adversarial_weight <= 0:
     raise UserError(f'loss.adversarial_weight must be > 0, got {section.loss.adversarial_weight}')
   for field in ('distillation_weight', 'r1_gamma', 'renoise_std'):
@@ -307,20 +240,4 @@ def check(section: ConfigDict) -> None:
     raise UserError(
       'optim_discriminator.ema_decay must be 0: only the student is averaged, got '
       f'{section.optim_discriminator.ema_decay}'
-    )
-
-
-def check_teacher(section: ConfigDict, teacher: ConfigDict) -> None:
-  """Raises UserError for a student that cannot be a copy, or calls off a distilled teacher's own grid."""
-  wanted, given = teacher.diffusion.prediction, section.diffusion.prediction
-  if given != wanted:
-    raise UserError(
-      f'diffusion.prediction is {given!r}, but the student starts as a copy of {section.teacher.stage!r}, '
-      f'which predicts {wanted!r}'
-    )
-  known = teacher.num_steps if teacher.experiment == 'progressive' else 0
-  if known and known % (section.sample.num_steps * section.teacher_calls):
-    raise UserError(
-      f'the teacher {section.teacher.stage!r} knows the times of {known} steps only; sample.num_steps x '
-      f'teacher_calls must divide them, got {section.sample.num_steps} x {section.teacher_calls}'
     )

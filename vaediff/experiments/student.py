@@ -22,7 +22,7 @@ from vaediff.experiments.refiner import Condition, Refiner
 from vaediff.models.functional import Model
 from vaediff.types import Batch, Image, Keys, Latent, Metrics, Params
 
-EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation')
+EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation', 'distribution_matching')
 """Of the stages that have a teacher."""
 TEACHERS = ('refiner', *EXPERIMENTS)
 SAME = ('schedule', 'condition', 'z_conditioning')

@@ -1,0 +1,237 @@
+"""Distribution matching as a stage: its three networks, its two kinds of updates, and Gaussian data."""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vaediff import experiments, optim, sharding, students
+from vaediff.diffusion import samplers, schedules
+from vaediff.errors import UserError
+from vaediff.experiments.refiner import Condition, Refiner
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import toy_denoiser  # noqa: E402
+
+NAMES = ('denoiser', 'fake_denoiser', 'discriminator')
+
+
+def get(variant='matching,debug', **changes):
+  config = importlib.import_module('configs.digits').get_config(variant)
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return students.resolve(config)
+
+
+def build(variant='matching,debug', **changes):
+  return experiments.build(get(variant, **changes), 'matching').inner
+
+
+@functools.cache
+def made(model, seed):
+  """Random parameters, none of them zero: at initialisation the U-Net's output is."""
+  params = jax.jit(model.init)(jax.random.key(seed))
+  leaves, treedef = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+  return treedef.unflatten(
+    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  )
+
+
+def frozen_of(experiment):
+  return {'teacher': made(experiment.teacher.denoiser, 1), 'vae': made(experiment.student.vae, 2)}
+
+
+def batch(count=8):
+  image = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
+  return {'image': image, 'mask': np.ones(count, np.float32)}
+
+
+def equal(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# The stage of a config --------------------------------------------------------------------------------
+
+
+def test_by_default_two_steps_and_five_updates_of_the_fake_denoiser_for_one():
+  experiment = build('matching')
+  assert experiment.num_function_evaluations == 2 and experiment.start_times == (1.0, 0.5)
+  assert set(experiment.networks) == set(NAMES) and set(experiment.frozen) == {'vae', 'teacher'}
+  assert [experiment.kind_of(step) for step in range(6)] == ['', '', '', '', 'student', '']
+  assert experiment.of_kind('student').is_student and not experiment.of_kind('').is_student
+
+
+def test_after_adversarial_distillation_it_goes_on_from_that_student():
+  config = get('adversarial,matching,debug')
+  assert config.stages == ('vae', 'refiner', 'adversarial', 'matching')
+  experiment = experiments.build(config, 'matching').inner
+  assert experiment.frozen['start'].stage == 'adversarial'
+  assert experiment.frozen['teacher'].stage == 'refiner'
+  frozen = {**frozen_of(experiment), 'start': made(experiment.teacher.denoiser, 7)}
+  state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), frozen)
+  assert equal(state.networks['denoiser'].params, frozen['start'])
+  assert equal(state.networks['denoiser'].ema_params, frozen['start'])
+  assert equal(state.networks['fake_denoiser'].params, frozen['teacher'])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'matching.sample.sampler': 'ddim'}, "sample.sampler must be 'renoise'"),
+    ({'matching.fake_updates': 0}, 'fake_updates must be >= 1, got 0'),
+    ({'matching.loss.min_time': 0.0}, '0 < min_time < max_time <= 1, got 0.0 and 0.98'),
+    ({'matching.loss.max_time': 0.01}, '0 < min_time < max_time <= 1, got 0.02 and 0.01'),
+    ({'matching.loss.adversarial_weight': -1.0}, 'loss.adversarial_weight must be >= 0'),
+    ({'matching.optim_fake.ema_decay': 0.9}, 'optim_fake.ema_decay must be 0'),
+    ({'matching.start_stage': 'vae'}, "start_stage is 'vae', which is no stage of this run with a student"),
+    ({'matching.start_probabilities': (1.0,)}, 'start_probabilities must be () or 2 numbers'),
+    ({'matching.teacher.stage': 'vae'}, "teacher.stage is 'vae'"),
+  ],
+)
+def test_values_that_are_not_allowed(changes, message):
+  with pytest.raises(UserError) as error:
+    build(**changes)
+  assert message in str(error.value)
+
+
+def test_it_goes_on_from_a_student_of_the_same_kind_only():
+  changes = {'adversarial.diffusion.prediction': 'v', 'matching.diffusion.prediction': 'x0'}
+  with pytest.raises(UserError, match="start_stage is 'adversarial', whose diffusion.prediction is 'v'"):
+    build('adversarial,matching,debug', **{**changes, 'refiner.diffusion.prediction': 'x0'})
+
+
+# What the losses read ---------------------------------------------------------------------------------
+
+
+class Constant(Refiner):
+  """A student that draws one grey."""
+
+  def x0_hat(self, params, condition, *, dropped=False):
+    return lambda y, t: jnp.full_like(y, 0.7)
+
+
+def test_the_states_are_those_of_its_own_samples():
+  experiment = build(**{'matching.start_probabilities': (0.25, 0.75)})
+  fields = {field.name: getattr(experiment.student, field.name) for field in dataclasses.fields(Refiner)}
+  experiment = dataclasses.replace(experiment, student=Constant(**fields))
+  like, given = jnp.zeros((512, 8, 8, 1)), Condition(x0_vae=None, z=None)
+  y, s = map(np.asarray, experiment.own_states({}, given, like, jax.random.key(0)))
+  second = s == experiment.start_times[1]
+  assert second.mean() == pytest.approx(0.75, abs=0.07)
+  assert y[~second].mean() == pytest.approx(0.0, abs=0.05)  # pure noise
+  assert y[~second].std() == pytest.approx(1.0, rel=0.03)
+  schedule = experiment.student.schedule
+  alpha, sigma = (float(of(np.array(0.5))) for of in (schedule.alpha, schedule.sigma))
+  assert y[second].mean() == pytest.approx(0.7 * alpha, abs=0.03)
+  assert y[second].std() == pytest.approx(sigma, rel=0.03)
+
+
+# Updates ----------------------------------------------------------------------------------------------
+
+
+def test_the_student_is_updated_where_it_is_due_and_the_others_always():
+  experiment = build(**{'matching.loss.adversarial_weight': 0.5})
+  frozen = frozen_of(experiment)
+  state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), frozen)
+  for step in range(2):
+    kind = experiment.kind_of(step)
+    update = jax.jit(experiment.of_kind(kind).train_step)
+    after, metrics = update(state, frozen, batch(), jax.random.key(step))
+    kept = {name: equal(state.networks[name].params, after.networks[name].params) for name in NAMES}
+    assert kept == {'denoiser': kind == '', 'fake_denoiser': False, 'discriminator': False}
+    assert {'loss', 'loss/fake', 'loss/discriminator', 'loss/distribution'} <= set(metrics)
+    assert (float(metrics['loss/distribution']) > 0) == (kind == 'student')
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    state = after
+
+
+def test_a_fake_denoiser_that_is_the_teacher_moves_no_image():
+  experiment = build(**{'matching.loss.adversarial_weight': 0.0})
+  frozen = frozen_of(experiment)
+  rows = jax.jit(experiment.rows)(frozen, batch(), jax.random.key(0))
+  slope = jax.jit(jax.grad(experiment.student_loss, has_aux=True))
+  others = {'fake_denoiser': frozen['teacher'], 'discriminator': made(experiment.discriminator, 3)}
+  grads, metrics = slope(frozen['teacher'], others, frozen, rows, jax.random.key(1))
+  assert metrics['loss/distribution'] == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+  others['fake_denoiser'] = made(experiment.teacher.denoiser, 4)
+  grads, metrics = slope(frozen['teacher'], others, frozen, rows, jax.random.key(1))
+  assert metrics['loss/distribution'] > 0 and all(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_samples_get_the_deviation_of_gaussian_data(count):
+  """E[x0 | pure noise] is 0, as the teacher says; the student is to draw x0 ~ N(0, 0.25) in so many steps."""
+  std = 0.5
+  experiment = build(
+    'unconditional,matching,debug',
+    **{'matching.loss.adversarial_weight': 0.0, 'matching.sample.num_steps': count},
+  )
+  schedule = schedules.make_schedule('cosine')
+  settings = ConfigDict(get().matching.optim.to_dict())
+  settings.update({'learning_rate': 2e-2, 'ema_decay': 0.0, 'clip_norm': 0.0})
+  optimizer = optim.make_optimizer(settings, 1500)
+  refiner = dataclasses.replace(
+    experiment.student,
+    denoiser=toy_denoiser.model(8),
+    optimizer=optimizer,
+    schedule=schedule,
+    settings={**experiment.student.settings, 'clip': 'none'},
+  )
+  experiment = dataclasses.replace(
+    experiment, student=refiner, teacher=refiner, optimizer_fake=optimizer, fake_updates=5
+  )
+  frozen = {'teacher': toy_denoiser.exact(schedule, std)}
+
+  @jax.jit
+  def train(state):
+    def body(state, k):
+      for j in range(5):
+        images = toy_denoiser.batch(std, 5 * k + j)
+        key = jax.random.fold_in(jax.random.key(3), 5 * k + j)
+        state, _ = experiment.of_kind(experiment.kind_of(j)).train_step(state, frozen, images, key)
+      return state, None
+
+    return jax.lax.scan(body, state, jnp.arange(300))[0]
+
+  state = experiment.start(experiment.init(jax.random.key(0)), frozen)
+  y, keys = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jax.random.split(jax.random.key(0), 64)
+
+  def deviation(params):
+    denoise = refiner.denoise(params, Condition(x0_vae=None, z=None))
+    return float(samplers.sample_renoise(denoise, schedule, y, keys, num_steps=count).std())
+
+  after = deviation(train(state).networks['denoiser'].params)
+  assert deviation(frozen['teacher']) < 0.8 * std
+  assert after == pytest.approx(std, rel=0.1)
+
+
+def test_one_device_equals_eight():
+  config = get(**{'matching.loss.adversarial_weight': 0.5})
+  experiment = experiments.build(config, 'matching')
+  frozen = frozen_of(experiment.inner)
+  given = {'image': np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)}
+
+  def update(mesh):
+    state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), frozen)
+    rows = sharding.put_batch(given, sharding.batch_sharding(mesh))
+    step = jax.jit(experiment.of_kind('student').train_step)
+    return step(
+      *(sharding.replicate(x, mesh) for x in (state, frozen)),
+      rows,
+      sharding.replicate(jax.random.key(1), mesh),
+    )
+
+  one, eight = (update(sharding.make_mesh(config.mesh, jax.devices()[:count])) for count in (1, 8))
+  for name, value in one[1].items():
+    np.testing.assert_allclose(eight[1][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+  for name in NAMES:
+    a, b = (x[0].networks[name].params for x in (one, eight))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-5), a, b)

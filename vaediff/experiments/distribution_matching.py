@@ -1,0 +1,302 @@
+"""Distribution matching distillation of a refiner, alone or after adversarial distillation.
+
+DMD2 (Yin et al. 2024, arXiv:2405.14867). Beside the frozen teacher, the denoiser of the data, a second copy
+of it, the fake denoiser, is trained on the student's own images. At a random time t' the two say where an
+image of the student's should go (`diffusion.distribution_matching`), and a head on the fake denoiser's lowest
+map tells real images from the student's, both noised to t':
+
+    L_student = |x0_hat - stop(x0_hat - direction)|^2 / 2 + adversarial_weight softplus(-D(x0_hat))
+    L_fake = w_t |x0_fake(y_t) - x0_hat|^2
+             + fake_adversarial_weight (softplus(-D(x0)) + softplus(D(x0_hat)))
+
+The fake denoiser is updated at every step and the student at every `fake_updates`-th, because the direction
+is right only as far as the fake denoiser follows. The student is trained on the states that it reaches
+itself: from pure noise through its own x0_hats, as in sampling. Real and fake have x0_vae and z in common.
+
+No pair of noise and image is stored, and no image of the teacher's is drawn.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vaediff.diffusion import adversarial, distribution_matching, gaussian, guidance, ladd, losses, schedules
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.experiments.grid_student import GridStudent, apart, beside, condition_of, grid_parts
+from vaediff.experiments.refiner import Condition
+from vaediff.experiments.student import SAME
+from vaediff.models.functional import Model
+from vaediff.models.heads import Heads
+from vaediff.models.unet import feature_shapes
+from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.types import Batch, Image, Metrics, Params, Time
+
+STUDENT = 'student'
+"""Kind of the updates that train the student too."""
+STUDENT_METRICS = ('loss/distribution', 'loss/adversarial', 'grad_norm/denoiser')
+"""Of the last update of the student."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributionMatching(GridStudent):
+  """The stage; trains `denoiser`, the student, `fake_denoiser`, and `discriminator`, the head.
+
+  Attributes:
+    start_source: the stage of this run whose student it starts from, or None for the teacher.
+    discriminator: (t', lowest map of the fake denoiser) -> logits.
+    optimizer_fake: of the fake denoiser and the head.
+    fake_updates: updates of the fake denoiser for one of the student.
+    min_time: least t'.
+    max_time: largest t'.
+    adversarial_weight: of the head in the student's loss; 0 = DMD2 without images of the data.
+    fake_adversarial_weight: of the head's loss in that of the fake denoiser.
+    is_student: this update trains the student.
+  """
+
+  start_source: base.Frozen | None
+  discriminator: Model
+  optimizer_fake: Optimizer
+  fake_updates: int
+  min_time: float
+  max_time: float
+  adversarial_weight: float
+  fake_adversarial_weight: float
+  is_student: bool = False
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, stage: str) -> 'DistributionMatching':
+    """Builds the experiment of `config.<stage>`."""
+    section, shared = config[stage], grid_parts(config, stage)
+    check(section)
+    student, num_updates = shared['student'], max(1, section.train.num_steps // section.fake_updates)
+    shared['student'] = dataclasses.replace(student, optimizer=make_optimizer(section.optim, num_updates))
+    lowest = feature_shapes(shared['teacher'].denoiser.module)[-1]
+    return cls(
+      **shared,
+      **section.loss.to_dict(),
+      start_source=start_source(config, stage, student.denoiser),
+      discriminator=Model(
+        module=Heads(**section.discriminator.to_dict()),
+        inputs=(jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *lowest), jnp.float32)),
+      ),
+      optimizer_fake=make_optimizer(section.optim_fake, section.train.num_steps),
+      fake_updates=section.fake_updates,
+    )
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """The student, the denoiser of its images, and the head."""
+    return {
+      **super().networks,
+      'fake_denoiser': self.teacher.denoiser,
+      'discriminator': self.discriminator,
+    }
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+    """The teacher, what both read, and the student that this one goes on from."""
+    return {**super().frozen, **({'start': self.start_source} if self.start_source else {})}
+
+  def kind_of(self, step: int) -> str:
+    """Returns 'student' for every `fake_updates`-th update."""
+    return STUDENT if (step + 1) % self.fake_updates == 0 else ''
+
+  def of_kind(self, kind: str) -> 'DistributionMatching':
+    """Returns the experiment whose update is of this kind."""
+    return dataclasses.replace(self, is_student=kind == STUDENT)
+
+  def init(self, key: jax.Array) -> base.TrainState:
+    """Returns the state at step 0, before `start` copies the teacher."""
+    key_student, key_fake, key_head = jax.random.split(key, 3)
+    state = super().init(key_student)
+    networks = {
+      **state.networks,
+      'fake_denoiser': base.init_network(self.teacher.denoiser, self.optimizer_fake, key_fake),
+      'discriminator': base.init_network(self.discriminator, self.optimizer_fake, key_head),
+    }
+    return state.replace(networks=networks, extra={name: jnp.float32(0) for name in STUDENT_METRICS})
+
+  def start(self, state: base.TrainState, frozen: dict[str, Params]) -> base.TrainState:
+    """Returns the state whose fake denoiser is the teacher, and whose student is that of an earlier stage."""
+    student = super().start(state, {**frozen, 'teacher': frozen.get('start', frozen['teacher'])})
+    fake = state.networks['fake_denoiser'].replace(params=jax.tree.map(jnp.copy, frozen['teacher']))
+    return student.replace(networks={**student.networks, 'fake_denoiser': fake})
+
+  # What the losses read ---------------------------------------------------------------------------
+
+  def own_states(
+    self, params: Params, condition: Condition, like: Image, key: jax.Array
+  ) -> tuple[Image, Time]:
+    """Returns y_s and s of each example: states on the way of its own samples, not differentiated."""
+    key_s, key_eps = jax.random.split(key)
+    count, times = like.shape[0], self.start_times
+    denoise, schedule = self.student.denoise(params, condition), self.student.schedule
+    y = jax.random.normal(key_eps, like.shape)
+    states = [y]
+    for k, s in enumerate(times[1:], start=1):
+      x0_hat = denoise(y, jnp.full(count, times[k - 1]))
+      eps = jax.random.normal(jax.random.fold_in(key_eps, k), like.shape)
+      y = gaussian.q_sample(x0_hat, eps, jnp.full(count, s), schedule)
+      states.append(y)
+    drawn = jax.random.choice(key_s, len(times), (count,), p=jnp.asarray(self.start_probabilities))
+    y = jnp.take_along_axis(jnp.stack(states), drawn.reshape(1, count, *[1] * (like.ndim - 1)), axis=0)[0]
+    return jax.lax.stop_gradient(y), jnp.asarray(times)[drawn]
+
+  def matching_time(self, key: jax.Array, count: int) -> Time:
+    """Returns t', uniform in [min_time, max_time], on the times that the schedule trains on."""
+    t = jax.random.uniform(key, (count,), minval=self.min_time, maxval=self.max_time)
+    return ladd.on_trained_times(t, self.teacher.schedule)
+
+  def judge(
+    self, params: dict[str, Params], y: Image, t: Time, condition: Condition
+  ) -> Float[Array, ' batch _']:
+    """Returns the head's logits on the fake denoiser's lowest map at y_t'."""
+    lowest = self.teacher.features(params['fake_denoiser'], y, t, condition)[-1]
+    return self.discriminator.apply(params['discriminator'], t, lowest.astype(jnp.float32))[0]
+
+  # Training ---------------------------------------------------------------------------------------
+
+  def fake_loss(
+    self, params: dict[str, Params], student: Params, rows: Batch, key: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns L_fake, a mean over the batch, its terms, and the mean logits.
+
+    `params` are those of `fake_denoiser` and `discriminator`.
+    """
+    key_state, key_t, key_eps, key_judge = jax.random.split(key, 4)
+    x0, condition = rows['x0'], condition_of(rows)
+    y, s = self.own_states(student, condition, x0, key_state)
+    x0_hat = jax.lax.stop_gradient(self.student.x0_hat(student, condition)(y, s))
+    t, eps = (
+      schedules.sample_time(self.teacher.schedule, key_t, x0.shape[0]),
+      jax.random.normal(key_eps, x0.shape),
+    )
+    y = gaussian.q_sample(x0_hat, eps, t, self.teacher.schedule)
+    output = self.teacher.predict(params['fake_denoiser'], y, t, condition)
+    values = losses.denoising_loss(
+      self.teacher.prediction, output, x0_hat, eps, t, self.teacher.schedule, self.loss_weight
+    )
+    metrics = {'loss/fake': jnp.mean(values)}
+    loss = metrics['loss/fake']
+    if self.adversarial_weight:
+      key_t, key_eps = jax.random.split(key_judge)
+      twice = (self.matching_time(key_t, x0.shape[0]), jax.random.normal(key_eps, x0.shape), condition)
+      t, eps, condition = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), twice)
+      y = gaussian.q_sample(beside(x0, x0_hat), eps, t, self.teacher.schedule)
+      real, fake = apart(self.judge(params, y, t, condition), 2)
+      metrics['loss/discriminator'] = jnp.mean(adversarial.discriminator_loss(real, fake))
+      metrics |= {'logits/real': jnp.mean(real), 'logits/fake': jnp.mean(fake)}
+      loss += self.fake_adversarial_weight * metrics['loss/discriminator']
+    return loss, {'loss': loss, **metrics}
+
+  def student_loss(
+    self, params: Params, others: dict[str, Params], frozen: dict[str, Params], rows: Batch, key: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns L_student, a mean over the batch, and its terms; `others` are as in `fake_loss`."""
+    key_state, key_t, key_eps = jax.random.split(key, 3)
+    x0, condition = rows['x0'], condition_of(rows)
+    y, s = self.own_states(params, condition, x0, key_state)
+    x0_hat = self.student.x0_hat(params, condition)(y, s)
+    t, eps = self.matching_time(key_t, x0.shape[0]), jax.random.normal(key_eps, x0.shape)
+    noised = gaussian.q_sample(x0_hat, eps, t, self.teacher.schedule)
+    of_data, of_student = (
+      guidance.clip(denoise)(jax.lax.stop_gradient(noised), t)
+      for denoise in (
+        self.teacher.denoise(frozen['teacher'], condition),
+        self.teacher.x0_hat(others['fake_denoiser'], condition),
+      )
+    )
+    direction = distribution_matching.direction(jax.lax.stop_gradient(x0_hat), of_data, of_student)
+    matching = jnp.mean(distribution_matching.loss(x0_hat, direction))
+    deception = jnp.float32(0)
+    if self.adversarial_weight:
+      logits = self.judge(others, noised, t, condition)
+      deception = jnp.mean(adversarial.generator_loss(logits))
+    loss = matching + self.adversarial_weight * deception
+    return loss, {'loss/distribution': matching, 'loss/adversarial': deception}
+
+  def train_step(
+    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> tuple[base.TrainState, Metrics]:
+    """Returns the state after one update of fake denoiser and head and, where it is due, of the student.
+
+    `loss` is that of the fake denoiser.
+    """
+    key_rows, key_fake, key_student = jax.random.split(key, 3)
+    rows, networks, last = self.rows(frozen, batch, key_rows), dict(state.networks), dict(state.extra)
+    student, names = networks['denoiser'], ('fake_denoiser', 'discriminator')
+
+    def loss_fake(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      return self.fake_loss(params, student.params, rows, key)
+
+    others = {name: networks[name].params for name in names}
+    grads, metrics = base.gradients(loss_fake, others, rows, key_fake, self.microbatches)
+    for name in names:
+      networks[name] = base.apply_gradients(networks[name], grads[name], self.optimizer_fake, state.step)
+      metrics[f'grad_norm/{name}'] = global_norm(grads[name])
+
+    if self.is_student:
+      others = {name: networks[name].params for name in names}
+
+      def loss_student(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return self.student_loss(params, others, frozen, rows, key)
+
+      grads, terms = base.gradients(loss_student, student.params, rows, key_student, self.microbatches)
+      networks['denoiser'] = base.apply_gradients(student, grads, self.student.optimizer, state.step)
+      last |= {**terms, 'grad_norm/denoiser': global_norm(grads)}
+    shown = {name: last[name] for name in STUDENT_METRICS}
+    return base.TrainState(step=state.step + 1, networks=networks, extra=last), {**metrics, **shown}
+
+
+def start_source(config: ConfigDict, stage: str, model: Model) -> base.Frozen | None:
+  """Returns the student of the stage `start_stage`, None where that is ''.
+
+  Raises:
+    UserError: when it is no student, or one of another network.
+  """
+  section = config[stage]
+  name = section.start_stage
+  if not name:
+    return None
+  known = name in config.stages and 'teacher' in config[name] and 'model' in config[name]
+  if not known or config[name].model != section.model:
+    raise UserError(
+      f'start_stage is {name!r}, which is no stage of this run with a student of the same network; name one '
+      f"of config.stages, or '' for the teacher"
+    )
+  for field in (*SAME, 'prediction'):
+    if config[name].diffusion[field] != section.diffusion[field]:
+      raise UserError(
+        f'start_stage is {name!r}, whose diffusion.{field} is {config[name].diffusion[field]!r}; here it is '
+        f'{section.diffusion[field]!r}'
+      )
+  return base.Frozen(stage=name, network='denoiser', workdir='', model=model)
+
+
+def check(section: ConfigDict) -> None:
+  """Raises UserError for the first value of the stage's section that is not allowed."""
+  if section.sample.sampler != 'renoise':
+    raise UserError(
+      f"sample.sampler must be 'renoise', on whose states the student is trained, got "
+      f'{section.sample.sampler!r}'
+    )
+  if section.fake_updates < 1:
+    raise UserError(f'fake_updates must be >= 1, got {section.fake_updates}')
+  loss = section.loss
+  if not 0 < loss.min_time < loss.max_time <= 1:
+    raise UserError(
+      f'loss.min_time and loss.max_time must be 0 < min_time < max_time <= 1, got {loss.min_time} and '
+      f'{loss.max_time}'
+    )
+  for field in ('adversarial_weight', 'fake_adversarial_weight'):
+    if loss[field] < 0:
+      raise UserError(f'loss.{field} must be >= 0, got {loss[field]}')
+  if section.optim_fake.ema_decay:
+    raise UserError(
+      f'optim_fake.ema_decay must be 0: only the student is averaged, got {section.optim_fake.ema_decay}'
+    )
