@@ -49,6 +49,7 @@ MAY_CHANGE = (
 OVER_TRAINING = {
   'optim.schedule': ('cosine', 'linear'),
   'optim_discriminator.schedule': ('cosine', 'linear'),
+  'optim_fake.schedule': ('cosine', 'linear'),
   'loss.reconstruction': ('linear', 'weighted_learning'),
 }
 """Fields of a stage, and their values, that depend on how far it is from its last step."""

@@ -1,8 +1,9 @@
 """Adversarial distillation as a stage: its start, its two players, what they share, and its diversity."""
 
 import dataclasses
-import functools
 import importlib
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ import pytest
 from vaediff import experiments, sharding, students
 from vaediff.diffusion import ladd, samplers
 from vaediff.errors import UserError
-from vaediff.experiments import adversarial_distillation
+from vaediff.experiments import grid_student
 from vaediff.experiments.refiner import Condition, Refiner
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from random_parameters import made  # noqa: E402
 
 
 def get(variant='adversarial,debug', **changes):
@@ -25,17 +29,6 @@ def get(variant='adversarial,debug', **changes):
 
 def build(variant='adversarial,debug', **changes):
   return experiments.build(get(variant, **changes), 'adversarial').inner
-
-
-@functools.cache
-def made(model, seed):
-  """Random parameters, none of them zero: at initialisation the U-Net's output is."""
-  params = jax.jit(model.init)(jax.random.key(seed))
-  leaves, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-  return treedef.unflatten(
-    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  )
 
 
 def frozen_of(experiment):
@@ -81,12 +74,26 @@ def test_start_times_have_the_probabilities_of_the_config():
   changes = {'adversarial.sample.num_steps': 4, 'adversarial.start_probabilities': (0.7, 0.1, 0.0, 0.2)}
   experiment = build(**changes)
   x0 = jnp.zeros((4000, 1, 1, 1))
-  y, s = experiment.states(x0, jax.random.key(0))
+  y, s = experiment.states(x0, jax.random.key(0), experiment.probabilities(jnp.int32(0)))
   shares = [float(jnp.mean(s == t)) for t in (1.0, 0.75, 0.5, 0.25)]
   np.testing.assert_allclose(shares, (0.7, 0.1, 0.0, 0.2), atol=0.03)
   late = np.asarray(s == 0.25)
   expected = float(experiment.student.schedule.sigma(np.array(0.25)))
   assert np.asarray(y)[late].std() == pytest.approx(expected, rel=0.08)
+
+
+def test_the_first_updates_have_probabilities_of_their_own():
+  changes = {
+    'adversarial.sample.num_steps': 4,
+    'adversarial.start_probabilities': (0.7, 0.1, 0.1, 0.1),
+    'adversarial.warmup.num_steps': 500,
+    'adversarial.warmup.start_probabilities': (0.0, 0.0, 0.5, 0.5),
+  }
+  experiment = build(**changes)
+  for step, wanted in ((0, (0, 0, 0.5, 0.5)), (499, (0, 0, 0.5, 0.5)), (500, (0.7, 0.1, 0.1, 0.1))):
+    np.testing.assert_allclose(experiment.probabilities(jnp.int32(step)), wanted, rtol=1e-6)
+  changes['adversarial.warmup.num_steps'] = 0
+  np.testing.assert_allclose(build(**changes).probabilities(jnp.int32(0)), (0.7, 0.1, 0.1, 0.1), rtol=1e-6)
 
 
 def test_a_student_of_few_steps_can_be_the_teacher():
@@ -118,6 +125,8 @@ def test_a_student_of_few_steps_can_be_the_teacher():
     ({'adversarial.sample.sampler': 'heun'}, "sample.sampler is 'heun'; valid: renoise, ddim"),
     ({'adversarial.start_probabilities': (1.0,)}, 'must be () or 2 numbers'),
     ({'adversarial.start_probabilities': (0.5, 0.6)}, 'that sum to 1, got (0.5, 0.6)'),
+    ({'adversarial.warmup.start_probabilities': (1.0,)}, 'warmup.start_probabilities must be () or 2'),
+    ({'adversarial.warmup.num_steps': -1}, 'warmup.num_steps must be >= 0, got -1'),
     ({'adversarial.teacher_calls': 0}, 'teacher_calls must be >= 1, got 0'),
     ({'adversarial.loss.adversarial_weight': 0.0}, 'loss.adversarial_weight must be > 0, got 0.0'),
     ({'adversarial.loss.distillation_weight': -1.0}, 'loss.distillation_weight must be >= 0, got -1.0'),
@@ -218,7 +227,8 @@ def test_an_image_cannot_be_told_from_itself():
   frozen, x0 = frozen_of(experiment), jnp.clip(noise(), -1, 1)
   rows = {'x0': x0, 'x0_vae': condition(experiment, frozen).x0_vae}
   heads = made(experiment.discriminator, 3)
-  run = jax.jit(lambda x0: experiment.discriminator_loss(heads, {'x0': x0}, frozen, rows, jax.random.key(6)))
+  key, probabilities = jax.random.key(6), experiment.probabilities(jnp.int32(0))
+  run = jax.jit(lambda x0: experiment.discriminator_loss(heads, {'x0': x0}, frozen, rows, key, probabilities))
   loss, metrics = run(x0)
   assert metrics['logits/real'] == metrics['logits/fake'] != 0
   assert loss >= 2.0  # relu(1 - D) + relu(1 + D)
@@ -228,9 +238,9 @@ def test_an_image_cannot_be_told_from_itself():
 
 def test_the_batch_is_laid_out_pair_by_pair():
   a, b = noise(4, 0), noise(4, 1)
-  both = adversarial_distillation.beside(a, b)
+  both = grid_student.beside(a, b)
   np.testing.assert_array_equal(both[2:4], jnp.stack([a[1], b[1]]))
-  for got, expected in zip(adversarial_distillation.apart(both, 2), (a, b), strict=True):
+  for got, expected in zip(grid_student.apart(both, 2), (a, b), strict=True):
     np.testing.assert_array_equal(got, expected)
 
 
@@ -316,7 +326,10 @@ def test_the_adversary_alone_reaches_the_student_through_the_teachers_encoder():
   assert len(encoder) < len(params)
 
   def loss(params, heads):
-    return experiment.student_loss(params, heads, {'teacher': encoder}, rows, jax.random.key(7))
+    probabilities = experiment.probabilities(jnp.int32(0))
+    return experiment.student_loss(
+      params, heads, {'teacher': encoder}, rows, jax.random.key(7), probabilities
+    )
 
   slope = jax.jit(jax.grad(loss, has_aux=True))
   grads, metrics = slope(params, heads)
@@ -336,7 +349,8 @@ def test_the_student_and_the_teacher_are_held_in_the_discriminators_loss():
   def loss(student, teacher):
     networks = {**frozen, 'teacher': teacher}
     heads = made(experiment.discriminator, 3)
-    return experiment.discriminator_loss(heads, student, networks, rows, jax.random.key(8))[0]
+    probabilities = experiment.probabilities(jnp.int32(0))
+    return experiment.discriminator_loss(heads, student, networks, rows, jax.random.key(8), probabilities)[0]
 
   grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(frozen['teacher'], frozen['teacher'])
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))

@@ -1,7 +1,6 @@
 """Distribution matching as a stage: its three networks, its two kinds of updates, and Gaussian data."""
 
 import dataclasses
-import functools
 import importlib
 import pathlib
 import sys
@@ -19,6 +18,7 @@ from vaediff.experiments.refiner import Condition, Refiner
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_denoiser  # noqa: E402
+from random_parameters import made  # noqa: E402
 
 NAMES = ('denoiser', 'fake_denoiser', 'discriminator')
 
@@ -32,17 +32,6 @@ def get(variant='matching,debug', **changes):
 
 def build(variant='matching,debug', **changes):
   return experiments.build(get(variant, **changes), 'matching').inner
-
-
-@functools.cache
-def made(model, seed):
-  """Random parameters, none of them zero: at initialisation the U-Net's output is."""
-  params = jax.jit(model.init)(jax.random.key(seed))
-  leaves, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-  return treedef.unflatten(
-    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  )
 
 
 def frozen_of(experiment):
@@ -213,6 +202,7 @@ def test_samples_get_the_deviation_of_gaussian_data(count):
   assert after == pytest.approx(std, rel=0.1)
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight():
   config = get(**{'matching.loss.adversarial_weight': 0.5})
   experiment = experiments.build(config, 'matching')
