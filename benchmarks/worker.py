@@ -12,8 +12,8 @@ It is started by `benchmarks.pairing`, reads one JSON object per line, and answe
 `seconds` are per repetition, after one that is not counted: in training and sampling calls follow one
 another, and the first takes back the memory that a waiting process has given up. On a CPU every repetition is
 waited for, because JAX would run several that do not depend on each other at a time; on a GPU, whose work is
-in order, the last of a round is. `idle_cores` is the CPU time per second that the process used while it waited
-for the command: what it took from the others.
+in order, the last of a round is. `idle_cores` is the CPU time per second that the process used while it
+waited for the command: what it took from the others.
 """
 
 import argparse
