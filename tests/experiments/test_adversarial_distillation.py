@@ -227,8 +227,13 @@ def test_an_image_cannot_be_told_from_itself():
   frozen, x0 = frozen_of(experiment), jnp.clip(noise(), -1, 1)
   rows = {'x0': x0, 'x0_vae': condition(experiment, frozen).x0_vae}
   heads = made(experiment.discriminator, 3)
-  key, probabilities = jax.random.key(6), experiment.probabilities(jnp.int32(0))
-  run = jax.jit(lambda x0: experiment.discriminator_loss(heads, {'x0': x0}, frozen, rows, key, probabilities))
+  probabilities = experiment.probabilities(jnp.int32(0))
+
+  @jax.jit
+  def run(x0):
+    key = jax.random.key(6)
+    return experiment.discriminator_loss(heads, {'x0': x0}, frozen, rows, key, probabilities)
+
   loss, metrics = run(x0)
   assert metrics['logits/real'] == metrics['logits/fake'] != 0
   assert loss >= 2.0  # relu(1 - D) + relu(1 + D)
