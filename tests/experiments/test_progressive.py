@@ -410,6 +410,12 @@ def test_students_stand_beside_their_teacher_in_a_sweep(distilled, tmp_path):
     ('distill_1', 1, 1),
   ]
   assert all(row['rmse to teacher'] > 0 and row['diversity ratio'] > 0 for row in rows)
+  config.evaluate.sweep.student_steps = (1,)
+  chosen = sweep.chosen_students(against_teacher.chain(opened), config.evaluate.sweep)
+  assert [stage.stage for stage in chosen] == ['refiner', 'distill_1']
+  config.evaluate.sweep.student_steps = (1, 3)
+  with pytest.raises(UserError, match="names 3; the students from 'refiner' to 'distill_1' have 2, 1 steps"):
+    sweep.sweep(opened)
   itself = against_teacher.Teacher(Trained(config, run, 'refiner', mesh), 4, 8)
   same = Trained(config, run, 'refiner', mesh).with_settings(sampler='ddim', num_steps=4)
   assert itself.compare(same) == {'rmse to teacher': 0.0, 'diversity ratio': 1.0}

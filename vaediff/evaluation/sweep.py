@@ -37,7 +37,7 @@ def sweep(trained: Trained) -> dict[str, float]:
   """
   config, folder = trained.config, trained.workdir / FOLDER
   settings = config.evaluate.sweep
-  stages = against_teacher.chain(trained)
+  stages = chosen_students(against_teacher.chain(trained), settings)
   teacher = None
   if len(stages) > 1:
     teacher = against_teacher.Teacher(stages[0], settings.teacher_steps, settings.num_compared)
@@ -67,6 +67,24 @@ def sweep(trained: Trained) -> dict[str, float]:
     log.say(f'{number}/{len(points)}  {shown}')
   write(folder, rows, floors, opened)
   return {}
+
+
+def chosen_students(chain: list[Trained], settings: ConfigDict) -> list[Trained]:
+  """Returns the first teacher and, of its students, those of `settings.student_steps`, or all.
+
+  Raises:
+    UserError: when one of the step counts is no student's.
+  """
+  root, *students = chain
+  known = [student.settings.num_steps for student in students]
+  for count in settings.student_steps:
+    if count not in known:
+      raise UserError(
+        f'config.evaluate.sweep.student_steps names {count}; the students from {root.stage!r} to '
+        f'{chain[-1].stage!r} have {", ".join(map(str, known)) or "no"} steps'
+      )
+  chosen = settings.student_steps or known
+  return [root, *(student for student in students if student.settings.num_steps in chosen)]
 
 
 def open_run(path: str, trained: Trained) -> Trained:
