@@ -4,9 +4,10 @@
 
 Data: TFDS `fashion_mnist`, or the four idx files of a folder (Debian's package dataset-fashion-mnist
 installs them) with `:idx` and, for another folder, `--config.data.path=...`.
-Networks: a quarter of the width of the CIFAR-10 ones, so that a CPU can train them overnight.
+Networks: a quarter of the width of the CIFAR-10 ones.
 
-`latent`, a GAN of 4 steps, 21 minutes on one core: docs/results.md. The rest: not yet measured.
+On one core: GANs of 4 steps (`latent`, `wavelet`, `ddgan`) in 5 minutes each; VAE, U-Net and nine halvings
+(`small,distill`) in an hour: docs/results.md. The full sizes: not yet measured.
 """
 
 from configs import base, gan, presets
@@ -18,7 +19,7 @@ def _idx(config):
 
 
 def _small(config):
-  """VAE and U-Net for an hour of one core, students from 512 steps to 1 included."""
+  """VAE and U-Net for an hour of one core, students from 512 steps to 1 included (with `distill`)."""
   config.vae.model.update(
     presets.vae(
       '32x1,32d2,32t16,16x1,16d2,16t8,8x1,8d2,8t4,4x1,4d4,4t1,1x1',
