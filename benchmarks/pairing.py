@@ -42,9 +42,8 @@ class Worker:
     """
     self.side = side
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
-    environment['GLIBC_TUNABLES'] = (
-      runtime.tunables()
-    )  # huge pages for every side, as `vaediff.main` has them
+    # huge pages for every side, as `vaediff.main` has them
+    environment['GLIBC_TUNABLES'] = runtime.tunables()
     if side != 'jax':
       environment = {**PASSIVE, **environment}
     if device == 'cpu':

@@ -123,7 +123,8 @@ class DistributionMatching(GridStudent):
 
   def start(self, state: base.TrainState, frozen: dict[str, Params]) -> base.TrainState:
     """Returns the state whose fake denoiser is the teacher, and whose student is that of an earlier stage."""
-    student = super().start(state, {**frozen, 'teacher': frozen.get('start', frozen['teacher'])})
+    origin = frozen['start' if self.start_source else 'teacher']
+    student = super().start(state, {**frozen, 'teacher': origin})
     fake = state.networks['fake_denoiser'].replace(params=jax.tree.map(jnp.copy, frozen['teacher']))
     return student.replace(networks={**student.networks, 'fake_denoiser': fake})
 
