@@ -30,6 +30,15 @@ def test_convolutions_go_to_eigen_unless_the_user_chose():
   assert environment()['JAX_COMPILATION_CACHE_DIR'].endswith('vaediff/xla')
 
 
+def test_an_environment_without_jax_is_told_how_to_get_it():
+  code = 'import sys; sys.path[:] = [p for p in sys.path if "site-packages" not in p]'
+  code += '; from vaediff import runtime; runtime.set_environment()'
+  result = subprocess.run([sys.executable, '-Sc', code], capture_output=True, text=True, check=False)
+  assert result.returncode == 2
+  assert 'jaxlib is not installed' in result.stderr and 'pip install -e .' in result.stderr
+  assert 'Traceback' not in result.stderr
+
+
 def test_huge_pages_are_asked_for_where_linux_gives_them_on_request(monkeypatch, tmp_path):
   policy = tmp_path / 'enabled'
   monkeypatch.setattr(runtime, 'HUGE_PAGES_POLICY', policy)

@@ -20,11 +20,21 @@ GLIBC_WITH_HUGE_PAGES = (2, 35)
 
 
 def set_environment() -> None:
-  """Sets the CPU convolution flag and the persistent compilation cache, unless the user has set them."""
+  """Sets the CPU convolution flag and the persistent compilation cache, unless the user has set them.
+
+  Ends the program with a message and status 2 where JAX is not installed.
+  """
   if 'jax' in sys.modules:
     raise RuntimeError('set_environment must run before jax is imported')
   flags = os.environ.get('XLA_FLAGS', '')
-  version = importlib.metadata.version('jaxlib')
+  try:
+    version = importlib.metadata.version('jaxlib')
+  except importlib.metadata.PackageNotFoundError:
+    print(
+      f'error: jaxlib is not installed for {sys.executable}. In the folder of the project: pip install -e .',
+      file=sys.stderr,
+    )
+    raise SystemExit(2) from None
   if 'ynn_fusion_type' not in flags and version.startswith(JAXLIB_WITH_FLAG):
     os.environ['XLA_FLAGS'] = f'{flags} {EIGEN_CONVOLUTIONS}'.strip()
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')) / 'vaediff' / 'xla'
