@@ -192,5 +192,5 @@ def test_an_error_that_is_no_missing_key_stays_what_it_is(tmp_path):
 def test_missing_config_file_and_missing_run(tmp_path):
   lines = [['--config=configs/nothing.py'], [f'--workdir={tmp_path}', '--mode=sample']]
   (status, said), (status_of_run, said_of_run) = run_all(tmp_path, lines)
-  assert status == 2 and 'configs/nothing.py' in said
+  assert status == 2 and 'configs/nothing.py' in said and 'as --config=configs/digits.py' in said
   assert status_of_run == 2 and f'{tmp_path / "config.json"} does not exist' in said_of_run

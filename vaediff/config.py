@@ -133,7 +133,10 @@ def parse_flags(argv: list[str]) -> list[str]:
       f'{argument}: the config has no key {name!r}. {hint}Keys are declared in configs/base.py{newer}'
     ) from error
   except OSError as error:
-    raise UserError(f'the config file cannot be loaded: {str(error).splitlines()[-1].strip()}') from error
+    raise UserError(
+      f'the config file cannot be loaded: {str(error).splitlines()[-1].strip()}. Give the path of a file, as '
+      '--config=configs/digits.py, or with variants --config=configs/digits.py:z,debug'
+    ) from error
 
 
 def read(workdir: str | os.PathLike[str]) -> ConfigDict:
