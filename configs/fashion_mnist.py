@@ -53,7 +53,7 @@ def _small(config):
     }
   )
   config.refiner.train.update({'num_steps': 2500, 'batch_size': 32})
-  config.distill.from_steps = 64  # where this teacher's samples are as near to the data as in 512
+  config.distill.from_steps = 64  # of DDIM; in 512 this teacher's samples are no nearer to the data
   config.distill.last_train_steps = 300
   config.distill.optim.learning_rate = 1e-4
   config.distill.train.update({'num_steps': 150, 'batch_size': 32})
