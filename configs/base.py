@@ -136,7 +136,7 @@ def evaluate() -> ConfigDict:
         'teacher_steps': 512,  # of DDIM: students are compared with such images of the first teacher
         'num_compared': 256,  # ... so many of them
         'student_steps': (),  # the students of a chain with so many steps; () = all
-        'workdirs': (),  # other runs of the same data set, such as the unconditional one
+        'workdirs': (),  # other runs of the same data set: unconditional, students, denoising GANs
       },
     }
   )

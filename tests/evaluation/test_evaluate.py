@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaediff import best, checkpoint, modes, sharding
+from configs.digits import get_config
+from vaediff import best, checkpoint, modes, pipeline, sharding
 from vaediff import config as configs
 from vaediff.errors import UserError
 from vaediff.evaluation import during_training, evaluate, networks, sets, sweep
@@ -135,7 +136,7 @@ def test_a_sweep_is_resumed_row_by_row(run, monkeypatch, capsys):
 
 
 def test_what_cannot_be_swept(run, tmp_path):
-  with pytest.raises(UserError, match='needs a stage with a sampler'):
+  with pytest.raises(UserError, match='needs a stage that samples in steps'):
     sweep.sweep(opened(run, 'vae'))
   trained = opened(run)
   trained.config.evaluate.sweep.workdirs = (str(tmp_path / 'none'),)
@@ -155,6 +156,24 @@ def test_another_run_of_the_same_data_is_a_line_of_the_same_table(run):
   sweep.sweep(trained)
   table = json.loads((run / 'evaluation' / 'sweep.json').read_text())['rows']
   assert len(table) == 2 and table[0]['fd_classifier'] == table[1]['fd_classifier']
+
+
+def test_a_denoising_gan_is_one_row_of_the_same_table(run, tmp_path):
+  config = get_config('ddgan,debug')
+  config.data.data_dir = configs.read(run).data.data_dir
+  gan = tmp_path / 'gan'
+  pipeline.run(config, gan, tuple(config.stages))
+  trained = opened(run, extractors=('classifier',), num_images=8)
+  trained.config.evaluate.sweep.update({'workdirs': (str(gan),), 'num_steps': (1, 2)})
+  sweep.sweep(trained)
+  rows = json.loads((run / 'evaluation' / 'sweep.json').read_text())['rows']
+  found = [(row['run'], row['condition'], row['sampler'], row['steps'], row['NFE']) for row in rows]
+  assert found == [
+    ('run', 'formulation1', 'ddim', 1, 1),
+    ('run', 'formulation1', 'ddim', 2, 2),
+    ('gan', 'none', 'pixel ddgan', 4, 4),
+  ]
+  assert all(row['fd_classifier']['value'] > 0 for row in rows)
 
 
 def test_the_best_checkpoint_is_kept_and_can_be_used(run):

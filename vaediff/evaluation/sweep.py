@@ -1,5 +1,7 @@
 """`--mode=evaluate --sweep`: distance against network evaluations and seconds, one row per sampler setting.
 
+Students and denoising GANs have one setting, the one they were trained for.
+
 The trade-off of DiffuseVAE (arXiv:2201.00308, figure 3a of its first version) and LDDGAN (figure 3) as one
 table and one plot. Every row is written when it is done, and a row that is there is not computed again.
 """
@@ -33,7 +35,7 @@ def sweep(trained: Trained) -> dict[str, float]:
     {}: all figures are in the table.
 
   Raises:
-    UserError: for a setting that is not allowed, a stage without a sampler, or a run of other data.
+    UserError: for a setting that is not allowed, a stage that draws in no steps, or a run of other data.
   """
   config, folder = trained.config, trained.workdir / FOLDER
   settings = config.evaluate.sweep
@@ -60,7 +62,7 @@ def sweep(trained: Trained) -> dict[str, float]:
       known = measure(chosen, opened, real) | (compared.compare(chosen) if compared else {})
       if jax.process_index() == 0:
         report.write_json(path, {'facts': facts, 'figures': known})
-    row = {**label(chosen, trained), **{k: v for k, v in known.items() if not isinstance(v, Figure)}}
+    row = {**label(chosen), **{k: v for k, v in known.items() if not isinstance(v, Figure)}}
     row |= with_floors({k: v for k, v in known.items() if isinstance(v, Figure)}, floors)
     rows.append(row)
     shown = '  '.join(f'{name} {report.cell(value)}' for name, value in row.items() if name != 'line')
@@ -109,11 +111,13 @@ def open_run(path: str, trained: Trained) -> Trained:
 def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
   """Returns the settings of each row of one run: samplers x step counts x guidance weights.
 
-  A weight above 0 is left out for a network that was trained without condition dropout. A student is sampled
-  as it was trained.
+  A weight above 0 is left out for a network that was trained without condition dropout. A student and a
+  denoising GAN are sampled as they were trained.
   """
+  if not run.experiment.num_function_evaluations:
+    raise UserError(f'--sweep needs a stage that samples in steps; {run.stage!r} of {run.workdir} does not')
   if 'sampler' not in run.settings:
-    raise UserError(f'--sweep needs a stage with a sampler; {run.stage!r} of {run.workdir} has none')
+    return [{}]
   for field in ('samplers', 'num_steps'):
     if not settings[field]:
       raise UserError(f'config.evaluate.sweep.{field} is empty; name at least one')
@@ -152,21 +156,24 @@ def prior_of(chosen: Trained) -> str:
   return chosen.config[origin.stage].prior.kind if origin else ''
 
 
-def label(chosen: Trained, trained: Trained) -> dict[str, Any]:
+def label(chosen: Trained) -> dict[str, Any]:
   """Returns the columns that say which row it is; `line` names its line in the plot."""
-  settings, diffusion = chosen.settings, chosen.config[chosen.stage].diffusion
-  condition = diffusion.condition + ('+z' if diffusion.z_conditioning else '')
-  run = chosen.workdir.name if chosen.workdir != trained.workdir else trained.workdir.name
-  weight = f' w={settings.guidance_weight:g}' if settings.guidance_weight else ''
-  student = 'teacher' in chosen.config[chosen.stage]
+  section = chosen.config[chosen.stage]
+  if 'sampler' in section.sample:
+    condition = section.diffusion.condition + ('+z' if section.diffusion.z_conditioning else '')
+    sampler, steps, weight = (section.sample[name] for name in ('sampler', 'num_steps', 'guidance_weight'))
+    method = section.experiment if 'teacher' in section else sampler
+  else:
+    condition, steps, weight = section.condition, section.diffusion.num_steps, 0.0
+    sampler = method = f'{section.space} {section.experiment}'
   return {
-    'line': f'{condition} {"students" if student else settings.sampler}{weight}',
-    'run': run,
+    'line': f'{condition} {method}' + (f' w={weight:g}' if weight else ''),
+    'run': chosen.workdir.name,
     'stage': chosen.stage,
     'condition': condition,
-    'sampler': settings.sampler,
-    'steps': settings.num_steps,
-    'guidance': float(settings.guidance_weight),
+    'sampler': sampler,
+    'steps': steps,
+    'guidance': float(weight),
   }
 
 
