@@ -16,6 +16,10 @@ from matplotlib.figure import Figure as Plot
 from vaediff import images
 from vaediff.evaluation.measures import Figure
 
+MARKERS = 'osD^v'
+"""Of lines with the same colour, of which there are `NUM_COLOURS`."""
+NUM_COLOURS = 10
+
 
 def bars(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Draws the Fréchet distances of every set of samples, one panel per network, with the floor as a line."""
@@ -42,17 +46,18 @@ def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], measure: str, 
 
   One line per `line` of the rows (run, sampler, guidance), with the spread over seeds as error bars.
   """
-  plot, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+  plot, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
   lines: dict[str, list[Mapping[str, Any]]] = {}
   for row in rows:
     if has_value(row.get(measure)):
       lines.setdefault(row['line'], []).append(row)
-  for name, points in lines.items():
+  for number, (name, points) in enumerate(lines.items()):
+    marker = MARKERS[number // NUM_COLOURS % len(MARKERS)]
     points = sorted(points, key=lambda row: row['NFE'])
     values = [row[measure].value for row in points]
     spread = [row[measure].spread or 0 for row in points]
     for axis, x in zip(axes, ('NFE', 'seconds per image'), strict=True):
-      axis.errorbar([row[x] for row in points], values, yerr=spread, marker='o', capsize=3, label=name)
+      axis.errorbar([row[x] for row in points], values, yerr=spread, marker=marker, capsize=3, label=name)
   for axis, x in zip(axes, ('network evaluations per image', 'seconds per image'), strict=True):
     axis.set_xscale('log')
     axis.set_yscale('log')
@@ -60,7 +65,7 @@ def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], measure: str, 
     if floor is not None and floor > 0:
       axis.axhline(floor, color='black', linewidth=1, linestyle='--')
   axes[0].set_ylabel(measure)
-  axes[0].legend(fontsize=8)
+  axes[1].legend(fontsize=8, loc='upper left', bbox_to_anchor=(1.02, 1.0))
   save(plot, path)
 
 
