@@ -29,7 +29,7 @@ from vaediff import interpolate as interpolation
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
-from vaediff.experiments.base import Experiment, Given, HasLatents, HasPrior, offers
+from vaediff.experiments.base import Experiment, Given, HasLatents, HasPrior, offers, unwrapped
 from vaediff.experiments.refiner import reads_precomputed
 from vaediff.train import SUMMARY, Stage, train
 from vaediff.trained import Trained, load_prior
@@ -78,7 +78,7 @@ def run_once(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...])
     frozen = {} if complete else frozen_networks.load(built[name], config, workdir, mesh)
     steps = frozen_steps(built[name], config, workdir, name)
     if not complete and offers(built[name], HasPrior) and built[name].draws_codes:
-      frozen['prior'] = prior_of_codes(config, workdir, built[name], mesh)
+      frozen['prior'] = prior_of_codes(config, workdir, unwrapped(built[name]), mesh)
     if complete:
       summaries.append(read_summary(folder, config, name))
       log.say(f'{name}: complete at step {summaries[-1]["steps"]}, skipped')
@@ -177,7 +177,7 @@ def measure_latents(
   if offers(experiment, HasLatents):
     latents.ensure(
       workdir / stage,
-      experiment,
+      unwrapped(experiment),
       lambda: Trained(config, workdir, stage, mesh).params,
       source,
       config[stage].sample.batch_size,

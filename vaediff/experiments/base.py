@@ -208,7 +208,12 @@ def is_stage(config: ConfigDict, name: str, experiment: str) -> bool:
 
 def offers(experiment: Experiment, protocol: type) -> bool:
   """Returns whether an experiment, seen through what is wrapped around it, has a protocol's methods."""
-  return isinstance(getattr(experiment, 'inner', experiment), protocol)
+  return isinstance(unwrapped(experiment), protocol)
+
+
+def unwrapped(experiment: Experiment) -> Any:
+  """Returns an experiment without what is wrapped around it: with the protocols that it `offers`."""
+  return getattr(experiment, 'inner', experiment)
 
 
 def init_network(model: Model, optimizer: Optimizer, key: jax.Array) -> Network:

@@ -4,6 +4,7 @@ The guard is part of the state of every stage, so that a run can change its poli
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.types import Batch, Metrics, Params
+from vaediff.models.functional import Model
+from vaediff.types import Batch, Image, Keys, Metrics, Params
 
 POLICIES = ('stop', 'skip')
 GUARD = 'guard'
@@ -29,7 +31,7 @@ class Guarded:
   """An experiment whose bad updates stop the run, or are left out and counted.
 
   Attributes:
-    inner: the experiment; everything that is not defined here is its.
+    inner: the experiment; what only some experiments have is looked up there.
     policy: 'stop' or 'skip'.
     spike_factor: a loss above this many times its running mean is bad; 0 = never.
   """
@@ -46,6 +48,57 @@ class Guarded:
     if train.spike_factor < 0 or 0 < train.spike_factor <= 1:
       raise UserError(f'train.spike_factor must be 0 (off) or above 1, got {train.spike_factor}')
     return cls(inner=inner, policy=train.on_bad_step, spike_factor=train.spike_factor)
+
+  @property
+  def networks(self) -> Mapping[str, Model]:
+    """The networks of the inner experiment."""
+    return self.inner.networks
+
+  @property
+  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+    """What it reads of earlier stages."""
+    return self.inner.frozen
+
+  @property
+  def latent_dim(self) -> int:
+    """Size of its latent code."""
+    return self.inner.latent_dim
+
+  @property
+  def noise_shape(self) -> tuple[int, ...]:
+    """Shape of the noise of one sample."""
+    return self.inner.noise_shape
+
+  @property
+  def takes_x0_vae(self) -> bool:
+    """Whether its samples can be conditioned on a given image."""
+    return self.inner.takes_x0_vae
+
+  @property
+  def reads_image(self) -> bool:
+    """Whether its samples are made of given images."""
+    return self.inner.reads_image
+
+  @property
+  def num_function_evaluations(self) -> int:
+    """Forward passes of its denoiser per image."""
+    return self.inner.num_function_evaluations
+
+  def eval_step(
+    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
+  ) -> Metrics:
+    """See `base.Experiment`."""
+    return self.inner.eval_step(params, frozen, batch, key)
+
+  def sample(
+    self,
+    params: dict[str, Params],
+    frozen: dict[str, Params],
+    condition: dict[str, jax.Array],
+    keys: Keys,
+  ) -> dict[str, Image]:
+    """See `base.Experiment`."""
+    return self.inner.sample(params, frozen, condition, keys)
 
   def __getattr__(self, name: str) -> Any:
     if name.startswith('__') or name == 'inner':
