@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from vaediff import runtime
+from vaediff.machine import runtime
 
 if __name__ == '__main__':
   runtime.set_environment()
@@ -22,9 +22,9 @@ import torch
 
 from benchmarks import jax_side, torch_networks, weights
 from benchmarks.cases import CASES, Case, select
-from vaediff import cost
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
+from vaediff.machine import cost
 
 TOLERANCE = 1e-4
 """Largest difference of two outputs over the largest output."""

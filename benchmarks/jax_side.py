@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cases import CASES, Case
-from vaediff import cost, experiments, sharding
-from vaediff import train as training
+from vaediff import experiments
 from vaediff.experiments.base import Experiment
+from vaediff.machine import cost, sharding
 from vaediff.models.functional import Model
+from vaediff.run import loop as training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from benchmarks import jax_side
 from benchmarks.cases import CASES
-from vaediff import cost
+from vaediff.machine import cost
 from vaediff.models import layers, resampling
 from vaediff.models.unet_blocks import AttentionBlock
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from typing import Any, Self
 
-from vaediff import runtime
+from vaediff.machine import runtime
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIDES = ('jax', 'torch_eager', 'torch_compile')

@@ -50,7 +50,7 @@ def seconds_per_call(built: Any, repetitions: int, wait_for_each: bool) -> float
 def load(side: str) -> tuple[dict[str, Callable[..., Any]], Any, dict[str, Any]]:
   """Returns what the side builds measurements with, by name, its network module, and its description."""
   if side == 'jax':
-    from vaediff import runtime
+    from vaediff.machine import runtime
 
     runtime.set_environment()
     from benchmarks import jax_side as networks

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import types
 
-from vaediff import runtime
+from vaediff.machine import runtime
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
@@ -37,7 +37,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
-from vaediff import sharding  # noqa: E402  (what is imported here is not type-checked: no more than this)
+from vaediff.machine import sharding  # noqa: E402  (what is imported here is not type-checked: no more than this)
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the folder of configs
 
@@ -91,7 +91,7 @@ def trained(once):
   """
 
   def trained(name, **changes):
-    from vaediff import pipeline
+    from vaediff.modes import train
 
     def make(folder):
       config = importlib.import_module(f'configs.{name}').get_config('debug')
@@ -99,7 +99,7 @@ def trained(once):
       config.update_from_flattened_dict(changes)
       with pytest.MonkeyPatch.context() as patch:
         make_one_device(patch)
-        pipeline.run(config, folder / 'run', tuple(config.stages))
+        train.run_stages(config, folder / 'run', tuple(config.stages))
 
     folder = once('-'.join([name, *(f'{key}={value}' for key, value in changes.items())]), make)
     copy = lambda target: pathlib.Path(shutil.copytree(folder / 'run', target))

@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks import machine, operations, paired, pairing, table
 from benchmarks.cases import CASES, select
-from vaediff import cost
 from vaediff.errors import UserError
+from vaediff.machine import cost
 
 ROOT = pathlib.Path(__file__).parent.parent
 

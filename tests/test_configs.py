@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaediff import config as configs
-from vaediff import cost, describe, experiments, modes, pipeline, students
+from vaediff import experiments, modes
+from vaediff.machine import cost
+from vaediff.modes import describe, train
+from vaediff.run import config as configs
+from vaediff.run import students
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -131,7 +134,7 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
     config[stage].train.update({'num_steps': 2, 'grid_every_steps': 2})
   configs.validate(config)
   workdir = tmp_path / 'run'
-  summaries = pipeline.run(config, workdir, tuple(config.stages))
+  summaries = train.run_stages(config, workdir, tuple(config.stages))
   assert [summary['steps'] for summary in summaries] == [2] * len(config.stages)
   assert all(np.isfinite(value) for summary in summaries for value in summary['last'].values())
   again = configs.read(workdir)  # the run describes itself
@@ -141,7 +144,7 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
     wanted.append('reconstructions.png')
     for task in tasks:
       again.restore.task = task
-      modes.MODES['restore'](again, workdir, tuple(again.stages))
+      modes.MODES['restore'](configs.Run(again, workdir, tuple(again.stages)))
       wanted.append(f'restored-{task}.png')
   for file in wanted:
     with Image.open(workdir / file) as picture:

@@ -15,8 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from vaediff import checkpoint, distributed, experiments, pipeline, sharding, train
-from vaediff import config as configs
+from vaediff import experiments
+from vaediff.machine import distributed, sharding
+from vaediff.modes import train
+from vaediff.run import checkpoint
+from vaediff.run import config as configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
@@ -122,14 +125,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, one
   config = importlib.import_module('configs.cifar10').get_config('debug')
   config.data.data_dir = str(tmp_path / 'data')
   workdir = tmp_path / 'run'
-  pipeline.run(config, workdir, ('vae',))
+  train.run_stages(config, workdir, ('vae',))
   before = (workdir / 'vae' / 'metrics.jsonl').read_text()
   latest = workdir / 'vae' / checkpoint.FOLDER / '4'
   chosen = max(
     (path for path in (latest / 'state').rglob('*') if path.is_file()), key=lambda p: p.stat().st_size
   )
   chosen.write_bytes(chosen.read_bytes()[:50])
-  pipeline.run(config, workdir, tuple(config.stages))  # the refiner reads the VAE, which is complete
+  train.run_stages(config, workdir, tuple(config.stages))  # the refiner reads the VAE, which is complete
   said = capsys.readouterr().out
   assert f'the checkpoint {latest} cannot be read' in said and 'resuming at step 2' in said
   assert (workdir / 'vae' / checkpoint.DAMAGED / '4').is_dir() and latest.is_dir()

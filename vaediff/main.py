@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from vaediff import runtime
+from vaediff.machine import runtime
 
 if __name__ == '__main__':
   runtime.restart_with_huge_pages('vaediff.main')
@@ -13,10 +13,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vaediff import config as configs
-from vaediff import distributed, students
 from vaediff.errors import UserError
+from vaediff.machine import distributed
 from vaediff.modes import MODES, SWEEPS
+from vaediff.run import config as configs
+from vaediff.run import students
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, as configs/digits.py:debug.')
 WORKDIR = flags.DEFINE_string('workdir', '', 'Run folder; default runs/<config name>.')
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
   modes = SWEEPS if SWEEP.value else MODES
   if MODE.value not in modes:
     raise UserError(f'--sweep goes with --mode={" or ".join(SWEEPS)}, not with --mode={MODE.value}')
-  modes[MODE.value](CONFIG.value, workdir, configs.stages_of(CONFIG.value, STAGES.value))
+  modes[MODE.value](configs.Run(CONFIG.value, workdir, configs.stages_of(CONFIG.value, STAGES.value)))
 
 
 def cli() -> None:

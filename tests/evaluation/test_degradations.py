@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from vaediff import sharding
 from vaediff.data.builders import check_emoji_package
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet, kernel, networks
-from vaediff.features import mobilenet, weights
+from vaediff.features import mobilenet
+from vaediff.machine import sharding
+from vaediff.weights import tensors
 
 COUNT = 400
 BLUR = (0.5, 1.0, 2.0)  # standard deviation in pixels
@@ -38,7 +39,7 @@ def emoji():
 @pytest.fixture(scope='module')
 def network():
   try:
-    extractor = mobilenet.load(weights.folder())
+    extractor = mobilenet.load(tensors.folder())
   except UserError as error:
     pytest.skip(str(error))
   mesh = jax.make_mesh((1, 1), ('data', 'fsdp'), devices=jax.devices()[:1])

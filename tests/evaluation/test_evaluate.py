@@ -8,12 +8,15 @@ import pytest
 from PIL import Image
 
 from configs.digits import get_config
-from vaediff import best, checkpoint, modes, pipeline, sharding
-from vaediff import config as configs
+from vaediff import modes
 from vaediff.errors import UserError
 from vaediff.evaluation import during_training, evaluate, networks, sets, sweep
 from vaediff.evaluation.measures import Figure
-from vaediff.trained import Trained
+from vaediff.machine import sharding
+from vaediff.modes import train
+from vaediff.run import best, checkpoint
+from vaediff.run import config as configs
+from vaediff.run.trained import Trained
 
 pytestmark = pytest.mark.xdist_group('evaluate')  # one worker: the tests share what is dear
 KEEP_BEST = {
@@ -162,7 +165,7 @@ def test_a_denoising_gan_is_one_row_of_the_same_table(run, tmp_path):
   config = get_config('ddgan,debug')
   config.data.data_dir = configs.read(run).data.data_dir
   gan = tmp_path / 'gan'
-  pipeline.run(config, gan, tuple(config.stages))
+  train.run_stages(config, gan, tuple(config.stages))
   trained = opened(run, extractors=('classifier',), num_images=8)
   trained.config.evaluate.sweep.update({'workdirs': (str(gan),), 'num_steps': (1, 2)})
   sweep.sweep(trained)
@@ -226,7 +229,7 @@ def test_keeping_the_best(tmp_path):
 def test_modes(run, capsys):
   config = configs.read(run)
   config.evaluate.update({'num_bound': 0, 'num_memorisation': 0, 'name': 'plain'})
-  modes.MODES['evaluate'](config, run, tuple(config.stages))
+  modes.MODES['evaluate'](configs.Run(config, run, tuple(config.stages)))
   assert 'wrote' in capsys.readouterr().out
   result = json.loads((run / 'evaluation' / 'plain.json').read_text())
   assert 'bits_per_dimension' not in result['model']

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from vaediff import best
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet, measures, references, report
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.references import Reference
+from vaediff.run import best
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaediff import sharding
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet, networks
 from vaediff.evaluation.frechet import Moments
 from vaediff.features.extractor import Extractor
+from vaediff.machine import sharding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 SIDE, DIMENSIONS = 6, 5

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaediff import experiments, sharding, students
+from vaediff import experiments
 from vaediff.diffusion import ladd, samplers
 from vaediff.errors import UserError
 from vaediff.experiments import grid_student
-from vaediff.experiments.refiner import Condition, Refiner
+from vaediff.experiments.diffusion import Condition, Refiner
+from vaediff.machine import sharding
+from vaediff.run import students
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from random_parameters import made  # noqa: E402

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaediff import experiments, frozen_networks, latents, sharding
+from vaediff import experiments, spaces
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.experiments import autoencoder, base, spaces
+from vaediff.machine import sharding
 from vaediff.models.autoencoder import LAST_KERNEL
+from vaediff.run import frozen as frozen_networks
+from vaediff.run import measurements
+from vaediff.spaces import encoders
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 
@@ -65,7 +68,7 @@ def test_codes_start_at_vectors_of_the_first_batch_and_follow_averages(vq):
   start = jax.jit(experiment.init)(jax.random.key(0))
   one, _ = updates(experiment, 1)
   x = autoencoder.pixels.to_unit_range(jnp.asarray(images(8)))
-  z = autoencoder.encode(experiment.autoencoder, start.networks['autoencoder'].params, x, None).reshape(-1, 2)
+  z = encoders.encode(experiment.autoencoder, start.networks['autoencoder'].params, x, None).reshape(-1, 2)
   codes = one.networks['autoencoder'].params['codes']
   distance = np.linalg.norm(np.asarray(codes)[:, None] - np.asarray(z), axis=-1)
   assert float(distance.min(axis=1).max()) < 0.2 * float(np.linalg.norm(z, axis=-1).mean())
@@ -142,10 +145,10 @@ def test_statistics_are_those_of_all_images():
       return jnp.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
 
   mesh = sharding.make_mesh(digits().mesh)
-  found = latents.measure(Halves(), {}, source, 8, mesh, 0)
+  found = measurements.measure(Halves(), {}, source, 8, mesh, 0)
   x = image[..., 0].astype(np.float64) / 255 + 100.0
   expected = np.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
-  for name in latents.NAMES:
+  for name in measurements.NAMES:
     np.testing.assert_allclose(found[name], getattr(expected, name)(axis=(0, 1, 2)), rtol=1e-5)
   assert int(found['count']) == 9
 
@@ -159,7 +162,7 @@ def test_scaled_latents_come_back(scaling):
   statistics = {'mean': [0.5, -1.0], 'std': [0.5, 2.0], 'min': [-3.0, -1.0], 'max': [1.0, 2.0]}
   frozen = {'autoencoder': params, 'autoencoder_statistics': {k: jnp.array(v) for k, v in statistics.items()}}
   x = autoencoder.pixels.to_unit_range(jnp.asarray(images(2)))
-  z = autoencoder.encode(space.source.model, params, x, None)
+  z = encoders.encode(space.source.model, params, x, None)
   y = jax.jit(space.from_image)(frozen, x, None)
   expected = {
     'std': (z - jnp.array([[[[0.5, -1.0]]]])) / jnp.array([[[[0.5, 2.0]]]]),
@@ -167,7 +170,7 @@ def test_scaled_latents_come_back(scaling):
     'tanh': z,
   }
   np.testing.assert_allclose(y, expected[scaling], atol=1e-5)
-  decoded = autoencoder.decode(space.source.model, params, z)
+  decoded = encoders.decode(space.source.model, params, z)
   np.testing.assert_allclose(jax.jit(space.to_image)(frozen, y), decoded, atol=1e-4)
 
 
@@ -176,9 +179,9 @@ def test_a_stage_without_the_statistics_does_not_start(tmp_path):
   experiment = experiments.build(config, 'ddgan')
   assert experiment.frozen['autoencoder'].latent_channels == 2
   with pytest.raises(UserError, match=r'latents-step-None.npz does not exist: .* --stages=autoencoder'):
-    latents.load(tmp_path / 'autoencoder')
+    measurements.load(tmp_path / 'autoencoder')
   fresh = frozen_networks.fresh(experiment, sharding.make_mesh(config.mesh))
-  assert set(fresh) == {'autoencoder', 'autoencoder' + base.STATISTICS}
+  assert set(fresh) == {'autoencoder', 'autoencoder' + reads.STATISTICS}
 
 
 @pytest.mark.parametrize(

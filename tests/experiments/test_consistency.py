@@ -11,11 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from vaediff import experiments, sharding, students
+from vaediff import experiments
 from vaediff.diffusion import samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments.refiner import Condition
+from vaediff.experiments.diffusion import Condition
+from vaediff.machine import sharding
 from vaediff.optim import Optimizer
+from vaediff.run import students
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_denoiser  # noqa: E402

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vaediff import experiments, sharding
+from vaediff import experiments
 from vaediff.errors import UserError
+from vaediff.machine import sharding
 from vaediff.models.functional import Model
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent.parent)]

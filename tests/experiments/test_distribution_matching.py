@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vaediff import experiments, optim, sharding, students
+from vaediff import experiments, optim
 from vaediff.diffusion import samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments.refiner import Condition, Refiner
+from vaediff.experiments.diffusion import Condition, Refiner
+from vaediff.machine import sharding
+from vaediff.run import students
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_denoiser  # noqa: E402

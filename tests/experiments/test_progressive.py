@@ -14,15 +14,17 @@ import numpy as np
 import optax
 import pytest
 
-from vaediff import config as configs
-from vaediff import experiments, pipeline, students
+from vaediff import experiments
 from vaediff.diffusion import distillation, samplers, schedules
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher
-from vaediff.experiments.refiner import Condition
+from vaediff.experiments.diffusion import Condition
+from vaediff.machine.sharding import make_mesh
+from vaediff.modes import train
 from vaediff.optim import Optimizer
-from vaediff.sharding import make_mesh
-from vaediff.trained import Trained
+from vaediff.run import config as configs
+from vaediff.run import students
+from vaediff.run.trained import Trained
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_denoiser  # noqa: E402
@@ -159,7 +161,7 @@ def test_the_teacher_of_another_run_must_be_of_this_kind(trained):
   with config.unlocked():
     config.stages = ('distill_2',)
   with pytest.raises(UserError, match=r"config.refiner.diffusion.prediction is 'x0', but 'v' in the stage"):
-    pipeline.run(config, run.parent / 'student', ('distill_2',))
+    train.run_stages(config, run.parent / 'student', ('distill_2',))
 
 
 # Targets ---------------------------------------------------------------------------------------------
@@ -344,13 +346,13 @@ def distilled(once, trained):
     config = get(**{'data.data_dir': str(trained('digits').data)})
     with pytest.MonkeyPatch.context() as patch:
       one_device_mesh(patch)
-      pipeline.run(config, folder / 'run', tuple(config.stages))
+      train.run_stages(config, folder / 'run', tuple(config.stages))
 
   return once('distilled', make) / 'run'
 
 
 def one_device_mesh(patch):
-  patch.setattr('vaediff.sharding.make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))
+  patch.setattr('vaediff.machine.sharding.make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 def params_of(run, stage):
@@ -367,7 +369,7 @@ def test_a_halving_goes_on_where_it_stopped_and_none_is_done_twice(distilled, tm
   shutil.rmtree(run / 'distill_1' / 'checkpoints' / '4')
   (run / 'distill_1' / 'summary.json').unlink()
   capsys.readouterr()
-  pipeline.run(config, run, tuple(config.stages))
+  train.run_stages(config, run, tuple(config.stages))
   said = capsys.readouterr().out
   assert all(f'{name}: complete at step 4, skipped' in said for name in ('vae', 'refiner', 'distill_2'))
   assert 'distill_1: resuming at step 2 of 4' in said
@@ -383,7 +385,7 @@ def test_a_teacher_of_another_run_teaches_as_one_of_this(distilled, tmp_path, tr
   assert [config[stage].teacher.workdir for stage in students_alone] == [str(distilled), '']
   assert config.distill_1.vae.workdir == str(distilled)
   run = tmp_path / 'run'
-  pipeline.run(config, run, students_alone)
+  train.run_stages(config, run, students_alone)
   assert not (run / 'vae').exists() and not (run / 'refiner').exists()
   for stage in students_alone:
     jax.tree.map(np.testing.assert_array_equal, params_of(run, stage), params_of(distilled, stage))

@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from vaediff.diffusion import few_steps
 from vaediff.experiments.ddgan import Ddgan
-from vaediff.experiments.spaces import Pixels
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer
+from vaediff.spaces.pixels import Pixels
 
 MODES = np.array(list(itertools.product(np.linspace(-0.8, 0.8, 5), repeat=2)))
 STD = 0.03

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.features import inception, torch_file, weights
+from vaediff.features import inception
+from vaediff.weights import tensors, torch_file
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = HERE / 'golden_inception.json'
@@ -387,16 +388,16 @@ def same_params(first, second):
 def test_files_of_both_formats_are_the_same(tmp_path):
   state = random_state()
   counters = {f'{name}.bn.num_batches_tracked': np.array(7, np.int64) for name, *_ in table()}
-  write_state = runpy.run_path(str(HERE / 'test_torch_file.py'))['write_state']
+  write_state = runpy.run_path(str(HERE.parent / 'weights' / 'test_torch_file.py'))['write_state']
   write_state(tmp_path / 'net.pth', state | counters)
   inception.convert_file(tmp_path / 'net.pth', tmp_path / 'net.safetensors')
-  tensors, metadata = weights.load(tmp_path / 'net.safetensors')
-  assert sorted(tensors) == sorted(state)
+  stored, metadata = tensors.load(tmp_path / 'net.safetensors')
+  assert sorted(stored) == sorted(state)
   assert metadata == {'source_sha256': torch_file.sha256_of(tmp_path / 'net.pth'), 'source': 'net.pth'}
 
   first = inception.load(str(tmp_path / 'net.pth'), 'pytorch')
   second = inception.load(str(tmp_path / 'net.safetensors'), 'tf1')
-  assert first.fingerprint == second.fingerprint == weights.fingerprint(state)
+  assert first.fingerprint == second.fingerprint == tensors.fingerprint(state)
   same_params(first.params, second.params)
   same_params(first.params, params())
   assert (first.name, first.num_features) == ('inception', 2048)
@@ -413,7 +414,7 @@ def test_files_of_both_formats_are_the_same(tmp_path):
 
 def test_apply_resizes_and_runs(tmp_path, monkeypatch):
   """The function of the extractor, with a stand-in for the network that shows what reaches it."""
-  weights.save(tmp_path / 'net.safetensors', random_state(), {})
+  tensors.save(tmp_path / 'net.safetensors', random_state(), {})
   image = jnp.asarray(random_images(1, 32, 32))
 
   class Shows:

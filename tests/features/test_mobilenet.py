@@ -12,7 +12,8 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 from vaediff.errors import UserError
-from vaediff.features import mobilenet, published, weights
+from vaediff.features import mobilenet
+from vaediff.weights import published, tensors
 
 GOLDEN = pathlib.Path(__file__).with_name('golden_mobilenet.json')
 CHANNELS = (
@@ -110,7 +111,7 @@ def relative(actual, expected):
 
 
 def published_state():
-  folder = weights.folder()
+  folder = tensors.folder()
   if not (folder / 'mobilenetv2.safetensors').is_file():
     pytest.skip(f'weights of mobilenetv2 are not in {folder}: run --mode=prepare')
   return published.require('mobilenetv2', folder)[0]
@@ -129,7 +130,7 @@ def run(extractor, image):
 def extractor(tmp_path_factory):
   """The network with random weights."""
   folder = tmp_path_factory.mktemp('weights')
-  weights.save(folder / 'mobilenetv2.safetensors', random_state(), {})
+  tensors.save(folder / 'mobilenetv2.safetensors', random_state(), {})
   return mobilenet.load(folder)
 
 
@@ -155,7 +156,7 @@ def test_outputs_equal_torch(extractor, channels, size):
 def test_published_outputs_equal_golden():
   published_state()
   golden = json.loads(GOLDEN.read_text())['published']
-  extractor = mobilenet.load(weights.folder())
+  extractor = mobilenet.load(tensors.folder())
   for key, value in figures(run(extractor, images())).items():
     assert relative(value, golden[key]) < 1e-4
   assert run(extractor, flower())['logits'].argmax() == golden['flower']
@@ -164,7 +165,7 @@ def test_published_outputs_equal_golden():
 def test_published_outputs_equal_torch():
   state = published_state()
   pytest.importorskip('torch', reason='PyTorch is not installed: pip install torch')
-  extractor = mobilenet.load(weights.folder())
+  extractor = mobilenet.load(tensors.folder())
   actual, expected = run(extractor, images()), torch_apply(state, images())
   assert relative(actual['features'], expected['features']) < 1e-4
   assert relative(actual['logits'], expected['logits']) < 1e-4

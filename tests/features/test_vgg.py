@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.features import published, vgg, weights
+from vaediff.features import vgg
+from vaediff.weights import published, tensors
 
 GOLDEN = pathlib.Path(__file__).with_name('golden_vgg.json')
 VGG16 = {
@@ -129,7 +130,7 @@ def golden_features(extractor):
 
 
 def published_state(network):
-  folder = weights.folder()
+  folder = tensors.folder()
   if not (folder / f'lpips_{network}.safetensors').is_file():
     pytest.skip(f'weights of lpips_{network} are not in {folder}: run --mode=prepare')
   return published.require(f'lpips_{network}', folder)[0]
@@ -139,7 +140,7 @@ def published_state(network):
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('weights')
   for network in NETWORKS:
-    weights.save(folder / f'lpips_{network}.safetensors', random_state(network), {})
+    tensors.save(folder / f'lpips_{network}.safetensors', random_state(network), {})
   return folder
 
 
@@ -220,7 +221,7 @@ def test_black_images_give_finite_distances(lpips):
 @pytest.mark.parametrize('network', NETWORKS)
 def test_published_lpips_equals_golden(network):
   published_state(network)
-  loaded = vgg.load_lpips(network, weights.folder())
+  loaded = vgg.load_lpips(network, tensors.folder())
   golden = json.loads(GOLDEN.read_text())['published'][loaded.name]
   np.testing.assert_allclose(jax.jit(loaded.apply)(loaded.params, *pair()), golden, rtol=1e-4)
 
@@ -229,14 +230,14 @@ def test_published_lpips_equals_golden(network):
 def test_published_lpips_equals_torch(network):
   state = published_state(network)
   pytest.importorskip('torch', reason='PyTorch is not installed: pip install torch')
-  loaded = vgg.load_lpips(network, weights.folder())
+  loaded = vgg.load_lpips(network, tensors.folder())
   actual = jax.jit(loaded.apply)(loaded.params, *pair())
   np.testing.assert_allclose(actual, torch_lpips(network, state, *pair()), rtol=1e-4)
 
 
 def test_published_features_equal_golden_and_torch():
   state = published_state('vgg16')
-  extractor = vgg.load(weights.folder())
+  extractor = vgg.load(tensors.folder())
   actual = golden_features(extractor)
   assert relative(actual, json.loads(GOLDEN.read_text())['published']['features']) < 1e-4
   pytest.importorskip('torch', reason='PyTorch is not installed: pip install torch')

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vaediff import cost
 from vaediff.errors import UserError
+from vaediff.machine import cost
 from vaediff.models import resampling
 from vaediff.models.discriminator import DownBlock, TimeDiscriminator, minibatch_std
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaediff import cost
 from vaediff.errors import UserError
+from vaediff.machine import cost
 from vaediff.models import layers, ncsnpp_blocks, resampling
 from vaediff.models.functional import Model
 from vaediff.models.ncsnpp import NcsnPlusPlus, fold_patches, unfold_patches

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vaediff import cost
 from vaediff.errors import UserError
+from vaediff.machine import cost
 from vaediff.models import ncsnpp_blocks, wavelets
 from vaediff.models.functional import Model
 from vaediff.models.ncsnpp import NcsnPlusPlus

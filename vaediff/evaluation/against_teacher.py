@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff import config as configs
-from vaediff import draw, log, prior
+from vaediff.conditions import prior
 from vaediff.errors import UserError
-from vaediff.trained import Trained
+from vaediff.run import config as configs
+from vaediff.run import draw, log
+from vaediff.run.trained import Trained
 
 SECOND_SEED = 1_000_003
 """Added to the seed for the second noise of each image."""

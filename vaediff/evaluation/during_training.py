@@ -5,10 +5,10 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import draw
 from vaediff.evaluation import measures, networks
 from vaediff.evaluation.references import reference
 from vaediff.experiments.base import Experiment
+from vaediff.run import draw
 from vaediff.types import Params
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 
-from vaediff import checkpoint, log
 from vaediff.evaluation import likelihoods, networks, plots, report
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
 from vaediff.evaluation.sets import FOLDER, Real, name_of, real_images, sample_rows
-from vaediff.trained import Trained
+from vaediff.run import checkpoint, log
+from vaediff.run.trained import Trained
 
 
 def evaluate(trained: Trained) -> dict[str, float]:

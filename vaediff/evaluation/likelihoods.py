@@ -6,13 +6,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vaediff import draw, experiments, sharding
+from vaediff import experiments
 from vaediff.data import sources
 from vaediff.diffusion.likelihood import bits_per_dimension
 from vaediff.errors import UserError
 from vaediff.evaluation.measures import Figure
 from vaediff.experiments.base import Experiment, HasLikelihood, offers
-from vaediff.trained import Trained
+from vaediff.machine import sharding
+from vaediff.run import draw
+from vaediff.run.trained import Trained
 from vaediff.types import Params
 
 ACTIVE_VARIANCE = 0.01

@@ -9,12 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import sharding
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation import own_classifier
-from vaediff.features import inception, mobilenet, published, vgg, weights
+from vaediff.features import inception, mobilenet, vgg
 from vaediff.features.extractor import Extractor
+from vaediff.machine import sharding
+from vaediff.weights import published, tensors
 
 NAMES = ('inception', 'mobilenetv2', 'vgg16', 'classifier')
 PUBLISHED = {'mobilenetv2': 'mobilenetv2', 'vgg16': 'lpips_vgg16'}
@@ -149,7 +150,7 @@ def open_networks(config: ConfigDict, mesh: Mesh) -> Networks:
     try:
       network = settings.lpips.removeprefix('lpips_')
       lpips = PairDistance(
-        vgg.load_lpips(network, weights.folder(settings.weights_dir)), mesh, settings.batch_size
+        vgg.load_lpips(network, tensors.folder(settings.weights_dir)), mesh, settings.batch_size
       )
     except UserError as error:
       missing[settings.lpips] = str(error)
@@ -163,7 +164,7 @@ def load(name: str, config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float | 
     UserError: when its weights are not there; the message says how to get them.
   """
   settings = config.evaluate
-  folder = weights.folder(settings.weights_dir)
+  folder = tensors.folder(settings.weights_dir)
   if name == 'inception':
     return inception.load(settings.inception_weights, settings.inception_resize), None
   if name == 'mobilenetv2':
@@ -183,7 +184,7 @@ def prepare(config: ConfigDict, say: Callable[[str], None]) -> None:
   """
   settings = config.evaluate
   check(settings)
-  folder = weights.folder(settings.weights_dir)
+  folder = tensors.folder(settings.weights_dir)
   wanted = [PUBLISHED[name] for name in settings.extractors if name in PUBLISHED]
   for name in dict.fromkeys([*wanted, *([settings.lpips] if settings.lpips else [])]):
     say(f'weights of {name}: {published.prepare(name, folder, say)}')

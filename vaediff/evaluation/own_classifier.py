@@ -13,13 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, distributed, experiments, log
+from vaediff import experiments
 from vaediff.data import cache, pixels, sources
 from vaediff.errors import UserError
-from vaediff.features import weights
 from vaediff.features.extractor import Extractor
-from vaediff.frozen_networks import abstract_params
-from vaediff.train import SUMMARY, Stage, train
+from vaediff.machine import distributed
+from vaediff.run import checkpoint, log
+from vaediff.run.frozen import abstract_params
+from vaediff.run.loop import SUMMARY, Stage, train
+from vaediff.weights import tensors
 
 STAGE = 'classifier'
 SEED = 0
@@ -101,6 +103,6 @@ def source_fingerprint(source: sources.Source, most: int = 64) -> str:
 def fingerprint_of(params: dict) -> str:
   """Returns the fingerprint of a tree of parameters."""
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(params))
-  return weights.fingerprint(
+  return tensors.fingerprint(
     {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf) for path, leaf in leaves}
   )

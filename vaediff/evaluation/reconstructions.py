@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import log, quality
 from vaediff.data import sources
-from vaediff.evaluation import measures
+from vaediff.evaluation import measures, quality
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.sets import ROW_NAMES, Real, floors_at, with_floors
-from vaediff.sample import draw_all
-from vaediff.trained import Trained
+from vaediff.run import log
+from vaediff.run.trained import Trained
 
 
 def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
@@ -31,7 +30,7 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
   parts, streams = {}, {}
   for indices, image in in_chunks(source, count, settings.batch_size):
     given = {'image': image} if reads_image else {'z': trained.encode(image)[0]}
-    for name, value in draw_all(trained, given, first=int(indices[0])).items():
+    for name, value in trained.draw_all(given, first=int(indices[0])).items():
       if name not in streams:
         streams[name] = {network: features.stream() for network, features in opened.features.items()}
       for stream in streams[name].values():

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import distributed, log
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet
 from vaediff.evaluation.frechet import Features, Moments
 from vaediff.evaluation.networks import Features as Network
 from vaediff.evaluation.own_classifier import source_fingerprint
+from vaediff.machine import distributed
+from vaediff.run import log
 
 VERSION = 1
 """Raise it when the same settings come to mean other numbers."""

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import draw, log
 from vaediff.data import sources
 from vaediff.evaluation import measures, plots, precision_recall
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.references import Reference, reference
-from vaediff.trained import Trained
+from vaediff.run import draw, log
+from vaediff.run.trained import Trained
 
 FOLDER = 'evaluation'
 SHOWN = 8
@@ -123,7 +123,7 @@ def sample_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str
         'set': f'{label} samples',
         'N': count,
         'seeds': settings.num_seeds,
-        'sampler': '' if made_by_vae else trained.settings.to_dict().get('sampler', ''),
+        'sampler': trained.settings.sampler if 'sampler' in trained.settings and not made_by_vae else '',
         'NFE': 0 if made_by_vae else trained.experiment.num_function_evaluations,
         'seconds per image': Figure(missing='drawn together with the refined samples')
         if made_by_vae

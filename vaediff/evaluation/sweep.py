@@ -15,15 +15,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import checkpoint, distributed, log
-from vaediff import config as configs
 from vaediff.data import cache
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher, measures, networks, plots, report
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.sets import FOLDER, Real, draw_sets, floors_at, real_images, with_floors
-from vaediff.trained import Trained
+from vaediff.machine import distributed
+from vaediff.run import checkpoint, log
+from vaediff.run import config as configs
+from vaediff.run.trained import Trained
 
 NAME = 'sweep'
 

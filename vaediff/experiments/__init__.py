@@ -8,12 +8,12 @@ from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.classifier import Classifier
 from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
+from vaediff.experiments.diffusion import Refiner
 from vaediff.experiments.distribution_matching import DistributionMatching
-from vaediff.experiments.guarded import Guarded
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.progressive import Progressive
-from vaediff.experiments.refiner import Refiner
 from vaediff.experiments.vae import Vae
+from vaediff.run.guard import Guarded
 
 BY_NAME = {
   'vae': Vae,

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from vaediff.diffusion import gaussian, ladd
 from vaediff.errors import UserError
 from vaediff.experiments import base
+from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.grid_student import (
   GridStudent,
   apart,
@@ -39,7 +40,6 @@ from vaediff.experiments.grid_student import (
   condition_of,
   grid_parts,
 )
-from vaediff.experiments.refiner import Condition
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
 from vaediff.models.unet import feature_shapes

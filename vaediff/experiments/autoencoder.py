@@ -17,105 +17,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.features import vgg, weights
+from vaediff.experiments.perceptual import Perceptual
 from vaediff.models import autoencoder as autoencoder_model
 from vaediff.models import codebook
 from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
 from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.spaces import encoders
 from vaediff.types import Batch, Image, ImageBytes, Keys, LatentMap, Metrics, Params
 
 ADVERSARIAL = 'adversarial'
 """Kind of the updates from `loss.adversarial_start_step` on: of both networks."""
-CODES = 'codes'
-
-
-def build_model(config: ConfigDict, data: ConfigDict) -> Model:
-  """Returns the autoencoder that a stage's `model` section describes, for the images of `data`."""
-  size, channels = data.image_size, data.channels
-  return Model(
-    module=autoencoder_model.Autoencoder(image_channels=channels, **config.to_dict()),
-    inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
-  )
-
-
-def latent_shape(config: ConfigDict, data: ConfigDict) -> tuple[int, int, int]:
-  """Returns (height, width, channels) of the latents of the images of `data`."""
-  side = data.image_size // 2 ** (len(config.channel_multipliers) - 1)
-  return side, side, config.latent_channels
-
-
-def source_of(config: ConfigDict, stage: str, workdir: str, field: str, *, latents: bool) -> base.Frozen:
-  """Returns the frozen autoencoder of a stage, with the statistics of its latents if wanted.
-
-  Raises:
-    UserError: when the stage is no autoencoder; names the field that named it.
-  """
-  if not base.is_stage(config, stage, 'autoencoder'):
-    raise UserError(f'{field} is {stage!r}, which is no autoencoder stage of this config')
-  section = config[stage]
-  return base.Frozen(
-    stage=stage,
-    network='autoencoder',
-    workdir=workdir,
-    model=build_model(section.model, config.data),
-    latent_channels=section.model.latent_channels if latents else 0,
-  )
-
-
-def encode(model: Model, params: Params, x: Image, noise: LatentMap | None) -> LatentMap:
-  """Returns the latents of images in [-1, 1]; with a KL bottleneck and `noise`, drawn from the posterior."""
-  mean, logvar = model.apply(params, x, method='encode')
-  return mean if logvar is None or noise is None else mean + jnp.exp(0.5 * logvar) * noise
-
-
-def decode(model: Model, params: Params, z: LatentMap) -> Image:
-  """Returns the images of latents; a codebook moves them to its codes first."""
-  return model.apply(params, quantized(params, z), method='decode')
-
-
-def quantized(params: Params, z: LatentMap) -> LatentMap:
-  """Returns the latents as the decoder takes them: at their codes, where there is a codebook."""
-  return codebook.quantize(z, params[CODES])[0] if CODES in params else z
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Perceptual:
-  """Weighted LPIPS of image pairs, or nothing; the weights of its network are frozen."""
-
-  weight: float
-  network: str
-  source: base.Given | None
-
-  @classmethod
-  def of(cls, name: str, weight: float, weights_dir: str) -> 'Perceptual':
-    """Returns the distance of a config: '' or weight 0 is none."""
-    if weight < 0:
-      raise UserError(f'loss.perceptual_weight must be >= 0, got {weight}')
-    if not name or weight == 0:
-      return cls(weight=0.0, network='', source=None)
-    network = vgg.check_network(name.removeprefix('lpips_'))
-    folder = weights.folder(weights_dir)
-    return cls(
-      weight=weight,
-      network=network,
-      source=base.Given(load=lambda: vgg.load_lpips(network, folder).params),
-    )
-
-  @property
-  def frozen(self) -> Mapping[str, base.Given]:
-    """The network that the stage must be given."""
-    return {'lpips': self.source} if self.source else {}
-
-  def __call__(self, frozen: dict[str, Params], a: Image, b: Image) -> Float[Array, ' batch']:
-    """Returns weight * LPIPS per pair of images in [-1, 1]."""
-    if self.source is None:
-      return jnp.zeros(a.shape[0])
-    return self.weight * vgg.distance_in_unit_range(self.network, frozen['lpips'], a, b)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +75,7 @@ class Autoencoder:
         inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
       )
     return cls(
-      autoencoder=build_model(section.model, config.data),
+      autoencoder=encoders.autoencoder_model(section.model, config.data),
       discriminator=discriminator,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
@@ -168,7 +85,7 @@ class Autoencoder:
       loss=section.loss.to_dict(),
       flip=section.train.flip,
       microbatches=section.train.microbatches,
-      latent_shape=latent_shape(section.model, config.data),
+      latent_shape=encoders.latent_shape(section.model, config.data),
     )
 
   latent_dim = 0
@@ -184,7 +101,7 @@ class Autoencoder:
     return networks | ({'discriminator': self.discriminator} if self.discriminator else {})
 
   @property
-  def frozen(self) -> Mapping[str, base.Given]:
+  def frozen(self) -> Mapping[str, reads.Published]:
     """The network of the perceptual distance."""
     return self.perceptual.frozen
 
@@ -211,7 +128,7 @@ class Autoencoder:
       )
     extra = {}
     if self.has_codes:
-      codes = networks['autoencoder'].params[CODES]
+      codes = networks['autoencoder'].params[encoders.CODES]
       extra['codebook'] = {'counts': jnp.ones(codes.shape[0]), 'sums': jnp.copy(codes)}
     return base.TrainState(step=jnp.int32(0), networks=networks, extra=extra)
 
@@ -238,7 +155,7 @@ class Autoencoder:
     grads, found = base.gradients(loss_fn, network.params, {'x': x}, key_loss, self.microbatches)
     metrics |= found | {'grad_norm/autoencoder': global_norm(grads)}
     if self.averages_codes:  # they have no gradient, and neither decay nor averaging is to move them
-      codes = network.params[CODES]
+      codes = network.params[encoders.CODES]
     network = base.apply_gradients(network, grads, self.optimizer, state.step)
     if self.averages_codes:
       network = with_codes(network, codes)
@@ -273,8 +190,8 @@ class Autoencoder:
     """
     network, book, settings = state.networks['autoencoder'], state.extra['codebook'], self.loss
     key_init, key_restart = jax.random.split(key)
-    z = jax.lax.stop_gradient(encode(self.autoencoder, network.params, x, None))
-    known = codebook.Codebook(codes=network.params[CODES], **book)
+    z = jax.lax.stop_gradient(encoders.encode(self.autoencoder, network.params, x, None))
+    known = codebook.Codebook(codes=network.params[encoders.CODES], **book)
     size = known.codes.shape[0]
     known = jax.lax.cond(state.step == 0, lambda: codebook.data_init(z, key_init, size), lambda: known)
     indices = codebook.nearest(z, known.codes)
@@ -303,8 +220,8 @@ class Autoencoder:
       kl = 0.5 * (mean**2 + jnp.expm1(logvar) - logvar)
       terms['kl'] = jnp.sum(kl) / x.size  # nats per dimension of the image
     if self.has_codes:
-      z, indices = codebook.quantize(mean, params[CODES])
-      e = codebook.lookup(params[CODES], indices)
+      z, indices = codebook.quantize(mean, params[encoders.CODES])
+      e = codebook.lookup(params[encoders.CODES], indices)
       terms['commitment'] = codebook.commitment_loss(mean, e, 1.0)
       if not self.averages_codes:
         terms['codebook'] = codebook.codebook_loss(mean, e)
@@ -384,7 +301,7 @@ class Autoencoder:
   def latents(self, params: dict[str, Params], image: ImageBytes, keys: Keys) -> LatentMap:
     """Returns latents: drawn from the posterior of a KL bottleneck, before quantisation of a codebook."""
     noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
-    return encode(self.autoencoder, params['autoencoder'], pixels.to_unit_range(image), noise)
+    return encoders.encode(self.autoencoder, params['autoencoder'], pixels.to_unit_range(image), noise)
 
   def sample(
     self,
@@ -396,16 +313,16 @@ class Autoencoder:
     """Returns {'x0': reconstructions of `condition['image']` (uint8)}, from the mean latents."""
     del frozen, keys
     params = params['autoencoder']
-    z = encode(self.autoencoder, params, pixels.to_unit_range(condition['image']), None)
-    return {'x0': jnp.clip(decode(self.autoencoder, params, z), -1.0, 1.0)}
+    z = encoders.encode(self.autoencoder, params, pixels.to_unit_range(condition['image']), None)
+    return {'x0': jnp.clip(encoders.decode(self.autoencoder, params, z), -1.0, 1.0)}
 
 
 def with_codes(network: base.Network, codes: Array) -> base.Network:
   """Returns the network, and its average, with these codes."""
   average = network.ema_params
   return network.replace(
-    params={**network.params, CODES: codes},
-    ema_params=None if average is None else {**average, CODES: codes},
+    params={**network.params, encoders.CODES: codes},
+    ema_params=None if average is None else {**average, encoders.CODES: codes},
   )
 
 

@@ -1,14 +1,13 @@
 """What an experiment is: hyperparameters and modules that turn into pure functions of arrays."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm
 from vaediff.types import Batch, Image, ImageBytes, Keys, LatentMap, Metrics, Params
@@ -48,40 +47,6 @@ class TrainState:
     return {name: network.eval_params for name, network in self.networks.items()}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Frozen:
-  """A network of an earlier stage that an experiment reads: `frozen[name]` holds its parameters.
-
-  Attributes:
-    stage: name of the stage that trained it.
-    network: its name in that stage.
-    workdir: the run that holds it; '' = this run.
-    model: its architecture, as this experiment builds it.
-    latent_channels: above 0, `frozen[<name> + STATISTICS]` holds the statistics of its latents.
-  """
-
-  stage: str
-  network: str
-  workdir: str
-  model: Model
-  latent_channels: int = 0
-
-
-STATISTICS = '_statistics'
-"""What is appended to a frozen network's name for the statistics of its latents."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Given:
-  """Arrays that no stage has trained, such as published weights: `frozen[name]` holds what `load` returns.
-
-  Attributes:
-    load: returns them; raises UserError, saying how to get them, when they are not there.
-  """
-
-  load: Callable[[], Params]
-
-
 @runtime_checkable
 class Experiment(Protocol):
   """One idea as pure functions of arrays. `params` are by network name, images in `batch` are uint8.
@@ -97,7 +62,7 @@ class Experiment(Protocol):
   """
 
   networks: Mapping[str, Model]
-  frozen: Mapping[str, Frozen | Given]
+  frozen: Mapping[str, reads.FromStage | reads.Published]
   latent_dim: int
   noise_shape: tuple[int, ...]
   takes_x0_vae: bool
@@ -197,13 +162,7 @@ class HasPrior(Protocol):
   """
 
   draws_codes: bool
-  teacher_source: Frozen
-
-
-def is_stage(config: ConfigDict, name: str, experiment: str) -> bool:
-  """Returns whether `config.<name>` is the section of a stage with this experiment."""
-  section = config[name] if name in config else None
-  return isinstance(section, ConfigDict) and 'experiment' in section and section.experiment == experiment
+  teacher_source: reads.FromStage
 
 
 def offers(experiment: Experiment, protocol: type) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.data import pixels
 from vaediff.experiments import base
 from vaediff.models import classifier as classifier_model
@@ -58,7 +59,7 @@ class Classifier:
     return {'classifier': self.classifier}
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen]:
+  def frozen(self) -> Mapping[str, reads.FromStage]:
     """Nothing is read from earlier stages."""
     return {}
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vaediff.diffusion import consistency, gaussian
 from vaediff.errors import UserError
-from vaediff.experiments.refiner import Condition
+from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.student import LossStudent, parts
 from vaediff.types import Image, Params
 

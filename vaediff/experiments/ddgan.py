@@ -23,18 +23,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial, few_steps
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.experiments.spaces import Space, make_space
-from vaediff.experiments.vae import build_model, draw_latent
 from vaediff.models.discriminator import TimeDiscriminator
 from vaediff.models.functional import Model
 from vaediff.models.ncsnpp import NcsnPlusPlus
 from vaediff.models.uvit import UVit
 from vaediff.models.wavelet_ncsnpp import WaveletNcsnPlusPlus
 from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.spaces import encoders, make_space
+from vaediff.spaces.base import Space
 from vaediff.types import Batch, Image, Keys, Latent, LatentMap, Metrics, Params, Time
 
 GENERATORS = ('ncsnpp', 'wavelet_ncsnpp', 'uvit')
@@ -73,7 +74,7 @@ class Ddgan:
   optimizer: Optimizer
   optimizer_discriminator: Optimizer
   space: Space
-  vae_source: base.Frozen | None
+  vae_source: reads.FromStage | None
   x0_vae_source: str
   steps: few_steps.Steps
   noise_dim: int
@@ -91,7 +92,7 @@ class Ddgan:
     check(section)
     space, source = make_space(config, stage), None
     if section.condition == 'x0_vae':
-      source = vae_of(config, section)
+      source = encoders.vae_of(config, section)
     given = jax.ShapeDtypeStruct((1, *space.shape), jnp.float32)
     read = given if source else None
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -136,7 +137,7 @@ class Ddgan:
     return {'generator': self.generator, 'discriminator': self.discriminator}
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
     """What the space reads, and the VAE of the condition."""
     return {**self.space.frozen, **({'vae': self.vae_source} if self.vae_source else {})}
 
@@ -192,7 +193,7 @@ class Ddgan:
     if self.vae_source:
       z, logvar = self.encode({}, frozen, x)
       if self.x0_vae_source == 'sample':
-        z = draw_latent(z, logvar, key_z)
+        z = encoders.draw_latent(z, logvar, key_z)
       x0_vae = self.vae_source.model.apply(frozen['vae'], z, method='decode')
       rows['condition'] = self.space.from_image(frozen, x0_vae, None)
     return rows
@@ -363,19 +364,6 @@ def build_generator(section: ConfigDict, channels: int) -> Any:
     ),
   }
   return builders[name]()
-
-
-def vae_of(config: ConfigDict, section: ConfigDict) -> base.Frozen:
-  """Returns the frozen VAE that `vae.stage` names."""
-  named = section.vae
-  if not base.is_stage(config, named.stage, 'vae'):
-    raise UserError(f'vae.stage is {named.stage!r}, which is no VAE stage of this config')
-  return base.Frozen(
-    stage=named.stage,
-    network='vae',
-    workdir=named.workdir,
-    model=build_model(config[named.stage].model, config.data),
-  )
 
 
 def check(section: ConfigDict) -> None:

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.diffusion import adversarial, distribution_matching, gaussian, guidance, ladd, losses, schedules
 from vaediff.errors import UserError
 from vaediff.experiments import base
+from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.grid_student import GridStudent, apart, beside, condition_of, grid_parts
-from vaediff.experiments.refiner import Condition
 from vaediff.experiments.student import SAME
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
@@ -58,7 +59,7 @@ class DistributionMatching(GridStudent):
     is_student: this update trains the student.
   """
 
-  start_source: base.Frozen | None
+  start_source: reads.FromStage | None
   discriminator: Model
   optimizer_fake: Optimizer
   fake_updates: int
@@ -98,7 +99,7 @@ class DistributionMatching(GridStudent):
     }
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
     """The teacher, what both read, and the student that this one goes on from."""
     return {**super().frozen, **({'start': self.start_source} if self.start_source else {})}
 
@@ -254,7 +255,7 @@ class DistributionMatching(GridStudent):
     return base.TrainState(step=state.step + 1, networks=networks, extra=last), {**metrics, **shown}
 
 
-def start_source(config: ConfigDict, stage: str, model: Model) -> base.Frozen | None:
+def start_source(config: ConfigDict, stage: str, model: Model) -> reads.FromStage | None:
   """Returns the student of the stage `start_stage`, None where that is ''.
 
   Raises:
@@ -276,7 +277,7 @@ def start_source(config: ConfigDict, stage: str, model: Model) -> base.Frozen | 
         f'start_stage is {name!r}, whose diffusion.{field} is {config[name].diffusion[field]!r}; here it is '
         f'{section.diffusion[field]!r}'
       )
-  return base.Frozen(stage=name, network='denoiser', workdir='', model=model)
+  return reads.FromStage(stage=name, network='denoiser', workdir='', model=model)
 
 
 def check(section: ConfigDict) -> None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vaediff.diffusion import gaussian, ladd, losses, samplers
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.experiments.refiner import Condition
+from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.student import Student, parts
 from vaediff.types import Batch, Image, Metrics, Params, Time
 

@@ -12,28 +12,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.data import pixels
 from vaediff.experiments import base
-from vaediff.experiments.autoencoder import Perceptual, decode, encode, latent_shape, quantized, source_of
-from vaediff.models.autoencoder import LightDecoder as LightDecoderModule
+from vaediff.experiments.perceptual import Perceptual
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
+from vaediff.spaces import encoders
 from vaediff.types import Batch, Image, Keys, Metrics, Params
-
-
-def build_model(config: ConfigDict, stage: str) -> Model:
-  """Returns the light decoder of a stage, for the latents of the autoencoder that the stage names."""
-  section = config[stage]
-  taught = config[section.autoencoder.stage].model
-  return Model(
-    module=LightDecoderModule(
-      latent_channels=taught.latent_channels,
-      image_channels=config.data.channels,
-      num_upsamplings=len(taught.channel_multipliers) - 1,
-      **section.model.to_dict(),
-    ),
-    inputs=(jax.ShapeDtypeStruct((1, *latent_shape(taught, config.data)), jnp.float32),),
-  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +37,7 @@ class LightDecoder:
   """
 
   decoder: Model
-  autoencoder: base.Frozen
+  autoencoder: reads.FromStage
   optimizer: Optimizer
   perceptual: Perceptual
   flip: bool
@@ -63,9 +49,9 @@ class LightDecoder:
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
     named = section.autoencoder
-    source = source_of(config, named.stage, named.workdir, 'autoencoder.stage', latents=False)
+    source = encoders.source_of(config, named.stage, named.workdir, 'autoencoder.stage', latents=False)
     return cls(
-      decoder=build_model(config, stage),
+      decoder=encoders.light_decoder_model(config, stage),
       autoencoder=source,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       perceptual=Perceptual.of(
@@ -73,7 +59,7 @@ class LightDecoder:
       ),
       flip=section.train.flip,
       microbatches=section.train.microbatches,
-      latent_shape=latent_shape(config[named.stage].model, config.data),
+      latent_shape=encoders.latent_shape(config[named.stage].model, config.data),
     )
 
   latent_dim = 0
@@ -88,7 +74,7 @@ class LightDecoder:
     return {'decoder': self.decoder}
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
     """The autoencoder, and the network of the perceptual distance."""
     return {'autoencoder': self.autoencoder, **self.perceptual.frozen}
 
@@ -100,8 +86,8 @@ class LightDecoder:
   def pair(self, params: Params, frozen: dict[str, Params], x: Image, key: jax.Array) -> tuple[Image, Image]:
     """Returns what teacher and student make of the same latents of x."""
     model, known = self.autoencoder.model, frozen['autoencoder']
-    z = encode(model, known, x, jax.random.normal(key, (x.shape[0], *self.latent_shape)))
-    return decode(model, known, z), self.decoder.apply(params, quantized(known, z))
+    z = encoders.encode(model, known, x, jax.random.normal(key, (x.shape[0], *self.latent_shape)))
+    return encoders.decode(model, known, z), self.decoder.apply(params, encoders.quantized(known, z))
 
   def train_step(
     self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
@@ -152,5 +138,5 @@ class LightDecoder:
     """Returns {'x0': reconstructions of `condition['image']` (uint8)} by the light decoder."""
     del keys
     known = frozen['autoencoder']
-    z = encode(self.autoencoder.model, known, pixels.to_unit_range(condition['image']), None)
-    return {'x0': jnp.clip(self.decoder.apply(params['decoder'], quantized(known, z)), -1.0, 1.0)}
+    z = encoders.encode(self.autoencoder.model, known, pixels.to_unit_range(condition['image']), None)
+    return {'x0': jnp.clip(self.decoder.apply(params['decoder'], encoders.quantized(known, z)), -1.0, 1.0)}

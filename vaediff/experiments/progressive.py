@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.diffusion import distillation, gaussian, losses, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base
-from vaediff.experiments.refiner import Condition
+from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.student import LossStudent, parts
 from vaediff.types import Image, Params
 
@@ -69,11 +69,11 @@ class Progressive(LossStudent):
     )
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
     """The teacher, what both read, and the table of steps."""
     if not self.num_steps:
       return super().frozen
-    steps = base.Given(load=lambda: distillation.halving(self.student.schedule, self.num_steps))
+    steps = reads.Published(load=lambda: distillation.halving(self.student.schedule, self.num_steps))
     return {**super().frozen, 'steps': steps}
 
   @property

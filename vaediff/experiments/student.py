@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import prior
+from vaediff import reads
+from vaediff.conditions import prior
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.experiments.refiner import Condition, Refiner
+from vaediff.experiments.diffusion import Condition, Refiner
 from vaediff.models.functional import Model
 from vaediff.types import Batch, Image, Keys, Latent, Metrics, Params
 
@@ -43,7 +44,7 @@ class Student:
 
   student: Refiner
   teacher: Refiner
-  teacher_source: base.Frozen
+  teacher_source: reads.FromStage
   microbatches: int
   flip: bool
 
@@ -53,7 +54,7 @@ class Student:
     return self.student.networks
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen | base.Given]:
+  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
     """The teacher, and what both read."""
     return {**self.student.frozen, 'teacher': self.teacher_source}
 
@@ -173,7 +174,7 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
     raise UserError('it lacks what its teacher gives it; call vaediff.students.resolve(config) first')
   named = section.teacher
   teacher_section = config[named.stage] if named.stage in config else None
-  if not any(base.is_stage(config, named.stage, name) for name in TEACHERS):
+  if not any(reads.is_stage(config, named.stage, name) for name in TEACHERS):
     raise UserError(
       f'teacher.stage is {named.stage!r}, which is no stage of this config with a denoiser that can teach '
       f'(experiments {", ".join(TEACHERS)})'
@@ -185,7 +186,9 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
         f'is {teacher_section.diffusion[field]!r}; a student cannot change it'
       )
   student, teacher = Refiner.from_config(config, stage), Refiner.from_config(config, named.stage)
-  source = base.Frozen(stage=named.stage, network='denoiser', workdir=named.workdir, model=teacher.denoiser)
+  source = reads.FromStage(
+    stage=named.stage, network='denoiser', workdir=named.workdir, model=teacher.denoiser
+  )
   return {
     'student': student,
     'teacher': teacher,

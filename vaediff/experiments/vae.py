@@ -14,29 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import prior
+from vaediff import reads
+from vaediff.conditions import prior
 from vaediff.data import pixels
 from vaediff.diffusion import losses
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.models import vae as vae_model
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
+from vaediff.spaces import encoders
 from vaediff.types import Batch, Image, ImageBytes, Keys, Latent, Metrics, Params
-
-
-def build_model(config: ConfigDict, data: ConfigDict) -> Model:
-  """Returns the VAE that a stage's `model` section describes, for the images of `data`."""
-  size, channels = data.image_size, data.channels
-  return Model(
-    module=vae_model.Vae(image_channels=channels, **config.to_dict()),
-    inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
-  )
-
-
-def draw_latent(mean: Latent, logvar: Latent, key: jax.Array) -> Latent:
-  """Returns z ~ N(mean, exp(logvar)), reparameterised."""
-  return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +58,7 @@ class Vae:
       raise UserError(f'loss.beta must be >= 0, got {section.loss.beta}')
     prior.check(section.prior)
     return cls(
-      vae=build_model(section.model, config.data),
+      vae=encoders.vae_model(section.model, config.data),
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       beta=section.loss.beta,
       reduction=section.loss.reduction,
@@ -98,7 +85,7 @@ class Vae:
     return False
 
   @property
-  def frozen(self) -> Mapping[str, base.Frozen]:
+  def frozen(self) -> Mapping[str, reads.FromStage]:
     """Nothing is read from earlier stages."""
     return {}
 
@@ -112,7 +99,7 @@ class Vae:
   def terms(self, params: Params, x: Image, key: jax.Array) -> dict[str, jax.Array]:
     """Returns, per example, the squared error (sum over pixels in [0, 1]) and the KL term (nats)."""
     mean, logvar = self.vae.apply(params, x, method='encode')
-    x_hat = self.vae.apply(params, draw_latent(mean, logvar, key), method='decode')
+    x_hat = self.vae.apply(params, encoders.draw_latent(mean, logvar, key), method='decode')
     return {
       'reconstruction': losses.squared_error_sum(x, x_hat),
       'kl': losses.kl_to_standard_normal(mean, logvar),

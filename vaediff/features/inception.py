@@ -20,9 +20,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vaediff.errors import UserError
-from vaediff.features import torch_file, weights
 from vaediff.features.extractor import Extractor, to_rgb
 from vaediff.types import ImageBytes, Params
+from vaediff.weights import tensors, torch_file
 
 PUBLISHED = 'pt_inception-2015-12-05-6726825d.pth'
 SIDE = 299
@@ -313,7 +313,7 @@ def load(path: str, resize: str) -> Extractor:
   return Extractor(
     name='inception',
     resize=_RESIZE_TEXTS[resize],
-    fingerprint=weights.fingerprint(state),
+    fingerprint=tensors.fingerprint(state),
     num_features=NUM_FEATURES,
     params=convert(state),
     apply=apply,
@@ -330,7 +330,7 @@ def convert_file(source: pathlib.Path, target: pathlib.Path) -> None:
     raise UserError(f'{target}: the converted file must end in .safetensors, name it so')
   state = _read(source)
   convert(state)  # for its checks
-  weights.save(target, state, {'source_sha256': torch_file.sha256_of(source), 'source': source.name})
+  tensors.save(target, state, {'source_sha256': torch_file.sha256_of(source), 'source': source.name})
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -340,5 +340,5 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
       torch_file.check_named_hash(path)
       return _drop_counters(torch_file.read(path))
     case '.safetensors':
-      return _drop_counters(weights.load(path)[0])
+      return _drop_counters(tensors.load(path)[0])
   raise UserError(f'Inception weights {path}: the file must end in .pth or .safetensors')

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from vaediff.features import published, weights
 from vaediff.features.extractor import Extractor, imagenet_input
 from vaediff.types import ImageBytes, Params
+from vaediff.weights import published, tensors
 
 LEAST = 96
 RESIZE = f'bilinear (half-pixel centres) to at least {LEAST}'
@@ -46,7 +46,7 @@ def load(folder: pathlib.Path) -> Extractor:
   return Extractor(
     name='mobilenetv2',
     resize=RESIZE,
-    fingerprint=weights.fingerprint(state),
+    fingerprint=tensors.fingerprint(state),
     num_features=NUM_FEATURES,
     params=convert(state),
     apply=apply,

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
 from vaediff.errors import UserError
-from vaediff.features import published, weights
 from vaediff.features.extractor import Extractor, imagenet_input
 from vaediff.types import Image, ImageBytes, Params
+from vaediff.weights import published, tensors
 
 LEAST = 64
 RESIZE = f'bilinear (half-pixel centres) to at least {LEAST}'
@@ -86,7 +86,7 @@ class Lpips:
   Attributes:
     name: 'lpips_vgg16' or 'lpips_alexnet'; figures are named after it.
     resize: in words, how images of any size reach the network.
-    fingerprint: sha256 of the weights, hexadecimal; see `weights.fingerprint`.
+    fingerprint: sha256 of the weights, hexadecimal; see `tensors.fingerprint`.
     params: the weights.
     apply: (params, uint8 images a, b [n, h, w, 1 | 3]) -> float32 [n], at least 0. Pure; to be jitted by
       the caller.
@@ -212,7 +212,7 @@ def unit_length(x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
 def fingerprint(params: Params) -> str:
   """Returns the fingerprint of the tensors {layer: {part: array}}."""
   flat = {f'{layer}.{part}': value for layer, parts in params.items() for part, value in parts.items()}
-  return weights.fingerprint({name: np.asarray(value) for name, value in flat.items()})
+  return tensors.fingerprint({name: np.asarray(value) for name, value in flat.items()})
 
 
 def check_network(network: str) -> str:

@@ -1,0 +1,51 @@
+"""`--mode=benchmark` prints one JSON object whose figures fit together."""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import pytest
+
+from vaediff import experiments
+from vaediff.modes import benchmark
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+
+def test_the_figures_fit_together(tmp_path, capsys, one_device):
+  config = importlib.import_module('configs.digits').get_config('debug')
+  config.data.data_dir = str(tmp_path)
+  result = benchmark.benchmark(config, tuple(config.stages))
+  printed = capsys.readouterr().out
+  assert json.loads(printed[printed.index('{') :]) == result
+  assert result['loader_images_per_second'] > 0
+  for stage in ('vae', 'refiner'):
+    figures = result['stages'][stage]
+    assert figures['images_per_second'] == pytest.approx(figures['batch_size'] / figures['step_seconds'])
+    share = figures['flops_per_second'] / result['matmul_flops_per_second']
+    assert figures['fraction_of_matmul_peak'] == pytest.approx(share)
+    assert figures['trace_seconds'] > 0 and figures['compile_seconds'] > 0
+  refiner = result['stages']['refiner']
+  assert refiner['num_function_evaluations'] == config.refiner.sample.num_steps
+  forward = refiner['num_function_evaluations'] * refiner['forward_seconds']
+  assert refiner['sampler_over_forward'] == pytest.approx(refiner['sample_seconds'] / forward)
+
+
+def test_the_cost_of_a_denoising_gan_is_split(tmp_path, one_device, capsys):
+  config = importlib.import_module('configs.digits').get_config('light,debug')
+  config.data.data_dir = str(tmp_path)
+  figures = benchmark.benchmark(config, ('ddgan',))['stages']['ddgan']
+  printed = capsys.readouterr().out
+  parts = figures['sampling']
+  assert list(parts) == ['generator', 'decoder', 'total']
+  for name in ('parameters', 'giga_macs_per_image'):
+    assert parts['total'][name] == pytest.approx(parts['generator'][name] + parts['decoder'][name])
+  assert all(row['seconds_per_batch'] > 0 and row['memory_bytes'] > 0 for row in parts.values())
+  assert 'GMAC/image' in printed and '4 calls' in printed
+
+
+def test_kinds_of_updates_are_weighed_by_how_often_they_come():
+  config = importlib.import_module('configs.digits').get_config('ddgan')
+  config.ddgan.loss.r1_every_steps = 5
+  assert benchmark.kinds_of(experiments.build(config, 'ddgan'), 1000) == {'': 0.8, 'r1': 0.2}

@@ -1,0 +1,196 @@
+"""Loading, storing, checking and comparing configs."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from vaediff.errors import UserError
+from vaediff.run import config as configs
+
+pytestmark = pytest.mark.xdist_group('config')  # one worker: the tests share what is dear
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def digits(variant='debug'):
+  return importlib.import_module('configs.digits').get_config(variant)
+
+
+def test_round_trip_through_the_run_folder(tmp_path):
+  before = digits()
+  configs.save(before, tmp_path)
+  after = configs.read(tmp_path)
+  assert after == before
+  assert isinstance(after.stages, tuple) and isinstance(after.refiner.optim.learning_rate, float)
+  assert after.is_locked
+
+
+def test_workdir_alone_names_the_stored_config():
+  argv = configs.complete_argv(['main', '--workdir=runs/x', '--mode=sample'])
+  assert argv[1].endswith('stored_config.py:runs/x') and argv[1].startswith('--config=')
+  given = ['main', '--config=configs/digits.py', '--workdir=runs/x']
+  assert configs.complete_argv(given) == given
+
+
+def test_variants_join_and_unknown_one_lists_the_valid_ones():
+  config = digits('formulation2,z,debug')
+  assert config.name == 'digits-formulation2-z-debug'
+  assert config.refiner.diffusion.condition == 'formulation2' and config.refiner.diffusion.z_conditioning
+  with pytest.raises(ValueError, match="no variant 'nope'; valid: .*debug.*unconditional"):
+    digits('nope')
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('refiner.train.num_steps', 0, r'config.refiner.train.num_steps must be >= 1, got 0'),
+    ('vae.train.batch_size', -4, r'config.vae.train.batch_size must be >= 1, got -4'),
+    ('interpolate.num_points', 1, r'config.interpolate.num_points must be >= 2, got 1'),
+    ('stages', (), r'config.stages is empty'),
+    ('stages', ('vae', 'vae'), r'names a stage twice'),
+    ('stages', ('vae', 'gan'), r"names 'gan', which has no section"),
+  ],
+)
+def test_validate_names_field_value_and_bound(field, value, message):
+  config = digits()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=message):
+    configs.validate(config)
+
+
+def test_stages_are_chosen_in_the_order_of_the_config():
+  assert configs.stages_of(digits(), 'refiner, vae') == ('vae', 'refiner')
+  with pytest.raises(UserError, match="--stages names 'gan'; the stages of this config are vae, refiner"):
+    configs.stages_of(digits(), 'gan')
+
+
+def test_a_run_goes_on_with_what_does_not_change_results_only(tmp_path):
+  stored, now = digits(), digits()
+  now.refiner.train.log_every_steps = 100
+  now.refiner.sample.sampler = 'ddpm'
+  now.data.prefetch = 9
+  configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
+  now.vae.optim.learning_rate = 0.5
+  with pytest.raises(UserError, match=r'config.vae.optim.learning_rate is 0.003 there, 0.5 now'):
+    configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
+  now = digits()
+  now.refiner.train.num_steps = 100  # the learning rate decays to the last step: not a continuation
+  with pytest.raises(UserError, match='config.refiner.train.num_steps is 4 there, 100 now'):
+    configs.check_same_run(now, stored, ('refiner',), tmp_path)
+  configs.check_same_run(now, stored, (), tmp_path)  # nothing trained yet: nothing to protect
+
+
+MISTAKES = [
+  (
+    ['--config.refiner.optim.learning_rat=1'],
+    'has no key \'learning_rat\'. Did you mean "learning_rate"',
+  ),
+  (['--config.vaee.optim.b1=1'], 'has no key \'vaee\'. Did you mean "vae"'),
+  (
+    ['--config.refiner.optim.learning_rate=abc'],
+    "learning_rate=abc: could not convert string to float: 'abc'",
+  ),
+  (['--config.refiner.train.num_steps=1.5'], 'num_steps=1.5: invalid literal for int()'),
+  (
+    ['--config.refiner.sample.num_steps=0'],
+    'config.refiner: sample.num_steps must be >= 1, got 0',
+  ),
+  (
+    ['--config.refiner.sample.sampler=euler'],
+    "sample.sampler is 'euler'; valid: ddpm, ddim, heun, dpmpp_2m",
+  ),
+  (['--config.refiner.model.channel_multipliers=(1,2,2,2,2)'], 'image_size'),
+  (['--mode=paint'], 'train'),
+  (['--stages=gan'], 'the stages of this config are vae, refiner'),
+]
+FORK = """
+import json, os, sys
+from vaediff import main
+for index, arguments in enumerate(json.loads(sys.argv[1])):
+  if os.fork() == 0:
+    said = os.open(f'{sys.argv[2]}/{index}.txt', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    sys.argv[1:] = arguments
+    main.cli()
+    os._exit(0)
+  print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+"""Imports once, and runs each command line in a process of its own."""
+
+
+def run_all(folder, lines):
+  """Returns exit status and messages of `vaediff.main` with each line of arguments."""
+  command = [sys.executable, '-c', FORK, json.dumps(lines), str(folder)]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  statuses = [int(line) for line in result.stdout.split()]
+  said = [(folder / f'{index}.txt').read_text() for index in range(len(lines))]
+  return list(zip(statuses, said, strict=True))
+
+
+@pytest.fixture(scope='module')
+def mistakes(tmp_path_factory):
+  """Exit status and messages of each of `MISTAKES`, and the run folder that none of them may make."""
+  folder = tmp_path_factory.mktemp('mistakes')
+  always = ['--config=configs/digits.py:debug', f'--workdir={folder / "run"}']
+  return run_all(folder, [[*always, *arguments] for arguments, _ in MISTAKES]), folder / 'run'
+
+
+@pytest.mark.parametrize('index', range(len(MISTAKES)))
+def test_command_line_mistakes_get_one_message(index, mistakes):
+  results, workdir = mistakes
+  status, said = results[index]
+  assert status == 2, said
+  assert 'Traceback' not in said
+  assert MISTAKES[index][1] in said
+  assert not workdir.exists()
+
+
+def forget(config, *path):
+  """Takes a key away, as a run of a version without it would have stored its config."""
+  section = config
+  for name in path[:-1]:
+    section = section[name]
+  with section.unlocked():
+    del section[path[-1]]
+
+
+def test_a_stored_config_without_a_newer_key(tmp_path):
+  """It is a message, not a trace."""
+  earlier, unknown = 'the run is of an earlier version', 'A run of an earlier version lacks newer keys'
+  cases = [
+    (('refiner', 'diffusion', 'prediction'), (), f"has no key 'prediction': {earlier}"),
+    (('vae', 'train', 'best_images'), (), f"has no key 'best_images': {earlier}"),
+    (('refiner', 'sample', 'save_images'), ('--config.refiner.sample.save_images=True',), unknown),
+  ]
+  lines = []
+  for path, override, _ in cases:
+    old, workdir = digits(), tmp_path / path[-1]
+    forget(old, *path)
+    configs.save(old, workdir)
+    lines.append([f'--workdir={workdir}', '--mode=describe', *override])
+  for (status, said), (path, _, message) in zip(run_all(tmp_path, lines), cases, strict=True):
+    assert status == 2 and 'Traceback' not in said, said
+    assert message in said and str(tmp_path / path[-1] / 'config.json') in said
+
+
+def test_an_error_that_is_no_missing_key_stays_what_it_is(tmp_path):
+  argv = configs.complete_argv(['main', f'--workdir={tmp_path}'])
+  for wrong in (lambda: None.nothing, lambda: {}['nothing']):
+    with pytest.raises((AttributeError, KeyError)) as caught:
+      wrong()
+    assert configs.missing_key(caught.value, argv) is None
+  with pytest.raises(AttributeError) as caught:
+    _ = digits().nothing
+  assert configs.missing_key(caught.value, ['main', '--config=configs/digits.py']) is None
+  assert "has no key 'nothing'" in str(configs.missing_key(caught.value, argv))
+
+
+def test_missing_config_file_and_missing_run(tmp_path):
+  lines = [['--config=configs/nothing.py'], [f'--workdir={tmp_path}', '--mode=sample']]
+  (status, said), (status_of_run, said_of_run) = run_all(tmp_path, lines)
+  assert status == 2 and 'configs/nothing.py' in said and 'as --config=configs/digits.py' in said
+  assert status_of_run == 2 and f'{tmp_path / "config.json"} does not exist' in said_of_run

@@ -1,0 +1,100 @@
+"""Pictures, interpolation and degradation against values worked out by hand."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+from vaediff.evaluation import quality
+from vaediff.evaluation import quality
+from vaediff.modes import restore
+from vaediff.modes.interpolate import lerp, slerp
+from vaediff.run import images
+
+
+def test_grid_places_images_row_by_row_and_enlarges_small_ones():
+  value = np.stack([np.full((64, 64, 1), 10 * k, np.uint8) for k in range(5)])
+  picture = images.grid(value, 3)
+  assert picture.shape == (2 * 66 + 2, 3 * 66 + 2, 1)
+  assert picture[10, 10 + 66 * 2, 0] == 20 and picture[10 + 66, 10, 0] == 30
+  assert picture[0, 0, 0] == 255  # the gap
+  small = images.grid(np.zeros((1, 8, 8, 3), np.uint8), 1)
+  assert small.shape == (68, 68, 3)
+
+
+def test_side_by_side_takes_turns():
+  a, b = np.zeros((3, 2, 2, 1)), np.ones((3, 2, 2, 1))
+  assert images.side_by_side(a, b)[:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_bytes_are_rounded_not_cut():
+  value = np.array([-1.0, 1.0, 0.0, 2.0, -1 + 1.6 / 127.5])
+  assert images.to_uint8(value).tolist() == [0, 255, 128, 255, 2]
+
+
+def test_files_appear_whole(tmp_path):
+  images.write_npz(tmp_path / 'a.npz', {'x0': np.arange(4)})
+  images.write_png(tmp_path / 'deep' / 'a.png', np.zeros((4, 4, 3), np.uint8))
+  assert np.load(tmp_path / 'a.npz')['x0'].tolist() == [0, 1, 2, 3]
+  left = {path.name for path in tmp_path.rglob('*') if path.is_file()}
+  assert left == {'a.npz', 'a.png'}
+
+
+def test_lerp_and_slerp_meet_their_ends_and_slerp_keeps_the_norm():
+  rng, weights = np.random.default_rng(0), np.linspace(0, 1, 5)
+  a, b = rng.standard_normal((2, 4000))
+  for path in (lerp(a, b, weights), slerp(a, b, weights)):
+    np.testing.assert_allclose(path[0], a, atol=1e-9)
+    np.testing.assert_allclose(path[-1], b, atol=1e-9)
+  assert lerp(a, b, weights)[2].std() == pytest.approx(0.5**0.5, abs=0.03)  # why noise is not lerped
+  assert slerp(a, b, weights)[2].std() == pytest.approx(1.0, abs=0.03)
+  quarter = slerp(np.array([1.0, 0.0]), np.array([0.0, 1.0]), weights)
+  np.testing.assert_allclose(quarter[2], [0.5**0.5, 0.5**0.5])
+
+
+def settings(**changes):
+  return ConfigDict({'task': 'denoise', 'factor': 2, 'noise_std': 0.1, 'hole_fraction': 0.5, **changes})
+
+
+def test_super_resolution_keeps_block_means_of_a_flat_image_and_loses_detail():
+  flat = np.full((1, 8, 8, 1), 0.3, np.float32)
+  np.testing.assert_allclose(restore.degrade(flat, settings(task='super_resolution'), 0)[0], flat, atol=1e-6)
+  checker = np.indices((8, 8)).sum(0)[None, :, :, None] % 2 * 2.0 - 1
+  degraded, known = restore.degrade(checker.astype(np.float32), settings(task='super_resolution'), 0)
+  np.testing.assert_allclose(degraded, 0.0, atol=1e-6)  # every 2x2 block of it has mean 0
+  assert known is None
+
+
+def test_denoise_adds_noise_of_the_given_deviation_by_seed():
+  x0 = np.zeros((16, 32, 32, 1), np.float32)
+  first, again, other = (restore.degrade(x0, settings(), seed)[0] for seed in (1, 1, 2))
+  assert first.std() == pytest.approx(0.1, rel=0.02)
+  assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_inpaint_holes_the_middle_quarter():
+  x0 = np.ones((2, 8, 8, 3), np.float32)
+  degraded, known = restore.degrade(x0, settings(task='inpaint'), 0)
+  assert known.sum() == 64 - 16 and not known[0, 2:6, 2:6].any()
+  assert np.all(degraded[:, 2:6, 2:6] == 0) and degraded.sum() == 2 * 3 * 48
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'task': 'sharpen'}, "task is 'sharpen'; valid: super_resolution, denoise, inpaint"),
+    ({'task': 'super_resolution', 'factor': 3}, 'factor must be >= 2 and divide the image size 8, got 3'),
+    ({'noise_std': 0.0}, 'noise_std must be > 0, got 0.0'),
+    ({'task': 'inpaint', 'hole_fraction': 1.0}, r'hole_fraction must be in \(0, 1\), got 1.0'),
+  ],
+)
+def test_bad_restoration_settings(changes, message):
+  with pytest.raises(UserError, match=message):
+    restore.degrade(np.zeros((1, 8, 8, 1), np.float32), settings(**changes), 0)
+
+
+def test_figures():
+  a, b = np.zeros((1, 2, 2, 1), np.uint8), np.full((1, 2, 2, 1), 51, np.uint8)
+  assert quality.mse(a, b) == pytest.approx(0.04)
+  assert quality.psnr(a, b) == pytest.approx(13.9794, abs=1e-4)
+  assert quality.psnr(a, a) == float('inf')

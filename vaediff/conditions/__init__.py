@@ -1,0 +1,1 @@
+"""On what a diffusion is conditioned: one file per condition."""

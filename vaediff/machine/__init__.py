@@ -1,0 +1,1 @@
+"""Where a program runs, and what it costs there."""

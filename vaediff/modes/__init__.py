@@ -1,0 +1,33 @@
+"""What `--mode` names: one file per mode, each with a function `mode(run)`."""
+
+from collections.abc import Callable
+
+from vaediff.modes import (
+  benchmark,
+  compile,
+  describe,
+  evaluate,
+  interpolate,
+  prepare,
+  reconstruct,
+  restore,
+  sample,
+  train,
+)
+from vaediff.run.config import Run
+
+Mode = Callable[[Run], None]
+MODES: dict[str, Mode] = {
+  'train': train.mode,
+  'prepare': prepare.mode,
+  'describe': describe.mode,
+  'sample': sample.mode,
+  'reconstruct': reconstruct.mode,
+  'interpolate': interpolate.mode,
+  'restore': restore.mode,
+  'evaluate': evaluate.mode,
+  'benchmark': benchmark.mode,
+  'compile': compile.mode,
+}
+SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
+"""What `--sweep` makes of a mode: the same over a range of settings."""

@@ -1,0 +1,230 @@
+"""Speed of this device: train steps, samplers, data loading, beside its measured matmul peak."""
+
+import collections
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vaediff import experiments
+from vaediff.data import loader, sources
+from vaediff.experiments.base import Experiment
+from vaediff.experiments.ddgan import Ddgan
+from vaediff.experiments.diffusion import reads_precomputed
+from vaediff.machine import cost, sharding
+from vaediff.modes import sampling_cost
+from vaediff.run import draw, log
+from vaediff.run import frozen as frozen_networks
+from vaediff.run import loop as training
+from vaediff.run.config import Run
+from vaediff.run.guard import Guarded
+
+
+def mode(run: Run) -> None:
+  """Measures the stages."""
+  benchmark(run.config, run.stages)
+
+
+def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
+  """Measures and prints one JSON object; returns it. Networks are freshly initialised, no run is needed.
+
+  Keys: `device`, `matmul_flops_per_second` (the peak that others are compared with, float32 operands at
+  JAX's default precision), `loader_images_per_second`, and per stage `trace_seconds` (until XLA has the
+  program) and `compile_seconds` of the train step (a load, where the persistent cache has it), median
+  `step_seconds`, `input_wait_fraction` (of the time of steps and loading), `images_per_second`,
+  `flops_per_second` (twice the multiply-accumulates of the forward and backward pass over the step time),
+  `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
+  `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead), and for denoising
+  GANs `sampling` (see `sampling_cost`). A stage with several kinds of updates gets their mean, by how often
+  they come.
+  """
+  repeats = config.benchmark.num_repeats
+  mesh = sharding.make_mesh(config.mesh)
+  peak = matmul_peak(config.benchmark.matmul_size, repeats) * mesh.size
+  source = sources.open_source(config.data, 'train')
+  result = {
+    'config': config.name,
+    'device': f'{jax.devices()[0].device_kind} x {mesh.size}',
+    'jax': jax.__version__,
+    'matmul_flops_per_second': peak,
+    'loader_images_per_second': loader_speed(config, config[stages[-1]].train.batch_size, source, repeats),
+    'stages': {},
+  }
+  for stage in stages:
+    log.say(f'measuring stage {stage}')
+    result['stages'][stage] = measure_stage(config, stage, source, mesh, peak)
+  print(json.dumps(result, indent=2), flush=True)
+  return result
+
+
+def measure_stage(
+  config: ConfigDict, stage: str, source: sources.Source, mesh: Mesh, peak: float
+) -> dict[str, Any]:
+  """Returns the figures of one stage: its train step and, where it samples by steps, its sampler."""
+  experiment, section, repeats = (
+    experiments.build(config, stage),
+    config[stage],
+    config.benchmark.num_repeats,
+  )
+  abstract = training.abstract_state(experiment, mesh)
+  where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  replicated = sharding.replicated(mesh)
+  frozen = frozen_networks.fresh(experiment, mesh)
+  state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
+  training.check_batch_size(section, stage, mesh)
+  rows = np.arange(section.train.batch_size) % len(source)
+  batch = sharding.put_batch(source.read(rows), sharding.batch_sharding(mesh))
+  if reads_precomputed(section):
+    batch['x0_vae'] = batch['image']
+    batch['z'] = jnp.zeros((len(rows), experiment.latent_dim))
+  key = jax.device_put(jax.random.key(2), replicated)
+
+  kinds = kinds_of(experiment, section.train.num_steps)
+  started = time.monotonic()
+  lowered = {
+    kind: training.make_step(experiment.of_kind(kind), where, replicated).lower(state, frozen, batch, key)
+    for kind in kinds
+  }
+  traced = time.monotonic()
+  by_kind = {kind: program.compile() for kind, program in lowered.items()}
+  compiled = time.monotonic()
+  flops = 2 * sum(
+    share * cost.macs(experiment.of_kind(kind).train_step, abstract, frozen, batch, key)
+    for kind, share in kinds.items()
+  )
+
+  def one_step(kind: str = next(iter(kinds))):
+    nonlocal state
+    state, metrics, _ = by_kind[kind](state, frozen, batch, key)
+    return metrics
+
+  seconds = sum(
+    share * median_seconds(lambda kind=kind: one_step(kind), repeats) for kind, share in kinds.items()
+  )
+  waiting = input_wait(config, section.train.batch_size, source, one_step, repeats)
+  return {
+    'trace_seconds': traced - started,
+    'compile_seconds': compiled - traced,
+    'step_seconds': seconds,
+    'input_wait_fraction': waiting,
+    'batch_size': section.train.batch_size,
+    'images_per_second': section.train.batch_size / seconds,
+    'flops_per_second': flops / seconds,
+    'fraction_of_matmul_peak': flops / seconds / peak,
+    **measure_sampler(experiment, section, state.eval_params, frozen, mesh, repeats),
+    **measure_generator(config, experiment, state.eval_params, frozen, mesh),
+  }
+
+
+def kinds_of(experiment: Guarded, num_steps: int) -> dict[str, float]:
+  """Returns the kinds of updates in the second half of training, most frequent first, and their shares."""
+  steps = range(num_steps // 2, num_steps // 2 + min(1000, num_steps - num_steps // 2))
+  counts = collections.Counter(experiment.kind_of(step) for step in steps)
+  return {kind: count / len(steps) for kind, count in counts.most_common()}
+
+
+def measure_generator(
+  config: ConfigDict, experiment: Guarded, params: Any, frozen: Any, mesh: Mesh
+) -> dict[str, Any]:
+  """Returns what samples of a denoising GAN cost, as `sampling`; {} for the other stages."""
+  if not isinstance(experiment.inner, Ddgan):
+    return {}
+  return {'sampling': sampling_cost.measure(experiment.inner, params, frozen, mesh, config.benchmark)}
+
+
+def measure_sampler(
+  experiment: Experiment, section: ConfigDict, params: Any, frozen: Any, mesh: Mesh, repeats: int
+) -> dict[str, Any]:
+  """Returns sampling time against the same number of bare forward passes of the denoiser."""
+  if 'denoiser' not in experiment.networks:
+    return {}
+  count = sharding.round_up(min(section.sample.batch_size, section.sample.num_images), mesh)
+  run = draw.make_draw(experiment, mesh, seed=0)
+  model = experiment.networks['denoiser']
+  where = sharding.batch_sharding(mesh)
+  args = [
+    None if shape is None else jax.device_put(jnp.ones((count, *shape.shape[1:]), shape.dtype), where)
+    for shape in model.inputs
+  ]
+  forward = jax.jit(model.apply)
+  given = {}
+  if args[2] is not None:
+    given['x0_vae'] = np.asarray(args[2])
+  if experiment.latent_dim:
+    given['z'] = np.zeros((count, experiment.latent_dim), np.float32)
+  repeats = max(2, repeats // 3)
+  forward_seconds = median_seconds(lambda: forward(params['denoiser'], *args), 3 * repeats)
+  sample_seconds = median_seconds(lambda: run(params, frozen, {}, np.arange(count), given), repeats)
+  evaluations = experiment.num_function_evaluations
+  return {
+    'sample_batch_size': count,
+    'sample_seconds': sample_seconds,
+    'forward_seconds': forward_seconds,
+    'num_function_evaluations': evaluations,
+    'sampler_over_forward': sample_seconds / (evaluations * forward_seconds),
+  }
+
+
+def matmul_peak(size: int, repeats: int) -> float:
+  """Returns the FLOP/s of one device in a square float32 matrix product."""
+  a = jax.random.normal(jax.random.key(0), (size, size))
+  product = jax.jit(lambda a: a @ a)
+  return 2 * size**3 / median_seconds(lambda: product(a), repeats)
+
+
+def loader_speed(config: ConfigDict, batch_size: int, source: sources.Source, repeats: int) -> float:
+  """Returns the images per second that the loader delivers when nothing else runs."""
+  batches = loader.train_batches(
+    source,
+    batch_size=batch_size,
+    seed=0,
+    start_step=0,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+  )
+  next(batches)
+  count = 10 * repeats
+  started = time.monotonic()
+  for _ in range(count):
+    next(batches)
+  return count * batch_size / (time.monotonic() - started)
+
+
+def input_wait(
+  config: ConfigDict, batch_size: int, source: sources.Source, one_step: Callable[[], Any], repeats: int
+) -> float:
+  """Returns the share of the time of steps and loading in which a step waited for its batch."""
+  batches = loader.train_batches(
+    source,
+    batch_size=batch_size,
+    seed=0,
+    start_step=0,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+  )
+  next(batches)
+  waited, started = 0.0, time.monotonic()
+  for _ in range(3 * repeats):
+    before = time.monotonic()
+    next(batches)
+    waited += time.monotonic() - before
+    jax.block_until_ready(one_step())
+  return waited / (time.monotonic() - started)
+
+
+def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+  """Returns the median time of a call, its result waited for, after one call that is not counted."""
+  jax.block_until_ready(function())
+  times = []
+  for _ in range(repeats):
+    started = time.monotonic()
+    jax.block_until_ready(function())
+    times.append(time.monotonic() - started)
+  return statistics.median(times)

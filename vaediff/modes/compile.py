@@ -1,0 +1,466 @@
+"""`--mode=compile`: compiles train step and sampler for hardware that is not here, and says whether they fit.
+
+The compiler for the target (libtpu, or JAX's CUDA plugin) runs on the CPU of this machine. What it reports is
+for one device of the mesh. Times are estimates from the chip's peaks, never measured: the longer of compute
+(FLOPs over peak) and memory (bytes over bandwidth), and then the collectives (bytes that a device sends over
+what its links carry), which in truth overlap with the rest and never run at the peak.
+
+For GPUs XLA counts neither FLOPs nor bytes: FLOPs are those of the products, bytes are summed from the
+program, and the workspaces that cuDNN picks when it runs are missing from the memory. JAX takes 75 % of a GPU
+unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vaediff import experiments
+from vaediff.conditions import prior
+from vaediff.errors import UserError
+from vaediff.experiments.diffusion import reads_precomputed
+from vaediff.machine import chips, cost, hlo, sharding
+from vaediff.run import draw, log
+from vaediff.run import frozen as frozen_networks
+from vaediff.run import loop as training
+from vaediff.run.config import Run
+from vaediff.run.guard import Guarded
+
+GIB = chips.GIB
+PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
+  'tpu': {},
+  # without a GPU nothing can be timed, and the Triton products need tile sizes that were found by timing
+  'cuda': {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False},
+}
+UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+def mode(run: Run) -> None:
+  """Compiles the stages for `config.compile.topology`."""
+  settings = run.config.compile
+  compile_mode(run.config, run.stages, settings.topology, settings.effort)
+
+
+def compile_mode(config: ConfigDict, stages: tuple[str, ...], topology: str, effort: float) -> None:
+  """Prints a table per topology, and one of all of them where there are several; writes nothing.
+
+  Args:
+    config: of the run.
+    stages: names of the stages to compile.
+    topology: names as `v5e:4x4`, joined by commas.
+    effort: of the compiler, in [-1, 1]; see `compile_for`.
+
+  Raises:
+    UserError: for a topology that is not known, a compiler that is not installed, a batch that the devices
+      cannot split; and, after the tables, when a program does not fit (names it and the sizes).
+  """
+  rows = []
+  names = [name.strip() for name in topology.split(',')]
+  for name in names:
+    chips.parse(name)  # all of them, before the first minutes are spent
+  for name in names:
+    rows += compile_for(config, stages, name, effort)
+    log.say('\n' + table([row for row in rows if row['topology'] == name]))
+  if len(names) > 1:
+    log.say('\n' + summary(rows))
+  refused = [row for row in rows if not row['fits']]
+  if refused:
+    raise UserError(
+      '; '.join(
+        f'{row["topology"]}: stage {row["stage"]}, {row["program"]}, batch of {row["batch_size"]} on '
+        f'{row["devices"]} devices needs {_need(row)} of {_gib(row["hbm_bytes"])} GiB of HBM'
+        for row in refused
+      )
+      + '. Use more devices, config.mesh.fsdp > 1 (splits parameters, optimizer and average), '
+      'model.remat = True where a model has it (recomputes activations) or a smaller batch_size'
+    )
+
+
+def compile_for(
+  config: ConfigDict, stages: tuple[str, ...], topology: str, effort: float
+) -> list[dict[str, Any]]:
+  """Compiles every stage's train step and sampler for a slice; returns one row per program.
+
+  The train step is the one that `train` runs, the sampler the one of `--mode=sample` (parameters on every
+  device), with `sample.batch_size` rounded up to the devices. Where `train.batch_size` is smaller than the
+  number of devices, it is taken to be that number, and the row's `note` says so.
+
+  Args:
+    config: of the run; `config.mesh` says how the devices are used.
+    stages: names of stages.
+    topology: one name, as `v5e:4x4`.
+    effort: -1 (least) to 1 (most) that the compiler spends on speed and on fitting into memory; 0 is its
+      default, at which memory is what a real run would need.
+
+  Returns:
+    Dicts with: `topology`, `devices`, `stage`, `program` ('train' | 'sample'), `batch_size` (images over all
+    devices), `note`, `compile_seconds`, `fits`, `hbm_bytes` (of a device). Bytes per device:
+    `parameter_bytes`, `optimizer_bytes`, `ema_bytes`, `frozen_bytes` (from shapes and shardings, without
+    padding); `argument_bytes` (of those that the program reads), `temp_bytes`, `code_bytes`, `total_bytes`
+    (as the compiler lays them out, padded; the total is arguments, results that reuse no argument,
+    temporaries and code); `activation_bytes` (temporaries less one set of gradients). Work per device, of the
+    whole program, which for a sampler is the whole batch: `flops`, `accessed_bytes`, `collective_bytes` by
+    kind, `sent_bytes`, `unread_loops` (whose repetitions could not be read: their collectives are counted
+    once). Estimates: `compute_seconds`, `memory_seconds`, `collective_seconds`, `seconds`,
+    `images_per_second`. All that the compiler reports is missing where it refused the program for its size.
+
+  Raises:
+    UserError: see `compile_mode`; a program that does not fit has a row and raises nothing.
+  """
+  if not -1 <= effort <= 1:
+    raise UserError(
+      f'config.compile.effort must be in [-1, 1] (least to most; 0 is the default of XLA), got {effort}'
+    )
+  slice_ = chips.parse(topology)
+  mesh = sharding.make_mesh(config.mesh, chips.devices(slice_))
+  rows = []
+  for stage in stages:
+    experiment = experiments.build(config, stage)
+    for make in (train_program, sample_program):
+      rows.append(compile_program(make(config, stage, experiment, mesh), stage, slice_, mesh, effort))
+  return rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """A function to compile, with all that its figures need.
+
+  Attributes:
+    name: 'train' or 'sample'.
+    function: jitted.
+    args: ShapeDtypeStructs with shardings.
+    batch_size: images over all devices.
+    dtype: of the network's computation.
+    sizes: bytes per device by name.
+    gradient_bytes: per device, of one set of gradients; 0 where there are none.
+    macs: multiply-accumulates of the whole program on all devices.
+    macs_once: the same with the sampler's loop run once, as XLA counts.
+    note: what differs from the config; '' = nothing.
+  """
+
+  name: str
+  function: Any
+  args: tuple[Any, ...]
+  batch_size: int
+  dtype: str
+  sizes: dict[str, int]
+  gradient_bytes: int
+  macs: int
+  macs_once: int
+  note: str
+
+
+def train_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mesh) -> Program:
+  """Returns the train step of a stage, for abstract arguments.
+
+  Raises:
+    UserError: when the batch is larger than the number of devices and no multiple of it.
+  """
+  section, note = config[stage], ''
+  batch_size = section.train.batch_size
+  if batch_size < mesh.size:
+    note = f'train.batch_size {batch_size} -> {mesh.size}, one image per device'
+    batch_size = mesh.size
+  else:
+    training.check_batch_size(section, stage, mesh)
+  state = training.abstract_state(experiment, mesh)
+  where, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
+  frozen = frozen_networks.abstract(experiment, mesh)
+  size, channels = config.data.image_size, config.data.channels
+  shapes = {'image': ((batch_size, size, size, channels), jnp.uint8)}
+  if reads_precomputed(section):
+    shapes['x0_vae'] = shapes['image']
+    shapes['z'] = ((batch_size, experiment.latent_dim), jnp.float32)
+  split = sharding.batch_sharding(mesh)
+  batch = {name: _abstract(shape, dtype, split) for name, (shape, dtype) in shapes.items()}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  args = (state, frozen, batch, _abstract(key.shape, key.dtype, replicated))
+  networks = state.networks.values()
+  parameter_bytes = bytes_per_device([network.params for network in networks])
+  macs = cost.macs(experiment.train_step, *args)
+  return Program(
+    name='train',
+    function=training.make_step(experiment, where, replicated),
+    args=args,
+    batch_size=batch_size,
+    dtype=section.model.dtype,
+    sizes={
+      'parameter_bytes': parameter_bytes,
+      'optimizer_bytes': bytes_per_device([network.opt_state for network in networks]),
+      'ema_bytes': bytes_per_device([network.ema_params for network in networks]),
+      'frozen_bytes': bytes_per_device(frozen),
+    },
+    gradient_bytes=parameter_bytes,
+    macs=macs,
+    macs_once=macs,
+    note=note,
+  )
+
+
+def sample_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mesh) -> Program:
+  """Returns the sampler of a stage with z ~ N(0, I), for abstract arguments."""
+  section = config[stage]
+  batch_size = sharding.round_up(section.sample.batch_size, mesh)
+  where, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  params = {name: frozen_networks.abstract_params(model, mesh) for name, model in experiment.networks.items()}
+  frozen = frozen_networks.abstract(experiment, mesh)
+  args = (params, frozen, _abstract((batch_size,), jnp.int32, where), _abstract((), jnp.int32, replicated))
+  macs = macs_once = cost.macs(sampler(experiment), *args)
+  if 'num_steps' in section.sample:
+    once = config.copy_and_resolve_references()
+    once[stage].sample.num_steps = 1
+    macs_once = cost.macs(sampler(experiments.build(once, stage)), *args)
+  return Program(
+    name='sample',
+    function=jax.jit(sampler(experiment)),
+    args=args,
+    batch_size=batch_size,
+    dtype=section.model.dtype,
+    sizes={
+      'parameter_bytes': bytes_per_device(params),
+      'optimizer_bytes': 0,
+      'ema_bytes': 0,
+      'frozen_bytes': bytes_per_device(frozen),
+    },
+    gradient_bytes=0,
+    macs=macs,
+    macs_once=macs_once,
+    note='',
+  )
+
+
+def sampler(experiment: Guarded) -> Callable[..., Any]:
+  """Returns (params, frozen, indices, seed) -> images: what `draw.make_draw` compiles, with z ~ N(0, I)."""
+
+  def run(params, frozen, indices, seed):
+    key_z, key_x = draw.image_keys(seed, indices)
+    condition = {}
+    if experiment.latent_dim:
+      condition['z'] = prior.draw({}, key_z, experiment.latent_dim)
+    return experiment.sample(params, frozen, condition, key_x)
+
+  return run
+
+
+def compile_program(
+  program: Program, stage: str, slice_: chips.Slice, mesh: Mesh, effort: float
+) -> dict[str, Any]:
+  """Returns the row of one program; see `compile_for`."""
+  title = f'{slice_.name}: {stage} {program.name}, {program.batch_size} images on {mesh.size} devices'
+  log.say(f'{title}: compiling' + (f' ({program.note})' if program.note else ''))
+  row = {
+    'topology': slice_.name,
+    'devices': mesh.size,
+    'stage': stage,
+    'program': program.name,
+    'batch_size': program.batch_size,
+    'note': program.note,
+    'hbm_bytes': slice_.chip.hbm_bytes,
+    **program.sizes,
+  }
+  started = time.monotonic()
+  try:
+    with _nothing_cached():
+      options = {'exec_time_optimization_effort': effort, 'memory_fitting_effort': effort}
+      compiled = program.function.lower(*program.args).compile(
+        compiler_options={**options, **PLATFORM_OPTIONS[slice_.chip.platform]}
+      )
+  except jax.errors.JaxRuntimeError as error:
+    sizes = out_of_memory(str(error))
+    if sizes is None:
+      raise
+    row.update({'total_bytes': sizes[0], 'hbm_bytes': sizes[1] or row['hbm_bytes'], 'fits': False})
+    compiled = None
+  row['compile_seconds'] = time.monotonic() - started
+  if compiled:
+    row.update(measure(compiled, program, slice_, mesh))
+  verdict = 'fits' if row['fits'] else 'DOES NOT FIT'
+  log.say(
+    f'{title}: {verdict}, {_need(row)} of {_gib(row["hbm_bytes"])} GiB; compiled in '
+    f'{row["compile_seconds"]:.0f} s'
+  )
+  return row
+
+
+@contextlib.contextmanager
+def _nothing_cached() -> Iterator[None]:
+  """Keeps programs out of the compilation cache, which cannot load them again without the device."""
+  option = 'jax_persistent_cache_min_compile_time_secs'
+  before = getattr(jax.config, option)
+  jax.config.update(option, math.inf)
+  try:
+    yield
+  finally:
+    jax.config.update(option, before)
+
+
+def out_of_memory(message: str) -> tuple[float, float] | None:
+  """Returns the bytes that XLA says are needed and there, from its error; None for any other error.
+
+  The need is a lower bound: it may be that of the temporaries alone. Where no sizes are named it is (inf, 0).
+  """
+  if 'RESOURCE_EXHAUSTED' not in message:
+    return None
+  size = r'([\d.]+)([KMGT]?)'
+  for pattern in (rf'Used {size} of {size} hbm', rf'required .*?\({size}\) exceeds available HBM \({size}\)'):
+    match = re.search(pattern, message)
+    if match:
+      used, used_unit, there, there_unit = match.groups()
+      return float(used) * UNITS.get(used_unit, 1), float(there) * UNITS.get(there_unit, 1)
+  return math.inf, 0.0
+
+
+def measure(compiled: Any, program: Program, slice_: chips.Slice, mesh: Mesh) -> dict[str, Any]:
+  """Returns what the compiler says of a program, and the estimates."""
+  chip, memory, text = slice_.chip, compiled.memory_analysis(), compiled.as_text()
+  total = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+  )
+  found = hlo.collectives(text, mesh.size)
+  analysis, repeats = compiled.cost_analysis(), program.macs / max(program.macs_once, 1)
+  if analysis:  # XLA counts the body of a loop once
+    flops, accessed = analysis['flops'] * repeats, analysis['bytes accessed'] * repeats
+  else:  # none for GPUs
+    flops, accessed = 2 * program.macs / mesh.size, hlo.accessed_bytes(text)
+  peak = chip.flops_per_second if program.dtype == 'bfloat16' else chip.float32_flops_per_second
+  compute, transfer = flops / peak, accessed / chip.hbm_bytes_per_second
+  sending = found['sent_bytes'] / slice_.interconnect_bytes_per_second
+  seconds = max(compute, transfer) + sending
+  return {
+    'argument_bytes': memory.argument_size_in_bytes,
+    'temp_bytes': memory.temp_size_in_bytes,
+    'activation_bytes': max(0, memory.temp_size_in_bytes - program.gradient_bytes),
+    'code_bytes': memory.generated_code_size_in_bytes,
+    'total_bytes': total,
+    'fits': total <= chip.hbm_bytes,
+    'flops': flops,
+    'accessed_bytes': accessed,
+    **found,
+    'compute_seconds': compute,
+    'memory_seconds': transfer,
+    'collective_seconds': sending,
+    'seconds': seconds,
+    'images_per_second': program.batch_size / seconds,
+  }
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Returns the bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+  )
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+LINES: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+  ('images, all devices', lambda row: row['batch_size']),
+  ('parameters, GiB', lambda row: _gib(row['parameter_bytes'])),
+  ('optimizer, GiB', lambda row: _gib(row['optimizer_bytes'])),
+  ('parameter average, GiB', lambda row: _gib(row['ema_bytes'])),
+  ('frozen networks, GiB', lambda row: _gib(row['frozen_bytes'])),
+  ('arguments as laid out, GiB', lambda row: _gib(row['argument_bytes'])),
+  ('temporaries, GiB', lambda row: _gib(row['temp_bytes'])),
+  ('  activations of these, GiB', lambda row: _gib(row['activation_bytes'])),
+  ('program code, GiB', lambda row: _gib(row['code_bytes'])),
+  ('needed, GiB', lambda row: _need(row)),
+  ('HBM, GiB', lambda row: _gib(row['hbm_bytes'])),
+  ('fits', lambda row: 'yes' if row['fits'] else 'NO'),
+  ('TFLOPs', lambda row: row['flops'] / 1e12),
+  ('memory traffic, GB', lambda row: row['accessed_bytes'] / 1e9),
+  *((f'{kind}, MB', lambda row, kind=kind: row['collective_bytes'][kind] / 1e6) for kind in hlo.COLLECTIVES),
+  ('sent to other devices, MB', lambda row: row['sent_bytes'] / 1e6),
+  ('loops of unknown length', lambda row: row['unread_loops']),
+  ('compute at peak, s', lambda row: row['compute_seconds']),
+  ('memory at peak, s', lambda row: row['memory_seconds']),
+  ('collectives at peak, s', lambda row: row['collective_seconds']),
+  ('estimate, s', lambda row: row['seconds']),
+  ('  of it collectives, %', lambda row: 100 * row['collective_seconds'] / row['seconds']),
+  ('estimate, images/s', lambda row: row['images_per_second']),
+  ('compilation, s', lambda row: row['compile_seconds']),
+)
+"""Label with unit, and the figure of a row: per device and run of the program unless it says otherwise."""
+SUMMARY: tuple[tuple[str, str], ...] = (
+  ('images', 'images, all devices'),
+  ('state GiB', 'arguments as laid out, GiB'),
+  ('temp GiB', 'temporaries, GiB'),
+  ('need GiB', 'needed, GiB'),
+  ('fits', 'fits'),
+  ('TFLOPs', 'TFLOPs'),
+  ('traffic GB', 'memory traffic, GB'),
+  ('sent MB', 'sent to other devices, MB'),
+  ('step s', 'estimate, s'),
+  ('coll. %', '  of it collectives, %'),
+  ('images/s', 'estimate, images/s'),
+  ('compiled s', 'compilation, s'),
+)
+"""Short head, and the label in `LINES`."""
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """Returns the figures of the programs of one topology, a column for each program."""
+  first = rows[0]
+  lines = [(f'{first["topology"]}, {first["devices"]} devices', [_title(row) for row in rows])]
+  lines += [(label, [_cell(figure, row) for row in rows]) for label, figure in LINES]
+  lines += [(f'{_title(row)}: {row["note"]}', []) for row in rows if row['note']]
+  return _align(lines)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+  """Returns a line per program, the topologies of one program below each other."""
+  figures = dict(LINES)
+  lines = [('program, topology (devices)', [head for head, _ in SUMMARY])]
+  for title in dict.fromkeys(map(_title, rows)):
+    lines += [
+      (f'{title}, {row["topology"]} ({row["devices"]})', [_cell(figures[label], row) for _, label in SUMMARY])
+      for row in rows
+      if _title(row) == title
+    ]
+  return _align(lines)
+
+
+def _title(row: dict[str, Any]) -> str:
+  return f'{row["stage"]} {row["program"]}'
+
+
+def _cell(figure: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> str:
+  try:
+    value = figure(row)
+  except KeyError:  # refused for its size
+    return '-'
+  return f'{value:,.4g}' if isinstance(value, float) else str(value)
+
+
+def _align(lines: list[tuple[str, list[str]]]) -> str:
+  left = max(len(label) for label, cells in lines if cells)
+  widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines if cells), strict=True)]
+  text = []
+  for label, cells in lines:
+    padded = [f'  {cell:>{width}}' for cell, width in zip(cells, widths, strict=False)]  # notes have none
+    text.append(label.ljust(left) + ''.join(padded))
+  return '\n'.join(text)
+
+
+def _need(row: dict[str, Any]) -> str:
+  """Returns GiB; where the compiler refused, what it named is a lower bound."""
+  return ('' if 'temp_bytes' in row else '>= ') + _gib(row['total_bytes'])
+
+
+def _gib(count: int | float) -> str:
+  return f'{count / GIB:,.3f}'
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -1,0 +1,82 @@
+"""What a config would train, without data and without allocating a weight."""
+
+import contextlib
+import io
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from vaediff import experiments
+from vaediff.data import sources
+from vaediff.machine import cost
+from vaediff.run import log
+from vaediff.run.config import Run
+
+COLUMNS = (
+  'stage',
+  'network',
+  'parameters',
+  'GMACs/image',
+  'parameter MB',
+  'optimizer MB',
+  'EMA MB',
+)
+
+
+def mode(run: Run) -> None:
+  """Describes the stages."""
+  describe(run.config, run.stages)
+
+
+def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, float | str]]:
+  """Prints the layers of every network, then a table of the stages; returns the table's rows.
+
+  A GMAC is 1e9 multiply-accumulates of convolutions and matrix products in one forward pass of one image;
+  a MB is 1e6 bytes.
+  """
+  rows = []
+  for stage in stages:
+    experiment = experiments.build(config, stage)
+    state = jax.eval_shape(experiment.init, jax.random.key(0))
+    for name, model in experiment.networks.items():
+      network = state.networks[name]
+      log.say(f'\n{stage}/{name}\n{layers(network.params)}')
+      forward = cost.macs(
+        lambda params, args, model=model: model.apply(params, *args), network.params, model.inputs
+      )
+      rows.append(
+        {
+          'stage': stage,
+          'network': name,
+          'parameters': cost.num_parameters(network.params),
+          'GMACs/image': forward / 1e9,
+          'parameter MB': cost.num_bytes(network.params) / 1e6,
+          'optimizer MB': cost.num_bytes(network.opt_state) / 1e6,
+          'EMA MB': cost.num_bytes(network.ema_params) / 1e6,
+        }
+      )
+  cells = [COLUMNS] + [
+    tuple(
+      f'{row[c]:,.3f}' if isinstance(row[c], float) else f'{row[c]:,}' if isinstance(row[c], int) else row[c]
+      for c in COLUMNS
+    )
+    for row in rows
+  ]
+  widths = [max(len(line[k]) for line in cells) for k in range(len(COLUMNS))]
+  log.say('')
+  for line in cells:
+    log.say('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+  steps = {stage: config[stage].train.num_steps for stage in stages}
+  shown = ', '.join(
+    f'{stage} {count:,} steps of {config[stage].train.batch_size} images' for stage, count in steps.items()
+  )
+  log.say(f'\ntraining: {shown}; {sum(steps.values()):,} steps in all')
+  log.say(f'data: {sources.describe(config.data)}')
+  return rows
+
+
+def layers(params) -> str:
+  """Returns clu's table of every parameter array, its shape and size."""
+  with contextlib.redirect_stdout(io.StringIO()):
+    return parameter_overview.get_parameter_overview(params, include_stats=False)

@@ -1,0 +1,89 @@
+"""Rows of images between two ends: in z, in x_T, between data images, and along an attribute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaediff.conditions import prior
+from vaediff.run import draw, log
+from vaediff.run.config import Run
+from vaediff.run.trained import Trained, open_last, say_figures
+
+
+def mode(run: Run) -> None:
+  """Interpolates with the last stage."""
+  say_figures(interpolate(open_last(run)))
+
+
+def interpolate(trained: Trained) -> dict[str, float]:
+  """Writes `interpolation.png`; each row is one interpolation (VAE images above, refined below).
+
+  The kinds, in order: between two z's of the prior with one x_T; between two x_T's (slerp) with one z;
+  between two encoded images of the evaluation split; and from an encoded image along an attribute
+  direction. A row shares the noise of every sampler step. Without latents only the x_T rows exist.
+  """
+  settings = trained.config.interpolate
+  weights = np.linspace(0.0, 1.0, settings.num_points, dtype=np.float32)
+  by_row = [rows_of(trained, row, weights) for row in range(settings.num_rows)]
+  pictures = []
+  for kind in by_row[0]:
+    for row, kinds in enumerate(by_row):
+      pictures += trained.draw(np.full(len(weights), row), kinds[kind]).values()
+  pictures.write_grid(trained, 'interpolation', np.concatenate(pictures), settings.num_points)
+  return {'num_rows': float(settings.num_rows * len(by_row[0]))}
+
+
+def rows_of(trained: Trained, row: int, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+  """Returns, for each kind of interpolation, what is given to the sampler at each weight."""
+  experiment, settings, kinds = trained.experiment, trained.config.interpolate, {}
+  ends = np.array([2 * row, 2 * row + 1])
+  key_z, key_x = draw.image_keys(trained.settings.seed, jnp.asarray(ends))
+  if experiment.latent_dim:
+    z = np.asarray(prior.draw(trained.prior, key_z, experiment.latent_dim))
+    kinds['z'] = {'z': lerp(z[0], z[1], weights)}
+  if experiment.noise_shape:
+    starts_of = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], experiment.noise_shape))
+    noise = np.asarray(starts_of(key_x))  # the x_T of the images 2 row and 2 row + 1
+    kinds['x_T'] = {'noise': slerp(noise[0], noise[1], weights)}
+    if experiment.latent_dim:
+      kinds['x_T']['z'] = np.repeat(z[:1], len(weights), axis=0)
+  if experiment.latent_dim:
+    data, labels = trained.eval_images(settings.num_encoded)
+    codes, _ = trained.encode(data)
+    kinds['encoded'] = {'z': lerp(*codes[ends % len(codes)], weights)}
+    wanted = {settings.from_label, settings.to_label}
+    if wanted <= set(labels.tolist()):
+      direction, starts = attribute_direction(trained, codes, labels)
+      kinds['attribute'] = {'z': codes[starts[row % len(starts)]] + weights[:, None] * direction}
+    elif row == 0:
+      present = ', '.join(map(str, np.unique(labels)))
+      log.say(
+        f'no attribute rows: config.interpolate.from_label and to_label are {sorted(wanted)}; the labels of '
+        f'the {len(labels)} images looked at are {present}'
+      )
+  return kinds
+
+
+def attribute_direction(
+  trained: Trained, codes: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the mean z of `to_label` minus that of `from_label`, and which images have `from_label`."""
+  settings = trained.config.interpolate
+  start, end = (np.flatnonzero(labels == label) for label in (settings.from_label, settings.to_label))
+  return codes[end].mean(axis=0) - codes[start].mean(axis=0), start
+
+
+def lerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Returns (1 - w) a + w b for each weight w."""
+  w = weights.reshape(-1, *[1] * a.ndim)
+  return (1 - w) * a + w * b
+
+
+def slerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Returns the points on the great circle from a to b, so that unit-variance noise keeps its variance."""
+  cosine = np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
+  angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+  if np.sin(angle) < 1e-4:  # the same or opposite directions: no unique great circle
+    return lerp(a, b, weights)
+  w = weights.reshape(-1, *[1] * a.ndim)
+  return ((np.sin((1 - w) * angle) * a + np.sin(w * angle) * b) / np.sin(angle)).astype(a.dtype)
