@@ -1,0 +1,88 @@
+"""Bounds of config fields as tables: `{'loss.beta': at_least(0), ...}`, checked before anything is built.
+
+Every bound is a closed or half-open set that nan is outside of. Rules across fields stay code, where they are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """What a field may be.
+
+  Attributes:
+    holds: value -> whether it is allowed.
+    says: (field, value) -> the message where it is not.
+  """
+
+  holds: Callable[[Any], bool]
+  says: Callable[[str, Any], str]
+
+
+Bounds = Mapping[str, Bound]
+"""By field, with dots: 'optim.learning_rate'."""
+
+
+def one_of(names: Collection[Any]) -> Bound:
+  """Returns the bound of a field that is one of some names."""
+  shown = ', '.join(map(str, names))
+  return Bound(lambda value: value in names, lambda field, value: f'{field} is {value!r}; valid: {shown}')
+
+
+def at_least(least: float) -> Bound:
+  """Returns the bound of a number >= `least`."""
+  return _number(lambda value: value >= least, f'>= {least}')
+
+
+def above(least: float) -> Bound:
+  """Returns the bound of a number > `least`."""
+  return _number(lambda value: value > least, f'> {least}')
+
+
+def between(least: float, most: float) -> Bound:
+  """Returns the bound of a number in [least, most]."""
+  return _number(lambda value: least <= value <= most, f'in [{least}, {most}]')
+
+
+def below_one(least: float = 0) -> Bound:
+  """Returns the bound of a number in [least, 1)."""
+  return _number(lambda value: least <= value < 1, f'in [{least}, 1)')
+
+
+def fraction() -> Bound:
+  """Returns the bound of a number in (0, 1]."""
+  return _number(lambda value: 0 < value <= 1, 'in (0, 1]')
+
+
+def inside(least: float, most: float) -> Bound:
+  """Returns the bound of a number in (least, most)."""
+  return _number(lambda value: least < value < most, f'in ({least}, {most})')
+
+
+def _number(holds: Callable[[Any], bool], allowed: str) -> Bound:
+  return Bound(
+    lambda value: value == value and abs(value) != float('inf') and holds(value),
+    lambda field, value: f'{field} must be {allowed}, got {value}',
+  )
+
+
+def check(section: ConfigDict, bounds: Bounds, prefix: str = '') -> None:
+  """Raises UserError for the first field outside its bound; names field, value and what is allowed.
+
+  Args:
+    section: of the config, with every field that `bounds` names.
+    bounds: by field of the section.
+    prefix: put before the field in the message, as 'config.'.
+  """
+  for field, bound in bounds.items():
+    value = section
+    for name in field.split('.'):
+      value = value[name]
+    if not bound.holds(value):
+      raise UserError(bound.says(f'{prefix}{field}', value))
