@@ -7,6 +7,7 @@ import platform
 import re
 from typing import Any
 
+from vaediff import files
 from vaediff.errors import UserError
 from vaediff.evaluation import report
 
@@ -60,4 +61,4 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def write(path: pathlib.Path, results: dict[str, Any], table: str) -> None:
   """Writes the results, and their table beside them; neither is ever seen half written."""
   report.write_json(path, results)
-  report.write_text(path.with_suffix('.md'), table)
+  files.write_text(path.with_suffix('.md'), table)

@@ -23,7 +23,6 @@ GROUND = {
   'checks': ('errors',),
   'files': ('errors',),
   'machine': ('errors', 'types'),
-  'experiments': ('run',),
 }
 """What little is imported within or from the ground, beyond the order."""
 ONLY_IN = {
@@ -37,8 +36,8 @@ ONLY_IN = {
   'sklearn': ('conditions/prior.py', 'data/'),
   'tensorflow': (),
   'ml_collections': (
-    'machine/', 'data/', 'optim.py', 'checks.py', 'reads.py', 'spaces/', 'conditions/', 'experiments/', 'run/', 'evaluation/',
-    'modes/', 'main.py',
+    'machine/', 'data/', 'optim.py', 'checks.py', 'reads.py', 'spaces/', 'conditions/', 'experiments/',
+    'run/', 'evaluation/', 'modes/', 'main.py',
   ),
 }  # fmt: skip
 
@@ -83,7 +82,8 @@ def test_rooms_import_in_reading_order():
 
 
 def test_every_room_has_a_floor():
-  names = {path.stem for path in ROOT.glob('*.py')} | {path.parent.name for path in ROOT.glob('*/__init__.py')}
+  names = {path.stem for path in ROOT.glob('*.py')}
+  names |= {path.parent.name for path in ROOT.glob('*/__init__.py')}
   assert names - {'__init__'} <= {name for floor in ROOMS for name in floor}
 
 
@@ -117,6 +117,29 @@ def test_imports_run_one_way():
   for name in graph:
     visit(name)
   assert len(done) > 20
+
+
+NAMES = ('x0_vae', 'z', 'label', 'latents', 'tokens', 'codes', 'low', 'control', 'embedding')
+"""Of inputs and values that belong to one condition or one space."""
+ABOUT_ONE_INPUT = ('modes/interpolate.py', 'modes/restore.py', 'evaluation/likelihoods.py')
+"""Files that are about a code or an image that is given; they take its name from the condition's file."""
+STUDENTS = (
+  'student', 'grid_student', 'progressive', 'consistency', 'adversarial_distillation', 'distribution_matching'
+)  # fmt: skip
+
+
+def test_only_conditions_say_the_name_of_a_value():
+  """No string in the mathematics, the students, the run, the evaluation and the modes is such a name."""
+  rooms = ('diffusion', 'run', 'evaluation', 'modes')
+  files = [path for room in rooms for path in (ROOT / room).glob('*.py')]
+  files += [ROOT / 'experiments' / f'{name}.py' for name in (*STUDENTS, 'base', 'denoiser', 'diffusion')]
+  for path in files:
+    where = path.relative_to(ROOT).as_posix()
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        assert node.value not in NAMES, f'{where}:{node.lineno} says {node.value!r}'
+      if isinstance(node, ast.ImportFrom) and node.module == 'vaediff.conditions.vae':
+        assert where in (*ABOUT_ONE_INPUT, 'experiments/diffusion.py'), f'{where} is about no input'
 
 
 def test_no_config_defaults_outside_configs():

@@ -1,6 +1,6 @@
 """Bounds of config fields as tables: `{'loss.beta': at_least(0), ...}`, checked before anything is built.
 
-Every bound is a closed or half-open set that nan is outside of. Rules across fields stay code, where they are.
+Every bound is an interval or a set of names, and nan is in none. Rules across fields stay code.
 """
 
 import dataclasses
@@ -55,9 +55,9 @@ def below_one(least: float = 0) -> Bound:
   return _number(lambda value: least <= value < 1, f'in [{least}, 1)')
 
 
-def fraction() -> Bound:
-  """Returns the bound of a number in (0, 1]."""
-  return _number(lambda value: 0 < value <= 1, 'in (0, 1]')
+def inside_or_at(least: float, most: float) -> Bound:
+  """Returns the bound of a number in (least, most]."""
+  return _number(lambda value: least < value <= most, f'in ({least}, {most}]')
 
 
 def inside(least: float, most: float) -> Bound:

@@ -1,40 +1,56 @@
-"""What a stage reads of earlier ones, or of what was published: declarations; `run.frozen` loads them."""
+"""What a stage reads of earlier ones, of measurements, or of what was published.
+
+These are declarations; `vaediff.run.frozen` loads what they name into the dict `read`.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromStage:
-  """A network of an earlier stage that an experiment reads: `frozen[name]` holds its parameters.
+  """A network of an earlier stage: `read[name]` holds its parameters.
 
   Attributes:
     stage: name of the stage that trained it.
     network: its name in that stage.
     workdir: the run that holds it; '' = this run.
-    model: its architecture, as this experiment builds it.
-    latent_channels: above 0, `frozen[<name> + STATISTICS]` holds the statistics of its latents.
+    model: its architecture, as the reader builds it.
   """
 
   stage: str
   network: str
   workdir: str
   model: Model
-  latent_channels: int = 0
 
 
-STATISTICS = '_statistics'
-"""What is appended to a frozen network's name for the statistics of its latents."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+  """What was measured of a stage over the training images, such as a prior: `read[name]` holds its arrays.
+
+  Attributes:
+    stage: name of the stage.
+    workdir: the run that holds it; '' = this run.
+    measurement: its name, of `vaediff.run.measurements`.
+    neutral: returns arrays of the same shapes without a meaning, to compile and to measure speed with.
+  """
+
+  stage: str
+  workdir: str
+  measurement: str
+  neutral: Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-  """Arrays that no stage has trained, such as published weights: `frozen[name]` holds what `load` returns.
+  """Arrays that no stage has trained, such as published weights: `read[name]` holds what `load` returns.
 
   Attributes:
     load: returns them; raises UserError, saying how to get them, when they are not there.
@@ -43,7 +59,28 @@ class Published:
   load: Callable[[], Params]
 
 
+Reads = FromStage | Measured | Published
+
+
 def is_stage(config: ConfigDict, name: str, experiment: str) -> bool:
   """Returns whether `config.<name>` is the section of a stage with this experiment."""
   section = config[name] if name in config else None
   return isinstance(section, ConfigDict) and 'experiment' in section and section.experiment == experiment
+
+
+def need_stage(config: ConfigDict, name: str, experiment: str, field: str, what: str) -> ConfigDict:
+  """Returns the section of the stage that a field names.
+
+  Args:
+    config: of the run.
+    name: the field's value.
+    experiment: that the stage must have.
+    field: as 'vae.stage', for the message.
+    what: a stage of that kind, as 'VAE stage', for the message.
+
+  Raises:
+    UserError: when the stage is none of this kind.
+  """
+  if not is_stage(config, name, experiment):
+    raise UserError(f'{field} is {name!r}, which is no {what} of this config')
+  return config[name]

@@ -4,6 +4,7 @@ Images are NHWC. On the host they are uint8 in [0, 255]; inside a step they are 
 (`vaediff.data.pixels.to_unit_range` is the only place that scales them).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
@@ -30,3 +31,12 @@ Batch = dict[str, Array]
 """`image` (uint8), `label` (int32); optionally `x0_vae` (uint8), `z` (float32), `mask` (float32)."""
 Metrics = dict[str, Array]
 """Scalars by name, already averaged over the batch."""
+
+Read = Mapping[str, Any]
+"""What a stage reads, by name: its own networks, those of earlier stages, measurements, published arrays."""
+Given = dict[str, Array]
+"""What images are made of, as a user hands it over, a row per image: `noise`, and the conditions' inputs."""
+Values = dict[str, Array]
+"""What a network reads beside its state, by port, a row per image; others repeat, slice and join rows."""
+Drop = Mapping[str, Mask]
+"""By value: where True its learned stand-in is read. A value that is not named is kept."""

@@ -1,5 +1,6 @@
 """The autoencoder stage: its bottlenecks, codes, players, and the latents that later stages read."""
 
+import functools
 import importlib
 import pathlib
 import sys
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from vaediff import experiments, spaces
-from vaediff.data import sources
+from vaediff.data import pixels, sources
 from vaediff.errors import UserError
+from vaediff.experiments import autoencoder
 from vaediff.machine import sharding
 from vaediff.models.autoencoder import LAST_KERNEL
 from vaediff.run import frozen as frozen_networks
@@ -41,7 +43,8 @@ def updates(experiment, num_updates, state=None, first=0, mesh=None):
     if mesh is not None:
       batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     kind = experiment.kind_of(k)
-    steps.setdefault(kind, jax.jit(experiment.of_kind(kind).train_step))
+    if kind not in steps:
+      steps[kind] = jax.jit(functools.partial(experiment.train_step, kind=kind))
     state, metrics = steps[kind](state, {}, batch, jax.random.key(k))
     history.append(jax.device_get(metrics))
   return state, history
@@ -67,7 +70,7 @@ def test_codes_start_at_vectors_of_the_first_batch_and_follow_averages(vq):
   experiment, state, history = vq
   start = jax.jit(experiment.init)(jax.random.key(0))
   one, _ = updates(experiment, 1)
-  x = autoencoder.pixels.to_unit_range(jnp.asarray(images(8)))
+  x = pixels.to_unit_range(jnp.asarray(images(8)))
   z = encoders.encode(experiment.autoencoder, start.networks['autoencoder'].params, x, None).reshape(-1, 2)
   codes = one.networks['autoencoder'].params['codes']
   distance = np.linalg.norm(np.asarray(codes)[:, None] - np.asarray(z), axis=-1)
@@ -140,15 +143,16 @@ def test_statistics_are_those_of_all_images():
   class Halves:
     """The latents are the columns of the image, left and right half as two channels, far from zero."""
 
-    def latents(self, params, image, keys):
-      x = image[..., 0].astype(jnp.float32) / 255 + 100.0
-      return jnp.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
+    def observe(self, read, batch, x, key):
+      assert key.shape == x.shape[:1]  # a posterior's noise is that of the image, whatever the batch
+      x = (x[..., 0] + 1) / 2 + 100.0
+      return {'latents': jnp.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)}
 
   mesh = sharding.make_mesh(digits().mesh)
-  found = measurements.measure(Halves(), {}, source, 8, mesh, 0)
+  found = measurements.moments_of_latents(Halves(), {}, source, 8, mesh, 0)
   x = image[..., 0].astype(np.float64) / 255 + 100.0
   expected = np.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)
-  for name in measurements.NAMES:
+  for name in measurements.STATISTICS:
     np.testing.assert_allclose(found[name], getattr(expected, name)(axis=(0, 1, 2)), rtol=1e-5)
   assert int(found['count']) == 9
 
@@ -160,10 +164,10 @@ def test_scaled_latents_come_back(scaling):
   space = spaces.make_space(config, 'ddgan')
   params = jax.jit(space.source.model.init)(jax.random.key(0))
   statistics = {'mean': [0.5, -1.0], 'std': [0.5, 2.0], 'min': [-3.0, -1.0], 'max': [1.0, 2.0]}
-  frozen = {'autoencoder': params, 'autoencoder_statistics': {k: jnp.array(v) for k, v in statistics.items()}}
-  x = autoencoder.pixels.to_unit_range(jnp.asarray(images(2)))
+  read = {'autoencoder': params, 'latents': {k: jnp.array(v) for k, v in statistics.items()}}
+  x = pixels.to_unit_range(jnp.asarray(images(2)))
   z = encoders.encode(space.source.model, params, x, None)
-  y = jax.jit(space.from_image)(frozen, x, None)
+  y = jax.jit(space.encode)(read, x, None)
   expected = {
     'std': (z - jnp.array([[[[0.5, -1.0]]]])) / jnp.array([[[[0.5, 2.0]]]]),
     'max': z / 3.0,
@@ -171,17 +175,24 @@ def test_scaled_latents_come_back(scaling):
   }
   np.testing.assert_allclose(y, expected[scaling], atol=1e-5)
   decoded = encoders.decode(space.source.model, params, z)
-  np.testing.assert_allclose(jax.jit(space.to_image)(frozen, y), decoded, atol=1e-4)
+  np.testing.assert_allclose(jax.jit(space.decode_map)(read, y), decoded, atol=1e-4)
+  clipped = jax.jit(space.decode)(read, 10 * y)
+  assert set(clipped) == {'x0'} and float(jnp.abs(clipped['x0']).max()) <= 1
 
 
-def test_a_stage_without_the_statistics_does_not_start(tmp_path):
+def test_what_reads_latents_reads_their_statistics(tmp_path):
+  """They are made when they are missing (tests/run/test_measurements.py), but not of nothing."""
   config = digits()
+  mesh = sharding.make_mesh(config.mesh)
   experiment = experiments.build(config, 'ddgan')
-  assert experiment.frozen['autoencoder'].latent_channels == 2
-  with pytest.raises(UserError, match=r'latents-step-None.npz does not exist: .* --stages=autoencoder'):
-    measurements.load(tmp_path / 'autoencoder')
-  fresh = frozen_networks.fresh(experiment, sharding.make_mesh(config.mesh))
-  assert set(fresh) == {'autoencoder', 'autoencoder' + reads.STATISTICS}
+  statistics = experiment.frozen['latents']
+  assert (statistics.stage, statistics.measurement) == ('autoencoder', 'latents')
+  with pytest.raises(UserError, match=r'no checkpoint in .*autoencoder/checkpoints: train that stage first'):
+    measurements.load(statistics, config, tmp_path, mesh)
+  fresh = frozen_networks.fresh(experiment, mesh)
+  assert set(fresh) == {'autoencoder', 'latents'}
+  assert set(fresh['latents']) == set(measurements.STATISTICS)
+  assert all(value.shape == (2,) for value in fresh['latents'].values())
 
 
 @pytest.mark.parametrize(

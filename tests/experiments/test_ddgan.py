@@ -1,5 +1,6 @@
 """The denoising GAN stage: its two kinds of updates, its losses, devices, and a toy problem."""
 
+import functools
 import importlib
 import pathlib
 import sys
@@ -23,7 +24,7 @@ def updates(experiment, num_updates, mesh=None, batch_size=32):
   """Returns state and metrics after so many updates of the kinds that the host chooses."""
   images = toy_gan.data(0, 256)
   state = experiment.init(jax.random.key(0))
-  steps = {kind: jax.jit(experiment.of_kind(kind).train_step) for kind in ('', 'r1')}
+  steps = {kind: jax.jit(functools.partial(experiment.train_step, kind=kind)) for kind in ('', 'r1')}
   history = []
   for k in range(num_updates):
     batch = {'image': images[np.arange(k, k + batch_size) % 256]}
@@ -37,7 +38,11 @@ def updates(experiment, num_updates, mesh=None, batch_size=32):
 def test_both_kinds_are_chosen_by_the_step():
   experiment = toy_gan.make(2)
   assert [experiment.kind_of(step) for step in range(9)] == ['r1', '', '', '', 'r1', '', '', '', 'r1']
-  assert experiment.of_kind('r1').is_regularised and not experiment.of_kind('').is_regularised
+  state, batch = experiment.init(jax.random.key(0)), {'image': jnp.asarray(toy_gan.data(0, 32))}
+  slopes = {
+    kind: float(experiment.train_step(state, {}, batch, jax.random.key(1), kind)[1]['r1']) for kind in ('', 'r1')
+  }
+  assert slopes['r1'] > 0 == slopes['']  # the kind is an argument: R1 is taken where it is 'r1' alone
   without = toy_gan.make(2, loss={'r1_gamma': 0.0, 'r1_every_steps': 4, 'reconstruction': 'none'})
   assert {without.kind_of(step) for step in range(9)} == {''}
 
@@ -91,7 +96,7 @@ def test_the_generator_is_held_in_the_discriminators_loss():
   )
 
   def loss(params):
-    return experiment.discriminator_loss(judge, params, rows, jax.random.key(3))[0]
+    return experiment.discriminator_loss(judge, params, rows, jax.random.key(3), regularised=False)[0]
 
   assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
 
@@ -114,7 +119,7 @@ def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been():
   stored = jax.tree.map(np.asarray, state)  # what a checkpoint holds: both optimizers, average, last R1
   state = jax.tree.map(jnp.asarray, stored)
   for k in range(3, 6):
-    step = jax.jit(experiment.of_kind(experiment.kind_of(k)).train_step)
+    step = jax.jit(functools.partial(experiment.train_step, kind=experiment.kind_of(k)))
     state, _ = step(state, {}, {'image': images[np.arange(k, k + 32)]}, jax.random.key(k))
   jax.tree.map(
     np.testing.assert_array_equal, jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, whole)
@@ -154,12 +159,13 @@ SHAPES = {'ddgan': (8, 8, 1), 'wavelet': (4, 4, 4), 'latent': (4, 4, 2), 'advers
 @pytest.mark.parametrize('variant', SHAPES)
 def test_spaces_by_config(variant):
   experiment = experiments.build(digits(variant), 'ddgan')
-  assert experiment.noise_shape == SHAPES[variant]
-  assert experiment.takes_x0_vae == (variant == 'adversarial_refiner')
+  assert experiment.inputs['noise'].shape == SHAPES[variant]
+  given = {'noise', 'x0_vae', 'z'} if variant == 'adversarial_refiner' else {'noise'}
+  assert set(experiment.inputs) == given
   assert experiment.num_function_evaluations == 4
-  assert set(experiment.frozen) == {'latent': {'autoencoder'}, 'adversarial_refiner': {'vae'}}.get(
-    variant, set()
-  )
+  assert set(experiment.frozen) == {
+    'latent': {'autoencoder', 'latents'}, 'adversarial_refiner': {'vae', 'prior'}
+  }.get(variant, set())  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -171,7 +177,16 @@ def test_spaces_by_config(variant):
       {'ddgan.model.network': 'unet'},
       "model.network is 'unet'; valid: ncsnpp, wavelet_ncsnpp, uvit",
     ),
-    ('ddgan', {'ddgan.condition': 'z'}, "condition is 'z'; valid: none, x0_vae"),
+    (
+      'ddgan',
+      {'ddgan.diffusion.condition': 'formulation2'},
+      "diffusion.condition is 'formulation2'; valid: none, formulation1",
+    ),
+    (
+      'adversarial_refiner',
+      {'ddgan.diffusion.x0_vae_source': 'precomputed'},
+      "diffusion.x0_vae_source is 'precomputed'; valid: sample, mean",
+    ),
     ('ddgan', {'ddgan.loss.r1_every_steps': 0}, 'loss.r1_every_steps must be >= 1, got 0'),
     ('ddgan', {'ddgan.loss.reconstruction': 'sigmoid'}, "loss.reconstruction is 'sigmoid'; valid: none"),
     ('ddgan', {'ddgan.diffusion.num_steps': 0}, 'diffusion.num_steps must be >= 1, got 0'),

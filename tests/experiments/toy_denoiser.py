@@ -1,5 +1,7 @@
 """Gaussian images, whose exact denoiser is linear in y: a network of slopes, and its exact parameters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ class Line(nn.Module):
   """v = a(t) y, with a(t) piecewise linear between 17 times: enough for Gaussian data."""
 
   @nn.compact
-  def __call__(self, x_t, t, x0_vae=None, z=None, drop=None, *, deterministic=True):
+  def __call__(self, x_t, t, values={}, drop={}, *, deterministic=True):  # noqa: B006
     slopes = self.param('slopes', nn.initializers.zeros, (KNOTS + 1,))
     hats = jnp.maximum(0.0, 1 - jnp.abs(KNOTS * t[:, None] - jnp.arange(KNOTS + 1)[None, :]))
     return (hats @ slopes)[:, None, None, None] * x_t
@@ -22,7 +24,16 @@ class Line(nn.Module):
 
 def model(size: int) -> Model:
   image = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
-  return Model(module=Line(), inputs=(image, jax.ShapeDtypeStruct((1,), jnp.float32)))
+  return Model(module=Line(), inputs=(image, jax.ShapeDtypeStruct((1,), jnp.float32), {}))
+
+
+def diffusion(like, schedule, optimizer):
+  """Returns a diffusion with a network of slopes that predicts v and is not clipped, and it as a teacher."""
+  denoiser = dataclasses.replace(
+    like.denoiser, model=model(8), schedule=schedule, prediction='v', clip='none'
+  )
+  toy = dataclasses.replace(like, denoiser=denoiser, optimizer=optimizer)
+  return toy, dataclasses.replace(denoiser, network='teacher')
 
 
 def exact(schedule, std: float):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from vaediff.conditions import Conditions
 from vaediff.diffusion import few_steps
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.models.functional import Model
@@ -21,10 +22,10 @@ STD = 0.03
 class Magnified(Pixels):
   """Four times the pixels, so that a step's noise is of the size of the distance between modes."""
 
-  def from_image(self, frozen, x, key):
+  def encode(self, read, x, key):
     return 4 * x
 
-  def to_image(self, frozen, y):
+  def decode_map(self, read, y):
     return y / 4
 
 
@@ -65,15 +66,14 @@ def make(num_steps: int, **changes) -> Ddgan:
     'optimizer': Optimizer(transform=adam, ema_decay=0.99, ema_warmup=False),
     'optimizer_discriminator': Optimizer(transform=adam, ema_decay=0.0, ema_warmup=False),
     'space': Magnified(shape=(1, 1, 2)),
-    'vae_source': None,
-    'x0_vae_source': 'sample',
+    'conditions': Conditions(),
     'steps': few_steps.make_steps(num_steps),
     'noise_dim': 8,
     'loss': {'r1_gamma': 0.05, 'r1_every_steps': 4, 'reconstruction': 'none'},
     'num_updates': 1000,
     'flip': False,
     'microbatches': 1,
-    'latent_dim': 0,
+    'title': 'toy',
   }
   return Ddgan(**{**settings, **changes})
 
@@ -94,7 +94,6 @@ def stable(num_steps: int, num_updates: int) -> Ddgan:
 def train(experiment: Ddgan, num_updates: int, batch_size: int, seed: int):
   """Returns the state after so many updates on fresh points; the host chooses the kind of each."""
   images = jnp.asarray(data(seed, 50_000))
-  steps = {kind: experiment.of_kind(kind) for kind in ('', 'r1')}
 
   @jax.jit
   def several(state, key):  # one regularised update, then the others, as the loop's host would choose
@@ -102,7 +101,8 @@ def train(experiment: Ddgan, num_updates: int, batch_size: int, seed: int):
       inner = jax.random.fold_in(key, state.step)
       rows = jax.random.randint(jax.random.fold_in(inner, 1), (batch_size,), 0, len(images))
       kind = experiment.kind_of(k)
-      state, _ = steps[kind].train_step(state, {}, {'image': images[rows]}, jax.random.fold_in(inner, 2))
+      batch = {'image': images[rows]}
+      state, _ = experiment.train_step(state, {}, batch, jax.random.fold_in(inner, 2), kind)
     return state
 
   def body(state, _):
@@ -117,7 +117,11 @@ def train(experiment: Ddgan, num_updates: int, batch_size: int, seed: int):
 def covered(experiment: Ddgan, state, count: int = 5000, least: float = 0.2) -> tuple[int, float]:
   """Returns how many modes get at least `least` of their share of samples, and the share within 4 std."""
   keys = jax.random.split(jax.random.key(7), count)
-  drawn = jax.jit(lambda keys: experiment.sample(state.eval_params, {}, {}, keys))(keys)['x0'].reshape(-1, 2)
+
+  def sample(read, keys):
+    return experiment.sample(read, experiment.draw(read, keys, jnp.arange(count)), keys)['x0']
+
+  drawn = jax.jit(sample)(state.eval_params, keys).reshape(-1, 2)
   distance = np.linalg.norm(np.asarray(drawn)[:, None] - MODES, axis=-1)
   near = distance.min(axis=1) < 4 * STD
   counts = np.bincount(distance.argmin(axis=1)[near], minlength=len(MODES))

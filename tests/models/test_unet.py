@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vaediff.conditions.base import Conditions
+from vaediff.diffusion import schedules
 from vaediff.errors import UserError
+from vaediff.experiments.denoiser import Denoiser
+from vaediff.models import ports
 from vaediff.models.functional import Model
-from vaediff.models.unet import UNet, convert_formulation, feature_shapes
+from vaediff.models.ports import Port
+from vaediff.models.unet import UNet, convert_formulation
 
 TINY = {
   'variant': 'openai',
@@ -19,10 +24,7 @@ TINY = {
   'attention_resolutions': (),
   'num_heads': 2,
   'dropout': 0.5,
-  'condition_on_image': True,
-  'latent_dim': 3,
   'scale_shift_norm': False,
-  'learned_null': True,
   'remat': False,
   'dtype': 'float32',
 }
@@ -35,14 +37,18 @@ FFHQ128 = {'image_size': 128, 'channels': 128, 'channel_multipliers': (1, 1, 2, 
 CELEBAHQ256 = {'image_size': 256, 'channels': 128, 'channel_multipliers': (1, 1, 2, 2, 4, 4)}
 
 
-def build(**changes) -> Model:
-  module = UNet(**{**TINY, **changes})
-  size, channels = module.image_size, module.image_channels
-  image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-  time = jax.ShapeDtypeStruct((1,), jnp.float32)
-  z = jax.ShapeDtypeStruct((1, module.latent_dim), jnp.float32)
-  x0_vae = image if module.condition_on_image else None
-  return Model(module=module, inputs=(image, time, x0_vae, z if module.latent_dim else None))
+def build(*, on_image: bool = True, latent_dim: int = 3, droppable: bool = True, **changes) -> Model:
+  """Returns a network that reads x0_vae, a code z of some size (0 = none), or both."""
+  fields = {**TINY, **changes}
+  shape = (fields['image_size'], fields['image_size'], fields['image_channels'])
+  known = {}
+  if on_image:
+    known['x0_vae'] = Port(enters='concat', shape=shape, droppable=droppable)
+  if latent_dim:
+    known['z'] = Port(enters='vector', shape=(latent_dim,), droppable=droppable)
+  image, time = (jax.ShapeDtypeStruct((1, *own), jnp.float32) for own in (shape, ()))
+  module = UNet(ports=tuple(known.items()), **fields)
+  return Model(module=module, inputs=(image, time, ports.structs(known)))
 
 
 def shapes(model: Model):
@@ -54,7 +60,7 @@ def count(model: Model) -> int:
 
 
 def published(architecture: dict, attention_resolutions: tuple[int, ...], **changes) -> Model:
-  defaults = {'image_channels': 3, 'num_res_blocks': 2, 'latent_dim': 0, 'learned_null': False}
+  defaults = {'image_channels': 3, 'num_res_blocks': 2, 'latent_dim': 0, 'droppable': False}
   return build(**{**defaults, **architecture, 'attention_resolutions': attention_resolutions, **changes})
 
 
@@ -65,7 +71,8 @@ def random_params(model: Model, rng):
 
 def random_inputs(rng):
   image = lambda: jnp.float32(rng.normal(size=(2, 8, 8, 2)))
-  return image(), jnp.float32([0.2, 1.0]), image(), jnp.float32(rng.normal(size=(2, 3)))
+  x_t, x0_vae = image(), image()
+  return x_t, jnp.float32([0.2, 1.0]), {'x0_vae': x0_vae, 'z': jnp.float32(rng.normal(size=(2, 3)))}
 
 
 def apply(model: Model, params, *args, **kwargs):
@@ -104,7 +111,7 @@ def test_parameters_are_the_published_networks(
 def test_cifar10_parameters_to_the_last_one(variant):
   assert count(published(CIFAR, (16,), variant=variant)) == 35_749_763
   # Ho et al. 2020 (2006.11239), appendix B: 35.7 million, without a condition.
-  alone = published(CIFAR, (16,), variant=variant, condition_on_image=False)
+  alone = published(CIFAR, (16,), variant=variant, on_image=False)
   assert count(alone) == 35_749_763 - 3 * 9 * 128
 
 
@@ -126,7 +133,7 @@ def test_parameters_are_plain_dicts_with_stable_names():
   assert set(params['up_0']['res_0']) == {'norm_1', 'conv_1', 'emb', 'norm_2', 'conv_2', 'skip'}
   assert params['null_x0_vae'].shape == (8, 8, 2) and params['null_z'].shape == (3,)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-  assert not {'null_x0_vae', 'null_z'} & set(shapes(build(learned_null=False)))
+  assert not {'null_x0_vae', 'null_z'} & set(shapes(build(droppable=False)))
 
 
 @pytest.mark.parametrize('variant', ['openai', 'ddim'])
@@ -135,8 +142,8 @@ def test_output_at_initialisation(key, rng, variant):
   model = build(**ONE_LEVEL, variant=variant)
   params = jax.jit(model.init)(key_init)
   assert not np.any(params['null_x0_vae']) and not np.any(params['null_z'])
-  x_t, t, x0_vae, z = random_inputs(rng)
-  y = apply(model, params, x_t, t, x0_vae, z, key_dropout=key_dropout)
+  x_t, t, values = random_inputs(rng)
+  y = apply(model, params, x_t, t, values, key_dropout=key_dropout)
   assert y.shape == x_t.shape and y.dtype == jnp.float32
   if variant == 'openai':
     assert not np.any(y)
@@ -188,47 +195,56 @@ def test_dropout_needs_a_key_and_uses_it(rng):
 def test_dropped_conditions_are_replaced_example_by_example(rng):
   model = build()
   params = random_params(model, rng)
-  x_t, t, x0_vae, z = random_inputs(rng)
-  drop = jnp.array([True, False])
+  x_t, t, values = random_inputs(rng)
+  drop = dict.fromkeys(values, jnp.array([True, False]))
   run = jax.jit(model.apply)
-  kept, mixed = run(params, x_t, t, x0_vae, z), run(params, x_t, t, x0_vae, z, drop)
-  other = run(params, x_t, t, x0_vae + 1.0, z - 1.0, drop)
+  kept, mixed = run(params, x_t, t, values), run(params, x_t, t, values, drop)
+  other = run(params, x_t, t, {'x0_vae': values['x0_vae'] + 1.0, 'z': values['z'] - 1.0}, drop)
   np.testing.assert_array_equal(mixed[0], other[0])
   assert np.abs(mixed[1] - other[1]).max() > 1e-3
   np.testing.assert_allclose(mixed[1], kept[1], atol=1e-6)
-  null_image = jnp.broadcast_to(params['null_x0_vae'][None], x0_vae.shape)
-  null_z = jnp.broadcast_to(params['null_z'][None], z.shape)
-  np.testing.assert_allclose(mixed[0], run(params, x_t, t, null_image, null_z)[0], atol=1e-6)
+  nulls = {
+    name: jnp.broadcast_to(params[f'null_{name}'][None], value.shape) for name, value in values.items()
+  }
+  np.testing.assert_allclose(mixed[0], run(params, x_t, t, nulls)[0], atol=1e-6)
 
 
 def test_output_depends_on_time_and_z(rng):
   model = build(variant='ddim')
   params = random_params(model, rng)
-  x_t, t, x0_vae, z = random_inputs(rng)
+  x_t, t, values = random_inputs(rng)
   run = jax.jit(model.apply)
-  y = run(params, x_t, t, x0_vae, z)
-  assert np.abs(y - run(params, x_t, t - 0.1, x0_vae, z)).max() > 1e-3
-  assert np.abs(y - run(params, x_t, t, x0_vae, z + 1.0)).max() > 1e-3
+  y = run(params, x_t, t, values)
+  assert np.abs(y - run(params, x_t, t - 0.1, values)).max() > 1e-3
+  assert np.abs(y - run(params, x_t, t, {**values, 'z': values['z'] + 1.0})).max() > 1e-3
 
 
 @pytest.mark.parametrize(
-  ('changes', 'given', 'message'),
+  ('changes', 'given', 'dropped', 'message'),
   [
-    ({}, {'x0_vae'}, 'latent_dim=3 needs `z`'),
-    ({}, {'z'}, 'condition_on_image=True needs `x0_vae`'),
-    ({'latent_dim': 0}, {'x0_vae', 'z'}, 'latent_dim=0 takes no `z`'),
-    ({'condition_on_image': False}, {'x0_vae', 'z'}, 'takes no `x0_vae`'),
-    ({'learned_null': False}, {'x0_vae', 'z', 'drop'}, 'learned_null=True'),
-    ({'image_size': 16}, {'x0_vae', 'z'}, r'x_t of shape \(16, 16, 2\), got \(8, 8, 2\)'),
-    ({'latent_dim': 5}, {'x0_vae', 'z'}, r'z has shape \(2, 3\), expected \(batch, 5\)'),
+    ({}, {'x0_vae'}, '', r"reads the values \['x0_vae', 'z'\], got \['x0_vae'\]"),
+    ({}, {'z'}, '', r"reads the values \['x0_vae', 'z'\], got \['z'\]"),
+    ({'latent_dim': 0}, {'x0_vae', 'z'}, '', r"reads the values \['x0_vae'\], got \['x0_vae', 'z'\]"),
+    ({'on_image': False}, {'x0_vae', 'z'}, '', r"reads the values \['z'\], got \['x0_vae', 'z'\]"),
+    ({'droppable': False}, {'x0_vae', 'z'}, 'z', r"'z' cannot be dropped; .* learned stand-in: \[\]"),
+    ({'on_image': False, 'latent_dim': 0}, {}, 'z', r"'z' cannot be dropped; .* learned stand-in: \[\]"),
+    ({'latent_dim': 0}, {'x0_vae'}, 'z', r"'z' cannot be dropped; .* learned stand-in: \['x0_vae'\]"),
+    ({'image_size': 16}, {'x0_vae', 'z'}, '', r'x_t of shape \(16, 16, 2\), got \(8, 8, 2\)'),
+    ({'latent_dim': 5}, {'x0_vae', 'z'}, '', r'reads z of shape \(5,\) per example, got \(3,\)'),
   ],
 )
-def test_inputs_that_do_not_fit_are_errors(rng, changes, given, message):
-  x_t, t, x0_vae, z = random_inputs(rng)
-  conditions = {'x0_vae': x0_vae, 'z': z, 'drop': jnp.array([True, False])}
-  conditions = {name: value for name, value in conditions.items() if name in given}
+def test_inputs_that_do_not_fit_are_errors(rng, changes, given, dropped, message):
+  x_t, t, values = random_inputs(rng)
+  values = {name: value for name, value in values.items() if name in given}
+  drop = {dropped: jnp.array([True, False])} if dropped else {}
   with pytest.raises(ValueError, match=message):
-    build(**changes).module.init(jax.random.key(0), x_t, t, **conditions)
+    build(**changes).module.init(jax.random.key(0), x_t, t, values, drop)
+
+
+def test_an_image_beside_the_state_has_the_shape_of_its_port(rng):
+  x_t, t, values = random_inputs(rng)
+  with pytest.raises(ValueError, match=r'reads x0_vae of shape \(8, 8, 2\) per example, got \(4, 8, 2\)'):
+    build().module.init(jax.random.key(0), x_t, t, {**values, 'x0_vae': values['x0_vae'][:, :4]})
 
 
 @pytest.mark.parametrize(
@@ -247,7 +263,6 @@ def test_inputs_that_do_not_fit_are_errors(rng, changes, given, message):
     ({'channel_multipliers': ()}, 'model.channel_multipliers is empty'),
     ({'dropout': 1.0}, r'model.dropout is 1.0; it must be in \[0, 1\)'),
     ({'dtype': 'float16'}, "model.dtype is 'float16'"),
-    ({'condition_on_image': False, 'latent_dim': 0}, 'learned_null is set .* no condition'),
   ],
 )
 def test_mistakes_are_user_errors(changes, message):
@@ -263,11 +278,11 @@ def test_formulations_are_the_same_network_in_other_coordinates(rng):
   model = build()
   form2 = random_params(model, rng)
   form1 = convert_formulation(form2, to=1, image_channels=2)
-  y_t, t, x0_vae, z = random_inputs(rng)
+  y_t, t, values = random_inputs(rng)
   run = jax.jit(model.apply)
-  expected = run(form2, y_t + x0_vae, t, x0_vae, z)
-  assert np.abs(expected - run(form2, y_t, t, x0_vae, z)).max() > 1e-3
-  np.testing.assert_allclose(run(form1, y_t, t, x0_vae, z), expected, atol=1e-5)
+  expected = run(form2, y_t + values['x0_vae'], t, values)
+  assert np.abs(expected - run(form2, y_t, t, values)).max() > 1e-3
+  np.testing.assert_allclose(run(form1, y_t, t, values), expected, atol=1e-5)
 
   back = convert_formulation(form1, to=2, image_channels=2)
   for a, b in zip(jax.tree.leaves(form2), jax.tree.leaves(back), strict=True):
@@ -275,14 +290,22 @@ def test_formulations_are_the_same_network_in_other_coordinates(rng):
 
 
 def test_only_networks_that_read_the_image_are_converted(rng):
-  params = random_params(build(condition_on_image=False), rng)
-  with pytest.raises(ValueError, match='Only a network with condition_on_image'):
+  params = random_params(build(on_image=False), rng)
+  with pytest.raises(ValueError, match='Only a network that concatenates one image'):
     convert_formulation(params, to=1, image_channels=2)
   with pytest.raises(ValueError, match='formulations 1 and 2, not 3'):
     convert_formulation(params, to=3, image_channels=2)
 
 
 # Features -------------------------------------------------------------------------------------------
+
+
+def feature_shapes(model: Model):
+  denoiser = Denoiser(
+    model=model, conditions=Conditions(), schedule=schedules.LinearBeta(), prediction='eps',
+    loss_weight='snr', bound=None, clip='none', threshold_percentile=100.0,
+  )  # fmt: skip
+  return denoiser.feature_shapes()
 
 
 @pytest.mark.parametrize('changes', [{}, {'attention_resolutions': (8,), 'num_res_blocks': 2}])
@@ -299,24 +322,20 @@ def test_features_are_the_maps_of_the_forward_pass(rng, changes):
   features = jax.jit(lambda params: model.apply(params, *inputs, method='features'))(params)
   last = 'attn_1' if changes else 'res_0'
   levels = [captured['down_0'][last], captured['down_1'][last.replace('attn', 'res')], captured['middle']]
-  assert (
-    [x.shape[1:] for x in features] == feature_shapes(model.module) == [(8, 8, 64), (4, 4, 64), (4, 4, 64)]
-  )
+  assert [x.shape[1:] for x in features] == feature_shapes(model) == [(8, 8, 64), (4, 4, 64), (4, 4, 64)]
   for got, expected in zip(features, levels, strict=True):
     np.testing.assert_allclose(got, expected['__call__'][0], rtol=1e-5, atol=1e-6)
 
 
 def test_features_need_no_parameter_of_the_way_up_and_all_of_the_way_down(rng):
   model = build()
-  params, (x_t, t, x0_vae, z) = random_params(model, rng), random_inputs(rng)
+  params, (x_t, t, values) = random_params(model, rng), random_inputs(rng)
   down = {k: v for k, v in params.items() if not k.startswith(('up_', 'norm_out', 'conv_out'))}
   assert len(down) == len(params) - 4
-  drop = jnp.array([True, False])
+  drop = dict.fromkeys(values, jnp.array([True, False]))
 
   def total(params):
-    return sum(
-      jnp.sum(jnp.square(x)) for x in model.apply(params, x_t, t, x0_vae, z, drop, method='features')
-    )
+    return sum(jnp.sum(jnp.square(x)) for x in model.apply(params, x_t, t, values, drop, method='features'))
 
   grads = jax.jit(jax.grad(total))(down)
   assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))

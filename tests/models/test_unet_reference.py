@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vaediff.models.functional import Model
+from vaediff.models.ports import Port
 from vaediff.models.unet import UNet
 
 SIZE, WIDTH, HEADS, MULTIPLIERS, BLOCKS, ATTENTION = 8, 64, 2, (1, 2, 1), 2, (4,)
@@ -124,12 +125,13 @@ def test_the_network_is_the_published_one(variant, film):
     attention_resolutions=ATTENTION,
     num_heads=HEADS,
     dropout=0.5,
-    condition_on_image=True,
-    latent_dim=3,
     scale_shift_norm=film,
-    learned_null=False,
     remat=False,
     dtype='float32',
+    ports=(
+      ('x0_vae', Port(enters='concat', shape=(SIZE, SIZE, 2))),
+      ('z', Port(enters='vector', shape=(3,))),
+    ),
   )
   rng = np.random.default_rng(0)
   inputs = (
@@ -138,8 +140,9 @@ def test_the_network_is_the_published_one(variant, film):
     rng.normal(size=(2, SIZE, SIZE, 2)),
     rng.normal(size=(2, 3)),
   )
-  arrays = tuple(jnp.float32(x) for x in inputs)
-  inputs_like = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+  x_t, t, x0_vae, z = (jnp.float32(x) for x in inputs)
+  arrays = (x_t, t, {'x0_vae': x0_vae, 'z': z})
+  inputs_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
   model = Model(module=module, inputs=inputs_like)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   # Every parameter counts: none is left at the zeros or ones of its initialisation.

@@ -1,1 +1,40 @@
 """On what a diffusion is conditioned: one file per condition."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vaediff.conditions.base import Condition, Conditions
+from vaediff.conditions.vae import vae_condition
+from vaediff.conditions.weight import Weight
+from vaediff.errors import UserError
+from vaediff.spaces import Space
+
+BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {}
+"""By section of `config.<stage>.conditions`: (config, stage, space) -> the condition."""
+
+
+def make_conditions(config: ConfigDict, stage: str, space: Space) -> Conditions:
+  """Returns what the diffusion of a stage is conditioned on: the VAE, its `conditions`, the guidance weight.
+
+  Raises:
+    UserError: for a condition that is not known, or one that cannot be built.
+  """
+  section = config[stage]
+  diffusion, found = section.diffusion, []
+  known = vae_condition(
+    config,
+    stage,
+    space,
+    reads_code=diffusion.z_conditioning,
+    dropout=diffusion.condition_dropout,
+  )
+  if known:
+    found.append(known)
+  for name in sorted(section.conditions):
+    if name not in BY_NAME:
+      raise UserError(f'conditions has a section {name!r}; valid: {", ".join(BY_NAME)}')
+    found.append(BY_NAME[name](config, stage, space))
+  if section.model.guidance_embedding:
+    found.append(Weight(weight=section.sample.guidance_weight))
+  return Conditions(tuple(found))

@@ -5,17 +5,17 @@ q(z | x) of training images, a mixture is fitted with scikit-learn, and the numb
 with the best log-likelihood on held-out latents. Draws are per image, so they come in no particular order.
 """
 
-import os
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vaediff import checks, reads
 from vaediff.errors import UserError
 from vaediff.types import Keys, Latent
 
+PRIOR = 'prior'
+"""The measurement of a VAE's latents, and the name that it is read by."""
 KINDS = ('normal', 'gmm')
 COVARIANCES = ('full', 'diag', 'tied')
 Prior = dict[str, jax.Array | np.ndarray]
@@ -41,15 +41,25 @@ def draw(prior: Prior, keys: Keys, latent_dim: int) -> Latent:
   return jax.vmap(one)(keys)
 
 
-def check(config: ConfigDict) -> None:
-  """Raises UserError where a stage's `prior` section holds a value that is not allowed."""
-  for field, names in (('kind', KINDS), ('covariance', COVARIANCES)):
-    if config[field] not in names:
-      raise UserError(f'prior.{field} is {config[field]!r}; valid: {", ".join(names)}')
-  if not config.num_components or min(config.num_components) < 1:
-    raise UserError(f'prior.num_components must name counts >= 1, got {config.num_components}')
-  if not 0 < config.holdout_fraction < 1:
-    raise UserError(f'prior.holdout_fraction must be in (0, 1), got {config.holdout_fraction}')
+def measured(stage: str, workdir: str) -> reads.Measured:
+  """Returns the declaration of a VAE stage's prior; N(0, I), where it has no meaning."""
+  return reads.Measured(stage=stage, workdir=workdir, measurement=PRIOR, neutral=dict)
+
+
+BOUNDS = {
+  'prior.kind': checks.one_of(KINDS),
+  'prior.covariance': checks.one_of(COVARIANCES),
+  'prior.holdout_fraction': checks.inside(0, 1),
+  'prior.num_encoded': checks.at_least(1),
+}
+
+
+def check(section: ConfigDict) -> None:
+  """Raises UserError where a VAE's section `prior` holds a value that is not allowed."""
+  checks.check(section, BOUNDS)
+  counts = section.prior.num_components
+  if not counts or min(counts) < 1:
+    raise UserError(f'prior.num_components must name counts >= 1, got {counts}')
 
 
 def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndarray], dict[int, float]]:
@@ -82,17 +92,3 @@ def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndar
     factors = np.linalg.cholesky(best.covariances_)
   arrays = {'weights': best.weights_, 'means': best.means_, config.covariance: factors}
   return {name: value.astype(np.float32) for name, value in arrays.items()}, scores
-
-
-def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes the arrays as npz."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  with open(temporary, 'wb') as file:
-    np.savez(file, **arrays)
-  os.replace(temporary, path)
-
-
-def load(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns the arrays that `save` wrote."""
-  with np.load(path) as file:
-    return {name: file[name] for name in file.files}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Key, Shaped, UInt8
 
-from vaediff.types import Image, Mask
+from vaediff.types import Batch, Image, Mask
 
 
 def to_unit_range(
@@ -35,3 +35,15 @@ def flip(
 ) -> Shaped[Array, 'batch height width channels']:
   """Returns images mirrored left to right where `mask` is true; of any dtype."""
   return jnp.where(mask[:, None, None, None], images[:, :, ::-1, :], images)
+
+
+def prepare(batch: Batch, key: jax.Array | None) -> Batch:
+  """Returns a batch whose images (uint8, all of them) are in [-1, 1].
+
+  With a key every image of an example is mirrored, or none, with probability 1/2.
+  """
+  images = {name: to_unit_range(value) for name, value in batch.items() if value.dtype == jnp.uint8}
+  if key is not None:
+    mask = random_flip(key, len(batch['image']))
+    images = {name: flip(value, mask) for name, value in images.items()}
+  return {**batch, **images}

@@ -27,6 +27,8 @@ from vaediff.data.synthetic import COUNTS, NUM_CLASSES, synthetic_arrays
 from vaediff.errors import UserError
 
 SPLITS = ('train', 'eval')
+IMAGE, LABEL = 'image', 'label'
+"""What a batch holds of each example."""
 CHOICES = {
   'source': ('tfds', 'idx', 'image_folder', 'npz', 'synthetic'),
   'channels': (1, 3),
@@ -51,6 +53,12 @@ class Source(Protocol):
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Returns 'image', uint8 [n, H, W, C], and 'label', int32 [n], of these examples, in order."""
+
+
+def batch_structs(config: ml_collections.ConfigDict, count: int) -> dict[str, tuple[tuple[int, ...], type]]:
+  """Returns shape and type of the arrays of a batch of `count` examples, without opening the data."""
+  size, channels = config.image_size, config.channels
+  return {IMAGE: ((count, size, size, channels), np.uint8), LABEL: ((count,), np.int32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vaediff.diffusion.schedules import Schedule, TimeLike
@@ -19,7 +18,6 @@ from vaediff.errors import UserError
 from vaediff.types import Time
 
 PREDICTIONS = ('x0', 'eps', 'v')
-FORMULATIONS = (1, 2)
 
 Denoise = Callable[[Float[Array, 'batch *shape'], Time], Float[Array, 'batch *shape']]
 """denoise(y_t, t) -> x0_hat: network, condition, prediction type and formulation in one."""
@@ -34,17 +32,6 @@ def check_prediction(prediction: str) -> None:
   """Returns nothing; raises UserError unless `prediction` is 'x0', 'eps' or 'v'."""
   if prediction not in PREDICTIONS:
     raise UserError(f'prediction must be one of {list(PREDICTIONS)}, got {prediction!r}')
-
-
-def shift(formulation: int, x0_vae: Float[Array, 'batch *shape']) -> Float[Array, 'batch *shape']:
-  """Returns x_t - y_t: `x0_vae` in Formulation 2, zeros in Formulation 1 (arXiv:2201.00308).
-
-  Raises:
-    UserError: if `formulation` is neither 1 nor 2.
-  """
-  if formulation not in FORMULATIONS:
-    raise UserError(f'formulation must be one of {list(FORMULATIONS)}, got {formulation!r}')
-  return x0_vae if formulation == 2 else jnp.zeros_like(x0_vae)
 
 
 def q_sample(

@@ -8,6 +8,8 @@ shift, that is y_t itself, with the null condition.
 Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,26 +20,37 @@ from vaediff.types import Time
 
 
 def guided(
-  denoise_conditional: Denoise, denoise_unconditional: Denoise, weight: float | Float[Array, ' batch']
+  denoise: Denoise,
+  weaker: Sequence[Denoise],
+  weights: Sequence[float | Float[Array, ' batch']],
 ) -> Denoise:
-  """Returns the classifier-free guided denoiser, x0 = (1 + w) x0_conditional - w x0_unconditional.
+  """Returns the guided denoiser, x0 = (1 + sum_k w_k) x0_hat - sum_k w_k x0_hat_k.
 
-  Ho & Salimans 2022, eq. 6 (arXiv:2207.12598). `weight` 0 is the conditional denoiser itself, and
-  the unconditional one is then never called; -1 is the unconditional one.
+  With one weaker branch that reads no condition it is classifier-free guidance (Ho & Salimans 2022, eq. 6,
+  arXiv:2207.12598): weight 0 is the conditional denoiser itself, -1 the unconditional one. A branch whose
+  weight is the number 0 is never called.
 
   Args:
-    denoise_conditional: (y_t, t) -> x0_hat given the condition.
-    denoise_unconditional: (y_t, t) -> x0_hat given the null condition and zero shift.
-    weight: w, a Python number, or one per example.
+    denoise: (y_t, t) -> x0_hat given all conditions.
+    weaker: (y_t, t) -> x0_hat of each weaker branch, which has no shift where it drops that condition.
+    weights: w_k, Python numbers, or one per example.
   """
-  if isinstance(weight, int | float) and weight == 0:
-    return denoise_conditional
+  pairs = [
+    (branch, weight)
+    for branch, weight in zip(weaker, weights, strict=True)
+    if not (isinstance(weight, int | float) and weight == 0)
+  ]
+  if not pairs:
+    return denoise
 
-  def denoise(y: Float[Array, 'batch *shape'], t: Time) -> Float[Array, 'batch *shape']:
-    w = per_example(weight, y) if isinstance(weight, jax.Array) else weight
-    return (1 + w) * denoise_conditional(y, t) - w * denoise_unconditional(y, t)
+  def combined(y: Float[Array, 'batch *shape'], t: Time) -> Float[Array, 'batch *shape']:
+    each = [per_example(w, y) if isinstance(w, jax.Array) else w for _, w in pairs]
+    x0_hat = (1 + sum(each)) * denoise(y, t)
+    for (branch, _), w in zip(pairs, each, strict=True):
+      x0_hat = x0_hat - w * branch(y, t)
+    return x0_hat
 
-  return denoise
+  return combined
 
 
 def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:

@@ -31,6 +31,7 @@ Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +235,7 @@ def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State,
     return _run(denoise, y, keys, table(schedule, times, **options), trajectory)
 
   sample.__name__, sample.__qualname__, sample.__doc__ = table.__name__, table.__qualname__, table.__doc__
+  sample.options = tuple(inspect.signature(table).parameters)[2:]
   return sample
 
 
@@ -375,6 +377,11 @@ def get_sampler(name: str) -> Callable[..., State | tuple[State, Trajectory]]:
   if name not in SAMPLERS:
     raise UserError(f'sample.sampler must be one of {sorted(SAMPLERS)}, got {name!r}')
   return SAMPLERS[name]
+
+
+def options(name: str) -> tuple[str, ...]:
+  """Returns the names of what the sampler called `name` takes beside what all of them do."""
+  return get_sampler(name).options
 
 
 def num_function_evaluations(name: str, num_steps: int, t_end: float = 0.0) -> int:

@@ -7,12 +7,10 @@ leave the noise out, which no distance between sets of images shows as plainly.
 
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vaediff.conditions import prior
 from vaediff.errors import UserError
+from vaediff.experiments.base import NOISE
 from vaediff.run import config as configs
 from vaediff.run import draw, log
 from vaediff.run.trained import Trained
@@ -82,20 +80,15 @@ class Teacher:
 
 
 def pairs(trained: Trained, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns two sets of images, pixels in [0, 1]: image i of both is of code i, and of another noise."""
-  experiment = trained.experiment
+  """Returns two sets of images, pixels in [0, 1]: images i have the same conditions, and another noise."""
   size = min(trained.settings.batch_size, count)
   sets = ([], [])
   for indices in draw.batches(count, size):
     fresh = min(size, count - int(indices[0]))
-    codes = {}
-    if experiment.latent_dim:
-      keys, _ = draw.image_keys(seed, jnp.asarray(indices))
-      codes['z'] = np.asarray(prior.draw(jax.device_get(trained.prior), keys, experiment.latent_dim))
+    given = trained.drawn(indices, seed)
     for k, images in enumerate(sets):
       of_noise = (seed + k * SECOND_SEED) % 2**31
-      _, keys = draw.image_keys(of_noise, jnp.asarray(indices))
-      noise = jax.vmap(lambda key: jax.random.normal(key, experiment.noise_shape))(keys)
-      drawn = trained.draw(indices, {**codes, 'noise': np.asarray(noise)}, seed=of_noise)
-      images.append(drawn['x0'][:fresh].astype(np.float64) / 255)
+      noise = trained.drawn(indices, of_noise)[NOISE]
+      drawn = trained.draw(indices, {**given, NOISE: noise}, seed=of_noise)
+      images.append(drawn[list(drawn)[-1]][:fresh].astype(np.float64) / 255)
   return np.concatenate(sets[0]), np.concatenate(sets[1])

@@ -5,20 +5,21 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vaediff.data import sources
 from vaediff.evaluation import measures, networks
 from vaediff.evaluation.references import reference
 from vaediff.experiments.base import Experiment
 from vaediff.run import draw
-from vaediff.types import Params
+from vaediff.types import Params, Read
 
 
 def make_measure(
-  config: ConfigDict, stage: str, experiment: Experiment, frozen: dict[str, Params], mesh: Mesh
+  config: ConfigDict, stage: str, experiment: Experiment, frozen: Read, source: sources.Source, mesh: Mesh
 ) -> Callable[[dict[str, Params]], float] | None:
   """Returns params -> the figure `train.best_measure` of `train.best_images` samples of the stage.
 
-  None where there is no such figure to compute, or it is one of the stage's own validation metrics. z is
-  drawn from N(0, I): a mixture is fitted only once the VAE is trained.
+  None where there is no such figure to compute, or it is one of the stage's own validation metrics. `source`
+  are images of the evaluation split, for a stage whose samples are made of images.
 
   Raises:
     UserError: for an unknown figure, or when its network has no weights.
@@ -31,13 +32,15 @@ def make_measure(
   extractor, accuracy = networks.load(name, config, mesh)
   network = networks.Features(extractor, mesh, config.evaluate.batch_size, accuracy)
   known = reference(config, 'train', network)
-  run = draw.make_draw(experiment, mesh, config[stage].sample.seed)
+  run = draw.make_draw(
+    experiment, mesh, config[stage].sample.seed, source.image_shape, lambda: source
+  )
   size = min(config[stage].sample.batch_size, train.best_images)
 
   def measure(params: dict[str, Params]) -> float:
     stream = network.stream()
     for indices in draw.batches(train.best_images, size):
-      images = run(params, frozen, {}, indices)
+      images = run({**frozen, **params}, indices)
       fresh = min(size, train.best_images - int(indices[0]))
       stream.add(images[list(images)[-1]][:fresh])
     return measures.of_features(name, stream.finish(), known, config.evaluate)[train.best_measure]

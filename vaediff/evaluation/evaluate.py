@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from vaediff import files
 from vaediff.evaluation import likelihoods, networks, plots, report
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
@@ -44,7 +45,7 @@ def evaluate(trained: Trained) -> dict[str, float]:
     log.say(line)
   if jax.process_index() == 0:
     report.write_json(folder / f'{name}.json', result)
-    report.write_text(folder / f'{name}.md', as_text(result, markdown=True) + '\n')
+    files.write_text(folder / f'{name}.md', as_text(result, markdown=True) + '\n')
     plots.bars(folder / f'{name}.png', rows)
   log.say(f'\nwrote {folder / name}.json, .md and .png')
   return {}

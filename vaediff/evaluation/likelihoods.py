@@ -6,16 +6,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vaediff import experiments
+from vaediff import experiments, reads
+from vaediff.conditions.vae import CODE
 from vaediff.data import sources
 from vaediff.diffusion.likelihood import bits_per_dimension
 from vaediff.errors import UserError
 from vaediff.evaluation.measures import Figure
-from vaediff.experiments.base import Experiment, HasLikelihood, offers
+from vaediff.experiments.base import BYTES, Experiment
 from vaediff.machine import sharding
 from vaediff.run import draw
 from vaediff.run.trained import Trained
-from vaediff.types import Params
+from vaediff.types import Read
 
 ACTIVE_VARIANCE = 0.01
 """Least variance over images of a unit's posterior mean for it to count as active (arXiv:1509.00519)."""
@@ -28,17 +29,13 @@ def figures(trained: Trained) -> dict[str, Figure]:
   spread, each with its terms; 'active_units' of the VAE, as a count.
   """
   settings, found = trained.config.evaluate, {}
-  pairs = [(trained.experiment, trained.params, trained.frozen)]
-  origin = trained.experiment.frozen.get('vae')
-  if origin:
-    pairs.append((experiments.build(trained.config, origin.stage), {'vae': trained.frozen['vae']}, {}))
-  for experiment, params, frozen in pairs:
-    if not settings.num_bound or not offers(experiment, HasLikelihood):
+  for experiment, read in [(trained.experiment, trained.read), *encoders_of(trained)]:
+    if not settings.num_bound or not experiment.likelihood:
       continue
     dimensions = int(np.prod(trained.eval_source.image_shape))
     try:
       terms = bound(
-        experiment, params, frozen, trained.eval_source, trained.mesh, settings.num_bound,
+        experiment, read, trained.eval_source, trained.mesh, settings.num_bound,
         settings.num_bound_times, trained.settings.seed, settings.batch_size,
       )  # fmt: skip
     except UserError as error:
@@ -46,7 +43,7 @@ def figures(trained: Trained) -> dict[str, Figure]:
       continue
     total = sum(terms.values())
     error = float(total.std(ddof=1) / np.sqrt(len(total)))
-    if experiment.likelihood == 'mass of bytes':
+    if experiment.likelihood == BYTES:
       found['bits_per_dimension'] = Figure(
         value=bits_per_dimension(float(total.mean()), dimensions),
         spread=bits_per_dimension(error, dimensions),
@@ -59,18 +56,29 @@ def figures(trained: Trained) -> dict[str, Figure]:
       found['elbo'] = Figure(value=-float(total.mean()), spread=error)
       for name, values in terms.items():
         found[f'elbo/{name}'] = Figure(value=-float(values.mean()))
-  if trained.experiment.latent_dim:
+  if CODE in trained.experiment.inputs:
     count = min(settings.num_reconstructions, len(trained.eval_source))
-    mean, _ = trained.encode(trained.eval_source.read(np.arange(count))['image'])
-    found['active_units'] = Figure(value=float(active_units(mean)))
-    found['latent_dim'] = Figure(value=float(trained.experiment.latent_dim))
+    seen = trained.observe(*trained.eval_images(count))
+    found['active_units'] = Figure(value=float(active_units(seen[CODE])))
+    found['latent_dim'] = Figure(value=float(seen[CODE].shape[1]))
   return found
+
+
+def encoders_of(trained: Trained) -> list[tuple[Experiment, Read]]:
+  """Returns the experiments of the earlier stages that have a bound of another kind, and what they read."""
+  opened = []
+  for name, source in trained.experiment.frozen.items():
+    if not isinstance(source, reads.FromStage):
+      continue
+    experiment = experiments.build(trained.config, source.stage)
+    if experiment.likelihood and experiment.likelihood != BYTES:
+      opened.append((experiment, {source.network: trained.read[name]}))
+  return opened
 
 
 def bound(
   experiment: Experiment,
-  params: dict[str, Params],
-  frozen: dict[str, Params],
+  read: Read,
   source: sources.Source,
   mesh: Mesh,
   limit: int,
@@ -83,15 +91,15 @@ def bound(
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   @functools.partial(jax.jit, out_shardings=everywhere)
-  def run(params, frozen, image, indices):
-    _, keys = draw.image_keys(seed, indices)
-    return experiment.negative_elbo(params, frozen, image, keys, num_times)
+  def run(read, batch, indices):
+    keys = jax.vmap(jax.random.split)(draw.image_keys(seed, indices))[:, 1]
+    return experiment.bound(read, batch, keys, num_times)
 
   parts = []
   size = sharding.round_up(min(batch_size, count), mesh)
   for indices in draw.batches(count, size):
-    image = jax.device_put(source.read(indices)['image'], where)
-    terms = run(params, frozen, image, jax.device_put(indices, where))
+    batch = jax.device_put(source.read(indices), where)
+    terms = run(read, batch, jax.device_put(indices, where))
     fresh = min(size, count - int(indices[0]))
     parts.append({k: np.asarray(v[:fresh], np.float64) for k, v in jax.device_get(terms).items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -19,7 +19,6 @@ from vaediff.errors import UserError
 from vaediff.features.extractor import Extractor
 from vaediff.machine import distributed
 from vaediff.run import checkpoint, log
-from vaediff.run.frozen import abstract_params
 from vaediff.run.loop import SUMMARY, Stage, train
 from vaediff.weights import tensors
 
@@ -62,7 +61,7 @@ def load(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float]:
     )
   accuracy = json.loads((folder / SUMMARY).read_text())['last']['val/accuracy']
   model = experiment.networks[STAGE]
-  params = checkpoint.load_frozen(folder, STAGE, abstract_params(model, mesh))
+  params = checkpoint.load_frozen(folder, STAGE, checkpoint.abstract_params(model, mesh))
 
   def apply(params, image):
     features, logits = model.apply(params, pixels.to_unit_range(image))
@@ -96,7 +95,7 @@ def source_fingerprint(source: sources.Source, most: int = 64) -> str:
   batch = source.read(rows)
   digest = hashlib.sha256(f'{len(source)} {source.image_shape}'.encode())
   digest.update(batch['image'].tobytes())
-  digest.update(batch['label'].astype('<i4').tobytes())
+  digest.update(batch[sources.LABEL].astype('<i4').tobytes())
   return digest.hexdigest()
 
 

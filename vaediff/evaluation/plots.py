@@ -1,6 +1,5 @@
 """Plots of an evaluation, as PNG files."""
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ matplotlib.use('Agg')  # no display is needed, nor looked for
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure as Plot
 
+from vaediff import files
 from vaediff.evaluation.measures import Figure
 from vaediff.run import images
 
@@ -81,9 +81,7 @@ def has_value(value: Any) -> bool:
 
 def save(plot: Plot, path: pathlib.Path) -> None:
   """Writes and closes a plot."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   plot.tight_layout()
-  plot.savefig(temporary, format='png', dpi=120)
+  with files.replacing(path) as temporary:
+    plot.savefig(temporary, format='png', dpi=120)
   plt.close(plot)
-  os.replace(temporary, path)

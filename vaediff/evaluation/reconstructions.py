@@ -12,15 +12,14 @@ from vaediff.evaluation import measures, quality
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.evaluation.sets import ROW_NAMES, Real, floors_at, with_floors
+from vaediff.evaluation.sets import Real, floors_at, title_of, with_floors
 from vaediff.run import log
 from vaediff.run.trained import Trained
 
 
 def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
   """Returns one row per kind of reconstruction of the evaluation split; [] without any."""
-  reads_image = trained.experiment.reads_image
-  if not trained.experiment.latent_dim and not reads_image:
+  if not trained.experiment.reconstructs:
     return []
   settings, source = trained.config.evaluate, trained.eval_source
   count = min(settings.num_reconstructions, len(source))
@@ -28,8 +27,8 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
     count = min(count, settings.max_features)  # of so many images the features are kept
   log.say(f'reconstructing {count} evaluation images')
   parts, streams = {}, {}
-  for indices, image in in_chunks(source, count, settings.batch_size):
-    given = {'image': image} if reads_image else {'z': trained.encode(image)[0]}
+  for indices, image, label in in_chunks(source, count, settings.batch_size):
+    given = trained.observe(image, label)
     for name, value in trained.draw_all(given, first=int(indices[0])).items():
       if name not in streams:
         streams[name] = {network: features.stream() for network, features in opened.features.items()}
@@ -55,16 +54,17 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
       values = measures.distances(network, seen, held_out, settings)
       figures |= {f'r{key}': Figure(value=value) for key, value in values.items()}
     floors_r = {f'r{key}': value for key, value in floors.items()}
-    label = trained.stage if reads_image else ROW_NAMES[name]
+    label = title_of(trained, name)
     rows.append({'set': f'{label} reconstructions', 'N': count, **with_floors(figures, floors_r)})
   return rows
 
 
-def in_chunks(source: sources.Source, count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields indices and uint8 images of the first `count` images."""
+def in_chunks(source: sources.Source, count: int, size: int) -> Iterator[tuple[np.ndarray, ...]]:
+  """Yields indices, uint8 images and labels of the first `count` images."""
   for start in range(0, count, size):
     indices = np.arange(start, min(start + size, count))
-    yield indices, source.read(indices)['image']
+    batch = source.read(indices)
+    yield indices, batch[sources.IMAGE], batch[sources.LABEL]
 
 
 def pair_figures(opened: Networks, image: np.ndarray, value: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import zipfile
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vaediff import files
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet
@@ -84,17 +84,8 @@ def path_of(config: ConfigDict, split: str, extractor: str, provenance: dict[str
 
 def write(path: pathlib.Path, moments: Moments, features: Features, provenance: dict[str, str | int]) -> None:
   """Writes a file of statistics at once."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  with open(temporary, 'wb') as file:
-    np.savez(
-      file,
-      mu=moments.mean,
-      sigma=moments.covariance,
-      features=features.astype(np.float32),
-      provenance=json.dumps(provenance),
-    )
-  os.replace(temporary, path)
+  arrays = {'mu': moments.mean, 'sigma': moments.covariance, 'features': features.astype(np.float32)}
+  files.write_npz(path, {**arrays, 'provenance': json.dumps(provenance)})
 
 
 def read(path: pathlib.Path, split: str, wanted: dict[str, str | int]) -> Reference:

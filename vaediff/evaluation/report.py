@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vaediff import files
 from vaediff.evaluation.measures import Figure
 
 Row = Mapping[str, Figure | str | int | float | None]
@@ -77,14 +77,6 @@ def to_json(value: Any) -> Any:
   return value
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file at once."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)
-
-
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file at once."""
-  write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + '\n')
+  files.write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + '\n')

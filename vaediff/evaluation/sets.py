@@ -23,7 +23,6 @@ FOLDER = 'evaluation'
 SHOWN = 8
 """Samples that are shown beside their nearest training images."""
 DATA = 'evaluation images'
-ROW_NAMES = {'x0_vae': 'VAE', 'x0': 'refined'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,29 +103,29 @@ def draw_sets(trained: Trained, opened: Networks, seed: int, count: int, keep: i
 def sample_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
   """Returns one row per kind of sample, with the spread over seeds, and one of the evaluation images.
 
-  A stage that reads images has no samples of its own, only reconstructions.
+  A stage whose samples need an image, as an autoencoder's do, has none of its own, only reconstructions.
   """
   settings, count = trained.config.evaluate, trained.config.evaluate.num_images
   keep = min(count, max(settings.num_memorisation, 2 * settings.num_diversity_pairs, SHOWN))
   by_seed = []
-  for k in range(0 if trained.experiment.reads_image else settings.num_seeds):
+  for k in range(settings.num_seeds if trained.draws_alone else 0):
     log.say(f'drawing {count} samples with seed {trained.settings.seed + k}')
     by_seed.append(draw_sets(trained, opened, trained.settings.seed + k, count, keep))
   floors = floors_at(count, real, settings)
   rows = []
   for name, first in (by_seed[0] if by_seed else {}).items():
     figures = figures_of([sets[name] for sets in by_seed], opened, real.train, settings)
-    label = ROW_NAMES[name] if len(by_seed[0]) > 1 or name == 'x0_vae' else trained.stage
-    made_by_vae = name == 'x0_vae' and len(by_seed[0]) > 1
+    label = title_of(trained, name)
+    shown_before = name != list(by_seed[0])[-1]
     rows.append(
       {
         'set': f'{label} samples',
         'N': count,
         'seeds': settings.num_seeds,
-        'sampler': trained.settings.sampler if 'sampler' in trained.settings and not made_by_vae else '',
-        'NFE': 0 if made_by_vae else trained.experiment.num_function_evaluations,
+        'sampler': trained.settings.sampler if 'sampler' in trained.settings and not shown_before else '',
+        'NFE': 0 if shown_before else trained.experiment.num_function_evaluations,
         'seconds per image': Figure(missing='drawn together with the refined samples')
-        if made_by_vae
+        if shown_before
         else over(by_seed, name),
         **with_floors(figures, floors),
         **of_images(trained, opened, first.first),
@@ -136,6 +135,12 @@ def sample_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str
   if by_seed:
     add_memorisation(trained, rows, {name: sets.first for name, sets in by_seed[0].items()}, keep)
   return rows
+
+
+def title_of(trained: Trained, name: str) -> str:
+  """Returns what the images of a name are called in a table."""
+  titles = trained.experiment.titles
+  return titles[name] if name in titles else trained.stage
 
 
 def over(by_seed: list[dict[str, Drawn]], name: str) -> Figure:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vaediff import files, reads
 from vaediff.data import cache
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher, measures, networks, plots, report
@@ -122,8 +123,8 @@ def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
   for field in ('samplers', 'num_steps'):
     if not settings[field]:
       raise UserError(f'config.evaluate.sweep.{field} is empty; name at least one')
-  dropout = run.config[run.stage].diffusion.condition_dropout
-  weights = [w for w in settings.guidance_weights if w == 0 or dropout > 0] or [run.settings.guidance_weight]
+  can = run.experiment.can_be_guided
+  weights = [w for w in settings.guidance_weights if w == 0 or can] or [run.settings.guidance_weight]
   samplers, counts = settings.samplers, settings.num_steps
   if 'teacher' in run.config[run.stage]:
     samplers, counts = (run.settings.sampler,), (run.settings.num_steps,)
@@ -143,7 +144,7 @@ def facts_of(chosen: Trained, opened: Networks) -> dict[str, Any]:
     'stage': chosen.stage,
     'step': checkpoint.latest_step(chosen.folder),
     'sample': chosen.settings.to_dict(),
-    'prior': prior_of(chosen),
+    'prior': priors_of(chosen),
     'evaluate': {name: evaluate[name] for name in names},
     'networks': {name: network.extractor.fingerprint for name, network in opened.features.items()},
     'resize': {name: network.extractor.resize for name, network in opened.features.items()},
@@ -151,30 +152,26 @@ def facts_of(chosen: Trained, opened: Networks) -> dict[str, Any]:
   }
 
 
-def prior_of(chosen: Trained) -> str:
-  """Returns the kind of the prior of z, '' without one."""
-  origin = chosen.experiment.frozen.get('vae')
-  return chosen.config[origin.stage].prior.kind if origin else ''
+def priors_of(chosen: Trained) -> dict[str, Any]:
+  """Returns how what a stage draws from was fitted: the sections `prior` of the stages it reads."""
+  sources = chosen.experiment.frozen.values()
+  stages = sorted({source.stage for source in sources if isinstance(source, reads.Measured)})
+  config = chosen.config
+  return {stage: config[stage].prior.to_dict() for stage in stages if 'prior' in config[stage]}
 
 
 def label(chosen: Trained) -> dict[str, Any]:
   """Returns the columns that say which row it is; `line` names its line in the plot."""
-  section = chosen.config[chosen.stage]
-  if 'sampler' in section.sample:
-    condition = section.diffusion.condition + ('+z' if section.diffusion.z_conditioning else '')
-    sampler, steps, weight = (section.sample[name] for name in ('sampler', 'num_steps', 'guidance_weight'))
-    method = section.experiment if 'teacher' in section else sampler
-  else:
-    condition, steps, weight = section.condition, section.diffusion.num_steps, 0.0
-    sampler = method = f'{section.space} {section.experiment}'
+  columns = chosen.experiment.columns()
+  weight = f' w={columns.guidance:g}' if columns.guidance else ''
   return {
-    'line': f'{condition} {method}' + (f' w={weight:g}' if weight else ''),
+    'line': f'{columns.condition} {columns.method}{weight}',
     'run': chosen.workdir.name,
     'stage': chosen.stage,
-    'condition': condition,
-    'sampler': sampler,
-    'steps': steps,
-    'guidance': float(weight),
+    'condition': columns.condition,
+    'sampler': columns.sampler,
+    'steps': columns.steps,
+    'guidance': float(columns.guidance),
   }
 
 
@@ -229,7 +226,7 @@ def write(
     return
   report.write_json(folder / f'{NAME}.json', {'rows': shown, 'missing': opened.missing})
   text = '\n\n'.join([report.table(shown, markdown=True), *missing])
-  report.write_text(folder / f'{NAME}.md', text + '\n')
+  files.write_text(folder / f'{NAME}.md', text + '\n')
   for network in opened.features:
     name = measures.distance_names(network)[0]
     plots.curves(folder / f'{NAME}-{name}.png', rows, name, floors[name][0])

@@ -5,19 +5,19 @@ from ml_collections import ConfigDict
 from vaediff.errors import UserError
 from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
+from vaediff.experiments.base import Experiment
 from vaediff.experiments.classifier import Classifier
 from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
-from vaediff.experiments.diffusion import Refiner
+from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.vae import Vae
-from vaediff.run.guard import Guarded
 
-BY_NAME = {
+BY_NAME: dict[str, type[Experiment]] = {
   'vae': Vae,
-  'refiner': Refiner,
+  'diffusion': Diffusion,
   'autoencoder': Autoencoder,
   'light_decoder': LightDecoder,
   'ddgan': Ddgan,
@@ -29,7 +29,7 @@ BY_NAME = {
 }
 
 
-def build(config: ConfigDict, stage: str) -> Guarded:
+def build(config: ConfigDict, stage: str) -> Experiment:
   """Returns the experiment of `config.<stage>`.
 
   Raises:
@@ -42,6 +42,10 @@ def build(config: ConfigDict, stage: str) -> Guarded:
   if name not in BY_NAME:
     raise UserError(f'config.{stage}.experiment is {name!r}; valid: {", ".join(BY_NAME)}')
   try:
-    return Guarded.around(BY_NAME[name].from_config(config, stage), config[stage].train)
+    experiment = BY_NAME[name].from_config(config, stage)
   except UserError as error:
     raise UserError(f'config.{stage}: {error}') from error
+  clash = experiment.networks.keys() & experiment.frozen.keys()
+  if clash:
+    raise ValueError(f'stage {stage!r} trains and reads networks of the same names: {sorted(clash)}')
+  return experiment

@@ -28,23 +28,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import checks
 from vaediff.diffusion import gaussian, ladd
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.grid_student import (
   GridStudent,
   apart,
   beside,
   check_probabilities,
-  condition_of,
   grid_parts,
 )
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
-from vaediff.models.unet import feature_shapes
 from vaediff.optim import Optimizer, global_norm, make_optimizer
-from vaediff.types import Batch, Image, Metrics, Params, Time
+from vaediff.types import Batch, Image, Metrics, Params, Read, Time, Values
 
 SAMPLERS = ('renoise', 'ddim')
 
@@ -83,7 +81,7 @@ class AdversarialDistillation(GridStudent):
     check(section)
     maps = [
       jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-      for shape in feature_shapes(shared['teacher'].denoiser.module)
+      for shape in shared['teacher'].feature_shapes()
     ]
     return cls(
       **shared,
@@ -120,16 +118,16 @@ class AdversarialDistillation(GridStudent):
     """Returns t' of each example and the noise of y_t'."""
     key_t, key_eps = jax.random.split(key)
     t = ladd.sample_renoising_time(
-      key_t, like.shape[0], self.renoise_mean, self.renoise_std, self.student.schedule
+      key_t, like.shape[0], self.renoise_mean, self.renoise_std, self.student.denoiser.schedule
     )
     return t, jax.random.normal(key_eps, like.shape)
 
   def maps(
-    self, teacher: Params, x0: Image, condition: Condition, t: Time, eps: Image
+    self, read: Read, x0: Image, values: Values, t: Time, eps: Image
   ) -> list[Float[Array, 'batch _ _ _']]:
     """Returns the frozen teacher's features of x0 at y_t', float32."""
     y = gaussian.q_sample(x0, eps, t, self.teacher.schedule)
-    return [x.astype(jnp.float32) for x in self.teacher.features(teacher, y, t, condition)]
+    return [x.astype(jnp.float32) for x in self.teacher.features(read, y, t, values)]
 
   def judge(self, params: Params, t: Time, maps: list[Array]) -> list[Array]:
     """Returns the logits of each head."""
@@ -140,20 +138,19 @@ class AdversarialDistillation(GridStudent):
   def discriminator_loss(
     self,
     params: Params,
-    student: Params,
-    frozen: dict[str, Params],
+    read: Read,
     rows: Batch,
     key: jax.Array,
     probabilities: Array,
   ) -> tuple[jax.Array, Metrics]:
     """Returns L_D, a mean over the batch, its terms, and the mean logits."""
     key_state, key_noise = jax.random.split(key)
-    x0, condition = rows['x0'], condition_of(rows)
+    x0, values = rows['x0'], rows['values']
     y, s = self.states(x0, key_state, probabilities)
-    x0_hat = self.student.x0_hat(student, condition)(y, s)
+    x0_hat = self.student.denoiser.x0_hat(read, values)(y, s)
     t, eps = self.renoising(key_noise, x0)
-    t_twice, eps_twice, condition = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (t, eps, condition))
-    maps = self.maps(frozen['teacher'], beside(x0, x0_hat), condition, t_twice, eps_twice)
+    t_twice, eps_twice, values = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (t, eps, values))
+    maps = self.maps(read, beside(x0, x0_hat), values, t_twice, eps_twice)
     maps = jax.lax.stop_gradient(maps)
     real, fake = zip(*(apart(logits, 2) for logits in self.judge(params, t_twice, maps)), strict=True)
     loss = jnp.mean(ladd.discriminator_loss(real, fake))
@@ -170,72 +167,76 @@ class AdversarialDistillation(GridStudent):
 
   def student_loss(
     self,
-    params: Params,
+    read: Read,
     heads: Params,
-    frozen: dict[str, Params],
     rows: Batch,
     key: jax.Array,
     probabilities: Array,
   ) -> tuple[jax.Array, Metrics]:
     """Returns L_G, a mean over the batch, and its terms."""
     key_state, key_noise = jax.random.split(key)
-    x0, condition = rows['x0'], condition_of(rows)
+    x0, values = rows['x0'], rows['values']
     y, s = self.states(x0, key_state, probabilities)
-    x0_hat = self.student.x0_hat(params, condition)(y, s)
+    x0_hat = self.student.denoiser.x0_hat(read, values)(y, s)
     t, eps = self.renoising(key_noise, x0)
-    fake = self.judge(heads, t, self.maps(frozen['teacher'], x0_hat, condition, t, eps))
+    fake = self.judge(heads, t, self.maps(read, x0_hat, values, t, eps))
     metrics = {'loss/adversarial': jnp.mean(ladd.generator_loss(fake))}
     loss = self.adversarial_weight * metrics['loss/adversarial']
     if self.distillation_weight:
-      target = jax.lax.stop_gradient(self.target(frozen, y, s, condition))
+      target = jax.lax.stop_gradient(self.target(read, y, s, values))
       metrics['loss/distillation'] = jnp.mean(self.distillation_losses(x0_hat, target, s))
       loss += self.distillation_weight * metrics['loss/distillation']
     return loss, {'loss': loss, **metrics}
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the heads and then one of the student.
 
     Both see the same images and conditions, with times and noise of their own.
     """
+    del kind
     key_rows, key_d, key_g = jax.random.split(key, 3)
-    rows = self.rows(frozen, batch, key_rows)
-    student, heads = state.networks['denoiser'], state.networks['discriminator']
+    name = self.student.denoiser.network
+    student, heads = state.networks[name], state.networks['discriminator']
+    read = {**frozen, name: student.params}
+    rows = self.rows(read, batch, key_rows)
     probabilities = self.probabilities(state.step)
 
     def loss_d(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.discriminator_loss(params, student.params, frozen, rows, key, probabilities)
+      return self.discriminator_loss(params, read, rows, key, probabilities)
 
     grads_d, metrics_d = base.gradients(loss_d, heads.params, rows, key_d, self.microbatches)
     heads = base.apply_gradients(heads, grads_d, self.optimizer_discriminator, state.step)
 
     def loss_g(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.student_loss(params, heads.params, frozen, rows, key, probabilities)
+      return self.student_loss({**frozen, name: params}, heads.params, rows, key, probabilities)
 
     grads_g, metrics_g = base.gradients(loss_g, student.params, rows, key_g, self.microbatches)
     student = base.apply_gradients(student, grads_g, self.student.optimizer, state.step)
-    networks = {'denoiser': student, 'discriminator': heads}
+    networks = {name: student, 'discriminator': heads}
     return state.replace(step=state.step + 1, networks=networks), {
       **metrics_g,
       **metrics_d,
-      'grad_norm/denoiser': global_norm(grads_g),
+      f'grad_norm/{name}': global_norm(grads_g),
       'grad_norm/discriminator': global_norm(grads_d),
     }
 
 
+BOUNDS = {
+  'sample.sampler': checks.one_of(SAMPLERS),
+  'warmup.num_steps': checks.at_least(0),
+  'loss.adversarial_weight': checks.above(0),
+  'loss.distillation_weight': checks.at_least(0),
+  'loss.r1_gamma': checks.at_least(0),
+  'loss.renoise_std': checks.at_least(0),
+}
+
+
 def check(section: ConfigDict) -> None:
   """Raises UserError for the first value of the stage's section that is not allowed."""
-  if section.sample.sampler not in SAMPLERS:
-    raise UserError(f'sample.sampler is {section.sample.sampler!r}; valid: {", ".join(SAMPLERS)}')
+  checks.check(section, BOUNDS)
   check_probabilities('warmup.start_probabilities', section.warmup.start_probabilities, section)
-  if section.warmup.num_steps < 0:
-    raise UserError(f'warmup.num_steps must be >= 0, got {section.warmup.num_steps}')
-  if section.loss.adversarial_weight <= 0:
-    raise UserError(f'loss.adversarial_weight must be > 0, got {section.loss.adversarial_weight}')
-  for field in ('distillation_weight', 'r1_gamma', 'renoise_std'):
-    if section.loss[field] < 0:
-      raise UserError(f'loss.{field} must be >= 0, got {section.loss[field]}')
   if section.optim_discriminator.ema_decay:
     raise UserError(
       'optim_discriminator.ema_decay must be 0: only the student is averaged, got '

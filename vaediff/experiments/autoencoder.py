@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial
-from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.perceptual import Perceptual
 from vaediff.models import autoencoder as autoencoder_model
@@ -29,14 +28,26 @@ from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
 from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.spaces import encoders
-from vaediff.types import Batch, Image, ImageBytes, Keys, LatentMap, Metrics, Params
+from vaediff.spaces.latents import LATENTS
+from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read
 
 ADVERSARIAL = 'adversarial'
 """Kind of the updates from `loss.adversarial_start_step` on: of both networks."""
 
+BOUNDS = {
+  'loss.pixel': checks.one_of(('l1', 'l2')),
+  'loss.codebook': checks.one_of(('ema', 'gradient')),
+  'loss.codebook_decay': checks.below_one(),
+  'loss.kl_weight': checks.at_least(0),
+  'loss.commitment_weight': checks.at_least(0),
+  'loss.restart_below': checks.at_least(0),
+  'loss.adversarial_weight': checks.at_least(0),
+  'loss.adversarial_start_step': checks.at_least(0),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autoencoder:
+class Autoencoder(base.Experiment):
   """The autoencoder stage; trains the networks `autoencoder` and, with an adversarial loss, `discriminator`.
 
   Attributes:
@@ -49,7 +60,6 @@ class Autoencoder:
     flip: random horizontal flips.
     microbatches: parts that a batch is split into for the gradient.
     latent_shape: (height, width, channels).
-    is_adversarial: this update trains against the discriminator too.
   """
 
   autoencoder: Model
@@ -61,13 +71,12 @@ class Autoencoder:
   flip: bool
   microbatches: int
   latent_shape: tuple[int, int, int]
-  is_adversarial: bool = False
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Autoencoder':
     """Builds the experiment of `config.<stage>`."""
     section, size, channels = config[stage], config.data.image_size, config.data.channels
-    check_loss(section.loss)
+    checks.check(section, BOUNDS)
     discriminator = None
     if section.loss.adversarial_weight > 0:
       discriminator = Model(
@@ -88,11 +97,13 @@ class Autoencoder:
       latent_shape=encoders.latent_shape(section.model, config.data),
     )
 
-  latent_dim = 0
-  noise_shape = ()
-  takes_x0_vae = False
-  reads_image = True
-  num_function_evaluations = 0
+  reconstructs = True
+  measures = (LATENTS,)
+
+  @property
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Latents, before quantisation."""
+    return {LATENTS: jax.ShapeDtypeStruct(self.latent_shape, jnp.float32)}
 
   @property
   def networks(self) -> Mapping[str, Model]:
@@ -101,7 +112,7 @@ class Autoencoder:
     return networks | ({'discriminator': self.discriminator} if self.discriminator else {})
 
   @property
-  def frozen(self) -> Mapping[str, reads.Published]:
+  def frozen(self) -> Mapping[str, reads.Reads]:
     """The network of the perceptual distance."""
     return self.perceptual.frozen
 
@@ -113,10 +124,6 @@ class Autoencoder:
   def kind_of(self, step: int) -> str:
     """Returns 'adversarial' from the start step on, where there is a discriminator."""
     return ADVERSARIAL if self.discriminator and step >= self.loss['adversarial_start_step'] else ''
-
-  def of_kind(self, kind: str) -> 'Autoencoder':
-    """Returns the experiment whose update is of this kind."""
-    return dataclasses.replace(self, is_adversarial=kind == ADVERSARIAL)
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0; averaged counts and sums of the codes are in `extra['codebook']`."""
@@ -135,19 +142,17 @@ class Autoencoder:
   # Training ---------------------------------------------------------------------------------------
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after an update of the autoencoder and, if adversarial, one of the discriminator."""
     key_flip, key_codes, key_loss, key_discriminator = jax.random.split(key, 4)
-    x = pixels.to_unit_range(batch['image'])
-    if self.flip:
-      x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
+    x = pixels.prepare(batch, key_flip if self.flip else None)['image']
     network = state.networks['autoencoder']
     metrics, extra = {}, state.extra
     if self.has_codes:
       network, book, metrics = self.move_codes(state, x, key_codes)
       extra = {**extra, 'codebook': book}
-    judge = state.networks['discriminator'].params if self.is_adversarial else None
+    judge = state.networks['discriminator'].params if kind == ADVERSARIAL else None
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
       return self.autoencoder_loss(params, judge, frozen, batch['x'], key)
@@ -161,7 +166,7 @@ class Autoencoder:
       network = with_codes(network, codes)
     networks = {**state.networks, 'autoencoder': network}
 
-    if self.is_adversarial:
+    if kind == ADVERSARIAL:
 
       def judge_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         x_hat = self.reconstruct(network.params, batch['x'], key)[0]
@@ -232,7 +237,7 @@ class Autoencoder:
     self,
     params: Params,
     judge: Params | None,
-    frozen: dict[str, Params],
+    frozen: Read,
     x: Image,
     key: jax.Array | None,
   ) -> tuple[jax.Array, Metrics]:
@@ -283,14 +288,12 @@ class Autoencoder:
       'logits/fake': jnp.mean(fake),
     }
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns pixel and perceptual loss, and the squared error per pixel in [0, 1], from the mean latents."""
     del key
     x = pixels.to_unit_range(batch['image'])
-    x_hat = jnp.clip(self.reconstruct(params['autoencoder'], x, None)[0], -1.0, 1.0)
-    pixel, perceptual = self.pixel_loss(x, x_hat), self.perceptual(frozen, x, x_hat)
+    x_hat = jnp.clip(self.reconstruct(read['autoencoder'], x, None)[0], -1.0, 1.0)
+    pixel, perceptual = self.pixel_loss(x, x_hat), self.perceptual(read, x, x_hat)
     values = {'loss': pixel + perceptual, 'mse': jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3)) / 4}
     if self.perceptual.source:
       values[f'lpips_{self.perceptual.network}'] = perceptual / self.perceptual.weight
@@ -298,23 +301,20 @@ class Autoencoder:
 
   # What later stages read -------------------------------------------------------------------------
 
-  def latents(self, params: dict[str, Params], image: ImageBytes, keys: Keys) -> LatentMap:
-    """Returns latents: drawn from the posterior of a KL bottleneck, before quantisation of a codebook."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
-    return encoders.encode(self.autoencoder, params['autoencoder'], pixels.to_unit_range(image), noise)
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns the latents of each image: the mean, or with a key of a KL bottleneck drawn ones.
 
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns {'x0': reconstructions of `condition['image']` (uint8)}, from the mean latents."""
-    del frozen, keys
-    params = params['autoencoder']
-    z = encoders.encode(self.autoencoder, params, pixels.to_unit_range(condition['image']), None)
-    return {'x0': jnp.clip(encoders.decode(self.autoencoder, params, z), -1.0, 1.0)}
+    With a codebook they are those before quantisation.
+    """
+    del batch
+    noise = None if key is None else encoders.normal(key, (x.shape[0], *self.latent_shape))
+    return {LATENTS: encoders.encode(self.autoencoder, read['autoencoder'], x, noise)}
+
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns {'x0': images of the latents}."""
+    del keys
+    images = encoders.decode(self.autoencoder, read['autoencoder'], given[LATENTS])
+    return {'x0': jnp.clip(images, -1.0, 1.0)}
 
 
 def with_codes(network: base.Network, codes: Array) -> base.Network:
@@ -341,18 +341,3 @@ def with_last_kernel(params: Params, kernel: Array) -> Params:
     return {**tree, path[0]: inner}
 
   return replaced(params, autoencoder_model.LAST_KERNEL)
-
-
-def check_loss(loss: ConfigDict) -> None:
-  """Raises UserError for the first value of a `loss` section that is not allowed."""
-  if loss.pixel not in ('l1', 'l2'):
-    raise UserError(f"loss.pixel must be 'l1' or 'l2', got {loss.pixel!r}")
-  if loss.codebook not in ('ema', 'gradient'):
-    raise UserError(f"loss.codebook must be 'ema' or 'gradient', got {loss.codebook!r}")
-  if not 0 <= loss.codebook_decay < 1:
-    raise UserError(f'loss.codebook_decay must be in [0, 1), got {loss.codebook_decay}')
-  for field in (
-    'kl_weight', 'commitment_weight', 'restart_below', 'adversarial_weight', 'adversarial_start_step',
-  ):  # fmt: skip
-    if loss[field] < 0:
-      raise UserError(f'loss.{field} must be >= 0, got {loss[field]}')

@@ -1,16 +1,20 @@
 """What an experiment is: hyperparameters and modules that turn into pure functions of arrays."""
 
+import abc
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from vaediff import reads
+from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm
-from vaediff.types import Batch, Image, ImageBytes, Keys, LatentMap, Metrics, Params
+from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read
 
 
 @flax.struct.dataclass
@@ -47,132 +51,133 @@ class TrainState:
     return {name: network.eval_params for name, network in self.networks.items()}
 
 
-@runtime_checkable
-class Experiment(Protocol):
-  """One idea as pure functions of arrays. `params` are by network name, images in `batch` are uint8.
+BYTES = 'mass of bytes'
+"""What the bound of a diffusion of the images themselves is of."""
+NOISE = 'noise'
+"""Name of what a diffusion starts from, among what its samples can be given: unit variance."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+  """What a table of several runs says of one.
 
   Attributes:
-    networks: the networks that this stage trains.
-    frozen: the networks of earlier stages, and the published ones, that it reads.
-    latent_dim: size of the latent code its samples start from; 0 = none.
-    noise_shape: shape of the noise one sample starts from; () = none.
-    takes_x0_vae: samples can be conditioned on a given image in place of the VAE's.
-    reads_image: a sample is made of a given image, `condition['image']` (uint8), as reconstructions are.
-    num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
+    condition: what the samples are conditioned on.
+    sampler: how they are drawn.
+    method: what names its line in a plot.
+    steps: of the sampler.
+    guidance: its weight.
   """
 
-  networks: Mapping[str, Model]
-  frozen: Mapping[str, reads.FromStage | reads.Published]
-  latent_dim: int
-  noise_shape: tuple[int, ...]
-  takes_x0_vae: bool
-  reads_image: bool
-  num_function_evaluations: int
+  condition: str
+  sampler: str
+  method: str
+  steps: int
+  guidance: float
 
+
+class Experiment(abc.ABC):
+  """One idea as pure functions of arrays: a frozen dataclass.
+
+  `read` holds parameters by the names of `networks`, and what `frozen` declares. Images in `batch` are uint8.
+
+  Attributes:
+    frozen: what it reads of earlier stages, measurements and published arrays.
+    inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
+    stored: of these, what is observed once for every training image and then read beside the batch.
+    titles: of the images that it draws beside, or before, its own, for tables.
+    num_groups: its samples come in so many kinds, in turn; 0 = in none.
+    reconstructs: what it observes of an image is enough to draw that image again.
+    num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
+    can_be_guided: conditions are dropped in training, so that a guidance weight above 0 is possible.
+    likelihood: what its bound is of: `BYTES`, 'density of pixels in [0, 1]', or '' without one.
+    measures: measurements of it that later stages read, of `vaediff.run.measurements`.
+  """
+
+  frozen: Mapping[str, reads.Reads] = {}
+  inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
+  stored: Mapping[str, jax.ShapeDtypeStruct] = {}
+  titles: Mapping[str, str] = {}
+  num_groups = 0
+  reconstructs = False
+  num_function_evaluations = 0
+  can_be_guided = False
+  likelihood = ''
+  measures: tuple[str, ...] = ()
+
+  @property
+  @abc.abstractmethod
+  def networks(self) -> Mapping[str, Model]:
+    """The networks that this stage trains."""
+
+  @abc.abstractmethod
   def init(self, key: jax.Array) -> TrainState:
     """Returns the state at step 0."""
-    ...
 
+  def start(self, state: TrainState, frozen: Read) -> TrainState:
+    """Returns the state at step 0, made of what `init` returned and of the networks that it reads."""
+    del frozen
+    return state
+
+  def kind_of(self, step: int) -> str:
+    """Returns the kind of the update that follows `step` updates; each kind is compiled once."""
+    del step
+    return ''
+
+  @abc.abstractmethod
   def train_step(
-    self, state: TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[TrainState, Metrics]:
-    """Returns the state after one update, and scalars; one of them is `loss`."""
-    ...
+    """Returns the state after one update of a kind, and scalars; one of them is `loss`."""
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  @abc.abstractmethod
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns scalars averaged over the examples with `batch['mask'] == 1`."""
-    ...
 
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns images in [-1, 1]; image i depends on `keys[i]` and the condition of i alone."""
-    ...
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns what a sample would be given to be like each image; see `Condition.observe`."""
+    del read, batch, x, key
+    return {}
 
+  def store(self, read: Read, batch: Batch, x: Image) -> Given:
+    """Returns what is `stored` of each image, images in [-1, 1]; without a posterior's noise."""
+    del read, batch, x
+    return {}
 
-@runtime_checkable
-class HasLikelihood(Protocol):
-  """An experiment with a variational bound.
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what a sample starts from, drawn of nothing; `keys` and `indices` are one per image."""
+    del read, keys, indices
+    return {}
 
-  Attributes:
-    likelihood: of what: 'mass of bytes', or 'density of pixels in [0, 1]'.
-  """
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns images in [-1, 1] by name, the stage's own last; image i depends on row i alone.
 
-  likelihood: str
+    Args:
+      read: what the stage reads.
+      given: what `draw` or `observe` return, or what takes its place.
+      keys: one per image; the same as those of `draw`.
+    """
+    del read, given, keys
+    return {}
 
-  def negative_elbo(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    image: ImageBytes,
-    keys: Keys,
-    num_times: int,
-  ) -> dict[str, jax.Array]:
-    """Returns terms whose sum bounds -log p(x) from above, in nats per example.
+  def bound(self, read: Read, batch: Batch, keys: Keys, num_times: int) -> dict[str, jax.Array]:
+    """Returns terms whose sum bounds -log p(x) from above, in nats per example; {} without a `likelihood`.
 
     `num_times` is how many times of a diffusion are drawn per image; others do not read it.
     """
-    ...
+    del read, batch, keys, num_times
+    return {}
+
+  def columns(self) -> Columns:
+    """Returns what tells its rows in a table of several runs apart."""
+    raise UserError('this stage draws in no steps')
 
 
-@runtime_checkable
-class HasStepKinds(Protocol):
-  """An experiment whose updates are of several kinds, each compiled once; the host chooses by the step."""
-
-  def kind_of(self, step: int) -> str:
-    """Returns the kind of the update that follows `step` updates."""
-    ...
-
-  def of_kind(self, kind: str) -> Experiment:
-    """Returns the experiment whose `train_step` is an update of this kind; the state is the same."""
-    ...
-
-
-@runtime_checkable
-class HasLatents(Protocol):
-  """An experiment whose latents a later stage models; their statistics are measured when it is trained."""
-
-  def latents(self, params: dict[str, Params], image: ImageBytes, keys: Keys) -> LatentMap:
-    """Returns the latents of images as a later stage would draw them."""
-    ...
-
-
-@runtime_checkable
-class HasStart(Protocol):
-  """An experiment whose networks start from those it reads."""
-
-  def start(self, state: TrainState, frozen: dict[str, Params]) -> TrainState:
-    """Returns the state at step 0, made of what `init` returned."""
-    ...
-
-
-@runtime_checkable
-class HasPrior(Protocol):
-  """An experiment that draws latent codes while it trains: `frozen['prior']` holds the prior's arrays.
-
-  Attributes:
-    draws_codes: whether it does.
-    teacher_source: the stage whose codes they are.
-  """
-
-  draws_codes: bool
-  teacher_source: reads.FromStage
-
-
-def offers(experiment: Experiment, protocol: type) -> bool:
-  """Returns whether an experiment, seen through what is wrapped around it, has a protocol's methods."""
-  return isinstance(unwrapped(experiment), protocol)
-
-
-def unwrapped(experiment: Experiment) -> Any:
-  """Returns an experiment without what is wrapped around it: with the protocols that it `offers`."""
-  return getattr(experiment, 'inner', experiment)
+def sampling_keys(keys: Keys) -> tuple[Keys, Keys, Keys]:
+  """Returns, per image, the keys of its conditions, of the noise at its start, and of its sampler."""
+  pairs = jax.vmap(lambda key: jax.random.split(key))(keys)
+  own = jax.vmap(lambda key: jax.random.split(key))(pairs[:, 1])
+  return pairs[:, 0], own[:, 0], own[:, 1]
 
 
 def init_network(model: Model, optimizer: Optimizer, key: jax.Array) -> Network:

@@ -11,17 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import reads
 from vaediff.data import pixels
 from vaediff.experiments import base
 from vaediff.models import classifier as classifier_model
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
-from vaediff.types import Batch, Image, Keys, Labels, Metrics, Params
+from vaediff.types import Batch, Labels, Metrics, Params, Read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classifier:
+class Classifier(base.Experiment):
   """The classifier stage; trains the network `classifier`.
 
   Attributes:
@@ -47,21 +46,10 @@ class Classifier:
       microbatches=section.train.microbatches,
     )
 
-  latent_dim = 0
-  noise_shape = ()
-  takes_x0_vae = False
-  reads_image = False
-  num_function_evaluations = 0
-
   @property
   def networks(self) -> Mapping[str, Model]:
     """The one network of this stage."""
     return {'classifier': self.classifier}
-
-  @property
-  def frozen(self) -> Mapping[str, reads.FromStage]:
-    """Nothing is read from earlier stages."""
-    return {}
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""
@@ -69,10 +57,10 @@ class Classifier:
     return base.TrainState(step=jnp.int32(0), networks={'classifier': network}, extra={})
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the cross-entropy, and its value and the accuracy."""
-    del frozen
+    del frozen, kind
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
       x = pixels.to_unit_range(batch['image'])
@@ -86,27 +74,15 @@ class Classifier:
     state, norms = base.update_one(state, 'classifier', grads, self.optimizer)
     return state, {**metrics, **norms}
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns cross-entropy (nats) and accuracy."""
-    del frozen, key
-    _, logits = self.classifier.apply(params['classifier'], pixels.to_unit_range(batch['image']))
+    del key
+    _, logits = self.classifier.apply(read['classifier'], pixels.to_unit_range(batch['image']))
     values = {
       'loss': cross_entropy(logits, batch['label']),
       'accuracy': (jnp.argmax(logits, axis=1) == batch['label']).astype(jnp.float32),
     }
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
-
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns {}: a classifier draws nothing."""
-    return {}
 
 
 def cross_entropy(logits: Float[Array, 'batch classes'], label: Labels) -> Float[Array, ' batch']:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import checks
 from vaediff.diffusion import consistency, gaussian
 from vaediff.errors import UserError
-from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.student import LossStudent, parts
-from vaediff.types import Image, Params
+from vaediff.types import Read, Values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,42 +54,44 @@ class Consistency(LossStudent):
 
   def example_losses(
     self,
-    params: Params,
-    frozen: dict[str, Params],
-    x0: Image,
-    condition: Condition,
+    read: Read,
+    y0: Array,
+    values: Values,
     key: jax.Array,
     step: jax.Array,
     *,
     training: bool,
   ) -> Float[Array, ' batch']:
     """Returns the loss of each example at one pair of levels."""
-    del frozen, training
+    del training
     key_level, key_eps = jax.random.split(key)
-    schedule = self.student.schedule
-    tau = consistency.sample_level(key_level, x0.shape[0], self.level_mean, self.level_std, schedule)
+    schedule = self.student.denoiser.schedule
+    tau = consistency.sample_level(key_level, y0.shape[0], self.level_mean, self.level_std, schedule)
     doublings = step // self.double_every_steps if self.double_every_steps else jnp.zeros_like(step)
     r = consistency.earlier(tau, self.q, doublings)
-    eps = jax.random.normal(key_eps, x0.shape)
-    denoise = self.student.x0_hat(params, condition)
+    eps = jax.random.normal(key_eps, y0.shape)
+    denoise = self.student.denoiser.x0_hat(read, values)
 
     def at(level: jax.Array) -> jax.Array:
       t = consistency.time_of(level, schedule)
-      return denoise(gaussian.q_sample(x0, eps, t, schedule), t)
+      return denoise(gaussian.q_sample(y0, eps, t, schedule), t)
 
     x0_hat, before = at(tau), jax.lax.stop_gradient(at(r))
     lowest = jnp.exp(jnp.float32(consistency.levels(schedule)[1][0]))
-    target = jnp.where(gaussian.per_example(r, x0) < lowest, x0, before)
+    target = jnp.where(gaussian.per_example(r, y0) < lowest, y0, before)
     return consistency.loss(x0_hat, target, tau, self.huber)
+
+
+BOUNDS = {
+  'loss.q': checks.above(1),
+  'loss.level_std': checks.at_least(0),
+  'loss.huber': checks.at_least(0),
+  'loss.double_every_steps': checks.at_least(0),
+}
 
 
 def check(section: ConfigDict) -> None:
   """Raises UserError for the first value of the stage's section that is not allowed."""
-  loss = section.loss
   if section.diffusion.prediction != 'v':
     raise UserError(f"diffusion.prediction must be 'v', got {section.diffusion.prediction!r}")
-  if loss.q <= 1:
-    raise UserError(f'loss.q must be above 1, got {loss.q}')
-  for field in ('level_std', 'huber', 'double_every_steps'):
-    if loss[field] < 0:
-      raise UserError(f'loss.{field} must be >= 0, got {loss[field]}')
+  checks.check(section, BOUNDS)

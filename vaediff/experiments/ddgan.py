@@ -10,8 +10,8 @@ makes x_t' ~ q(x_t | x_{t+1}, x0'), and a discriminator D(x_t, t, x_{t+1}) tells
 over training LDDGAN's). R1 is taken every few updates only, and is not multiplied by their number. The maps
 are pixels, wavelets or latents (`spaces`).
 
-With the condition `x0_vae` both networks also read a VAE's image, as a map of the same space: the
-adversarial refiner, which draws what a diffusion refiner does in T steps.
+With `diffusion.condition` = formulation1 both networks also read a VAE's image, as a map of the same space:
+the adversarial refiner, which draws what a diffusion refiner does in T steps.
 """
 
 import dataclasses
@@ -20,33 +20,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
+from vaediff.conditions.base import Conditions
+from vaediff.conditions.vae import vae_condition
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial, few_steps
 from vaediff.errors import UserError
 from vaediff.experiments import base
+from vaediff.models import ports
 from vaediff.models.discriminator import TimeDiscriminator
 from vaediff.models.functional import Model
 from vaediff.models.ncsnpp import NcsnPlusPlus
 from vaediff.models.uvit import UVit
 from vaediff.models.wavelet_ncsnpp import WaveletNcsnPlusPlus
 from vaediff.optim import Optimizer, global_norm, make_optimizer
-from vaediff.spaces import encoders, make_space
+from vaediff.spaces import make_space
 from vaediff.spaces.base import Space
-from vaediff.types import Batch, Image, Keys, Latent, LatentMap, Metrics, Params, Time
+from vaediff.types import Batch, Given, Image, Keys, Latent, LatentMap, Metrics, Params, Read, Time
 
 GENERATORS = ('ncsnpp', 'wavelet_ncsnpp', 'uvit')
-CONDITIONS = ('none', 'x0_vae')
-X0_VAE_SOURCES = ('sample', 'mean')
 REGULARISED = 'r1'
 """Kind of the updates whose discriminator loss has the term R1."""
+BOUNDS = {
+  'model.network': checks.one_of(GENERATORS),
+  'diffusion.condition': checks.one_of(('none', 'formulation1')),
+  'diffusion.x0_vae_source': checks.one_of(('sample', 'mean')),
+  'loss.r1_gamma': checks.at_least(0),
+  'loss.r1_every_steps': checks.at_least(1),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ddgan:
+class Ddgan(base.Experiment):
   """The denoising GAN stage; trains the networks `generator` and `discriminator`.
 
   Attributes:
@@ -56,16 +64,14 @@ class Ddgan:
     optimizer: of the generator; keeps its average.
     optimizer_discriminator: of the discriminator.
     space: what is diffused.
-    vae_source: the frozen VAE of the condition x0_vae, or None.
-    x0_vae_source: 'sample' or 'mean' of q(z | x).
+    conditions: what both networks read beside it: maps alone.
     steps: the diffusion.
     noise_dim: size of the generator's z.
     loss: the stage's `loss` section.
     num_updates: of the whole training, over which the weight lambda changes.
     flip: random horizontal flips.
     microbatches: parts that a batch is split into for the gradients.
-    latent_dim: size of the VAE's latent code; 0 without one.
-    is_regularised: this update has the term R1.
+    title: the space, for tables.
   """
 
   generator: Model
@@ -74,32 +80,32 @@ class Ddgan:
   optimizer: Optimizer
   optimizer_discriminator: Optimizer
   space: Space
-  vae_source: reads.FromStage | None
-  x0_vae_source: str
+  conditions: Conditions
   steps: few_steps.Steps
   noise_dim: int
   loss: Mapping[str, Any]
   num_updates: int
   flip: bool
   microbatches: int
-  latent_dim: int
-  is_regularised: bool = False
+  title: str
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Ddgan':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
-    check(section)
-    space, source = make_space(config, stage), None
-    if section.condition == 'x0_vae':
-      source = encoders.vae_of(config, section)
+    checks.check(section, BOUNDS)
+    check_section(section)
+    space = make_space(config, stage, bounded=section.model.bounded)
+    vae = vae_condition(config, stage, space)
+    conditions = Conditions((vae,) if vae else ())
     given = jax.ShapeDtypeStruct((1, *space.shape), jnp.float32)
-    read = given if source else None
+    joined = ports.channels(conditions.named_ports)
+    beside = jax.ShapeDtypeStruct((1, *space.shape[:2], joined), jnp.float32) if joined else None
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
     noise = jax.ShapeDtypeStruct((1, section.model.latent_dim), jnp.float32)
     settings = section.discriminator.to_dict()
     modules = [TimeDiscriminator(**{**settings, 'dtype': name}) for name in (settings['dtype'], 'float32')]
-    discriminator, exact = (Model(module=m, inputs=(given, time, given, read)) for m in modules)
+    discriminator, exact = (Model(module=m, inputs=(given, time, given, beside)) for m in modules)
     rows = section.train.batch_size // section.train.microbatches
     if rows % min(rows, modules[0].group_size):
       raise UserError(
@@ -109,15 +115,14 @@ class Ddgan:
     return cls(
       generator=Model(
         module=build_generator(section, space.shape[-1]),
-        inputs=(given, time, noise, read),
+        inputs=(given, time, noise, beside),
       ),
       discriminator=discriminator,
       discriminator_float32=exact,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
       space=space,
-      vae_source=source,
-      x0_vae_source=section.vae.x0_vae_source,
+      conditions=conditions,
       steps=few_steps.make_steps(
         section.diffusion.num_steps, section.diffusion.beta_min, section.diffusion.beta_max
       ),
@@ -126,10 +131,8 @@ class Ddgan:
       num_updates=section.train.num_steps,
       flip=section.train.flip,
       microbatches=section.train.microbatches,
-      latent_dim=config[source.stage].model.latent_dim if source else 0,
+      title=f'{section.space} {section.experiment}',
     )
-
-  reads_image = False
 
   @property
   def networks(self) -> Mapping[str, Model]:
@@ -137,19 +140,25 @@ class Ddgan:
     return {'generator': self.generator, 'discriminator': self.discriminator}
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
-    """What the space reads, and the VAE of the condition."""
-    return {**self.space.frozen, **({'vae': self.vae_source} if self.vae_source else {})}
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """What the space and the conditions read."""
+    return {**self.space.frozen, **self.conditions.frozen}
 
   @property
-  def noise_shape(self) -> tuple[int, ...]:
-    """Shape of x_T."""
-    return self.space.shape
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What the conditions can be given, and x_T."""
+    return {**self.conditions.inputs, base.NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
 
   @property
-  def takes_x0_vae(self) -> bool:
-    """Whether the networks read an image."""
-    return self.vae_source is not None
+  def titles(self) -> Mapping[str, str]:
+    """Of what is shown before a sample; the sample then is 'refined'."""
+    before = self.conditions.titles
+    return {**before, 'x0': 'refined'} if before else {}
+
+  @property
+  def reconstructs(self) -> bool:
+    """Whether a condition does."""
+    return self.conditions.reconstructs
 
   @property
   def num_function_evaluations(self) -> int:
@@ -161,9 +170,15 @@ class Ddgan:
     due = self.loss['r1_gamma'] > 0 and step % self.loss['r1_every_steps'] == 0
     return REGULARISED if due else ''
 
-  def of_kind(self, kind: str) -> 'Ddgan':
-    """Returns the experiment whose update is of this kind."""
-    return dataclasses.replace(self, is_regularised=kind == REGULARISED)
+  def columns(self) -> base.Columns:
+    """Returns condition, space and number of steps."""
+    return base.Columns(
+      condition=self.conditions.title,
+      sampler=self.title,
+      method=self.title,
+      steps=self.steps.num_steps,
+      guidance=0.0,
+    )
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0; `extra['r1']` is the last |grad D|^2 that was taken."""
@@ -181,22 +196,19 @@ class Ddgan:
 
   # The condition ----------------------------------------------------------------------------------
 
-  def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
-    """Returns mean and log variance of the frozen VAE's q(z | x)."""
-    del params
-    return self.vae_source.model.apply(frozen['vae'], x, method='encode')
+  def beside(self, read: Read, given: Given) -> Array | None:
+    """Returns the maps that the networks read beside the state, joined; None without conditions."""
+    maps = list(self.conditions.values(read, given).values())
+    return jnp.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0] if maps else None
 
-  def examples(self, frozen: dict[str, Params], x: Image, key: jax.Array) -> Batch:
-    """Returns 'x0', maps of the space, and 'condition' where there is one, of images in [-1, 1]."""
-    key_map, key_z = jax.random.split(key)
-    rows = {'x0': self.space.from_image(frozen, x, key_map)}
-    if self.vae_source:
-      z, logvar = self.encode({}, frozen, x)
-      if self.x0_vae_source == 'sample':
-        z = encoders.draw_latent(z, logvar, key_z)
-      x0_vae = self.vae_source.model.apply(frozen['vae'], z, method='decode')
-      rows['condition'] = self.space.from_image(frozen, x0_vae, None)
-    return rows
+  def examples(self, read: Read, batch: Batch, key: jax.Array) -> Batch:
+    """Returns 'x0', maps of the space, and 'condition' where there is one, of a prepared batch."""
+    key_map, key_given = jax.random.split(key)
+    x = batch['image']
+    rows = {'x0': self.space.encode(read, x, key_map)}
+    given = self.conditions.observe(read, batch, x, key_given, training=True)
+    beside = self.beside(read, self.conditions.complete(read, given))
+    return rows if beside is None else {**rows, 'condition': beside}
 
   # Training ---------------------------------------------------------------------------------------
 
@@ -219,9 +231,9 @@ class Ddgan:
     return {'t': t, 'x_t': x_t, 'x_next': x_next, 'x0_hat': x0_hat, 'x_t_hat': x_t_hat}
 
   def discriminator_loss(
-    self, params: Params, generator: Params, rows: Batch, key: jax.Array
+    self, params: Params, generator: Params, rows: Batch, key: jax.Array, *, regularised: bool
   ) -> tuple[jax.Array, Metrics]:
-    """Returns L_D, a mean over the batch, its terms, and the mean logits."""
+    """Returns L_D, a mean over the batch, its terms, and the mean logits; R1 only where it is due."""
     drawn, condition = self.fake(generator, rows, key), rows.get('condition')
     drawn = jax.lax.stop_gradient(drawn)
 
@@ -235,7 +247,7 @@ class Ddgan:
       'logits/real': jnp.mean(real),
       'logits/fake': jnp.mean(fake),
     }
-    if self.is_regularised:
+    if regularised:
       slope = adversarial.r1(lambda x_t: judge(self.discriminator_float32, x_t), drawn['x_t'])
       metrics['r1'] = jnp.mean(slope)
       loss += 0.5 * self.loss['r1_gamma'] * metrics['r1']
@@ -255,23 +267,23 @@ class Ddgan:
     return loss, {'loss': loss, 'loss/adversarial': deception, 'loss/reconstruction': reconstruction}
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the discriminator and then one of the generator.
 
     Both see the same images, with times and noise of their own.
     """
     key_flip, key_rows, key_d, key_g = jax.random.split(key, 4)
-    x = pixels.to_unit_range(batch['image'])
-    if self.flip:
-      x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
-    rows = jax.lax.stop_gradient(self.examples(frozen, x, key_rows))
+    batch = pixels.prepare(batch, key_flip if self.flip else None)
+    rows = jax.lax.stop_gradient(self.examples(frozen, batch, key_rows))
     generator, discriminator = state.networks['generator'], state.networks['discriminator']
     fraction = state.step.astype(jnp.float32) / self.num_updates
     weight = adversarial.reconstruction_weight(self.loss['reconstruction'], fraction)
 
     def loss_d(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.discriminator_loss(params, generator.params, rows, key)
+      return self.discriminator_loss(
+        params, generator.params, rows, key, regularised=kind == REGULARISED
+      )
 
     grads_d, metrics_d = base.gradients(loss_d, discriminator.params, rows, key_d, self.microbatches)
     discriminator = base.apply_gradients(discriminator, grads_d, self.optimizer_discriminator, state.step)
@@ -297,13 +309,11 @@ class Ddgan:
       'grad_norm/discriminator': global_norm(grads_d),
     }
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns the mean |x0 - x0'| at random times. A discriminator's loss says nothing on its own."""
     key_rows, key_fake = jax.random.split(key)
-    rows = self.examples(frozen, pixels.to_unit_range(batch['image']), key_rows)
-    drawn = self.fake(params['generator'], rows, key_fake, training=False)
+    rows = self.examples(read, pixels.prepare(batch, None), key_rows)
+    drawn = self.fake(read['generator'], rows, key_fake, training=False)
     error = jnp.mean(jnp.abs(rows['x0'] - drawn['x0_hat']), axis=(1, 2, 3))
     return {'loss': base.masked_mean(error, batch['mask'])}
 
@@ -317,37 +327,22 @@ class Ddgan:
 
     return few_steps.sample(generate, self.steps, noise, keys, self.noise_dim)
 
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns {'x0': images} and, with a VAE, {'x0_vae': what they were refined from}.
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns what the conditions see of each image."""
+    return self.conditions.observe(read, batch, x, key)
 
-    Args:
-      params: `generator`.
-      frozen: `autoencoder`, `decoder` or `vae`, where they are read.
-      condition: 'z' where a VAE is read; optionally 'x0_vae' (takes the place of decode(z)) and 'noise'
-        (takes the place of x_T, unit variance).
-      keys: one per image.
-    """
-    keys = jax.vmap(lambda key: jax.random.split(key))(keys)
-    if 'noise' in condition:
-      noise = condition['noise']
-    else:
-      noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(keys[:, 0])
-    images, read = {}, None
-    if self.vae_source:
-      images['x0_vae'] = (
-        condition['x0_vae']
-        if 'x0_vae' in condition
-        else self.vae_source.model.apply(frozen['vae'], condition['z'], method='decode')
-      )
-      read = self.space.from_image(frozen, images['x0_vae'], None)
-    y = self.draw_map(params['generator'], noise, read, keys[:, 1])
-    return {**images, 'x0': jnp.clip(self.space.to_image(frozen, y), -1.0, 1.0)}
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what the conditions draw, and x_T."""
+    key_given, key_noise, _ = base.sampling_keys(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(key_noise)
+    return {**self.conditions.draw(read, key_given, indices), base.NOISE: noise}
+
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns what the conditions show, and {'x0': images}; see `base.Experiment.sample`."""
+    given = self.conditions.complete(read, given)
+    beside = self.beside(read, given)
+    y = self.draw_map(read['generator'], given[base.NOISE], beside, base.sampling_keys(keys)[2])
+    return {**self.conditions.shown(given), **self.space.decode(read, y)}
 
 
 def build_generator(section: ConfigDict, channels: int) -> Any:
@@ -366,20 +361,14 @@ def build_generator(section: ConfigDict, channels: int) -> Any:
   return builders[name]()
 
 
-def check(section: ConfigDict) -> None:
+def check_section(section: ConfigDict) -> None:
   """Raises UserError for the first value of the stage's section that is not allowed."""
-  for field, value, valid in (
-    ('model.network', section.model.network, GENERATORS),
-    ('condition', section.condition, CONDITIONS),
-    ('vae.x0_vae_source', section.vae.x0_vae_source, X0_VAE_SOURCES),
-  ):
-    if value not in valid:
-      raise UserError(f'{field} is {value!r}; valid: {", ".join(valid)}')
   adversarial.check_reconstruction_weight(section.loss.reconstruction)
-  if section.loss.r1_gamma < 0:
-    raise UserError(f'loss.r1_gamma must be >= 0, got {section.loss.r1_gamma}')
-  if section.loss.r1_every_steps < 1:
-    raise UserError(f'loss.r1_every_steps must be >= 1, got {section.loss.r1_every_steps}')
+  if section.conditions:
+    raise UserError(
+      f'conditions names {", ".join(sorted(section.conditions))}; the networks of a denoising GAN read no '
+      "condition but diffusion.condition = 'formulation1'"
+    )
   if section.optim_discriminator.ema_decay:
     raise UserError(
       'optim_discriminator.ema_decay must be 0: only the generator is averaged, got '

@@ -1,455 +1,331 @@
-"""Stage 2 of DiffuseVAE: a diffusion U-Net that refines the VAE's reconstruction x0_vae.
+"""A diffusion: a space x conditions x a denoiser. DiffuseVAE's second stage is pixels x the VAE's image.
 
-With y_t = x_t - shift, where the shift is 0 (no condition, Formulation 1) or x0_vae (Formulation 2), both
-formulations are plain DDPM in y: y_t = alpha_t x0 + sigma_t eps. The shift is added only where the network
-reads x_t (Pandey et al. 2022, arXiv:2201.00308, section 3.3 and appendix B, with the coefficients
-corrected). Losses, samplers and guidance work in y alone.
-
-A dropped condition (classifier-free guidance) has no shift and the network's learned nulls.
+Images are brought into the space, what they are conditioned on is observed, and a U-Net learns the denoising
+loss (`experiments.denoiser`). A sample starts from noise and from drawn or given conditions.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
+from vaediff.conditions import make_conditions
+from vaediff.conditions import vae as vae_conditions
+from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
-from vaediff.diffusion import gaussian, guidance, likelihood, losses, samplers, schedules
+from vaediff.diffusion import gaussian, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
 from vaediff.experiments import base
+from vaediff.experiments.denoiser import Denoiser, Term
+from vaediff.models import ports
 from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
 from vaediff.optim import Optimizer, make_optimizer
-from vaediff.spaces import encoders
-from vaediff.types import Batch, Image, ImageBytes, Keys, Latent, Mask, Metrics, Params
+from vaediff.spaces import Space, make_space
+from vaediff.types import Batch, Given, Image, Keys, Metrics, Read, Values
 
-CONDITIONS = {'none': 0, 'formulation1': 1, 'formulation2': 2}
-X0_VAE_SOURCES = ('sample', 'mean', 'precomputed')
 VARIANCES = ('small', 'large')
 CLIPS = ('static', 'dynamic', 'none')
-SAMPLER_OPTIONS = {
-  'ddpm': ('variance',),
-  'ddim': ('eta',),
-  'heun': (),
-  'dpmpp_2m': (),
-  'renoise': (),
-  'there_and_back': (),
+BOUNDS = {
+  'diffusion.schedule': checks.one_of(schedules.SCHEDULES),
+  'diffusion.prediction': checks.one_of(gaussian.PREDICTIONS),
+  'diffusion.loss_weight': checks.one_of(losses.LOG_WEIGHTS),
+  'diffusion.condition': checks.one_of(vae_conditions.FORMULATIONS),
+  'diffusion.x0_vae_source': checks.one_of(vae_conditions.SOURCES),
+  'diffusion.condition_dropout': checks.below_one(),
+  'sample.sampler': checks.one_of(samplers.SAMPLERS),
+  'sample.grid': checks.one_of(samplers.GRIDS),
+  'sample.variance': checks.one_of(VARIANCES),
+  'sample.clip': checks.one_of(CLIPS),
+  'sample.num_steps': checks.at_least(1),
+  'sample.t_start': checks.inside_or_at(0, 1),
+  'sample.threshold_percentile': checks.inside_or_at(0, 100),
+  'sample.temperature': checks.at_least(0),
+  'sample.guidance_weight': checks.at_least(0),
+  'sample.eta': checks.between(0, 1),
 }
-"""What a sampler reads of the stage's `sample` section beside what all of them do."""
-
-
-def reads_precomputed(section: ConfigDict) -> bool:
-  """Returns whether a stage's batches hold the VAE's reconstructions, computed once for all images."""
-  if 'diffusion' not in section or 'x0_vae_source' not in section.diffusion:
-    return False
-  return section.diffusion.x0_vae_source == 'precomputed'
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Condition:
-  """What one batch is conditioned on; None where the network reads nothing of the kind.
-
-  `guidance` is one weight per example: read by a network that was built for it, and in place of
-  `sample.guidance_weight` otherwise.
-  """
-
-  x0_vae: Image | None
-  z: Latent | None
-  guidance: Float[Array, ' batch'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Refiner:
-  """The refiner stage; trains the network `denoiser`.
+class Diffusion(base.Experiment):
+  """The stage of a diffusion; trains the network `denoiser`.
 
   Attributes:
-    denoiser: the U-Net.
-    vae: the frozen VAE, or None when neither x0_vae nor z is read.
-    optimizer: of the U-Net.
-    schedule: alpha and sigma of t.
-    prediction: what the U-Net predicts, 'x0', 'eps' or 'v'.
-    loss_weight: of the squared error of x0, by name.
-    formulation: 0 = no image condition, 1, 2.
-    z_conditioning: the U-Net reads z.
-    reads_guidance: the U-Net reads the guidance weight, and one pass guides.
-    condition_dropout: probability, per example, of the null condition.
-    x0_vae_source: 'sample' or 'mean' of q(z | x) at each step, or 'precomputed' (in the batch).
-    flip: random horizontal flips of image and condition.
+    space: where it is diffused.
+    denoiser: the network and how it is read.
+    optimizer: of the network.
+    flip: random horizontal flips of every image of an example.
     microbatches: parts that a batch is split into for the gradient.
-    latent_dim: size of z; 0 without a VAE.
-    noise_shape: shape of x_T and of an image, (height, width, channels).
     settings: the stage's `sample` section: sampler, step count and so on.
+    start_value: the value that a start below t = 1 is made of.
   """
 
-  denoiser: Model
-  vae: Model | None
-  vae_source: reads.FromStage | None
+  space: Space
+  denoiser: Denoiser
   optimizer: Optimizer
-  schedule: schedules.Schedule
-  prediction: str
-  loss_weight: str
-  formulation: int
-  z_conditioning: bool
-  reads_guidance: bool
-  condition_dropout: float
-  x0_vae_source: str
   flip: bool
   microbatches: int
-  latent_dim: int
-  noise_shape: tuple[int, int, int]
   settings: Mapping[str, Any]
+  start_value: str
 
   @classmethod
-  def from_config(cls, config: ConfigDict, stage: str) -> 'Refiner':
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Diffusion':
     """Builds the experiment of `config.<stage>`."""
-    section, size, channels = config[stage], config.data.image_size, config.data.channels
-    diffusion = section.diffusion
-    check_diffusion(diffusion, flip=section.train.flip)
-    check_sample(section.sample)
-    formulation = CONDITIONS[diffusion.condition]
-    needs_vae = formulation > 0 or diffusion.z_conditioning
-    if section.sample.t_start < 1 and formulation == 0:
-      raise UserError(
-        "sample.t_start < 1 starts from a noised x0_vae, which diffusion.condition = 'none' does not have"
-      )
-    if section.sample.guidance_weight > 0 and diffusion.condition_dropout == 0:
-      raise UserError(
-        'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0'
-      )
-    source, latent_dim = None, 0
-    if needs_vae:
-      if not reads.is_stage(config, section.vae.stage, 'vae'):
-        raise UserError(f'vae.stage is {section.vae.stage!r}, which is no VAE stage of this config')
-      vae_section = config[section.vae.stage]
-      latent_dim = vae_section.model.latent_dim
-      source = reads.FromStage(
-        stage=section.vae.stage,
-        network='vae',
-        workdir=section.vae.workdir,
-        model=encoders.vae_model(vae_section.model, config.data),
-      )
-    module = UNet(
-      image_size=size,
-      image_channels=channels,
-      condition_on_image=formulation > 0,
-      latent_dim=latent_dim if diffusion.z_conditioning else 0,
-      learned_null=diffusion.condition_dropout > 0,
-      **section.model.to_dict(),
-    )
-    image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    inputs = [image, jax.ShapeDtypeStruct((1,), jnp.float32)]
-    inputs.append(image if formulation > 0 else None)
-    inputs.append(jax.ShapeDtypeStruct((1, latent_dim), jnp.float32) if diffusion.z_conditioning else None)
-    if section.model.guidance_embedding:
-      inputs += [None, jax.ShapeDtypeStruct((1,), jnp.float32)]
+    section = config[stage]
+    checks.check(section, BOUNDS)
+    space = make_space(config, stage)
+    conditions = make_conditions(config, stage, space)
+    check_section(section, space, conditions)
     return cls(
-      denoiser=Model(module=module, inputs=tuple(inputs)),
-      vae=source.model if source else None,
-      vae_source=source,
+      space=space,
+      denoiser=make_denoiser(section, space, conditions),
       optimizer=make_optimizer(section.optim, section.train.num_steps),
-      schedule=schedules.make_schedule(diffusion.schedule),
-      prediction=diffusion.prediction,
-      loss_weight=diffusion.loss_weight,
-      formulation=formulation,
-      z_conditioning=diffusion.z_conditioning,
-      reads_guidance=section.model.guidance_embedding,
-      condition_dropout=diffusion.condition_dropout,
-      x0_vae_source=diffusion.x0_vae_source,
       flip=section.train.flip,
       microbatches=section.train.microbatches,
-      latent_dim=latent_dim,
-      noise_shape=(size, size, channels),
       settings=section.sample.to_dict(),
+      start_value=vae_conditions.IMAGE,
     )
+
+  @property
+  def conditions(self) -> Conditions:
+    """What it is conditioned on."""
+    return self.denoiser.conditions
 
   @property
   def networks(self) -> Mapping[str, Model]:
     """The one network of this stage."""
-    return {'denoiser': self.denoiser}
+    return {self.denoiser.network: self.denoiser.model}
 
   @property
-  def takes_x0_vae(self) -> bool:
-    """Whether the U-Net reads an image: Formulation 1 or 2."""
-    return self.formulation > 0
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """What the space and the conditions read."""
+    return {**self.space.frozen, **self.conditions.frozen}
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage]:
-    """The VAE, where the U-Net reads x0_vae or z."""
-    return {'vae': self.vae_source} if self.vae_source else {}
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What the conditions can be given, and the noise at the start."""
+    noise = jax.ShapeDtypeStruct(self.space.shape, jnp.float32)
+    return {**self.conditions.inputs, base.NOISE: noise}
+
+  @property
+  def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What is observed once."""
+    return self.conditions.stored
+
+  @property
+  def titles(self) -> Mapping[str, str]:
+    """Of what is shown before a sample; the sample then is 'refined'."""
+    before = self.conditions.titles
+    return {**before, 'x0': 'refined'} if before else {}
+
+  @property
+  def num_groups(self) -> int:
+    """Of the conditions."""
+    return self.conditions.num_groups
+
+  @property
+  def reconstructs(self) -> bool:
+    """Whether a condition does."""
+    return self.conditions.reconstructs
 
   @property
   def num_function_evaluations(self) -> int:
-    """Forward passes of the U-Net per sampled image."""
+    """Forward passes of the network per sampled image."""
     calls = samplers.num_function_evaluations(self.settings['sampler'], self.settings['num_steps'])
-    return calls * (2 if self.settings['guidance_weight'] > 0 and not self.reads_guidance else 1)
+    return calls * self.denoiser.calls_per_step
 
-  reads_image = False
+  @property
+  def can_be_guided(self) -> bool:
+    """Whether training drops conditions."""
+    return bool(self.conditions.droppable)
+
+  @property
+  def likelihood(self) -> str:
+    """Of bytes, where the images themselves are diffused."""
+    return base.BYTES if self.space.is_data else ''
+
+  def columns(self) -> base.Columns:
+    """Returns condition, sampler and its settings."""
+    sampler = self.settings['sampler']
+    return base.Columns(
+      condition=self.conditions.title,
+      sampler=sampler,
+      method=sampler,
+      steps=self.settings['num_steps'],
+      guidance=self.settings['guidance_weight'],
+    )
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""
-    network = base.init_network(self.denoiser, self.optimizer, key)
-    return base.TrainState(step=jnp.int32(0), networks={'denoiser': network}, extra={})
-
-  # The condition ----------------------------------------------------------------------------------
-
-  def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
-    """Returns mean and log variance of the frozen VAE's q(z | x)."""
-    del params
-    return self.vae.apply(frozen['vae'], x, method='encode')
-
-  def condition(self, frozen: dict[str, Params], given: dict[str, jax.Array]) -> Condition:
-    """Returns the condition from `given`: 'z', and 'x0_vae' where it is not decode(z)."""
-    if self.vae is None:
-      return Condition(x0_vae=None, z=None)
-    x0_vae = (
-      given['x0_vae'] if 'x0_vae' in given else self.vae.apply(frozen['vae'], given['z'], method='decode')
-    )
-    weight = self.settings['guidance_weight']
-    return Condition(
-      x0_vae=x0_vae if self.formulation > 0 else None,
-      z=given['z'] if self.z_conditioning else None,
-      guidance=jnp.full(x0_vae.shape[0], weight) if self.reads_guidance else None,
-    )
-
-  def examples(
-    self, frozen: dict[str, Params], batch: Batch, key: jax.Array, *, flip: bool
-  ) -> tuple[Image, Condition]:
-    """Returns x0 and its condition, flipped together."""
-    key_flip, key_z = jax.random.split(key)
-    x0 = pixels.to_unit_range(batch['image'])
-    mask = pixels.random_flip(key_flip, x0.shape[0]) if flip else None
-    if flip:
-      x0 = pixels.flip(x0, mask)
-    if self.vae is None:
-      return x0, Condition(x0_vae=None, z=None)
-    if 'x0_vae' in batch:
-      x0_vae = pixels.to_unit_range(batch['x0_vae'])
-      given = {'x0_vae': pixels.flip(x0_vae, mask) if flip else x0_vae}
-      if self.z_conditioning:
-        given['z'] = batch['z']
-    else:
-      mean, logvar = self.vae.apply(frozen['vae'], x0, method='encode')
-      given = {'z': encoders.draw_latent(mean, logvar, key_z) if self.x0_vae_source == 'sample' else mean}
-    return x0, self.condition(frozen, given)
+    network = base.init_network(self.denoiser.model, self.optimizer, key)
+    return base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra={})
 
   # Training ---------------------------------------------------------------------------------------
 
-  def predict(
-    self,
-    params: Params,
-    y: Image,
-    t: jax.Array,
-    condition: Condition,
-    drop: Mask | None = None,
-    key_dropout: jax.Array | None = None,
-  ) -> jax.Array:
-    """Returns the U-Net's output at y_t."""
-    return self.denoiser.apply(params, *self.inputs(y, t, condition, drop), key_dropout=key_dropout)
-
-  def features(self, params: Params, y: Image, t: jax.Array, condition: Condition) -> list[jax.Array]:
-    """Returns the maps of the U-Net's way down and middle at y_t (`UNet.features`)."""
-    return self.denoiser.apply(params, *self.inputs(y, t, condition, None), method='features')
-
-  def inputs(self, y: Image, t: jax.Array, condition: Condition, drop: Mask | None) -> list[jax.Array | None]:
-    """Returns what the U-Net reads at y_t; the only place where Formulation 2 adds its shift."""
-    x_t = y
-    if self.formulation > 0:
-      shift = gaussian.shift(self.formulation, condition.x0_vae)
-      x_t = y + (shift if drop is None else jnp.where(drop[:, None, None, None], 0.0, shift))
-    inputs = [x_t, t, condition.x0_vae, condition.z, drop]
-    return [*inputs, condition.guidance] if self.reads_guidance else inputs
-
-  def example_losses(
-    self,
-    params: Params,
-    x0: Image,
-    condition: Condition,
-    key: jax.Array,
-    *,
-    training: bool,
-  ) -> jax.Array:
-    """Returns the weighted denoising loss of each example at one random time."""
-    key_t, key_eps, key_drop, key_dropout = jax.random.split(key, 4)
-    t = schedules.sample_time(self.schedule, key_t, x0.shape[0])
-    eps = jax.random.normal(key_eps, x0.shape)
-    drop = None
-    if training and self.condition_dropout > 0:
-      drop = jax.random.bernoulli(key_drop, self.condition_dropout, (x0.shape[0],))
-    y = gaussian.q_sample(x0, eps, t, self.schedule)
-    output = self.predict(params, y, t, condition, drop, key_dropout if training else None)
-    return losses.denoising_loss(self.prediction, output, x0, eps, t, self.schedule, self.loss_weight)
+  def examples(self, read: Read, batch: Batch, key: jax.Array, *, training: bool) -> tuple[Array, Values]:
+    """Returns y0, maps of the space, and the values beside them; in training with flips."""
+    key_flip, key_given = jax.random.split(key)
+    batch = pixels.prepare(batch, key_flip if training and self.flip else None)
+    x = batch['image']
+    given = self.conditions.observe(read, batch, x, key_given, training=True)
+    values = self.conditions.values(read, self.conditions.complete(read, given))
+    return self.space.encode(read, x, jax.random.fold_in(key_flip, 1)), values
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the denoising loss."""
+    del kind
+    name = self.denoiser.network
 
-    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      read = {**frozen, name: params}
       key_example, key_loss = jax.random.split(key)
-      x0, condition = self.examples(frozen, batch, key_example, flip=self.flip)
-      loss = jnp.mean(self.example_losses(params, x0, condition, key_loss, training=True))
+      y0, values = self.examples(read, batch, key_example, training=True)
+      loss = jnp.mean(self.denoiser.losses(read, y0, values, key_loss, training=True))
       return loss, {'loss': loss}
 
-    params = state.networks['denoiser'].params
+    params = state.networks[name].params
     grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
-    state, norms = base.update_one(state, 'denoiser', grads, self.optimizer)
+    state, norms = base.update_one(state, name, grads, self.optimizer)
     return state, {**metrics, **norms}
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
-    """Returns the denoising loss without dropout or flips."""
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
+    """Returns the denoising loss without drops, dropout or flips."""
     key_example, key_loss = jax.random.split(key)
-    x0, condition = self.examples(frozen, batch, key_example, flip=False)
-    values = self.example_losses(params['denoiser'], x0, condition, key_loss, training=False)
-    return {'loss': base.masked_mean(values, batch['mask'])}
+    y0, values = self.examples(read, batch, key_example, training=False)
+    losses_of_each = self.denoiser.losses(read, y0, values, key_loss, training=False)
+    return {'loss': base.masked_mean(losses_of_each, batch['mask'])}
 
   # Sampling ---------------------------------------------------------------------------------------
 
-  def x0_hat(
-    self, params: Params, condition: Condition, *, dropped: bool = False
-  ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns (y, t) -> x0_hat as the U-Net says it, with the condition or with the learned null."""
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns what the conditions see of each image."""
+    return self.conditions.observe(read, batch, x, key)
 
-    def denoise(y, t):
-      drop = jnp.full(t.shape, dropped) if self.condition_dropout > 0 else None
-      output = self.predict(params, y, t, condition, drop)
-      return gaussian.to_x0(self.prediction, output, y, t, self.schedule)
+  def store(self, read: Read, batch: Batch, x: Image) -> Given:
+    """Returns what the conditions have stored of each image."""
+    seen = self.conditions.complete(read, self.conditions.observe(read, batch, x, None))
+    return {name: seen[name] for name in self.stored}
 
-    return denoise
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what the conditions draw, and the noise at the start."""
+    key_given, key_noise, _ = base.sampling_keys(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(key_noise)
+    return {**self.conditions.draw(read, key_given, indices), base.NOISE: noise}
 
-  def denoise(self, params: Params, condition: Condition) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns (y, t) -> x0_hat with guidance and clipping, for the samplers."""
-    denoise = self.x0_hat(params, condition)
-    if not self.reads_guidance:
-      weight = self.settings['guidance_weight'] if condition.guidance is None else condition.guidance
-      denoise = guidance.guided(denoise, self.x0_hat(params, condition, dropped=True), weight)
-    if self.settings['clip'] == 'static':
-      return guidance.clip(denoise)
-    if self.settings['clip'] == 'dynamic':
-      return guidance.threshold(denoise, self.settings['threshold_percentile'])
-    return denoise
-
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns {'x0': refined images} and, where there is one, {'x0_vae': what they were refined from}.
-
-    Args:
-      params: `denoiser`.
-      frozen: `vae`.
-      condition: 'z' where a VAE is read; optionally 'x0_vae' (takes the place of decode(z)) and 'noise'
-        (takes the place of the noise at the start, unit variance).
-      keys: one per image.
-    """
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns what the conditions show, and {'x0': images in [-1, 1]}; see `base.Experiment.sample`."""
     settings = self.settings
-    given = self.condition(frozen, condition)
-    keys = jax.vmap(lambda key: jax.random.split(key))(keys)
-    if 'noise' in condition:
-      noise = condition['noise']
-    else:
-      noise = jax.vmap(lambda key: jax.random.normal(key, self.noise_shape))(keys[:, 0])
-    y = settings['temperature'] * noise
+    given = self.conditions.complete(read, given)
+    values = self.conditions.values(read, given)
+    y = settings['temperature'] * given[base.NOISE]
     if settings['t_start'] < 1:
-      t = jnp.full(noise.shape[0], settings['t_start'])
-      y = gaussian.q_sample(given.x0_vae, y, t, self.schedule)
+      t = jnp.full(y.shape[0], settings['t_start'])
+      y = gaussian.q_sample(values[self.start_value], y, t, self.denoiser.schedule)
     sampler = settings['sampler']
-    x0 = samplers.get_sampler(sampler)(
-      self.denoise(params['denoiser'], given),
-      self.schedule,
+    y = samplers.get_sampler(sampler)(
+      self.denoiser.denoise(read, values),
+      self.denoiser.schedule,
       y,
-      keys[:, 1],
+      base.sampling_keys(keys)[2],
       num_steps=settings['num_steps'],
       grid=settings['grid'],
       t_start=settings['t_start'],
-      **{name: settings[name] for name in SAMPLER_OPTIONS[sampler]},
+      **{name: settings[name] for name in samplers.options(sampler)},
     )
-    images = {'x0': jnp.clip(x0, -1.0, 1.0)}
-    return images if given.x0_vae is None else {'x0_vae': given.x0_vae, **images}
+    return {**self.conditions.shown(given), **self.space.decode(read, y)}
 
   # Likelihood -------------------------------------------------------------------------------------
 
-  likelihood = 'mass of bytes'
-
-  def negative_elbo(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    image: ImageBytes,
-    keys: Keys,
-    num_times: int,
-  ) -> dict[str, jax.Array]:
+  def bound(self, read: Read, batch: Batch, keys: Keys, num_times: int) -> dict[str, jax.Array]:
     """Returns the terms of a bound on -log p(x) of byte images, in nats per example.
 
     With a VAE the latent variables are z and y: -log p(x) <= E_q(z|x)[bound of p(x | z)] + KL(q(z | x) ||
     N(0, I)), the term 'kl', from one z per image. The other terms are those of `likelihood.bound_terms`.
     Without guidance; x0_hat is clipped to [-1, 1] and the steps have `sample.variance`, as part of the model.
     """
-    x0, condition, terms = pixels.to_unit_range(image), Condition(x0_vae=None, z=None), {}
+    if not self.likelihood:
+      return {}
+    x0 = pixels.to_unit_range(batch['image'])
     keys = jax.vmap(lambda key: jax.random.split(key))(keys)
-    if self.vae is not None:
-      mean, logvar = self.vae.apply(frozen['vae'], x0, method='encode')
-      noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys[:, 0])
-      condition = self.condition(frozen, {'z': mean + jnp.exp(0.5 * logvar) * noise})
-      terms['kl'] = losses.kl_to_standard_normal(mean, logvar)
-    denoise = guidance.clip(self.x0_hat(params['denoiser'], condition))
-    variance = self.settings['variance']
-    return terms | likelihood.bound_terms(denoise, self.schedule, x0, keys[:, 1], num_times, variance)
+    given = self.conditions.observe(read, batch, x0, keys[:, 0])
+    values = self.conditions.values(read, self.conditions.complete(read, given))
+    denoise = self.denoiser.clipped(self.denoiser.x0_hat(read, values))
+    schedule, variance = self.denoiser.schedule, self.settings['variance']
+    terms = likelihood.bound_terms(denoise, schedule, x0, keys[:, 1], num_times, variance)
+    return {**self.conditions.nats(read, x0), **terms}
 
 
-def check_diffusion(config: ConfigDict, *, flip: bool) -> None:
-  """Raises UserError where a stage's `diffusion` section holds a value that is not allowed."""
-  allowed = {
-    'schedule': schedules.SCHEDULES,
-    'prediction': gaussian.PREDICTIONS,
-    'loss_weight': losses.LOG_WEIGHTS,
-    'condition': CONDITIONS,
-    'x0_vae_source': X0_VAE_SOURCES,
-  }
-  check_names(config, 'diffusion', allowed)
-  if not 0 <= config.condition_dropout < 1:
-    raise UserError(f'diffusion.condition_dropout must be in [0, 1), got {config.condition_dropout}')
-  if config.x0_vae_source == 'precomputed' and config.z_conditioning and flip:
+def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> Denoiser:
+  """Returns the U-Net of a stage's section, and how it is read."""
+  height, width, channels = space.shape
+  if height != width:
+    raise UserError(f'the U-Net takes square maps, those of space = {section.space} are {height} x {width}')
+  model = section.model.to_dict()
+  del model['guidance_embedding']  # says that there is a condition
+  state = jax.ShapeDtypeStruct((1, *space.shape), jnp.float32)
+  return Denoiser(
+    model=Model(
+      module=UNet(image_size=height, image_channels=channels, ports=conditions.named_ports, **model),
+      inputs=(state, jax.ShapeDtypeStruct((1,), jnp.float32), ports.structs(conditions.ports)),
+    ),
+    conditions=conditions,
+    schedule=schedules.make_schedule(section.diffusion.schedule),
+    prediction=section.diffusion.prediction,
+    loss_weight=section.diffusion.loss_weight,
+    bound=space.bound,
+    clip=section.sample.clip,
+    threshold_percentile=section.sample.threshold_percentile,
+    terms=make_terms(section.sample, conditions),
+    shift=vae_conditions.IMAGE if section.diffusion.condition == 'formulation2' else '',
+  )
+
+
+def make_terms(sample: ConfigDict, conditions: Conditions) -> tuple[Term, ...]:
+  """Returns the guidance that `guidance_weight` (all conditions dropped) and `guidance` (one each) ask for.
+
+  Raises:
+    UserError: when a condition is not there, or was never dropped in training.
+  """
+  pairs = [(conditions.droppable, sample.guidance_weight)] if sample.guidance_weight else []
+  for pair in sample.guidance:
+    if len(pair) != 2 or pair[0] not in conditions.droppable or not pair[1] > -1:
+      raise UserError(
+        f'sample.guidance must be pairs (condition, weight > -1) of conditions that are dropped in training, '
+        f'{", ".join(conditions.droppable) or "of which there are none"}; got {pair!r}'
+      )
+    pairs.append(((pair[0],), float(pair[1])))
+  return tuple(Term(weight=weight, without=names) for names, weight in pairs)
+
+
+def check_section(section: ConfigDict, space: Space, conditions: Conditions) -> None:
+  """Raises UserError for fields of a section that contradict each other."""
+  diffusion, sample, train = section.diffusion, section.sample, section.train
+  if diffusion.condition_dropout > 0 and diffusion.condition == 'none' and not diffusion.z_conditioning:
+    raise UserError(
+      f'diffusion.condition_dropout is {diffusion.condition_dropout}, but the U-Net reads nothing of a VAE '
+      'that could be dropped; set diffusion.condition or z_conditioning, or set the dropout to 0'
+    )
+  if sample.t_start < 1 and diffusion.condition == 'none':
+    raise UserError(
+      "sample.t_start < 1 starts from a noised x0_vae, which diffusion.condition = 'none' does not have"
+    )
+  if sample.guidance_weight > 0 and not conditions.droppable:
+    raise UserError(
+      'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0'
+    )
+  if sample.clip == 'dynamic' and space.bound is None:
+    raise UserError(
+      "sample.clip = 'dynamic' scales x0_hat into [-1, 1], where the maps of this space are not; use 'none'"
+    )
+  if diffusion.x0_vae_source == 'precomputed' and diffusion.z_conditioning and train.flip:
     raise UserError(
       "diffusion.x0_vae_source = 'precomputed' with z_conditioning cannot be joined with train.flip: the "
       "stored z belongs to the image as it is; use 'mean', or train.flip = False"
     )
-
-
-def check_sample(config: ConfigDict) -> None:
-  """Raises UserError where a stage's `sample` section holds a value that is not allowed."""
-  allowed = {
-    'sampler': samplers.SAMPLERS,
-    'grid': samplers.GRIDS,
-    'variance': VARIANCES,
-    'clip': CLIPS,
-  }
-  check_names(config, 'sample', allowed)
-  if config.num_steps < 1:
-    raise UserError(f'sample.num_steps must be >= 1, got {config.num_steps}')
-  if not 0 < config.t_start <= 1:
-    raise UserError(f'sample.t_start must be in (0, 1], got {config.t_start}')
-  if not 0 < config.threshold_percentile <= 100:
-    raise UserError(f'sample.threshold_percentile must be in (0, 100], got {config.threshold_percentile}')
-  for field in ('eta', 'temperature', 'guidance_weight'):
-    if config[field] < 0:
-      raise UserError(f'sample.{field} must be >= 0, got {config[field]}')
-  if config.eta > 1:
-    raise UserError(f'sample.eta must be in [0, 1], got {config.eta}')
-
-
-def check_names(config: ConfigDict, section: str, allowed: Mapping[str, Any]) -> None:
-  """Raises UserError where a field's value is not among the allowed names, which it lists."""
-  for field, names in allowed.items():
-    if config[field] not in names:
-      raise UserError(f'{section}.{field} is {config[field]!r}; valid: {", ".join(names)}')

@@ -24,19 +24,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import reads
-from vaediff.diffusion import adversarial, distribution_matching, gaussian, guidance, ladd, losses, schedules
+from vaediff import checks, reads
+from vaediff.diffusion import adversarial, distribution_matching, gaussian, ladd, losses, schedules
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.experiments.diffusion import Condition
-from vaediff.experiments.grid_student import GridStudent, apart, beside, condition_of, grid_parts
-from vaediff.experiments.student import SAME
+from vaediff.experiments.denoiser import DENOISER, Denoiser
+from vaediff.experiments.grid_student import GridStudent, apart, beside, grid_parts
+from vaediff.experiments.student import SAME, TEACHER
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
-from vaediff.models.unet import feature_shapes
 from vaediff.optim import Optimizer, global_norm, make_optimizer
-from vaediff.types import Batch, Image, Metrics, Params, Time
+from vaediff.types import Batch, Image, Metrics, Params, Read, Time, Values
 
+FAKE = 'fake_denoiser'
+"""Name of the network that is trained on the student's images."""
 STUDENT = 'student'
 """Kind of the updates that train the student too."""
 STUDENT_METRICS = ('loss/distribution', 'loss/adversarial', 'grad_norm/denoiser')
@@ -56,7 +57,6 @@ class DistributionMatching(GridStudent):
     max_time: largest t'.
     adversarial_weight: of the head in the student's loss; 0 = DMD2 without images of the data.
     fake_adversarial_weight: of the head's loss in that of the fake denoiser.
-    is_student: this update trains the student.
   """
 
   start_source: reads.FromStage | None
@@ -67,7 +67,6 @@ class DistributionMatching(GridStudent):
   max_time: float
   adversarial_weight: float
   fake_adversarial_weight: float
-  is_student: bool = False
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'DistributionMatching':
@@ -76,11 +75,11 @@ class DistributionMatching(GridStudent):
     check(section)
     student, num_updates = shared['student'], max(1, section.train.num_steps // section.fake_updates)
     shared['student'] = dataclasses.replace(student, optimizer=make_optimizer(section.optim, num_updates))
-    lowest = feature_shapes(shared['teacher'].denoiser.module)[-1]
+    lowest = shared['teacher'].feature_shapes()[-1]
     return cls(
       **shared,
       **section.loss.to_dict(),
-      start_source=start_source(config, stage, student.denoiser),
+      start_source=start_source(config, stage, student.denoiser.model),
       discriminator=Model(
         module=Heads(**section.discriminator.to_dict()),
         inputs=(jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *lowest), jnp.float32)),
@@ -94,12 +93,12 @@ class DistributionMatching(GridStudent):
     """The student, the denoiser of its images, and the head."""
     return {
       **super().networks,
-      'fake_denoiser': self.teacher.denoiser,
+      FAKE: self.teacher.model,
       'discriminator': self.discriminator,
     }
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
+  def frozen(self) -> Mapping[str, reads.Reads]:
     """The teacher, what both read, and the student that this one goes on from."""
     return {**super().frozen, **({'start': self.start_source} if self.start_source else {})}
 
@@ -107,9 +106,10 @@ class DistributionMatching(GridStudent):
     """Returns 'student' for every `fake_updates`-th update."""
     return STUDENT if (step + 1) % self.fake_updates == 0 else ''
 
-  def of_kind(self, kind: str) -> 'DistributionMatching':
-    """Returns the experiment whose update is of this kind."""
-    return dataclasses.replace(self, is_student=kind == STUDENT)
+  @property
+  def fake(self) -> Denoiser:
+    """How the fake denoiser is read: as the teacher is."""
+    return dataclasses.replace(self.teacher, network=FAKE)
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0, before `start` copies the teacher."""
@@ -117,27 +117,28 @@ class DistributionMatching(GridStudent):
     state = super().init(key_student)
     networks = {
       **state.networks,
-      'fake_denoiser': base.init_network(self.teacher.denoiser, self.optimizer_fake, key_fake),
+      FAKE: base.init_network(self.teacher.model, self.optimizer_fake, key_fake),
       'discriminator': base.init_network(self.discriminator, self.optimizer_fake, key_head),
     }
     return state.replace(networks=networks, extra={name: jnp.float32(0) for name in STUDENT_METRICS})
 
-  def start(self, state: base.TrainState, frozen: dict[str, Params]) -> base.TrainState:
+  def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
     """Returns the state whose fake denoiser is the teacher, and whose student is that of an earlier stage."""
-    origin = frozen['start' if self.start_source else 'teacher']
-    student = super().start(state, {**frozen, 'teacher': origin})
-    fake = state.networks['fake_denoiser'].replace(params=jax.tree.map(jnp.copy, frozen['teacher']))
-    return student.replace(networks={**student.networks, 'fake_denoiser': fake})
+    origin = frozen['start' if self.start_source else TEACHER]
+    student = super().start(state, {**frozen, TEACHER: origin})
+    fake = state.networks[FAKE].replace(params=jax.tree.map(jnp.copy, frozen[TEACHER]))
+    return student.replace(networks={**student.networks, FAKE: fake})
 
   # What the losses read ---------------------------------------------------------------------------
 
   def own_states(
-    self, params: Params, condition: Condition, like: Image, key: jax.Array
+    self, read: Read, values: Values, like: Image, key: jax.Array
   ) -> tuple[Image, Time]:
     """Returns y_s and s of each example: states on the way of its own samples, not differentiated."""
     key_s, key_eps = jax.random.split(key)
     count, times = like.shape[0], self.start_times
-    denoise, schedule = self.student.denoise(params, condition), self.student.schedule
+    denoiser = self.student.denoiser
+    denoise, schedule = denoiser.denoise(read, values), denoiser.schedule
     y = jax.random.normal(key_eps, like.shape)
     states = [y]
     for k, s in enumerate(times[1:], start=1):
@@ -154,87 +155,77 @@ class DistributionMatching(GridStudent):
     t = jax.random.uniform(key, (count,), minval=self.min_time, maxval=self.max_time)
     return ladd.on_trained_times(t, self.teacher.schedule)
 
-  def judge(
-    self, params: dict[str, Params], y: Image, t: Time, condition: Condition
-  ) -> Float[Array, ' batch _']:
+  def judge(self, read: Read, y: Image, t: Time, values: Values) -> Float[Array, ' batch _']:
     """Returns the head's logits on the fake denoiser's lowest map at y_t'."""
-    lowest = self.teacher.features(params['fake_denoiser'], y, t, condition)[-1]
-    return self.discriminator.apply(params['discriminator'], t, lowest.astype(jnp.float32))[0]
+    lowest = self.fake.features(read, y, t, values)[-1]
+    return self.discriminator.apply(read['discriminator'], t, lowest.astype(jnp.float32))[0]
 
   # Training ---------------------------------------------------------------------------------------
 
-  def fake_loss(
-    self, params: dict[str, Params], student: Params, rows: Batch, key: jax.Array
-  ) -> tuple[jax.Array, Metrics]:
-    """Returns L_fake, a mean over the batch, its terms, and the mean logits.
-
-    `params` are those of `fake_denoiser` and `discriminator`.
-    """
+  def fake_loss(self, read: Read, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Returns L_fake, a mean over the batch, its terms, and the mean logits."""
     key_state, key_t, key_eps, key_judge = jax.random.split(key, 4)
-    x0, condition = rows['x0'], condition_of(rows)
-    y, s = self.own_states(student, condition, x0, key_state)
-    x0_hat = jax.lax.stop_gradient(self.student.x0_hat(student, condition)(y, s))
+    x0, values = rows['x0'], rows['values']
+    y, s = self.own_states(read, values, x0, key_state)
+    x0_hat = jax.lax.stop_gradient(self.student.denoiser.x0_hat(read, values)(y, s))
     t, eps = (
       schedules.sample_time(self.teacher.schedule, key_t, x0.shape[0]),
       jax.random.normal(key_eps, x0.shape),
     )
     y = gaussian.q_sample(x0_hat, eps, t, self.teacher.schedule)
-    output = self.teacher.predict(params['fake_denoiser'], y, t, condition)
-    values = losses.denoising_loss(
+    output = self.fake.output(read, y, t, values)
+    each = losses.denoising_loss(
       self.teacher.prediction, output, x0_hat, eps, t, self.teacher.schedule, self.loss_weight
     )
-    metrics = {'loss/fake': jnp.mean(values)}
+    metrics = {'loss/fake': jnp.mean(each)}
     loss = metrics['loss/fake']
     if self.adversarial_weight:
       key_t, key_eps = jax.random.split(key_judge)
-      twice = (self.matching_time(key_t, x0.shape[0]), jax.random.normal(key_eps, x0.shape), condition)
-      t, eps, condition = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), twice)
+      twice = (self.matching_time(key_t, x0.shape[0]), jax.random.normal(key_eps, x0.shape), values)
+      t, eps, values = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), twice)
       y = gaussian.q_sample(beside(x0, x0_hat), eps, t, self.teacher.schedule)
-      real, fake = apart(self.judge(params, y, t, condition), 2)
+      real, fake = apart(self.judge(read, y, t, values), 2)
       metrics['loss/discriminator'] = jnp.mean(adversarial.discriminator_loss(real, fake))
       metrics |= {'logits/real': jnp.mean(real), 'logits/fake': jnp.mean(fake)}
       loss += self.fake_adversarial_weight * metrics['loss/discriminator']
     return loss, {'loss': loss, **metrics}
 
-  def student_loss(
-    self, params: Params, others: dict[str, Params], frozen: dict[str, Params], rows: Batch, key: jax.Array
-  ) -> tuple[jax.Array, Metrics]:
-    """Returns L_student, a mean over the batch, and its terms; `others` are as in `fake_loss`."""
+  def student_loss(self, read: Read, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Returns L_student, a mean over the batch, and its terms."""
     key_state, key_t, key_eps = jax.random.split(key, 3)
-    x0, condition = rows['x0'], condition_of(rows)
-    y, s = self.own_states(params, condition, x0, key_state)
-    x0_hat = self.student.x0_hat(params, condition)(y, s)
+    x0, values = rows['x0'], rows['values']
+    y, s = self.own_states(read, values, x0, key_state)
+    x0_hat = self.student.denoiser.x0_hat(read, values)(y, s)
     t, eps = self.matching_time(key_t, x0.shape[0]), jax.random.normal(key_eps, x0.shape)
     noised = gaussian.q_sample(x0_hat, eps, t, self.teacher.schedule)
     of_data, of_student = (
-      guidance.clip(denoise)(jax.lax.stop_gradient(noised), t)
-      for denoise in (
-        self.teacher.denoise(frozen['teacher'], condition),
-        self.teacher.x0_hat(others['fake_denoiser'], condition),
-      )
+      self.teacher.clipped(denoise)(jax.lax.stop_gradient(noised), t)
+      for denoise in (self.teacher.denoise(read, values), self.fake.x0_hat(read, values))
     )
     direction = distribution_matching.direction(jax.lax.stop_gradient(x0_hat), of_data, of_student)
     matching = jnp.mean(distribution_matching.loss(x0_hat, direction))
     deception = jnp.float32(0)
     if self.adversarial_weight:
-      logits = self.judge(others, noised, t, condition)
+      logits = self.judge(read, noised, t, values)
       deception = jnp.mean(adversarial.generator_loss(logits))
     loss = matching + self.adversarial_weight * deception
     return loss, {'loss/distribution': matching, 'loss/adversarial': deception}
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of fake denoiser and head and, where it is due, of the student.
 
     `loss` is that of the fake denoiser.
     """
     key_rows, key_fake, key_student = jax.random.split(key, 3)
-    rows, networks, last = self.rows(frozen, batch, key_rows), dict(state.networks), dict(state.extra)
-    student, names = networks['denoiser'], ('fake_denoiser', 'discriminator')
+    networks, last, own = dict(state.networks), dict(state.extra), self.student.denoiser.network
+    student, names = networks[own], (FAKE, 'discriminator')
+    read = {**frozen, own: student.params}
+    rows = self.rows(read, batch, key_rows)
 
-    def loss_fake(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.fake_loss(params, student.params, rows, key)
+    def loss_fake(params: dict[str, Params], rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      return self.fake_loss({**read, **params}, rows, key)
 
     others = {name: networks[name].params for name in names}
     grads, metrics = base.gradients(loss_fake, others, rows, key_fake, self.microbatches)
@@ -242,15 +233,15 @@ class DistributionMatching(GridStudent):
       networks[name] = base.apply_gradients(networks[name], grads[name], self.optimizer_fake, state.step)
       metrics[f'grad_norm/{name}'] = global_norm(grads[name])
 
-    if self.is_student:
+    if kind == STUDENT:
       others = {name: networks[name].params for name in names}
 
       def loss_student(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return self.student_loss(params, others, frozen, rows, key)
+        return self.student_loss({**frozen, **others, own: params}, rows, key)
 
       grads, terms = base.gradients(loss_student, student.params, rows, key_student, self.microbatches)
-      networks['denoiser'] = base.apply_gradients(student, grads, self.student.optimizer, state.step)
-      last |= {**terms, 'grad_norm/denoiser': global_norm(grads)}
+      networks[own] = base.apply_gradients(student, grads, self.student.optimizer, state.step)
+      last |= {**terms, f'grad_norm/{own}': global_norm(grads)}
     shown = {name: last[name] for name in STUDENT_METRICS}
     return base.TrainState(step=state.step + 1, networks=networks, extra=last), {**metrics, **shown}
 
@@ -277,7 +268,14 @@ def start_source(config: ConfigDict, stage: str, model: Model) -> reads.FromStag
         f'start_stage is {name!r}, whose diffusion.{field} is {config[name].diffusion[field]!r}; here it is '
         f'{section.diffusion[field]!r}'
       )
-  return reads.FromStage(stage=name, network='denoiser', workdir='', model=model)
+  return reads.FromStage(stage=name, network=DENOISER, workdir='', model=model)
+
+
+BOUNDS = {
+  'fake_updates': checks.at_least(1),
+  'loss.adversarial_weight': checks.at_least(0),
+  'loss.fake_adversarial_weight': checks.at_least(0),
+}
 
 
 def check(section: ConfigDict) -> None:
@@ -287,17 +285,13 @@ def check(section: ConfigDict) -> None:
       f"sample.sampler must be 'renoise', on whose states the student is trained, got "
       f'{section.sample.sampler!r}'
     )
-  if section.fake_updates < 1:
-    raise UserError(f'fake_updates must be >= 1, got {section.fake_updates}')
+  checks.check(section, BOUNDS)
   loss = section.loss
   if not 0 < loss.min_time < loss.max_time <= 1:
     raise UserError(
       f'loss.min_time and loss.max_time must be 0 < min_time < max_time <= 1, got {loss.min_time} and '
       f'{loss.max_time}'
     )
-  for field in ('adversarial_weight', 'fake_adversarial_weight'):
-    if loss[field] < 0:
-      raise UserError(f'loss.{field} must be >= 0, got {loss[field]}')
   if section.optim_fake.ema_decay:
     raise UserError(
       f'optim_fake.ema_decay must be 0: only the student is averaged, got {section.optim_fake.ema_decay}'

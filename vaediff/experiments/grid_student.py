@@ -18,12 +18,8 @@ from ml_collections import ConfigDict
 from vaediff.diffusion import gaussian, ladd, losses, samplers
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.student import Student, parts
-from vaediff.types import Batch, Image, Metrics, Params, Time
-
-CONDITION = ('x0_vae', 'z', 'guidance')
-"""Of a batch's arrays, those that are the condition."""
+from vaediff.types import Batch, Image, Metrics, Read, Time, Values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,38 +38,36 @@ class GridStudent(Student):
   teacher_calls: int
   loss_weight: str
 
-  def rows(self, frozen: dict[str, Params], batch: Batch, key: jax.Array) -> Batch:
-    """Returns 'x0' and the arrays of its condition, flipped together; not differentiated."""
-    x0, condition = self.student.examples(frozen, batch, key, flip=self.flip)
-    given = {name: getattr(condition, name) for name in CONDITION}
-    return jax.lax.stop_gradient({'x0': x0, **{k: v for k, v in given.items() if v is not None}})
+  def rows(self, read: Read, batch: Batch, key: jax.Array) -> Batch:
+    """Returns 'x0', maps of the space, and their 'values', flipped together; not differentiated."""
+    y0, values = self.student.examples(read, batch, key, training=True)
+    return jax.lax.stop_gradient({'x0': y0, 'values': values})
 
   def states(self, x0: Image, key: jax.Array, probabilities: Array) -> tuple[Image, Time]:
     """Returns y_s, made of x0, and s of each example, one of the student's times."""
     key_s, key_eps = jax.random.split(key)
     drawn = jax.random.choice(key_s, len(self.start_times), (x0.shape[0],), p=probabilities)
     s = jnp.asarray(self.start_times)[drawn]
-    return gaussian.q_sample(x0, jax.random.normal(key_eps, x0.shape), s, self.student.schedule), s
+    eps = jax.random.normal(key_eps, x0.shape)
+    return gaussian.q_sample(x0, eps, s, self.student.denoiser.schedule), s
 
-  def target(self, frozen: dict[str, Params], y: Image, s: Time, condition: Condition) -> Image:
+  def target(self, read: Read, y: Image, s: Time, values: Values) -> Image:
     """Returns x0*: where the teacher's DDIM comes to from y_s, with its own guidance and clipping."""
-    denoise = self.teacher.denoise(frozen['teacher'], condition)
+    denoise = self.teacher.denoise(read, values)
     return ladd.finish(denoise, y, s, self.teacher_calls, self.teacher.schedule)
 
   def distillation_losses(self, x0_hat: Image, target: Image, s: Time) -> Float[Array, ' batch']:
     """Returns w_s |x0_hat - x0*|^2 per example, averaged over pixels."""
-    weight = losses.prediction_weight('x0', self.loss_weight, self.student.schedule.logsnr(s))
+    weight = losses.prediction_weight('x0', self.loss_weight, self.student.denoiser.schedule.logsnr(s))
     return weight * ladd.squared_distance(x0_hat, target)
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns `loss`, the distillation error of x0_hat as it is sampled, and the diversity of the module."""
     key_example, key_state, *key_noise = jax.random.split(key, 4)
-    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
+    x0, values = self.student.examples(read, batch, key_example, training=False)
     y, s = self.states(x0, key_state, jnp.asarray(self.start_probabilities))
     noises = [jax.random.normal(k, x0.shape) for k in key_noise]
-    drawn, wanted = self.compared(params['denoiser'], frozen, condition, [y, *noises], s)
+    drawn, wanted = self.compared(read, values, [y, *noises], s)
     of_student, of_teacher = (
       base.masked_mean(ladd.squared_distance(*images[1:]), batch['mask']) for images in (drawn, wanted)
     )
@@ -84,14 +78,14 @@ class GridStudent(Student):
     }
 
   def compared(
-    self, params: Params, frozen: dict[str, Params], condition: Condition, states: list[Image], s: Time
+    self, read: Read, values: Values, states: list[Image], s: Time
   ) -> tuple[list[Image], list[Image]]:
     """Returns the student's x0_hat and the teacher's x0* at each state: the first is y_s, others y_1."""
     count = len(states)
-    condition = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), condition)
+    values = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), values)
     y, t = beside(*states), beside(s, *[jnp.ones_like(s)] * (count - 1))
-    x0_hat = self.student.denoise(params, condition)(y, t)
-    return apart(x0_hat, count), apart(self.target(frozen, y, t, condition), count)
+    x0_hat = self.student.denoiser.denoise(read, values)(y, t)
+    return apart(x0_hat, count), apart(self.target(read, y, t, values), count)
 
 
 def beside(*arrays: Array) -> Array:
@@ -105,11 +99,6 @@ def apart(x: Array, count: int) -> list[Array]:
   return [x[:, k] for k in range(count)]
 
 
-def condition_of(rows: Batch) -> Condition:
-  """Returns the condition of a batch of rows."""
-  return Condition(**{name: rows[name] if name in rows else None for name in CONDITION})
-
-
 def grid_parts(config: ConfigDict, stage: str) -> dict[str, Any]:
   """Returns the fields of `GridStudent` for a stage of the config.
 
@@ -120,7 +109,7 @@ def grid_parts(config: ConfigDict, stage: str) -> dict[str, Any]:
   check(section)
   check_teacher(section, config[section.teacher.stage])
   num_steps = section.sample.num_steps
-  grid = samplers.time_grid(shared['student'].schedule, section.sample.grid, num_steps)
+  grid = samplers.time_grid(shared['student'].denoiser.schedule, section.sample.grid, num_steps)
   return {
     **shared,
     'start_times': tuple(grid[:-1].tolist()),

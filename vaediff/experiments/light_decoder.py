@@ -19,11 +19,12 @@ from vaediff.experiments.perceptual import Perceptual
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import encoders
-from vaediff.types import Batch, Image, Keys, Metrics, Params
+from vaediff.spaces.latents import LATENTS
+from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LightDecoder:
+class LightDecoder(base.Experiment):
   """The stage of the light decoder; trains the network `decoder`.
 
   Attributes:
@@ -49,7 +50,7 @@ class LightDecoder:
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
     named = section.autoencoder
-    source = encoders.source_of(config, named.stage, named.workdir, 'autoencoder.stage', latents=False)
+    source = encoders.autoencoder_of(config, named.stage, named.workdir, 'autoencoder.stage')
     return cls(
       decoder=encoders.light_decoder_model(config, stage),
       autoencoder=source,
@@ -62,11 +63,12 @@ class LightDecoder:
       latent_shape=encoders.latent_shape(config[named.stage].model, config.data),
     )
 
-  latent_dim = 0
-  noise_shape = ()
-  takes_x0_vae = False
-  reads_image = True
-  num_function_evaluations = 0
+  reconstructs = True
+
+  @property
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Latents, before quantisation."""
+    return {LATENTS: jax.ShapeDtypeStruct(self.latent_shape, jnp.float32)}
 
   @property
   def networks(self) -> Mapping[str, Model]:
@@ -74,7 +76,7 @@ class LightDecoder:
     return {'decoder': self.decoder}
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
+  def frozen(self) -> Mapping[str, reads.Reads]:
     """The autoencoder, and the network of the perceptual distance."""
     return {'autoencoder': self.autoencoder, **self.perceptual.frozen}
 
@@ -83,22 +85,21 @@ class LightDecoder:
     network = base.init_network(self.decoder, self.optimizer, key)
     return base.TrainState(step=jnp.int32(0), networks={'decoder': network}, extra={})
 
-  def pair(self, params: Params, frozen: dict[str, Params], x: Image, key: jax.Array) -> tuple[Image, Image]:
+  def pair(self, params: Params, frozen: Read, x: Image, key: jax.Array) -> tuple[Image, Image]:
     """Returns what teacher and student make of the same latents of x."""
     model, known = self.autoencoder.model, frozen['autoencoder']
     z = encoders.encode(model, known, x, jax.random.normal(key, (x.shape[0], *self.latent_shape)))
     return encoders.decode(model, known, z), self.decoder.apply(params, encoders.quantized(known, z))
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the distance between student and teacher."""
+    del kind
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
       key_flip, key_z = jax.random.split(key)
-      x = pixels.to_unit_range(batch['image'])
-      if self.flip:
-        x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
+      x = pixels.prepare(batch, key_flip if self.flip else None)['image']
       taught, learned = self.pair(params, frozen, x, key_z)
       pixel = jnp.mean(jnp.abs(taught - learned))
       perceptual = jnp.mean(self.perceptual(frozen, taught, learned))
@@ -110,12 +111,10 @@ class LightDecoder:
     state, norms = base.update_one(state, 'decoder', grads, self.optimizer)
     return state, {**metrics, **norms}
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns the pixel loss, and squared errors per pixel in [0, 1] to the teacher and to the data."""
     x = pixels.to_unit_range(batch['image'])
-    taught, learned = self.pair(params['decoder'], frozen, x, key)
+    taught, learned = self.pair(read['decoder'], read, x, key)
 
     def mse(a: Image, b: Image) -> jax.Array:
       return jnp.mean(jnp.square(jnp.clip(a, -1, 1) - jnp.clip(b, -1, 1)), axis=(1, 2, 3)) / 4
@@ -128,15 +127,14 @@ class LightDecoder:
     }
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
 
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns {'x0': reconstructions of `condition['image']` (uint8)} by the light decoder."""
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns the latents of each image: the mean, or with a key of a KL bottleneck drawn ones."""
+    del batch
+    noise = None if key is None else encoders.normal(key, (x.shape[0], *self.latent_shape))
+    return {LATENTS: encoders.encode(self.autoencoder.model, read['autoencoder'], x, noise)}
+
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns {'x0': images of the latents by the light decoder}."""
     del keys
-    known = frozen['autoencoder']
-    z = encoders.encode(self.autoencoder.model, known, pixels.to_unit_range(condition['image']), None)
-    return {'x0': jnp.clip(self.decoder.apply(params['decoder'], encoders.quantized(known, z)), -1.0, 1.0)}
+    z = encoders.quantized(read['autoencoder'], given[LATENTS])
+    return {'x0': jnp.clip(self.decoder.apply(read['decoder'], z), -1.0, 1.0)}

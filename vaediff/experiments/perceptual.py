@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from vaediff import reads
 from vaediff.errors import UserError
 from vaediff.features import vgg
-from vaediff.types import Image, Params
+from vaediff.types import Image, Read
 from vaediff.weights import tensors
 
 
@@ -37,12 +37,12 @@ class Perceptual:
     )
 
   @property
-  def frozen(self) -> Mapping[str, reads.Published]:
+  def frozen(self) -> Mapping[str, reads.Reads]:
     """The network that the stage must be given."""
     return {'lpips': self.source} if self.source else {}
 
-  def __call__(self, frozen: dict[str, Params], a: Image, b: Image) -> Float[Array, ' batch']:
+  def __call__(self, read: Read, a: Image, b: Image) -> Float[Array, ' batch']:
     """Returns weight * LPIPS per pair of images in [-1, 1]."""
     if self.source is None:
       return jnp.zeros(a.shape[0])
-    return self.weight * vgg.distance_in_unit_range(self.network, frozen['lpips'], a, b)
+    return self.weight * vgg.distance_in_unit_range(self.network, read['lpips'], a, b)

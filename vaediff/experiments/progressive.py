@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
+from vaediff.conditions.weight import WEIGHT
 from vaediff.diffusion import distillation, gaussian, losses, schedules
 from vaediff.errors import UserError
-from vaediff.experiments.diffusion import Condition
 from vaediff.experiments.student import LossStudent, parts
-from vaediff.types import Image, Params
+from vaediff.types import Read, Values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Progressive(LossStudent):
     section, shared = config[stage], parts(config, stage)
     check(section)
     if section.num_steps:
-      distillation.halving(shared['student'].schedule, section.num_steps)  # checks them
+      distillation.halving(shared['student'].denoiser.schedule, section.num_steps)  # checks them
     if section.num_steps and shared['teacher'].prediction == 'eps':
       raise UserError(
         f'the teacher {section.teacher.stage!r} predicts eps, whose error is divided by alpha at high noise; '
@@ -69,97 +69,72 @@ class Progressive(LossStudent):
     )
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
+  def frozen(self) -> Mapping[str, reads.Reads]:
     """The teacher, what both read, and the table of steps."""
     if not self.num_steps:
       return super().frozen
-    steps = reads.Published(load=lambda: distillation.halving(self.student.schedule, self.num_steps))
+    steps = reads.Published(load=lambda: distillation.halving(self.student.denoiser.schedule, self.num_steps))
     return {**super().frozen, 'steps': steps}
-
-  @property
-  def draws_codes(self) -> bool:
-    """Whether latent codes are drawn from the prior in training."""
-    return self.data_free_fraction > 0 and self.latent_dim > 0
 
   # The examples -----------------------------------------------------------------------------------
 
   def times(
-    self, frozen: dict[str, Params], key: jax.Array, count: int
+    self, read: Read, key: jax.Array, count: int
   ) -> tuple[jax.Array | None, jax.Array]:
     """Returns the student's step of each example (None without steps) and its time."""
     if not self.num_steps:
-      return None, schedules.sample_time(self.student.schedule, key, count)
-    index = jax.random.randint(key, (count,), 0, frozen['steps']['num_steps'])
-    return index, frozen['steps']['time'][index]
+      return None, schedules.sample_time(self.student.denoiser.schedule, key, count)
+    index = jax.random.randint(key, (count,), 0, read['steps']['num_steps'])
+    return index, read['steps']['time'][index]
 
   def states(
-    self,
-    params: Params,
-    frozen: dict[str, Params],
-    x0: Image,
-    condition: Condition,
-    key: jax.Array,
-    *,
-    data_free: bool,
-  ) -> tuple[jax.Array, Condition, jax.Array | None, jax.Array]:
-    """Returns y, condition, step and time of each example; the first ones are free of data."""
-    key_t, key_eps, key_w, key_z, key_noise = jax.random.split(key, 5)
-    count = x0.shape[0]
-    index, t = self.times(frozen, key_t, count)
-    y = gaussian.q_sample(x0, jax.random.normal(key_eps, x0.shape), t, self.student.schedule)
+    self, read: Read, y0: Array, values: Values, key: jax.Array, *, data_free: bool
+  ) -> tuple[jax.Array, Values, jax.Array | None, jax.Array]:
+    """Returns y, values, step and time of each example; the first ones are free of data."""
+    key_t, key_eps, key_w, key_given, key_noise = jax.random.split(key, 5)
+    count = y0.shape[0]
+    index, t = self.times(read, key_t, count)
+    y = gaussian.q_sample(y0, jax.random.normal(key_eps, y0.shape), t, self.student.denoiser.schedule)
     free = max(1, round(self.data_free_fraction * count)) if data_free and self.data_free_fraction else 0
     if free:
-      drawn = self.drawn_condition(frozen, key_z, free)
-      condition = jax.tree.map(lambda new, old: jnp.concatenate([new, old[free:]]), drawn, condition)
+      drawn = self.drawn_values(read, key_given, free)
+      values = jax.tree.map(lambda new, old: jnp.concatenate([new, old[free:]]), drawn, values)
     if self.guidance_weights:
       low, high = self.guidance_weights
-      weights = jax.random.uniform(key_w, (count,), minval=low, maxval=high)
-      condition = dataclasses.replace(condition, guidance=weights)
+      values = {**values, WEIGHT: jax.random.uniform(key_w, (count,), minval=low, maxval=high)}
     if free:
-      arrived = self.arrive(params, frozen, condition, index[:free], key_noise, y[:free].shape)
+      arrived = self.arrive(read, values, index[:free], key_noise, y[:free].shape)
       y = jnp.concatenate([arrived, y[free:]])
-    return y, condition, index, t
+    return y, values, index, t
 
   def arrive(
-    self,
-    params: Params,
-    frozen: dict[str, Params],
-    condition: Condition,
-    index: jax.Array,
-    key: jax.Array,
-    shape: tuple[int, ...],
+    self, read: Read, values: Values, index: jax.Array, key: jax.Array, shape: tuple[int, ...]
   ) -> jax.Array:
     """Returns where the student comes to from noise, at its step `index` of the first examples."""
-    first = jax.tree.map(lambda rows: rows[: len(index)], condition)
+    first = jax.tree.map(lambda rows: rows[: len(index)], values)
     return distillation.simulate(
-      self.student.denoise(params, first),
+      self.student.denoiser.denoise(read, first),
       jax.random.normal(key, shape),
       index,
-      frozen['steps']['grid'],
+      read['steps']['grid'],
       self.data_free_calls,
-      self.student.schedule,
+      self.student.denoiser.schedule,
     )
 
   # Training ---------------------------------------------------------------------------------------
 
   def target(
-    self,
-    frozen: dict[str, Params],
-    y: jax.Array,
-    condition: Condition,
-    index: jax.Array | None,
-    t: jax.Array,
+    self, read: Read, y: jax.Array, values: Values, index: jax.Array | None, t: jax.Array
   ) -> jax.Array:
     """Returns x0*, what the student's x0_hat should be at y."""
-    teacher = self.teacher.denoise(frozen['teacher'], condition)
-    return teacher(y, t) if index is None else distillation.target(teacher, y, index, frozen['steps'])
+    teacher = self.teacher.denoise(read, values)
+    return teacher(y, t) if index is None else distillation.target(teacher, y, index, read['steps'])
 
   def example_losses(
     self,
-    params: Params,
-    frozen: dict[str, Params],
-    x0: Image,
-    condition: Condition,
+    read: Read,
+    y0: Array,
+    values: Values,
     key: jax.Array,
     step: jax.Array,
     *,
@@ -167,28 +142,30 @@ class Progressive(LossStudent):
   ) -> Float[Array, ' batch']:
     """Returns the weighted squared error of each example; in training a share of them is free of data."""
     del step
-    y, condition, index, t = jax.lax.stop_gradient(
-      self.states(params, frozen, x0, condition, key, data_free=training)
+    y, values, index, t = jax.lax.stop_gradient(self.states(read, y0, values, key, data_free=training))
+    wanted = jax.lax.stop_gradient(self.target(read, y, values, index, t))
+    denoiser = self.student.denoiser
+    output = denoiser.output(read, y, t, values)
+    eps = gaussian.to_eps('x0', wanted, y, t, denoiser.schedule)
+    return losses.denoising_loss(
+      denoiser.prediction, output, wanted, eps, t, denoiser.schedule, self.loss_weight
     )
-    wanted = jax.lax.stop_gradient(self.target(frozen, y, condition, index, t))
-    schedule, prediction = self.student.schedule, self.student.prediction
-    output = self.student.predict(params, y, t, condition)
-    eps = gaussian.to_eps('x0', wanted, y, t, schedule)
-    return losses.denoising_loss(prediction, output, wanted, eps, t, schedule, self.loss_weight)
+
+
+BOUNDS = {
+  'num_steps': checks.at_least(0),
+  'data_free_fraction': checks.below_one(),
+  'data_free_calls': checks.at_least(1),
+}
 
 
 def check(section: ConfigDict) -> None:
   """Raises UserError for the first value of the stage's section that is not allowed."""
   if section.diffusion.prediction == 'eps':
     raise UserError("prediction is 'eps'; a student of few steps must predict 'v' or 'x0'")
-  if section.num_steps < 0:
-    raise UserError(f'num_steps must be >= 0, got {section.num_steps}')
-  if not 0 <= section.data_free_fraction < 1:
-    raise UserError(f'data_free_fraction must be in [0, 1), got {section.data_free_fraction}')
+  checks.check(section, BOUNDS)
   if section.data_free_fraction and not section.num_steps:
     raise UserError('data_free_fraction needs a halving (num_steps > 0): it starts from the grid')
-  if section.data_free_calls < 1:
-    raise UserError(f'data_free_calls must be >= 1, got {section.data_free_calls}')
   if section.model.guidance_embedding:
     weights = section.guidance_weights
     if len(weights) != 2 or not 0 <= weights[0] <= weights[1]:

@@ -1,8 +1,7 @@
-"""What all students share: a refiner that starts as a copy of its teacher, which it then reads frozen.
+"""What all students share: a diffusion that starts as a copy of its teacher, which it then reads frozen.
 
-A student is a `Refiner` of its own section of the config: it is sampled, evaluated and benchmarked as one.
-The sections `model`, `diffusion`, `vae` and `sample` are the teacher's with what distillation changes
-(`vaediff.students`).
+A student is a `Diffusion` of its own section of the config: it is sampled, evaluated and benchmarked as one.
+The section is the teacher's with what distillation changes (`vaediff.run.students`).
 """
 
 import abc
@@ -12,41 +11,46 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from vaediff import reads
-from vaediff.conditions import prior
 from vaediff.errors import UserError
 from vaediff.experiments import base
-from vaediff.experiments.diffusion import Condition, Refiner
+from vaediff.experiments.denoiser import DENOISER, Denoiser
+from vaediff.experiments.diffusion import Diffusion
 from vaediff.models.functional import Model
-from vaediff.types import Batch, Image, Keys, Latent, Metrics, Params
+from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read, Values
 
 EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation', 'distribution_matching')
 """Of the stages that have a teacher."""
-TEACHERS = ('refiner', *EXPERIMENTS)
+TEACHERS = ('diffusion', *EXPERIMENTS)
 SAME = ('schedule', 'condition', 'z_conditioning')
 """Fields of `diffusion` in which a student cannot differ from its teacher."""
+TEACHER = 'teacher'
+"""The frozen network's name in `read`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Student:
+class Student(base.Experiment):
   """A distillation stage but for its updates; trains the network `denoiser`.
 
   Attributes:
-    student: how the trained network is read and sampled.
+    student: the diffusion that is trained, and sampled.
     teacher: how the frozen network `teacher` is read: with its own guidance and clipping.
     teacher_source: where its parameters are.
-    microbatches: parts that a batch is split into for the gradient.
-    flip: random horizontal flips.
+    method: the experiment's name, for tables.
   """
 
-  student: Refiner
-  teacher: Refiner
+  student: Diffusion
+  teacher: Denoiser
   teacher_source: reads.FromStage
-  microbatches: int
-  flip: bool
+  method: str
+
+  @property
+  def microbatches(self) -> int:
+    """Parts that a batch is split into for the gradient."""
+    return self.student.microbatches
 
   @property
   def networks(self) -> Mapping[str, Model]:
@@ -54,67 +58,86 @@ class Student:
     return self.student.networks
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage | reads.Published]:
+  def frozen(self) -> Mapping[str, reads.Reads]:
     """The teacher, and what both read."""
-    return {**self.student.frozen, 'teacher': self.teacher_source}
+    return {**self.student.frozen, TEACHER: self.teacher_source}
 
   @property
-  def latent_dim(self) -> int:
-    """Size of the VAE's latent code."""
-    return self.student.latent_dim
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The student's."""
+    return self.student.inputs
 
   @property
-  def noise_shape(self) -> tuple[int, ...]:
-    """Shape of x_T and of an image."""
-    return self.student.noise_shape
+  def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The student's."""
+    return self.student.stored
 
   @property
-  def takes_x0_vae(self) -> bool:
-    """Whether the U-Net reads an image."""
-    return self.student.takes_x0_vae
+  def titles(self) -> Mapping[str, str]:
+    """The student's."""
+    return self.student.titles
+
+  @property
+  def num_groups(self) -> int:
+    """The student's."""
+    return self.student.num_groups
+
+  @property
+  def reconstructs(self) -> bool:
+    """The student's."""
+    return self.student.reconstructs
 
   @property
   def num_function_evaluations(self) -> int:
     """Forward passes of the student per sampled image."""
     return self.student.num_function_evaluations
 
-  reads_image = False
+  @property
+  def can_be_guided(self) -> bool:
+    """The student's."""
+    return self.student.can_be_guided
+
+  def columns(self) -> base.Columns:
+    """Returns the student's, with the name of the distillation."""
+    return dataclasses.replace(self.student.columns(), method=self.method)
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0, before `start` copies the teacher."""
     return self.student.init(key)
 
-  def start(self, state: base.TrainState, frozen: dict[str, Params]) -> base.TrainState:
+  def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
     """Returns the state whose student, and average, have the teacher's parameters.
 
     What the teacher does not have, the projection of the guidance weight, stays as initialised: zero.
     """
-    network = state.networks['denoiser']
-    params = {**network.params, **jax.tree.map(jnp.copy, frozen['teacher'])}
+    name = self.student.denoiser.network
+    network = state.networks[name]
+    params = {**network.params, **jax.tree.map(jnp.copy, frozen[TEACHER])}
     ema_params = None if network.ema_params is None else jax.tree.map(jnp.copy, params)
     started = network.replace(params=params, ema_params=ema_params)
-    return state.replace(networks={**state.networks, 'denoiser': started})
+    return state.replace(networks={**state.networks, name: started})
 
-  def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
-    """Returns mean and log variance of the frozen VAE's q(z | x)."""
-    return self.student.encode(params, frozen, x)
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns what the conditions see of each image."""
+    return self.student.observe(read, batch, x, key)
 
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns the student's images; see `Refiner.sample`."""
-    return self.student.sample(params, frozen, condition, keys)
+  def store(self, read: Read, batch: Batch, x: Image) -> Given:
+    """Returns what the conditions have stored of each image."""
+    return self.student.store(read, batch, x)
 
-  def drawn_condition(self, frozen: dict[str, Params], key: jax.Array, count: int) -> Condition:
-    """Returns the condition of codes that are drawn from `frozen['prior']`, as in sampling."""
-    if self.student.vae is None:
-      return Condition(x0_vae=None, z=None)
-    keys = jax.random.split(key, count)
-    return self.student.condition(frozen, {'z': prior.draw(frozen['prior'], keys, self.latent_dim)})
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what the student's samples start from."""
+    return self.student.draw(read, keys, indices)
+
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns the student's images; see `Diffusion.sample`."""
+    return self.student.sample(read, given, keys)
+
+  def drawn_values(self, read: Read, key: jax.Array, count: int) -> Values:
+    """Returns the values of conditions that are drawn of nothing, as in sampling."""
+    conditions = self.student.conditions
+    given = conditions.draw(read, jax.random.split(key, count), jnp.arange(count))
+    return conditions.values(read, conditions.complete(read, given))
 
 
 class LossStudent(Student, abc.ABC):
@@ -123,10 +146,9 @@ class LossStudent(Student, abc.ABC):
   @abc.abstractmethod
   def example_losses(
     self,
-    params: Params,
-    frozen: dict[str, Params],
-    x0: Image,
-    condition: Condition,
+    read: Read,
+    y0: Array,
+    values: Values,
     key: jax.Array,
     step: jax.Array,
     *,
@@ -135,32 +157,31 @@ class LossStudent(Student, abc.ABC):
     """Returns the loss of each example after `step` updates."""
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update."""
+    del kind
+    name = self.student.denoiser.network
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      read = {**frozen, name: params}
       key_example, key_loss = jax.random.split(key)
-      x0, condition = self.student.examples(frozen, batch, key_example, flip=self.flip)
-      values = self.example_losses(params, frozen, x0, condition, key_loss, state.step, training=True)
-      loss = jnp.mean(values)
+      y0, values = self.student.examples(read, batch, key_example, training=True)
+      each = self.example_losses(read, y0, values, key_loss, state.step, training=True)
+      loss = jnp.mean(each)
       return loss, {'loss': loss}
 
-    params = state.networks['denoiser'].params
+    params = state.networks[name].params
     grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
-    state, norms = base.update_one(state, 'denoiser', grads, self.student.optimizer)
+    state, norms = base.update_one(state, name, grads, self.student.optimizer)
     return state, {**metrics, **norms}
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns the loss of the first update, on images as they are."""
     key_example, key_loss = jax.random.split(key)
-    x0, condition = self.student.examples(frozen, batch, key_example, flip=False)
-    values = self.example_losses(
-      params['denoiser'], frozen, x0, condition, key_loss, jnp.int32(0), training=False
-    )
-    return {'loss': base.masked_mean(values, batch['mask'])}
+    y0, values = self.student.examples(read, batch, key_example, training=False)
+    each = self.example_losses(read, y0, values, key_loss, jnp.int32(0), training=False)
+    return {'loss': base.masked_mean(each, batch['mask'])}
 
 
 def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
@@ -171,7 +192,7 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
   """
   section = config[stage]
   if 'model' not in section:
-    raise UserError('it lacks what its teacher gives it; call vaediff.students.resolve(config) first')
+    raise UserError('it lacks what its teacher gives it; call vaediff.run.students.resolve(config) first')
   named = section.teacher
   teacher_section = config[named.stage] if named.stage in config else None
   if not any(reads.is_stage(config, named.stage, name) for name in TEACHERS):
@@ -185,14 +206,13 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
         f'diffusion.{field} is {section.diffusion[field]!r}, but that of the teacher {named.stage!r} '
         f'is {teacher_section.diffusion[field]!r}; a student cannot change it'
       )
-  student, teacher = Refiner.from_config(config, stage), Refiner.from_config(config, named.stage)
+  student, teacher = Diffusion.from_config(config, stage), Diffusion.from_config(config, named.stage)
   source = reads.FromStage(
-    stage=named.stage, network='denoiser', workdir=named.workdir, model=teacher.denoiser
+    stage=named.stage, network=DENOISER, workdir=named.workdir, model=teacher.denoiser.model
   )
   return {
     'student': student,
-    'teacher': teacher,
+    'teacher': dataclasses.replace(teacher.denoiser, network=TEACHER),
     'teacher_source': source,
-    'microbatches': section.train.microbatches,
-    'flip': section.train.flip,
+    'method': section.experiment,
   }

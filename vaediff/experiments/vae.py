@@ -12,22 +12,28 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
 from vaediff.conditions import prior
+from vaediff.conditions.vae import CODE, IMAGE
 from vaediff.data import pixels
 from vaediff.diffusion import losses
-from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import encoders
-from vaediff.types import Batch, Image, ImageBytes, Keys, Latent, Metrics, Params
+from vaediff.types import Batch, Given, Image, Keys, Latent, Metrics, Params, Read
+
+BOUNDS = {
+  'loss.reduction': checks.one_of(('sum', 'mean')),
+  'loss.beta': checks.at_least(0),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vae:
+class Vae(base.Experiment):
   """The VAE stage; trains the network `vae`.
 
   Attributes:
@@ -38,6 +44,7 @@ class Vae:
     flip: random horizontal flips.
     microbatches: parts that a batch is split into for the gradient.
     latent_dim: size of z.
+    prior: that its own samples are drawn from.
   """
 
   vae: Model
@@ -47,16 +54,18 @@ class Vae:
   flip: bool
   microbatches: int
   latent_dim: int
+  prior: reads.Measured
+
+  titles = {IMAGE: 'VAE'}
+  reconstructs = True
+  measures = (prior.PRIOR,)
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Vae':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
-    if section.loss.reduction not in ('sum', 'mean'):
-      raise UserError(f"loss.reduction must be 'sum' or 'mean', got {section.loss.reduction!r}")
-    if section.loss.beta < 0:
-      raise UserError(f'loss.beta must be >= 0, got {section.loss.beta}')
-    prior.check(section.prior)
+    checks.check(section, BOUNDS)
+    prior.check(section)
     return cls(
       vae=encoders.vae_model(section.model, config.data),
       optimizer=make_optimizer(section.optim, section.train.num_steps),
@@ -65,6 +74,7 @@ class Vae:
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       latent_dim=section.model.latent_dim,
+      prior=prior.measured(stage, ''),
     )
 
   @property
@@ -73,23 +83,14 @@ class Vae:
     return {'vae': self.vae}
 
   @property
-  def noise_shape(self) -> tuple[int, ...]:
-    """Samples start from z alone."""
-    return ()
-
-  num_function_evaluations = 0
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Z."""
+    return {CODE: jax.ShapeDtypeStruct((self.latent_dim,), jnp.float32)}
 
   @property
-  def takes_x0_vae(self) -> bool:
-    """A VAE reads no image when it samples."""
-    return False
-
-  @property
-  def frozen(self) -> Mapping[str, reads.FromStage]:
-    """Nothing is read from earlier stages."""
-    return {}
-
-  reads_image = False
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """The prior that its samples are drawn from, once it is trained."""
+    return {prior.PRIOR: self.prior}
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""
@@ -106,16 +107,14 @@ class Vae:
     }
 
   def train_step(
-    self, state: base.TrainState, frozen: dict[str, Params], batch: Batch, key: jax.Array
+    self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one Adam update of the negative ELBO, and the loss terms per example."""
-    del frozen
+    del frozen, kind
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
       key_flip, key_z = jax.random.split(key)
-      x = pixels.to_unit_range(batch['image'])
-      if self.flip:
-        x = pixels.flip(x, pixels.random_flip(key_flip, x.shape[0]))
+      x = pixels.prepare(batch, key_flip if self.flip else None)['image']
       terms = {name: jnp.mean(values) for name, values in self.terms(params, x, key_z).items()}
       loss = terms['reconstruction'] + self.beta * terms['kl']
       scale = x.shape[0] * self.microbatches if self.reduction == 'sum' else 1
@@ -129,14 +128,11 @@ class Vae:
     state, norms = base.update_one(state, 'vae', grads, self.optimizer)
     return state, {**metrics, **norms}
 
-  def eval_step(
-    self, params: dict[str, Params], frozen: dict[str, Params], batch: Batch, key: jax.Array
-  ) -> Metrics:
+  def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns the loss terms, and the mean squared error per pixel in [0, 1] of decode(mean z)."""
-    del frozen
     x = pixels.to_unit_range(batch['image'])
-    terms = self.terms(params['vae'], x, key)
-    x_hat = self.vae.apply(params['vae'], x)
+    terms = self.terms(read['vae'], x, key)
+    x_hat = self.vae.apply(read['vae'], x)
     values = {
       'loss': terms['reconstruction'] + self.beta * terms['kl'],
       **{f'loss/{name}': value for name, value in terms.items()},
@@ -144,43 +140,41 @@ class Vae:
     }
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
 
+  # What samples and later stages read -------------------------------------------------------------
+
   likelihood = 'density of pixels in [0, 1]'
 
-  def negative_elbo(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    image: ImageBytes,
-    keys: Keys,
-    num_times: int,
-  ) -> dict[str, jax.Array]:
+  def bound(self, read: Read, batch: Batch, keys: Keys, num_times: int) -> dict[str, jax.Array]:
     """Returns the terms of the bound on -log p(x), in nats per example: 'reconstruction' and 'kl'.
 
     The decoder is a Gaussian of variance 1/2 over pixels in [0, 1], for which beta = 1 is the bound; the
     constant D/2 log(pi) is part of 'reconstruction'. One z per image.
     """
-    del frozen, num_times
-    x = pixels.to_unit_range(image)
-    mean, logvar = self.vae.apply(params['vae'], x, method='encode')
-    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-    x_hat = self.vae.apply(params['vae'], mean + jnp.exp(0.5 * logvar) * noise, method='decode')
+    del num_times
+    x = pixels.to_unit_range(batch['image'])
+    mean, logvar = self.posterior(read, x)
+    x_hat = self.vae.apply(read['vae'], encoders.draw_latent(mean, logvar, keys), method='decode')
     return {
       'reconstruction': losses.squared_error_sum(x, x_hat) + 0.5 * x[0].size * float(np.log(np.pi)),
       'kl': losses.kl_to_standard_normal(mean, logvar),
     }
 
-  def encode(self, params: dict[str, Params], frozen: dict[str, Params], x: Image) -> tuple[Latent, Latent]:
-    """Returns mean and log variance of q(z | x)."""
-    del frozen
-    return self.vae.apply(params['vae'], x, method='encode')
+  def posterior(self, read: Read, x: Image) -> tuple[Latent, Latent]:
+    """Returns mean and log variance of q(z | x) of images in [-1, 1]."""
+    return self.vae.apply(read['vae'], x, method='encode')
 
-  def sample(
-    self,
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    condition: dict[str, jax.Array],
-    keys: Keys,
-  ) -> dict[str, Image]:
-    """Returns {'x0_vae': decode(z)} for `condition['z']`; the decoder draws nothing from the keys."""
-    del frozen, keys
-    return {'x0_vae': self.vae.apply(params['vae'], condition['z'], method='decode')}
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns z ~ q(z | x), without a key its mean."""
+    del batch
+    mean, logvar = self.posterior(read, x)
+    return {CODE: mean if key is None else encoders.draw_latent(mean, logvar, key)}
+
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns z of the prior."""
+    del indices
+    return {CODE: prior.draw(read[prior.PRIOR], base.sampling_keys(keys)[0], self.latent_dim)}
+
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns {'x0_vae': decode(z)}; the decoder draws nothing from the keys."""
+    del keys
+    return {IMAGE: self.vae.apply(read['vae'], given[CODE], method='decode')}

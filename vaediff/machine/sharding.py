@@ -63,6 +63,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
+def abstract_replicated(tree: Any, mesh: Mesh) -> Any:
+  """Returns shapes and types of a tree of arrays, with a copy on every device."""
+  where = replicated(mesh)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+
+
 def rules_of(config: ConfigDict) -> Rules:
   """Returns the rules of `config.mesh.rules`, and behind them the last resort.
 

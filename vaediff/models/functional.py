@@ -19,16 +19,16 @@ class Model:
 
   Attributes:
     module: the Flax module.
-    inputs: shapes of the arguments of one forward pass with batch 1, in order (None = not given); used by
-      `init` and by cost counting, so that neither needs data.
+    inputs: shapes of the arguments of one forward pass with batch 1, in order (None = not given, a dict =
+      values by name); used by `init` and by cost counting, so that neither needs data.
   """
 
   module: nn.Module
-  inputs: tuple[jax.ShapeDtypeStruct | None, ...]
+  inputs: tuple[Any, ...]
 
   def init(self, key: jax.Array) -> Params:
     """Returns freshly initialised parameters."""
-    zeros = [None if s is None else jax.numpy.zeros(s.shape, s.dtype) for s in self.inputs]
+    zeros = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.inputs)
     return self.module.init(key, *zeros)['params']
 
   def apply(

@@ -1,15 +1,14 @@
 """The U-Net denoiser of DiffuseVAE (Pandey et al. 2022, 2201.00308), in its two published variants.
 
-The network reads the noisy state x_t, the time t, and, where it is built for them, the VAE's
-reconstruction x0_vae (concatenated along the channels, as [x_t, x0_vae]) and the latent code z
-(added to the time embedding through an MLP). What its output means (x0, eps or v) is the caller's
-business.
+The network reads the noisy state x_t, the time t, and the values of its ports (`models.ports`), such as
+the VAE's reconstruction, concatenated along the channels, and its latent code, added to the time
+embedding. What its output means (x0, eps or v) is the caller's business.
 
 Resolutions halve from level to level. A level has `num_res_blocks` residual blocks on the way down
 and one more on the way up, each followed by attention at the chosen resolutions; between the two
 ways are a residual, an attention and a residual block.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import jax.numpy as jnp
@@ -18,23 +17,22 @@ from jaxtyping import Array, Float
 
 from vaediff.errors import UserError
 from vaediff.models import layers
+from vaediff.models import ports as entering
 from vaediff.models.unet_blocks import VARIANTS, BlockOptions, DownLevel, Middle, Mlp, UpLevel
-from vaediff.types import Image, Latent, Mask, Params, Time
+from vaediff.types import Drop, Image, Params, Time, Values
 
 # t in (0, 1] becomes the step index 0 ... 999 of the thousand-step schedule that the embedding was
 # designed for, whatever the schedule in use.
 TIME_STEPS = 1000
-GUIDANCE_SCALE = 250
-"""Times the guidance weight, usually 0 ... 4, before it is embedded as a step index is."""
 
 
 class UNet(nn.Module):
-  """A U-Net for square images, conditional on nothing, x0_vae, z, or both.
+  """A U-Net for square maps, conditional on what its ports name.
 
   Attributes:
     variant: 'openai' or 'ddim'; see `unet_blocks.VARIANTS`.
     image_size: side of x_t in pixels; divisible by 2^(levels - 1).
-    image_channels: channels of x_t, of x0_vae and of the output.
+    image_channels: channels of x_t and of the output.
     channels: base width; even, at least 4.
     channel_multipliers: width of each level over `channels`, highest resolution first.
     num_res_blocks: residual blocks per level on the way down.
@@ -42,12 +40,8 @@ class UNet(nn.Module):
       rates); the middle of the network, at the lowest resolution, always has it.
     num_heads: attention heads; divides the channels wherever there is attention.
     dropout: rate in [0, 1), on when `deterministic` is False.
-    condition_on_image: x0_vae is an input.
-    latent_dim: size of z; 0 for a network without z.
     scale_shift_norm: the embedding scales and shifts group norms (AdaGN) instead of being added.
-    learned_null: x0_vae and z can be dropped, example by example, for learned stand-ins.
-    guidance_embedding: the guidance weight is an input (Meng et al. 2023, 2210.03142), embedded and added to
-      the time embedding through a projection that starts at zero.
+    ports: what it is conditioned on, and where that enters; see `models.ports`.
     remat: recompute the blocks' activations in the backward pass instead of storing them.
     dtype: 'float32' or 'bfloat16', the type of the arithmetic. Parameters, group norm statistics,
       softmax, the last convolution and the output are float32.
@@ -65,33 +59,23 @@ class UNet(nn.Module):
   attention_resolutions: tuple[int, ...]
   num_heads: int
   dropout: float
-  condition_on_image: bool
-  latent_dim: int
   scale_shift_norm: bool
-  learned_null: bool
   remat: bool
   dtype: str
-  guidance_embedding: bool = False
+  ports: entering.Named = ()
 
   def __post_init__(self):
     layers.check_dtype(self.dtype)
     _check_shape(self)
     _check_attention(self)
-    if self.learned_null and not (self.condition_on_image or self.latent_dim):
-      raise UserError(
-        'learned_null is set (diffusion.condition_dropout > 0), but the U-Net has no condition '
-        'to drop; give it one (condition_on_image or latent_dim), or set the dropout to 0.'
-      )
     super().__post_init__()
 
   def __call__(
     self,
     x_t: Image,
     t: Time,
-    x0_vae: Image | None = None,
-    z: Latent | None = None,
-    drop: Mask | None = None,
-    guidance: Float[Array, ' batch'] | None = None,
+    values: Values = {},  # noqa: B006
+    drop: Drop = {},  # noqa: B006
     *,
     deterministic: bool = True,
   ) -> Float[Array, 'batch height width channels']:
@@ -100,49 +84,38 @@ class UNet(nn.Module):
     Args:
       x_t: noisy state.
       t: time in (0, 1]; embedded as the step index 1000 t - 1.
-      x0_vae: VAE reconstruction in [-1, 1]; given exactly when `condition_on_image`.
-      z: latent code; given exactly when `latent_dim` is positive.
-      drop: where True, the learned stand-ins replace the example's x0_vae and z.
-      guidance: the guidance weight w of each example; given exactly when `guidance_embedding`.
+      values: what it is conditioned on, one for each port.
+      drop: by value: where True, the learned stand-in is read; values that are not named are kept.
       deterministic: dropout is off; otherwise the 'dropout' key is needed.
 
     Raises:
-      ValueError: an input does not fit the module, or `drop` comes without `learned_null`.
+      ValueError: an input does not fit the module.
     """
-    return self._run(x_t, t, x0_vae, z, drop, guidance, deterministic=deterministic, encoder_only=False)
+    return self._run(x_t, t, values, drop, deterministic=deterministic, encoder_only=False)
 
   def features(
     self,
     x_t: Image,
     t: Time,
-    x0_vae: Image | None = None,
-    z: Latent | None = None,
-    drop: Mask | None = None,
-    guidance: Float[Array, ' batch'] | None = None,
+    values: Values = {},  # noqa: B006
+    drop: Drop = {},  # noqa: B006
   ) -> list[Array]:
     """Returns the maps of the way down, one per level, and that of the middle; their type is `dtype`.
 
     A level's map is that of its last block, at the level's own resolution. Nothing of the way up is computed,
-    and dropout is off. Arguments and errors are those of `__call__`; shapes: `feature_shapes`.
+    and dropout is off. Arguments and errors are those of `__call__`.
     """
-    return self._run(x_t, t, x0_vae, z, drop, guidance, deterministic=True, encoder_only=True)
+    return self._run(x_t, t, values, drop, deterministic=True, encoder_only=True)
 
   @nn.compact
   def _run(
-    self,
-    x_t: Array,
-    t: Array,
-    x0_vae: Array | None,
-    z: Array | None,
-    drop: Array | None,
-    guidance: Array | None,
-    *,
-    deterministic: bool,
-    encoder_only: bool,
+    self, x_t: Array, t: Array, values: Values, drop: Drop, *, deterministic: bool, encoder_only: bool
   ) -> Array | list[Array]:
     """Returns what `features` does with `encoder_only`, else what `__call__` does; Flax wants one method."""
-    self._check_inputs(x_t, x0_vae, z, drop, guidance)
-    x0_vae, z = self._drop_conditions(x0_vae, z, drop)
+    expected = (self.image_size, self.image_size, self.image_channels)
+    if x_t.shape[1:] != expected:
+      raise ValueError(f'The U-Net reads x_t of shape {expected}, got {x_t.shape[1:]}.')
+    entering.check(self.ports, values, drop)
     variant = VARIANTS[self.variant]
     dtype = jnp.dtype(self.dtype)
     options = BlockOptions(
@@ -154,28 +127,18 @@ class UNet(nn.Module):
       remat=self.remat,
       dtype=dtype,
     )
-    position = layers.sinusoidal_embedding(
-      TIME_STEPS * t - 1.0,
-      self.channels,
-      sin_first=variant.sin_first,
-      last_frequency_included=variant.last_frequency_included,
-    )
-    emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(position)
-    if z is not None:
-      emb = emb + Mlp(features=4 * self.channels, dtype=dtype, name='z_mlp')(z)
-    if guidance is not None:
-      waves = layers.sinusoidal_embedding(
-        GUIDANCE_SCALE * guidance,
+
+    def waves(position: Array) -> Array:
+      return layers.sinusoidal_embedding(
+        position,
         self.channels,
         sin_first=variant.sin_first,
         last_frequency_included=variant.last_frequency_included,
       )
-      project = nn.Dense(
-        4 * self.channels, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name='guidance'
-      )
-      emb = emb + project(waves)
 
-    x = x_t if x0_vae is None else jnp.concatenate([x_t, x0_vae], axis=-1)
+    emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(waves(TIME_STEPS * t - 1.0))
+    emb = entering.embed(self, self.ports, emb, values, drop, waves, dtype)
+    x = entering.join(self, self.ports, x_t, values, drop)
     h = layers.conv3x3(self.channels, name='conv_in', dtype=dtype)(x)
     skips, features = self._down(h, emb, options)
     if encoder_only:
@@ -220,44 +183,6 @@ class UNet(nn.Module):
       skips = skips[:first]
     return h
 
-  def _drop_conditions(
-    self, x0_vae: Array | None, z: Array | None, drop: Array | None
-  ) -> tuple[Array | None, Array | None]:
-    """Returns the conditions with those of dropped examples replaced; creates the stand-ins."""
-    if self.learned_null and self.condition_on_image:
-      shape = (self.image_size, self.image_size, self.image_channels)
-      null = self.param('null_x0_vae', nn.initializers.zeros, shape)
-      if drop is not None:
-        x0_vae = jnp.where(drop[:, None, None, None], null[None], x0_vae)
-    if self.learned_null and self.latent_dim:
-      null = self.param('null_z', nn.initializers.zeros, (self.latent_dim,))
-      if drop is not None:
-        z = jnp.where(drop[:, None], null[None], z)
-    return x0_vae, z
-
-  def _check_inputs(
-    self, x_t: Array, x0_vae: Array | None, z: Array | None, drop: Array | None, guidance: Array | None
-  ) -> None:
-    """Raises ValueError where the inputs are not those that the module was built for."""
-    expected = (self.image_size, self.image_size, self.image_channels)
-    if x_t.shape[1:] != expected:
-      raise ValueError(f'The U-Net reads x_t of shape {expected}, got {x_t.shape[1:]}.')
-    for name, value, field in (
-      ('x0_vae', x0_vae, 'condition_on_image'),
-      ('z', z, 'latent_dim'),
-      ('guidance', guidance, 'guidance_embedding'),
-    ):
-      setting = getattr(self, field)
-      if (value is not None) != bool(setting):
-        verb = 'needs' if setting else 'takes no'
-        raise ValueError(f'A U-Net built with {field}={setting} {verb} `{name}`.')
-    if x0_vae is not None and x0_vae.shape != x_t.shape:
-      raise ValueError(f'x0_vae has shape {x0_vae.shape}, x_t has {x_t.shape}; they must be equal.')
-    if z is not None and z.shape[1:] != (self.latent_dim,):
-      raise ValueError(f'z has shape {z.shape}, expected (batch, {self.latent_dim}).')
-    if drop is not None and not self.learned_null:
-      raise ValueError('`drop` needs a U-Net built with learned_null=True.')
-
 
 def convert_formulation(params: Params, *, to: int, image_channels: int) -> Params:
   """Returns the parameters of the same denoiser under DiffuseVAE's other formulation.
@@ -270,7 +195,7 @@ def convert_formulation(params: Params, *, to: int, image_channels: int) -> Para
   is the learned stand-in.
 
   Args:
-    params: of a `UNet` with `condition_on_image`; not changed.
+    params: of a `UNet` that concatenates one image; not changed.
     to: the formulation wanted, 1 or 2; `params` are taken to be of the other.
     image_channels: channels of x_t.
 
@@ -283,18 +208,12 @@ def convert_formulation(params: Params, *, to: int, image_channels: int) -> Para
   if kernel.shape[2] != 2 * image_channels:
     raise ValueError(
       f'The first convolution reads {kernel.shape[2]} channels; [x_t, x0_vae] has '
-      f'{2 * image_channels}. Only a network with condition_on_image can be converted.'
+      f'{2 * image_channels}. Only a network that concatenates one image can be converted.'
     )
   on_state, on_image = kernel[:, :, :image_channels], kernel[:, :, image_channels:]
   on_image = on_image + on_state if to == 1 else on_image - on_state
   kernel = jnp.concatenate([on_state, on_image], axis=2)
   return {**params, 'conv_in': {**params['conv_in'], 'kernel': kernel}}
-
-
-def feature_shapes(unet: UNet) -> list[tuple[int, int, int]]:
-  """Returns (height, width, channels) of the maps of `UNet.features`."""
-  shapes = [(size, size, width) for size, width in zip(_level_sizes(unet), _level_widths(unet), strict=True)]
-  return [*shapes, shapes[-1]]
 
 
 def _level_sizes(unet: UNet) -> list[int]:

@@ -1,6 +1,7 @@
 """Speed of this device: train steps, samplers, data loading, beside its measured matmul peak."""
 
 import collections
+import functools
 import json
 import statistics
 import time
@@ -15,16 +16,15 @@ from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.data import loader, sources
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.base import NOISE, Experiment
 from vaediff.experiments.ddgan import Ddgan
-from vaediff.experiments.diffusion import reads_precomputed
+from vaediff.experiments.denoiser import DENOISER
 from vaediff.machine import cost, sharding
 from vaediff.modes import sampling_cost
-from vaediff.run import draw, log
+from vaediff.run import draw, guard, log
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
 from vaediff.run.config import Run
-from vaediff.run.guard import Guarded
 
 
 def mode(run: Run) -> None:
@@ -77,26 +77,28 @@ def measure_stage(
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   replicated = sharding.replicated(mesh)
   frozen = frozen_networks.fresh(experiment, mesh)
-  state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
+  state = jax.jit(guard.with_counts(experiment.init), out_shardings=where)(jax.random.key(0))
   training.check_batch_size(section, stage, mesh)
   rows = np.arange(section.train.batch_size) % len(source)
   batch = sharding.put_batch(source.read(rows), sharding.batch_sharding(mesh))
-  if reads_precomputed(section):
-    batch['x0_vae'] = batch['image']
-    batch['z'] = jnp.zeros((len(rows), experiment.latent_dim))
+  split = sharding.batch_sharding(mesh)
+  for name, struct in experiment.stored.items():
+    batch[name] = jax.device_put(jnp.zeros((len(rows), *struct.shape), struct.dtype), split)
   key = jax.device_put(jax.random.key(2), replicated)
 
   kinds = kinds_of(experiment, section.train.num_steps)
   started = time.monotonic()
   lowered = {
-    kind: training.make_step(experiment.of_kind(kind), where, replicated).lower(state, frozen, batch, key)
+    kind: training.make_step(experiment, section.train, where, replicated, kind).lower(
+      state, frozen, batch, key
+    )
     for kind in kinds
   }
   traced = time.monotonic()
   by_kind = {kind: program.compile() for kind, program in lowered.items()}
   compiled = time.monotonic()
   flops = 2 * sum(
-    share * cost.macs(experiment.of_kind(kind).train_step, abstract, frozen, batch, key)
+    share * cost.macs(functools.partial(experiment.train_step, kind=kind), abstract, frozen, batch, key)
     for kind, share in kinds.items()
   )
 
@@ -118,50 +120,50 @@ def measure_stage(
     'images_per_second': section.train.batch_size / seconds,
     'flops_per_second': flops / seconds,
     'fraction_of_matmul_peak': flops / seconds / peak,
-    **measure_sampler(experiment, section, state.eval_params, frozen, mesh, repeats),
-    **measure_generator(config, experiment, state.eval_params, frozen, mesh),
+    **measure_sampler(config, experiment, section, {**frozen, **state.eval_params}, mesh, repeats),
+    **measure_parts(config, experiment, {**frozen, **state.eval_params}, mesh),
   }
 
 
-def kinds_of(experiment: Guarded, num_steps: int) -> dict[str, float]:
+def kinds_of(experiment: Experiment, num_steps: int) -> dict[str, float]:
   """Returns the kinds of updates in the second half of training, most frequent first, and their shares."""
   steps = range(num_steps // 2, num_steps // 2 + min(1000, num_steps - num_steps // 2))
   counts = collections.Counter(experiment.kind_of(step) for step in steps)
   return {kind: count / len(steps) for kind, count in counts.most_common()}
 
 
-def measure_generator(
-  config: ConfigDict, experiment: Guarded, params: Any, frozen: Any, mesh: Mesh
-) -> dict[str, Any]:
-  """Returns what samples of a denoising GAN cost, as `sampling`; {} for the other stages."""
-  if not isinstance(experiment.inner, Ddgan):
+def measure_parts(config: ConfigDict, experiment: Experiment, read: Any, mesh: Mesh) -> dict[str, Any]:
+  """Returns what samples cost, network and way back to an image apart, as `sampling`; {} without a split."""
+  if not isinstance(experiment, Ddgan):
     return {}
-  return {'sampling': sampling_cost.measure(experiment.inner, params, frozen, mesh, config.benchmark)}
+  return {'sampling': sampling_cost.measure(experiment, read, mesh, config.benchmark)}
 
 
 def measure_sampler(
-  experiment: Experiment, section: ConfigDict, params: Any, frozen: Any, mesh: Mesh, repeats: int
+  config: ConfigDict, experiment: Experiment, section: ConfigDict, read: Any, mesh: Mesh, repeats: int
 ) -> dict[str, Any]:
-  """Returns sampling time against the same number of bare forward passes of the denoiser."""
-  if 'denoiser' not in experiment.networks:
+  """Returns sampling time against the same number of bare forward passes of the denoiser.
+
+  What a sample starts from is given, so that nothing but the sampler is timed.
+  """
+  if DENOISER not in experiment.networks:
     return {}
   count = sharding.round_up(min(section.sample.batch_size, section.sample.num_images), mesh)
-  run = draw.make_draw(experiment, mesh, seed=0)
-  model = experiment.networks['denoiser']
+  size, channels = config.data.image_size, config.data.channels
+  run = draw.make_draw(experiment, mesh, 0, (size, size, channels), lambda: None)
+  model = experiment.networks[DENOISER]
   where = sharding.batch_sharding(mesh)
-  args = [
-    None if shape is None else jax.device_put(jnp.ones((count, *shape.shape[1:]), shape.dtype), where)
-    for shape in model.inputs
-  ]
+  args = jax.tree.map(
+    lambda shape: jax.device_put(jnp.ones((count, *shape.shape[1:]), shape.dtype), where), model.inputs
+  )
   forward = jax.jit(model.apply)
-  given = {}
-  if args[2] is not None:
-    given['x0_vae'] = np.asarray(args[2])
-  if experiment.latent_dim:
-    given['z'] = np.zeros((count, experiment.latent_dim), np.float32)
+  given = {
+    name: np.zeros((count, *struct.shape), struct.dtype) for name, struct in experiment.inputs.items()
+  }
+  del given[NOISE]
   repeats = max(2, repeats // 3)
-  forward_seconds = median_seconds(lambda: forward(params['denoiser'], *args), 3 * repeats)
-  sample_seconds = median_seconds(lambda: run(params, frozen, {}, np.arange(count), given), repeats)
+  forward_seconds = median_seconds(lambda: forward(read[DENOISER], *args), 3 * repeats)
+  sample_seconds = median_seconds(lambda: run(read, np.arange(count), given), repeats)
   evaluations = experiment.num_function_evaluations
   return {
     'sample_batch_size': count,

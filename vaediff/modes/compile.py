@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,17 +24,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff import experiments
-from vaediff.conditions import prior
+from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.experiments.diffusion import reads_precomputed
+from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, cost, hlo, sharding
-from vaediff.run import draw, log
+from vaediff.modes import compile_tables as tables
+from vaediff.run import checkpoint, draw, log
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
 from vaediff.run.config import Run
-from vaediff.run.guard import Guarded
 
-GIB = chips.GIB
 PLATFORM_OPTIONS: dict[str, dict[str, Any]] = {
   'tpu': {},
   # without a GPU nothing can be timed, and the Triton products need tile sizes that were found by timing
@@ -68,15 +67,15 @@ def compile_mode(config: ConfigDict, stages: tuple[str, ...], topology: str, eff
     chips.parse(name)  # all of them, before the first minutes are spent
   for name in names:
     rows += compile_for(config, stages, name, effort)
-    log.say('\n' + table([row for row in rows if row['topology'] == name]))
+    log.say('\n' + tables.table([row for row in rows if row['topology'] == name]))
   if len(names) > 1:
-    log.say('\n' + summary(rows))
+    log.say('\n' + tables.summary(rows))
   refused = [row for row in rows if not row['fits']]
   if refused:
     raise UserError(
       '; '.join(
         f'{row["topology"]}: stage {row["stage"]}, {row["program"]}, batch of {row["batch_size"]} on '
-        f'{row["devices"]} devices needs {_need(row)} of {_gib(row["hbm_bytes"])} GiB of HBM'
+        f'{row["devices"]} devices needs {tables.need(row)} of {tables.gib(row["hbm_bytes"])} GiB of HBM'
         for row in refused
       )
       + '. Use more devices, config.mesh.fsdp > 1 (splits parameters, optimizer and average), '
@@ -158,7 +157,7 @@ class Program:
   note: str
 
 
-def train_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mesh) -> Program:
+def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: Mesh) -> Program:
   """Returns the train step of a stage, for abstract arguments.
 
   Raises:
@@ -174,11 +173,8 @@ def train_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mes
   state = training.abstract_state(experiment, mesh)
   where, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
   frozen = frozen_networks.abstract(experiment, mesh)
-  size, channels = config.data.image_size, config.data.channels
-  shapes = {'image': ((batch_size, size, size, channels), jnp.uint8)}
-  if reads_precomputed(section):
-    shapes['x0_vae'] = shapes['image']
-    shapes['z'] = ((batch_size, experiment.latent_dim), jnp.float32)
+  shapes = sources.batch_structs(config.data, batch_size)
+  shapes |= {name: ((batch_size, *struct.shape), struct.dtype) for name, struct in experiment.stored.items()}
   split = sharding.batch_sharding(mesh)
   batch = {name: _abstract(shape, dtype, split) for name, (shape, dtype) in shapes.items()}
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -188,7 +184,7 @@ def train_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mes
   macs = cost.macs(experiment.train_step, *args)
   return Program(
     name='train',
-    function=training.make_step(experiment, where, replicated),
+    function=training.make_step(experiment, section.train, where, replicated),
     args=args,
     batch_size=batch_size,
     dtype=section.model.dtype,
@@ -205,22 +201,23 @@ def train_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mes
   )
 
 
-def sample_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Mesh) -> Program:
+def sample_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: Mesh) -> Program:
   """Returns the sampler of a stage with z ~ N(0, I), for abstract arguments."""
   section = config[stage]
   batch_size = sharding.round_up(section.sample.batch_size, mesh)
   where, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  params = {name: frozen_networks.abstract_params(model, mesh) for name, model in experiment.networks.items()}
+  params = {name: checkpoint.abstract_params(model, mesh) for name, model in experiment.networks.items()}
   frozen = frozen_networks.abstract(experiment, mesh)
-  args = (params, frozen, _abstract((batch_size,), jnp.int32, where), _abstract((), jnp.int32, replicated))
-  macs = macs_once = cost.macs(sampler(experiment), *args)
+  indices, seed = _abstract((batch_size,), jnp.int32, where), _abstract((), jnp.int32, replicated)
+  args = ({**frozen, **params}, indices, {}, seed)
+  macs = macs_once = cost.macs(draw.sampler(experiment), *args)
   if 'num_steps' in section.sample:
     once = config.copy_and_resolve_references()
     once[stage].sample.num_steps = 1
-    macs_once = cost.macs(sampler(experiments.build(once, stage)), *args)
+    macs_once = cost.macs(draw.sampler(experiments.build(once, stage)), *args)
   return Program(
     name='sample',
-    function=jax.jit(sampler(experiment)),
+    function=jax.jit(draw.sampler(experiment)),
     args=args,
     batch_size=batch_size,
     dtype=section.model.dtype,
@@ -235,19 +232,6 @@ def sample_program(config: ConfigDict, stage: str, experiment: Guarded, mesh: Me
     macs_once=macs_once,
     note='',
   )
-
-
-def sampler(experiment: Guarded) -> Callable[..., Any]:
-  """Returns (params, frozen, indices, seed) -> images: what `draw.make_draw` compiles, with z ~ N(0, I)."""
-
-  def run(params, frozen, indices, seed):
-    key_z, key_x = draw.image_keys(seed, indices)
-    condition = {}
-    if experiment.latent_dim:
-      condition['z'] = prior.draw({}, key_z, experiment.latent_dim)
-    return experiment.sample(params, frozen, condition, key_x)
-
-  return run
 
 
 def compile_program(
@@ -284,7 +268,7 @@ def compile_program(
     row.update(measure(compiled, program, slice_, mesh))
   verdict = 'fits' if row['fits'] else 'DOES NOT FIT'
   log.say(
-    f'{title}: {verdict}, {_need(row)} of {_gib(row["hbm_bytes"])} GiB; compiled in '
+    f'{title}: {verdict}, {tables.need(row)} of {tables.gib(row["hbm_bytes"])} GiB; compiled in '
     f'{row["compile_seconds"]:.0f} s'
   )
   return row
@@ -361,105 +345,6 @@ def bytes_per_device(tree: Any) -> int:
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
   )
-
-
-# Tables -------------------------------------------------------------------------------------------
-
-LINES: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
-  ('images, all devices', lambda row: row['batch_size']),
-  ('parameters, GiB', lambda row: _gib(row['parameter_bytes'])),
-  ('optimizer, GiB', lambda row: _gib(row['optimizer_bytes'])),
-  ('parameter average, GiB', lambda row: _gib(row['ema_bytes'])),
-  ('frozen networks, GiB', lambda row: _gib(row['frozen_bytes'])),
-  ('arguments as laid out, GiB', lambda row: _gib(row['argument_bytes'])),
-  ('temporaries, GiB', lambda row: _gib(row['temp_bytes'])),
-  ('  activations of these, GiB', lambda row: _gib(row['activation_bytes'])),
-  ('program code, GiB', lambda row: _gib(row['code_bytes'])),
-  ('needed, GiB', lambda row: _need(row)),
-  ('HBM, GiB', lambda row: _gib(row['hbm_bytes'])),
-  ('fits', lambda row: 'yes' if row['fits'] else 'NO'),
-  ('TFLOPs', lambda row: row['flops'] / 1e12),
-  ('memory traffic, GB', lambda row: row['accessed_bytes'] / 1e9),
-  *((f'{kind}, MB', lambda row, kind=kind: row['collective_bytes'][kind] / 1e6) for kind in hlo.COLLECTIVES),
-  ('sent to other devices, MB', lambda row: row['sent_bytes'] / 1e6),
-  ('loops of unknown length', lambda row: row['unread_loops']),
-  ('compute at peak, s', lambda row: row['compute_seconds']),
-  ('memory at peak, s', lambda row: row['memory_seconds']),
-  ('collectives at peak, s', lambda row: row['collective_seconds']),
-  ('estimate, s', lambda row: row['seconds']),
-  ('  of it collectives, %', lambda row: 100 * row['collective_seconds'] / row['seconds']),
-  ('estimate, images/s', lambda row: row['images_per_second']),
-  ('compilation, s', lambda row: row['compile_seconds']),
-)
-"""Label with unit, and the figure of a row: per device and run of the program unless it says otherwise."""
-SUMMARY: tuple[tuple[str, str], ...] = (
-  ('images', 'images, all devices'),
-  ('state GiB', 'arguments as laid out, GiB'),
-  ('temp GiB', 'temporaries, GiB'),
-  ('need GiB', 'needed, GiB'),
-  ('fits', 'fits'),
-  ('TFLOPs', 'TFLOPs'),
-  ('traffic GB', 'memory traffic, GB'),
-  ('sent MB', 'sent to other devices, MB'),
-  ('step s', 'estimate, s'),
-  ('coll. %', '  of it collectives, %'),
-  ('images/s', 'estimate, images/s'),
-  ('compiled s', 'compilation, s'),
-)
-"""Short head, and the label in `LINES`."""
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-  """Returns the figures of the programs of one topology, a column for each program."""
-  first = rows[0]
-  lines = [(f'{first["topology"]}, {first["devices"]} devices', [_title(row) for row in rows])]
-  lines += [(label, [_cell(figure, row) for row in rows]) for label, figure in LINES]
-  lines += [(f'{_title(row)}: {row["note"]}', []) for row in rows if row['note']]
-  return _align(lines)
-
-
-def summary(rows: list[dict[str, Any]]) -> str:
-  """Returns a line per program, the topologies of one program below each other."""
-  figures = dict(LINES)
-  lines = [('program, topology (devices)', [head for head, _ in SUMMARY])]
-  for title in dict.fromkeys(map(_title, rows)):
-    lines += [
-      (f'{title}, {row["topology"]} ({row["devices"]})', [_cell(figures[label], row) for _, label in SUMMARY])
-      for row in rows
-      if _title(row) == title
-    ]
-  return _align(lines)
-
-
-def _title(row: dict[str, Any]) -> str:
-  return f'{row["stage"]} {row["program"]}'
-
-
-def _cell(figure: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> str:
-  try:
-    value = figure(row)
-  except KeyError:  # refused for its size
-    return '-'
-  return f'{value:,.4g}' if isinstance(value, float) else str(value)
-
-
-def _align(lines: list[tuple[str, list[str]]]) -> str:
-  left = max(len(label) for label, cells in lines if cells)
-  widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines if cells), strict=True)]
-  text = []
-  for label, cells in lines:
-    padded = [f'  {cell:>{width}}' for cell, width in zip(cells, widths, strict=False)]  # notes have none
-    text.append(label.ljust(left) + ''.join(padded))
-  return '\n'.join(text)
-
-
-def _need(row: dict[str, Any]) -> str:
-  """Returns GiB; where the compiler refused, what it named is a lower bound."""
-  return ('' if 'temp_bytes' in row else '>= ') + _gib(row['total_bytes'])
-
-
-def _gib(count: int | float) -> str:
-  return f'{count / GIB:,.3f}'
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -1,11 +1,12 @@
 """Rows of images between two ends: in z, in x_T, between data images, and along an attribute."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vaediff.conditions import prior
-from vaediff.run import draw, log
+from vaediff.conditions.vae import CODE
+from vaediff.errors import UserError
+from vaediff.experiments.base import NOISE, Experiment
+from vaediff.modes import pictures
+from vaediff.run import log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last, say_figures
 
@@ -23,38 +24,50 @@ def interpolate(trained: Trained) -> dict[str, float]:
   direction. A row shares the noise of every sampler step. Without latents only the x_T rows exist.
   """
   settings = trained.config.interpolate
+  if not kinds_of(trained.experiment):
+    raise UserError(
+      f'--mode=interpolate needs samples that start from a code or a noise; those of stage {trained.stage!r} '
+      'do not. Choose another stage with --stages'
+    )
   weights = np.linspace(0.0, 1.0, settings.num_points, dtype=np.float32)
   by_row = [rows_of(trained, row, weights) for row in range(settings.num_rows)]
-  pictures = []
+  rows = []
   for kind in by_row[0]:
     for row, kinds in enumerate(by_row):
-      pictures += trained.draw(np.full(len(weights), row), kinds[kind]).values()
-  pictures.write_grid(trained, 'interpolation', np.concatenate(pictures), settings.num_points)
+      rows += trained.draw(np.full(len(weights), row), kinds[kind]).values()
+  pictures.write_grid(trained, 'interpolation', np.concatenate(rows), settings.num_points)
   return {'num_rows': float(settings.num_rows * len(by_row[0]))}
 
 
+def kinds_of(experiment: Experiment) -> set[str]:
+  """Returns which ends a stage's samples have: a code, a noise, or both."""
+  return {CODE, NOISE} & experiment.inputs.keys()
+
+
 def rows_of(trained: Trained, row: int, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-  """Returns, for each kind of interpolation, what is given to the sampler at each weight."""
-  experiment, settings, kinds = trained.experiment, trained.config.interpolate, {}
+  """Returns, for each kind of interpolation, what is given to the sampler at each weight.
+
+  Every other condition is that of the first end.
+  """
+  settings, kinds = trained.config.interpolate, {}
+  possible = kinds_of(trained.experiment)
   ends = np.array([2 * row, 2 * row + 1])
-  key_z, key_x = draw.image_keys(trained.settings.seed, jnp.asarray(ends))
-  if experiment.latent_dim:
-    z = np.asarray(prior.draw(trained.prior, key_z, experiment.latent_dim))
-    kinds['z'] = {'z': lerp(z[0], z[1], weights)}
-  if experiment.noise_shape:
-    starts_of = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], experiment.noise_shape))
-    noise = np.asarray(starts_of(key_x))  # the x_T of the images 2 row and 2 row + 1
-    kinds['x_T'] = {'noise': slerp(noise[0], noise[1], weights)}
-    if experiment.latent_dim:
-      kinds['x_T']['z'] = np.repeat(z[:1], len(weights), axis=0)
-  if experiment.latent_dim:
+  drawn = trained.drawn(ends, trained.settings.seed)
+  first = {name: np.repeat(value[:1], len(weights), axis=0) for name, value in drawn.items()}
+  others = {name: value for name, value in first.items() if name not in (CODE, NOISE)}
+  if CODE in possible:
+    kinds[CODE] = {**others, CODE: lerp(*drawn[CODE], weights)}
+  if NOISE in possible:
+    code = {CODE: first[CODE]} if CODE in possible else {}
+    kinds['x_T'] = {**others, **code, NOISE: slerp(*drawn[NOISE], weights)}
+  if CODE in possible:
     data, labels = trained.eval_images(settings.num_encoded)
-    codes, _ = trained.encode(data)
-    kinds['encoded'] = {'z': lerp(*codes[ends % len(codes)], weights)}
+    codes = trained.observe(data, labels)[CODE]
+    kinds['encoded'] = {**others, CODE: lerp(*codes[ends % len(codes)], weights)}
     wanted = {settings.from_label, settings.to_label}
     if wanted <= set(labels.tolist()):
       direction, starts = attribute_direction(trained, codes, labels)
-      kinds['attribute'] = {'z': codes[starts[row % len(starts)]] + weights[:, None] * direction}
+      kinds['attribute'] = {**others, CODE: codes[starts[row % len(starts)]] + weights[:, None] * direction}
     elif row == 0:
       present = ', '.join(map(str, np.unique(labels)))
       log.say(

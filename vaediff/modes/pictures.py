@@ -31,13 +31,13 @@ def write_each(trained: Trained, first: int, drawn: dict[str, np.ndarray]) -> No
   Args:
     trained: the stage.
     first: index of the first image.
-    drawn: uint8 images by name. The last name is what the stage makes; 'x0_vae' before it goes into a folder
-      of its own, with `with_vae`.
+    drawn: uint8 images by name. The last name is what the stage makes; what is shown before it goes into a
+      folder of its own, with `with_vae`.
   """
   folder, (*before, made) = folder_of(trained), drawn
   folders = {made: folder}
-  if 'x0_vae' in before and trained.settings.with_vae:
-    folders['x0_vae'] = folder / 'x0_vae'
+  if before and trained.settings.with_vae:
+    folders |= {name: folder / name for name in before}
   for name, where in folders.items():
     for index, image in enumerate(drawn[name], first):
       if index % jax.process_count() == jax.process_index():

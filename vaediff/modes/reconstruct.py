@@ -1,5 +1,7 @@
 """`--mode=reconstruct`: images of the evaluation split, encoded and drawn again."""
 
+import jax
+
 from vaediff.errors import UserError
 from vaediff.evaluation.quality import mse
 from vaediff.modes import pictures
@@ -21,18 +23,17 @@ def reconstruct(trained: Trained) -> dict[str, float]:
   Returns:
     Mean squared error per pixel, pixels in [0, 1], of each kind of reconstruction.
   """
-  if not trained.experiment.reads_image:
-    trained.need_latents('reconstruct')
   settings = trained.config.reconstruct
   if settings.posterior not in ('mean', 'sample'):
     raise UserError(f"config.reconstruct.posterior must be 'mean' or 'sample', got {settings.posterior!r}")
-  data, _ = trained.eval_images(settings.num_images)
-  if trained.experiment.reads_image:
-    result = trained.draw_all({'image': data})
-  elif settings.posterior == 'sample':
-    result = trained.draw_all({'z': trained.encode_sampled(data, trained.settings.seed)})
-  else:
-    result = trained.draw_all({'z': trained.encode(data)[0]})
+  if not trained.experiment.reconstructs:
+    raise UserError(
+      f'--mode=reconstruct needs a stage that encodes images; stage {trained.stage!r} was trained '
+      "without a VAE (diffusion.condition = 'none'). Use --mode=sample, or another stage with --stages"
+    )
+  data, labels = trained.eval_images(settings.num_images)
+  key = jax.random.key(trained.settings.seed) if settings.posterior == 'sample' else None
+  result = trained.draw_all(trained.observe(data, labels, key))
   shown = [value[:pictures.MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
   pictures.write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4)
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}

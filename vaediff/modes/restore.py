@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vaediff.conditions.vae import IMAGE
 from vaediff.data import pixels
 from vaediff.errors import UserError
 from vaediff.evaluation.quality import psnr
@@ -32,20 +33,19 @@ def restore(trained: Trained) -> dict[str, float]:
     PSNR in dB of the degraded and of the restored images.
   """
   settings = trained.config.restore
-  trained.need_latents('restore')
-  if not trained.experiment.takes_x0_vae:
+  if IMAGE not in trained.experiment.inputs:
     raise UserError(
       f'--mode=restore needs a refiner with an image condition, stage {trained.stage!r} has none; train one '
       'with diffusion.condition = formulation1 or formulation2, or choose it with --stages'
     )
-  data, _ = trained.eval_images(settings.num_images)
+  data, labels = trained.eval_images(settings.num_images)
   x0 = np.asarray(pixels.to_unit_range(jnp.asarray(data)))
   degraded, known = degrade(x0, settings, trained.settings.seed)
-  z, _ = trained.encode(degraded)
-  restored = trained.draw_all({'x0_vae': degraded, 'z': z})['x0']
+  seen = trained.observe(degraded, labels)
+  restored = trained.draw_all({**seen, IMAGE: degraded})['x0']
   if known is not None:
     restored = np.where(known, data, restored)
-  degraded = images.to_uint8(degraded)
+  degraded = np.asarray(pixels.to_bytes(jnp.asarray(degraded)))
   pictures.write_grid(trained, f'restored-{settings.task}', images.side_by_side(data, degraded, restored), 12)
   return {'psnr/degraded': psnr(data, degraded), 'psnr/restored': psnr(data, restored)}
 

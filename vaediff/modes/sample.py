@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from vaediff import files
 from vaediff.machine import distributed
 from vaediff.modes import pictures
 from vaediff.run import draw, images, log
@@ -19,7 +20,8 @@ def sample(trained: Trained) -> dict[str, float]:
   """Draws `sample.num_images` images; writes `samples.png` and, with `save_npz`, `samples.npz` (uint8).
 
   With `save_images` also one PNG per image, `samples/<index>.png`. Holds one batch of noise at a time. Image
-  i depends on `sample.seed` and i alone.
+  i depends on `sample.seed` and i alone. Samples that come in kinds, such as classes, have a row each.
+  A stage that can only repeat images, as an autoencoder does, draws those of the evaluation split.
   """
   settings, count = trained.settings, trained.settings.num_images
   shown, stored = {}, {}
@@ -36,15 +38,18 @@ def sample(trained: Trained) -> dict[str, float]:
         stored.setdefault(name, np.empty((count, *value.shape[1:]), np.uint8))[first : first + fresh] = value[
           :fresh
         ]
-  columns = {name: np.concatenate(value)[:pictures.MAX_IN_GRID] for name, value in shown.items()}
-  if 'x0' in columns and not settings.with_vae:
-    columns.pop('x0_vae', None)
-  groups = max(1, round(np.sqrt(len(columns[next(iter(columns))]))))
-  pictures.write_grid(trained, 'samples', images.side_by_side(*columns.values()), groups * len(columns))
+  columns = {name: np.concatenate(value)[: pictures.MAX_IN_GRID] for name, value in shown.items()}
+  if 'with_vae' in settings and not settings.with_vae:
+    columns = dict([columns.popitem()])  # the stage's own
+  kinds = trained.experiment.num_groups
+  order = images.in_groups(len(next(iter(columns.values()))), kinds)
+  groups = len(order) // kinds if 0 < kinds <= len(order) else max(1, round(np.sqrt(len(order))))
+  picture = images.side_by_side(*(value[order] for value in columns.values()))
+  pictures.write_grid(trained, 'samples', picture, groups * len(columns))
   if settings.save_npz:
     path = pictures.path_of(trained, 'samples', 'npz')
     if jax.process_index() == 0:
-      images.write_npz(path, stored)
+      files.write_npz(path, stored)
     log.say(f'wrote {path}')
   if settings.save_images:
     folder = pictures.folder_of(trained)

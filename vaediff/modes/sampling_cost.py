@@ -17,16 +17,16 @@ from ml_collections import ConfigDict
 
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.machine import cost, sharding
+from vaediff.models import ports
 from vaediff.run import log
-from vaediff.types import Params
+from vaediff.types import Read
 
 PARTS = ('generator', 'decoder', 'total')
 
 
 def measure(
   experiment: Ddgan,
-  params: dict[str, Params],
-  frozen: dict[str, Params],
+  read: Read,
   mesh: Mesh,
   settings: ConfigDict,
 ) -> dict[str, dict[str, int | float]]:
@@ -41,26 +41,26 @@ def measure(
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   def inputs(number: int) -> tuple[Any, ...]:
-    noise = jax.random.normal(jax.random.key(0), (number, *experiment.noise_shape))
+    noise = jax.random.normal(jax.random.key(0), (number, *experiment.space.shape))
     keys = jax.random.split(jax.random.key(1), number)
-    return noise, keys, (jnp.zeros_like(noise) if experiment.takes_x0_vae else None)
+    channels = ports.channels(experiment.conditions.named_ports)
+    return noise, keys, (jnp.zeros((*noise.shape[:-1], channels)) if channels else None)
 
-  def generate(params, frozen, noise, keys, condition):
-    del frozen
-    return experiment.draw_map(params['generator'], noise, condition, keys)
+  def generate(read, noise, keys, beside):
+    return experiment.draw_map(read['generator'], noise, beside, keys)
 
-  def decode(params, frozen, y, keys, condition):
-    del params, keys, condition
-    return jnp.clip(experiment.space.to_image(frozen, y), -1.0, 1.0)
+  def decode(read, y, keys, beside):
+    del keys, beside
+    return experiment.space.decode(read, y)['x0']
 
-  def both(params, frozen, noise, keys, condition):
-    return decode(params, frozen, generate(params, frozen, noise, keys, condition), keys, condition)
+  def both(read, noise, keys, beside):
+    return decode(read, generate(read, noise, keys, beside), keys, beside)
 
-  args = (params, frozen, *jax.device_put(inputs(count), where))
-  one = (params, frozen, *inputs(1))
+  args = (read, *jax.device_put(inputs(count), where))
+  one = (read, *inputs(1))
   sizes = {
-    'generator': cost.num_parameters(params['generator']),
-    'decoder': decoder_parameters(frozen),
+    'generator': cost.num_parameters(read['generator']),
+    'decoder': experiment.space.num_decoder_parameters(read),
   }
   found = {}
   for name, function in zip(PARTS, (generate, decode, both), strict=True):
@@ -85,15 +85,6 @@ def measure(
     times = f'{row["seconds_per_batch"]:>12.4f}{row["seconds_per_batch_std"]:>8.4f}'
     log.say(f'{name:>10}{figures}{row["memory_bytes"] / 1e9:>11.3f}{times}')
   return found
-
-
-def decoder_parameters(frozen: dict[str, Params]) -> int:
-  """Returns how many parameters turn maps into images: of the light decoder, or the autoencoder's own."""
-  if 'decoder' in frozen:
-    return cost.num_parameters(frozen['decoder'])
-  if 'autoencoder' not in frozen:
-    return 0
-  return sum(cost.num_parameters(frozen['autoencoder'].get(name, {})) for name in ('decoder', 'codes'))
 
 
 def seconds(function: Callable[[], Any], num_warmups: int, repeats: int) -> list[float]:

@@ -1,29 +1,28 @@
 """`--mode=train`: the stages in order; what is complete is skipped, what is not is resumed."""
 
 import json
-import os
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments
+from vaediff import experiments, files, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
-from vaediff.experiments.base import Experiment, HasLatents, HasPrior, offers, unwrapped
+from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.modes import interpolate, reconstruct, sample
-from vaediff.reads import Published
 from vaediff.run import checkpoint, log, loop, measurements
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.precomputed import precomputed
-from vaediff.run.trained import Trained, load_prior
+from vaediff.run.trained import Trained
 
 
 def mode(run: Run) -> None:
@@ -72,14 +71,12 @@ def run_stages_once(
   for name in stages:
     folder = workdir / name
     complete = is_complete(config, workdir, name)
-    frozen = {} if complete else frozen_networks.load(built[name], config, workdir, mesh)
     steps = frozen_steps(built[name], config, workdir, name)
-    if not complete and offers(built[name], HasPrior) and built[name].draws_codes:
-      frozen['prior'] = prior_of_codes(config, workdir, unwrapped(built[name]), mesh)
+    frozen = {} if complete else frozen_networks.load(built[name], config, workdir, mesh, training=name)
     if complete:
       summaries.append(read_summary(folder, config, name))
       log.say(f'{name}: complete at step {summaries[-1]["steps"]}, skipped')
-      measure_latents(config, workdir, name, built[name], train_source, mesh)
+      measurements.ensure(built[name], config, workdir, name, mesh)
       continue
     fresh = True
     for old in workdir.glob('figures-*.json'):
@@ -97,14 +94,14 @@ def run_stages_once(
           eval_source=eval_source,
           extra=precomputed(config, workdir, name, built[name], frozen, train_source, mesh),
           mesh=mesh,
-          measure=make_measure(config, name, built[name], frozen, mesh),
+          measure=make_measure(config, name, built[name], frozen, eval_source, mesh),
         )
       )
     )
-    measure_latents(config, workdir, name, built[name], train_source, mesh)
+    measurements.ensure(built[name], config, workdir, name, mesh)
   figures = first_images(config, workdir, stages[-1], mesh, fresh)
   if jax.process_index() == 0:
-    print_table(summaries, figures, time.monotonic() - started)
+    print_table(summaries, figures, built[stages[-1]].titles, time.monotonic() - started)
   return summaries
 
 
@@ -132,9 +129,8 @@ def frozen_steps(
   Raises:
     UserError: when one of them is not fully trained, or is not at the step that the stage was begun with.
   """
-  steps = {}
-  for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
+  for source in experiment.frozen.values():
+    if not isinstance(source, reads.FromStage):
       continue
     folder = pathlib.Path(source.workdir) if source.workdir else workdir
     if not is_complete(configs.read(folder) if source.workdir else config, folder, source.stage):
@@ -142,7 +138,7 @@ def frozen_steps(
         f'stage {stage!r} reads stage {source.stage!r} of {folder}, which is not trained to its last step; '
         f'train it first (--stages={source.stage})'
       )
-    steps[name] = checkpoint.latest_step(folder / source.stage)
+  steps = frozen_networks.steps(experiment, workdir)
   if checkpoint.latest_step(workdir / stage) is not None:
     begun = checkpoint.load_meta(workdir / stage)['frozen']
     if begun != steps:
@@ -151,37 +147,6 @@ def frozen_steps(
         f'{steps}; move {workdir / stage} away to train it anew, or use another --workdir'
       )
   return steps
-
-
-def prior_of_codes(
-  config: ConfigDict, workdir: pathlib.Path, experiment: HasPrior, mesh: Mesh
-) -> dict[str, Any]:
-  """Returns the arrays of the prior that a stage draws latent codes from while it trains."""
-  source = experiment.teacher_source
-  folder = pathlib.Path(source.workdir) if source.workdir else workdir
-  config = configs.read(folder) if source.workdir else config
-  return sharding.replicate(load_prior(Trained(config, folder, source.stage, mesh)), mesh)
-
-
-def measure_latents(
-  config: ConfigDict,
-  workdir: pathlib.Path,
-  stage: str,
-  experiment: Experiment,
-  source: sources.Source,
-  mesh: Mesh,
-) -> None:
-  """Stores the statistics of a trained stage's latents, where it has any that a later stage models."""
-  if offers(experiment, HasLatents):
-    measurements.ensure(
-      workdir / stage,
-      unwrapped(experiment),
-      lambda: Trained(config, workdir, stage, mesh).params,
-      source,
-      config[stage].sample.batch_size,
-      mesh,
-      config.seed,
-    )
 
 
 def read_summary(folder: pathlib.Path, config: ConfigDict, stage: str) -> dict[str, Any]:
@@ -205,21 +170,24 @@ def first_images(
     return json.loads(path.read_text())
   trained = Trained(config, workdir, stage, mesh)
   started = time.monotonic()
-  if not trained.experiment.reads_image:
+  if trained.draws_alone:
     sample.sample(trained)
   figures = {'seconds/sample': time.monotonic() - started}
-  if trained.experiment.latent_dim or trained.experiment.reads_image:
+  if trained.experiment.reconstructs:
     figures.update(reconstruct.reconstruct(trained))
-  if trained.experiment.noise_shape or trained.experiment.latent_dim:
+  if interpolate.kinds_of(trained.experiment):
     interpolate.interpolate(trained)
   if jax.process_index() == 0:
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(json.dumps(figures, indent=2))
-    os.replace(temporary, path)
+    files.write_json(path, figures)
   return figures
 
 
-def print_table(summaries: list[dict[str, Any]], figures: dict[str, float], seconds: float) -> None:
+def print_table(
+  summaries: list[dict[str, Any]],
+  figures: dict[str, float],
+  titles: Mapping[str, str],
+  seconds: float,
+) -> None:
   """Prints one line per stage, the figures of the reconstructions, and the time in all."""
   rows = [('stage', 'steps', 'seconds', 'images/s', 'last training metrics', 'validation')]
   for summary in summaries:
@@ -243,6 +211,7 @@ def print_table(summaries: list[dict[str, Any]], figures: dict[str, float], seco
     log.say('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
   for name, value in figures.items():
     if name.startswith('mse/'):
-      what = {'mse/x0_vae': 'VAE reconstruction', 'mse/x0': 'refined reconstruction'}.get(name, name[4:])
-      log.say(f'{what}: mean squared error per pixel {value:.5f} (pixels in [0, 1], evaluation split)')
+      what = titles[name[4:]] if name[4:] in titles else name[4:]
+      error = f'mean squared error per pixel {value:.5f} (pixels in [0, 1], evaluation split)'
+      log.say(f'{what} reconstruction: {error}')
   log.say(f'{seconds:.0f} seconds in all, device: {jax.devices()[0].device_kind} x {jax.device_count()}')

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from vaediff.errors import UserError
 from vaediff.machine import distributed, sharding
+from vaediff.models.functional import Model
 from vaediff.types import Params
 
 FOLDER = 'checkpoints'
@@ -121,6 +123,11 @@ def latest_step(stage_folder: pathlib.Path) -> int | None:
   """Returns the newest complete step of a stage without opening it, or None."""
   steps = finished_steps(stage_folder / FOLDER)
   return steps[-1] if steps else None
+
+
+def abstract_params(model: Model, mesh: Mesh) -> Params:
+  """Returns shapes, types and (replicated) shardings of a network's parameters."""
+  return sharding.abstract_replicated(jax.eval_shape(model.init, jax.random.key(0)), mesh)
 
 
 def load_frozen(stage_folder: pathlib.Path, network: str, abstract_params: Params) -> Params:

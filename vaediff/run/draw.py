@@ -3,60 +3,123 @@
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vaediff.conditions import prior
+from vaediff.data import pixels, sources
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.run import images
-from vaediff.types import Params
+from vaediff.types import Given, Read
+
+HostArrays = dict[str, np.ndarray]
 
 
-def image_keys(seed: int | jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns, per image index, the key of its latent code and the key of its sampler."""
-  keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i)))(indices)
-  return keys[:, 0], keys[:, 1]
+def image_keys(seed: int | jax.Array, indices: jax.Array) -> jax.Array:
+  """Returns the key of each image."""
+  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
 
 
-def make_draw(experiment: Experiment, mesh: Mesh, seed: int) -> Callable[..., dict[str, np.ndarray]]:
-  """Returns draw(params, frozen, prior, indices, given=None, seed=seed) -> uint8 images on the host, by name.
+def sampler(experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
+  """Returns (read, indices, given, seed) -> images by name, as bytes: what draws, here and on other machines.
 
-  `given` holds arrays with one row per index that take the place of what would be drawn: `z`, `x0_vae`,
-  `noise`. One compiled program serves every call of the same size, whatever the seed.
+  What is not given is drawn.
   """
 
-  def run(params, frozen, prior_arrays, indices, given, number):
-    key_z, key_x = image_keys(number, indices)
-    condition = dict(given)
-    if experiment.latent_dim and 'z' not in condition:
-      condition['z'] = prior.draw(prior_arrays, key_z, experiment.latent_dim)
-    return experiment.sample(params, frozen, condition, key_x)
+  def run(read: Read, indices: jax.Array, given: Given, seed: jax.Array) -> dict[str, jax.Array]:
+    keys = image_keys(seed, indices)
+    drawn = experiment.sample(read, {**experiment.draw(read, keys, indices), **given}, keys)
+    return {name: pixels.to_bytes(image) for name, image in drawn.items()}
 
+  return run
+
+
+def make_observe(experiment: Experiment, mesh: Mesh) -> Callable[..., HostArrays]:
+  """Returns observe(read, image, label, key=None) -> what a sample would be given to be like each image.
+
+  `image` is uint8, or float in [-1, 1]; without a key it is the mean of what could be seen in it. The images
+  are one batch.
+  """
+  where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  compiled = jax.jit(
+    lambda read, batch, x, key: experiment.observe(read, batch, x, key), out_shardings=everywhere
+  )
+
+  def observe(
+    read: Read, image: np.ndarray, label: np.ndarray, key: jax.Array | None = None
+  ) -> HostArrays:
+    padded = sharding.round_up(len(image), mesh)
+    rows = np.minimum(np.arange(padded), len(image) - 1)
+    x = image[rows]
+    if x.dtype == np.uint8:
+      x = pixels.to_unit_range(jnp.asarray(x))
+    batch = {sources.LABEL: jax.device_put(np.asarray(label, np.int32)[rows], where)}
+    key = None if key is None else jax.device_put(key, everywhere)
+    seen = jax.device_get(compiled(read, batch, jax.device_put(x, where), key))
+    return {name: value[: len(image)] for name, value in seen.items()}
+
+  return observe
+
+
+def make_draw(
+  experiment: Experiment,
+  mesh: Mesh,
+  seed: int,
+  image_shape: tuple[int, int, int],
+  source: Callable[[], sources.Source],
+) -> Callable[..., HostArrays]:
+  """Returns draw(read, indices, given={}, seed=seed) -> uint8 images on the host, by name.
+
+  Where what a sample starts from comes from: what is `given`, with one row per index; else what the stage
+  draws; else what it observes of the images of `source`, in order. One compiled program serves every call of
+  the same size, whatever the seed.
+
+  Args:
+    experiment: that draws.
+    mesh: the devices.
+    seed: of the images, where a call names none.
+    image_shape: of the data, (height, width, channels).
+    source: opens the images to observe; not called where all can be drawn.
+  """
   where = sharding.batch_sharding(mesh)
   # every process gets all images: they are small beside what made them
-  compiled = jax.jit(run, out_shardings=sharding.replicated(mesh))
+  compiled = jax.jit(sampler(experiment), out_shardings=sharding.replicated(mesh))
+  observe, needed = make_observe(experiment, mesh), None
 
   def draw(
-    params: dict[str, Params],
-    frozen: dict[str, Params],
-    prior_arrays: prior.Prior,
-    indices: np.ndarray,
-    given: dict[str, np.ndarray] | None = None,
-    seed: int = seed,
-  ) -> dict[str, np.ndarray]:
+    read: Read, indices: np.ndarray, given: HostArrays | None = None, seed: int = seed
+  ) -> HostArrays:
+    nonlocal needed
+    if needed is None:
+      needed = observed_alone(experiment, read, image_shape)
+    given = given or {}
+    if needed - given.keys():
+      images_seen = source()
+      batch = images_seen.read(indices % len(images_seen))
+      given = {**observe(read, batch[sources.IMAGE], batch[sources.LABEL]), **given}
     count = len(indices)
     padded = sharding.round_up(count, mesh)
     rows = np.minimum(np.arange(padded), count - 1)
-    given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in (given or {}).items()}
+    given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in given.items()}
     chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
     number = jax.device_put(np.int32(seed), sharding.replicated(mesh))
-    result = jax.device_get(compiled(params, frozen, prior_arrays, chosen, given, number))
+    result = jax.device_get(compiled(read, chosen, given, number))
     # jit sorts the names; what an image was made from comes before it
     names = sorted(result, key=lambda name: (name == 'x0', name))
-    return {name: images.to_uint8(result[name][:count]) for name in names}
+    return {name: result[name][:count] for name in names}
 
   return draw
+
+
+def observed_alone(experiment: Experiment, read: Read, image_shape: tuple[int, int, int]) -> set[str]:
+  """Returns the names of what a sample needs and only an image can give: observed, but not drawn."""
+  x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  drawn = jax.eval_shape(experiment.draw, read, keys, numbers)
+  observed = jax.eval_shape(lambda *args: experiment.observe(*args), read, {sources.LABEL: numbers}, x)
+  return set(observed) - set(drawn)
 
 
 def batches(count: int, batch_size: int) -> Iterator[np.ndarray]:

@@ -1,48 +1,52 @@
-"""The networks that a stage reads and does not train: loaded, as shapes, or with weights of no meaning."""
+"""What a stage reads and does not train: loaded, as shapes, or with values of no meaning."""
 
 import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vaediff import reads
 from vaediff.errors import UserError
-from vaediff.experiments.base import Experiment, HasPrior, offers
+from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
-from vaediff.models.functional import Model
-from vaediff.reads import STATISTICS, Published
 from vaediff.run import checkpoint, measurements
 from vaediff.run import config as configs
-from vaediff.types import Params
 
 
-def abstract_params(model: Model, mesh: Mesh) -> Params:
-  """Returns shapes, types and (replicated) shardings of a network's parameters."""
-  return _abstract(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+def load(
+  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, training: str = ''
+) -> dict[str, Any]:
+  """Returns what an experiment reads: networks of this run or another, measurements, published arrays.
 
-
-def load(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> dict[str, Params]:
-  """Returns what an experiment reads: networks of this run or another, and what is given.
+  Args:
+    experiment: that reads.
+    config: of the run.
+    workdir: the run's folder.
+    mesh: the devices.
+    training: the stage that is being trained; what is measured of it once it is trained is neutral so far.
 
   Raises:
-    UserError: when one is missing, damaged or of another architecture, or its latents were not measured.
+    UserError: when something is missing, damaged or of another architecture.
   """
-  networks = {}
-  for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
-      networks[name] = sharding.replicate(source.load(), mesh)
-      continue
-    folder = pathlib.Path(source.workdir) if source.workdir else workdir
-    if source.workdir:
-      check_same(configs.read(folder), config, source.stage, folder)
-    networks[name] = checkpoint.load_frozen(
-      folder / source.stage, source.network, abstract_params(source.model, mesh)
-    )
-    if source.latent_channels:
-      networks[name + STATISTICS] = sharding.replicate(measurements.load(folder / source.stage), mesh)
-  return networks
+
+  def one(source: reads.Reads) -> Any:
+    match source:
+      case reads.FromStage():
+        folder = pathlib.Path(source.workdir) if source.workdir else workdir
+        if source.workdir:
+          check_same(configs.read(folder), config, source.stage, folder)
+        params = checkpoint.abstract_params(source.model, mesh)
+        return checkpoint.load_frozen(folder / source.stage, source.network, params)
+      case reads.Measured() if source.stage == training and not source.workdir:
+        return sharding.replicate(source.neutral(), mesh)
+      case reads.Measured():
+        return sharding.replicate(measurements.load(source, config, workdir, mesh), mesh)
+      case reads.Published():
+        return sharding.replicate(source.load(), mesh)
+
+  return {name: one(source) for name, source in experiment.frozen.items()}
 
 
 def check_same(stored: ConfigDict, config: ConfigDict, stage: str, folder: pathlib.Path) -> None:
@@ -53,10 +57,10 @@ def check_same(stored: ConfigDict, config: ConfigDict, stage: str, folder: pathl
     here = config[stage][name].to_dict()
     there = stored[stage][name].to_dict() if stage in stored and name in stored[stage] else {}
     for field, value in here.items():
-      if there.get(field) != value:
+      if field not in there or there[field] != value:
         raise UserError(
-          f'config.{stage}.{name}.{field} is {value!r}, but {there.get(field)!r} in the stage {stage!r} of '
-          f'{folder}; give the same values as {folder / configs.FILE}'
+          f'config.{stage}.{name}.{field} is {value!r}, but {there[field] if field in there else None!r} in '
+          f'the stage {stage!r} of {folder}; give the same values as {folder / configs.FILE}'
         )
 
 
@@ -66,41 +70,39 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
   Raises:
     UserError: when published weights are not there.
   """
-  networks = {}
+
+  def one(source: reads.Reads) -> Any:
+    match source:
+      case reads.FromStage():
+        return checkpoint.abstract_params(source.model, mesh)
+      case reads.Measured():
+        return sharding.abstract_replicated(source.neutral(), mesh)
+      case reads.Published():
+        return sharding.abstract_replicated(source.load(), mesh)
+
+  return {name: one(source) for name, source in experiment.frozen.items()}
+
+
+def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+  """Returns fresh networks and neutral measurements, to measure speed with; what is published as it is."""
+
+  def one(source: reads.Reads) -> Any:
+    match source:
+      case reads.FromStage():
+        return jax.jit(source.model.init, out_shardings=sharding.replicated(mesh))(jax.random.key(1))
+      case reads.Measured():
+        return sharding.replicate(source.neutral(), mesh)
+      case reads.Published():
+        return sharding.replicate(source.load(), mesh)
+
+  return {name: one(source) for name, source in experiment.frozen.items()}
+
+
+def steps(experiment: Experiment, workdir: pathlib.Path) -> dict[str, int | None]:
+  """Returns the training step of each network of an earlier stage that an experiment reads."""
+  found = {}
   for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
-      networks[name] = _abstract(source.load(), mesh)
-      continue
-    networks[name] = abstract_params(source.model, mesh)
-    if source.latent_channels:
-      networks[name + STATISTICS] = _abstract(_standard(source.latent_channels), mesh)
-  return networks | _normal_prior(experiment)
-
-
-def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Params]:
-  """Returns networks as initialised and standard latents, to measure speed; what is given as it is."""
-  everywhere, networks = sharding.replicated(mesh), {}
-  for name, source in experiment.frozen.items():
-    if isinstance(source, Published):
-      networks[name] = sharding.replicate(source.load(), mesh)
-      continue
-    networks[name] = jax.jit(source.model.init, out_shardings=everywhere)(jax.random.key(1))
-    if source.latent_channels:
-      networks[name + STATISTICS] = sharding.replicate(_standard(source.latent_channels), mesh)
-  return networks | _normal_prior(experiment)
-
-
-def _normal_prior(experiment: Experiment) -> dict[str, Any]:
-  """Returns N(0, I) for an experiment that draws codes: which prior it is changes no program's cost."""
-  draws = offers(experiment, HasPrior) and experiment.draws_codes
-  return {'prior': {}} if draws else {}
-
-
-def _standard(channels: int) -> measurements.Statistics:
-  ones = np.ones(channels, np.float32)
-  return {'mean': 0 * ones, 'std': ones, 'min': -ones, 'max': ones}
-
-
-def _abstract(shapes: Any, mesh: Mesh) -> Any:
-  where = sharding.replicated(mesh)
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+    if isinstance(source, reads.FromStage):
+      folder = pathlib.Path(source.workdir) if source.workdir else workdir
+      found[name] = checkpoint.latest_step(folder / source.stage)
+  return found

@@ -1,20 +1,15 @@
-"""Image files: grids as PNG, arrays as npz. Everything is written to a temporary name, then renamed."""
+"""Pictures: grids of images, and their PNG files."""
 
-import os
 import pathlib
-from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image as PilImage
 
+from vaediff import files
+
 MIN_SIDE = 64
 """Images narrower than this are enlarged by a whole factor in grids, so that they can be seen."""
 GAP = 2
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-  """Returns uint8 in [0, 255] from float in [-1, 1], rounded."""
-  return np.clip(np.round((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
@@ -31,6 +26,17 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
   return canvas
 
 
+def in_groups(count: int, num_groups: int) -> np.ndarray:
+  """Returns the order of images 0 .. count - 1 that has those of one group, i modulo `num_groups`, together.
+
+  Only of whole turns; without groups it is all of them, as they are.
+  """
+  if not 0 < num_groups <= count:
+    return np.arange(count)
+  turns = count // num_groups
+  return np.arange(turns * num_groups).reshape(turns, num_groups).T.reshape(-1)
+
+
 def side_by_side(*columns: np.ndarray) -> np.ndarray:
   """Returns [n * k, ...]: image i of each of the k arrays in turn, so that a grid shows them together."""
   return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
@@ -38,16 +44,5 @@ def side_by_side(*columns: np.ndarray) -> np.ndarray:
 
 def write_png(path: pathlib.Path, picture: np.ndarray) -> None:
   """Writes a uint8 picture [height, width, 1 | 3]."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  PilImage.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, 'PNG')
-  os.replace(temporary, path)
-
-
-def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes the arrays, uncompressed."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  with open(temporary, 'wb') as file:
-    np.savez(file, **arrays)
-  os.replace(temporary, path)
+  with files.replacing(path) as temporary:
+    PilImage.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, 'PNG')

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import tqdm
 
+from vaediff import files
 from vaediff.errors import UserError
 
 
@@ -186,6 +187,4 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
       keep = False  # cut off in the middle by a kill
     if keep:
       kept.append(line)
-  temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_text(''.join(kept), encoding='utf-8')
-  os.replace(temporary, path)
+  files.write_text(path, ''.join(kept))

@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
+import functools
 import json
-import os
 import pathlib
 import time
 import zlib
@@ -15,12 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vaediff import files
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
-from vaediff.experiments.base import Experiment, HasStart, offers
+from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
-from vaediff.run import best, checkpoint, draw, log
-from vaediff.run.guard import HEALTHY, Guarded
+from vaediff.run import best, checkpoint, draw, guard, log
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'
@@ -49,7 +49,7 @@ class Stage:
   name: str
   folder: pathlib.Path
   config: ConfigDict
-  experiment: Guarded
+  experiment: Experiment
   frozen: dict[str, Params]
   frozen_steps: dict[str, int]
   train_source: sources.Source
@@ -60,8 +60,8 @@ class Stage:
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
-  """Returns shapes, types and shardings of the state, without allocating it."""
-  shapes = jax.eval_shape(experiment.init, jax.random.key(0))
+  """Returns shapes, types and shardings of the state, the guard's counts too, without allocating it."""
+  shapes = jax.eval_shape(guard.with_counts(experiment.init), jax.random.key(0))
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     shapes,
@@ -94,11 +94,9 @@ def train(stage: Stage) -> dict[str, Any]:
   frozen = sharding.replicate(stage.frozen, stage.mesh)
   start_step, seconds_before, last = 0, 0.0, {}
   if checkpointer.latest_step() is None:
-    init = jax.jit(stage.experiment.init, out_shardings=where, compiler_options=run_once_options())
-    state = init(key_init)
-    if offers(stage.experiment, HasStart):
-      start = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)
-      state = start(state, frozen)
+    init = guard.with_counts(stage.experiment.init)
+    state = jax.jit(init, out_shardings=where, compiler_options=run_once_options())(key_init)
+    state = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)(state, frozen)
   else:
     state, stored = checkpointer.restore(abstract)
     start_step, seconds_before, last = stored['data_position'], stored['seconds'], stored['last']
@@ -117,7 +115,7 @@ def train(stage: Stage) -> dict[str, Any]:
     prefetch=stage.config.data.prefetch,
     extra=stage.extra,
   )
-  step_fn = make_steps(stage.experiment, where, replicated)
+  step_fn = make_steps(stage.experiment, section.train, where, replicated)
   evaluate = Evaluator(stage, key_eval)
   keeper = best.Best(stage.folder, section.train.best_measure) if section.train.best_measure else None
   key_train = sharding.replicate(key_train, stage.mesh)
@@ -217,25 +215,28 @@ def run_once_options() -> dict[str, Any]:
   return {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
-def make_steps(experiment: Guarded, where: Any, replicated: Any) -> Callable[[int], Callable[..., Any]]:
+def make_steps(
+  experiment: Experiment, train: ConfigDict, where: Any, replicated: Any
+) -> Callable[[int], Callable[..., Any]]:
   """Returns updates done -> the compiled step that follows; each kind of update is compiled once."""
   compiled = {}
 
   def step_after(step: int):
     kind = experiment.kind_of(step)
     if kind not in compiled:
-      compiled[kind] = make_step(experiment.of_kind(kind), where, replicated)
+      compiled[kind] = make_step(experiment, train, where, replicated, kind)
     return compiled[kind]
 
   return step_after
 
 
-def make_step(experiment: Experiment, where: Any, replicated: Any):
-  """Returns the compiled step: (state, frozen, batch, key) -> (state, metrics, whether to go on)."""
+def make_step(experiment: Experiment, train: ConfigDict, where: Any, replicated: Any, kind: str = ''):
+  """Returns the compiled, guarded step: (state, frozen, batch, key) -> (state, metrics, whether to go on)."""
+  update = guard.guarded(functools.partial(experiment.train_step, kind=kind), train)
 
   def step_fn(state, frozen, batch, key):
-    state, metrics = experiment.train_step(state, frozen, batch, jax.random.fold_in(key, state.step))
-    healthy = metrics.pop(HEALTHY)
+    state, metrics = update(state, frozen, batch, jax.random.fold_in(key, state.step))
+    healthy = metrics.pop(guard.HEALTHY)
     return state, metrics, healthy
 
   return jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated, replicated))
@@ -285,7 +286,8 @@ class Evaluator:
     self._limit, self._grid_images = section.train.eval_images, section.train.grid_images
     self._key = sharding.replicate(key, stage.mesh)
     self._eval_step = jax.jit(stage.experiment.eval_step, out_shardings=sharding.replicated(stage.mesh))
-    self._draw = draw.make_draw(stage.experiment, stage.mesh, seed=stage.config.seed)
+    shape, source = stage.eval_source.image_shape, stage.eval_source
+    self._draw = draw.make_draw(stage.experiment, stage.mesh, stage.config.seed, shape, lambda: source)
 
   def __call__(self, state: Any) -> dict[str, float]:
     """Returns the metrics of the evaluation split, averaged over its examples."""
@@ -304,7 +306,7 @@ class Evaluator:
       weight = float(min(self._batch_size, total - index * self._batch_size))  # of all processes
       key = jax.random.fold_in(self._key, index)
       metrics = self._eval_step(
-        state.eval_params, self._stage.frozen, sharding.put_batch(batch, self._where), key
+        {**self._stage.frozen, **state.eval_params}, sharding.put_batch(batch, self._where), key
       )
       for name, value in jax.device_get(metrics).items():
         totals[name] += float(value) * weight
@@ -323,11 +325,7 @@ class Evaluator:
 
   def grids(self, state: Any) -> dict[str, np.ndarray]:
     """Returns pictures of the first images of a fixed seed, by name."""
-    indices = np.arange(self._grid_images)
-    given = {}
-    if self._stage.experiment.reads_image:
-      given['image'] = self._stage.eval_source.read(indices % len(self._stage.eval_source))['image']
-    images = self._draw(state.eval_params, self._stage.frozen, {}, indices, given)
+    images = self._draw({**self._stage.frozen, **state.eval_params}, np.arange(self._grid_images))
     return {name: draw.as_grid(value) for name, value in images.items()}
 
 
@@ -343,9 +341,7 @@ def write_summary(
     'last': last,
   }
   if jax.process_index() == 0:
-    temporary = stage.folder / f'.{SUMMARY}.tmp'
-    temporary.write_text(json.dumps(summary, indent=2))
-    os.replace(temporary, stage.folder / SUMMARY)
+    files.write_json(stage.folder / SUMMARY, summary)
   distributed.wait_for_all(f'{stage.name} is complete')  # the next stage looks for the file
   return summary
 

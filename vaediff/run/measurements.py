@@ -1,92 +1,166 @@
-"""Statistics of an autoencoder's latents over the training images: measured once, stored with its stage.
+"""What is measured of a trained stage over the training images, for the stages that read it.
 
-A stage that models the latents scales them by these figures and refuses to start without them.
+A measurement is made once, when the stage is trained or when it is first read, and stored beside the stage's
+checkpoint. Its statistics scale an autoencoder's latents; a VAE's prior is what its codes are drawn from.
 """
 
-import os
 import pathlib
+import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from vaediff.data import sources
+from vaediff import experiments, files, reads
+from vaediff.conditions import prior
+from vaediff.data import pixels, sources
 from vaediff.errors import UserError
-from vaediff.experiments.base import HasLatents
+from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.run import checkpoint, draw, log
-from vaediff.types import Params
+from vaediff.spaces.latents import LATENTS
+from vaediff.types import Read
 
-Statistics = dict[str, np.ndarray]
-"""`mean`, `std`, `min`, `max`: float32 [channels], over images and positions; `count`: images."""
-NAMES = ('mean', 'std', 'min', 'max')
-
-
-def path_of(stage_folder: pathlib.Path) -> pathlib.Path:
-  """Returns the file of the statistics of a stage's latest checkpoint."""
-  return stage_folder / f'latents-step-{checkpoint.latest_step(stage_folder)}.npz'
+Arrays = dict[str, np.ndarray]
+STATISTICS = ('mean', 'std', 'min', 'max')
+"""Of latents: float32 [channels], over images and positions."""
 
 
-def load(stage_folder: pathlib.Path) -> Statistics:
-  """Returns the stored statistics.
+def load(source: reads.Measured, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Arrays:
+  """Returns the arrays of a measurement, made first if need be.
 
   Raises:
-    UserError: when they were not measured, or the file is damaged.
+    UserError: when the stage is not trained, or the stored file is damaged.
   """
-  path = path_of(stage_folder)
-  try:
-    with np.load(path) as stored:
-      return {name: stored[name] for name in NAMES}
-  except FileNotFoundError as error:
-    raise UserError(
-      f'{path} does not exist: the latents of that stage were not measured. Run it again with '
-      f'--stages={stage_folder.name}: it is trained already, and will only measure them'
-    ) from error
-  except (OSError, ValueError, KeyError) as error:
-    raise UserError(f'{path} is damaged ({error}); remove it and run --stages={stage_folder.name}') from error
+  folder = pathlib.Path(source.workdir) if source.workdir else workdir
+  return BY_NAME[source.measurement](config, folder, source.stage, mesh)
 
 
 def ensure(
-  stage_folder: pathlib.Path,
-  experiment: HasLatents,
-  params: Callable[[], dict[str, Params]],
-  source: sources.Source,
-  batch_size: int,
-  mesh: Mesh,
-  seed: int,
+  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh
 ) -> None:
-  """Measures and stores the statistics of a trained stage, unless they are there."""
-  path = path_of(stage_folder)
-  if distributed.agree(path.exists()):
-    return
-  log.say(f'{stage_folder.name}: measuring the latents of {len(source)} training images')
-  found = measure(experiment, params(), source, batch_size, mesh, seed)
-  for name in NAMES:
-    log.say(f'  {name} per channel: {" ".join(f"{value:.4g}" for value in found[name][:16])}')
-  if jax.process_index() == 0:
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp.npz')
-    np.savez(temporary, **found)
-    os.replace(temporary, path)
-  distributed.wait_for_all(f'wrote {path}')
+  """Makes what later stages read of a stage that is trained, unless it is there."""
+  for name in experiment.measures:
+    BY_NAME[name](config, workdir, stage, mesh)
 
 
-def measure(
-  experiment: HasLatents,
-  params: dict[str, Params],
+def latents(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> Arrays:
+  """Returns `STATISTICS` of an autoencoder's latents, as a later stage draws them."""
+  path = workdir / stage / f'latents-step-{checkpoint.latest_step(workdir / stage)}.npz'
+
+  def make() -> Arrays:
+    experiment, read = opened(config, workdir, stage, mesh)
+    source = sources.open_source(config.data, 'train')
+    log.say(f'{stage}: measuring the latents of {len(source)} training images')
+    found = moments_of_latents(experiment, read, source, config[stage].sample.batch_size, mesh, config.seed)
+    for name in STATISTICS:
+      log.say(f'  {name} per channel: {" ".join(f"{value:.4g}" for value in found[name][:16])}')
+    return found
+
+  stored = stored_or_made(path, stage, make)
+  return {name: stored[name] for name in STATISTICS}
+
+
+def fitted_prior(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> Arrays:
+  """Returns the prior of a VAE's z that `<stage>.prior` describes; {} = N(0, I)."""
+  section = config[stage].prior
+  if section.kind == 'normal':
+    return {}
+  counts = '-'.join(map(str, section.num_components))
+  settings = f'{section.covariance}-{counts}-of-{section.num_encoded}-holdout-{section.holdout_fraction}'
+  step = checkpoint.latest_step(workdir / stage)
+  path = workdir / stage / f'prior-{settings}-seed-{config.seed}-step-{step}.npz'
+
+  def make() -> Arrays:
+    experiment, read = opened(config, workdir, stage, mesh)
+    source = sources.open_source(config.data, 'train')
+    count = min(section.num_encoded, len(source))
+    log.say(f'fitting a Gaussian mixture ({section.covariance}, {counts} components) to {count} latents')
+    z = drawn_codes(experiment, read, source, count, config[stage].sample.batch_size, mesh, config.seed)
+    arrays, scores = prior.fit(z, section, config.seed)
+    shown = ', '.join(f'{k}: {score:.2f}' for k, score in scores.items())
+    log.say(f'held-out nats per latent by components: {shown}; {len(arrays["weights"])} used')
+    return arrays
+
+  return stored_or_made(path, stage, make)
+
+
+BY_NAME: dict[str, Callable[[ConfigDict, pathlib.Path, str, Mesh], Arrays]] = {
+  LATENTS: latents,
+  prior.PRIOR: fitted_prior,
+}
+
+
+def stored_or_made(path: pathlib.Path, stage: str, make: Callable[[], Arrays]) -> Arrays:
+  """Returns the arrays of an npz file, which process 0 writes first where it is not there.
+
+  Raises:
+    UserError: when the file is damaged.
+  """
+  if not distributed.agree(path.exists()):
+    arrays = make()
+    if jax.process_index() == 0:
+      files.write_npz(path, arrays)
+    distributed.wait_for_all(f'wrote {path}')
+  try:
+    with np.load(path) as stored:
+      return {name: stored[name] for name in stored.files}
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    raise UserError(f'{path} is damaged ({error}); remove it, and it is made anew from {stage!r}') from error
+
+
+def opened(
+  config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh
+) -> tuple[Experiment, dict[str, Any]]:
+  """Returns the experiment of a trained stage, and its own networks."""
+  experiment = experiments.build(config, stage)
+  read = {
+    name: checkpoint.load_frozen(workdir / stage, name, checkpoint.abstract_params(model, mesh))
+    for name, model in experiment.networks.items()
+  }
+  return experiment, read
+
+
+def drawn_codes(
+  experiment: Any, read: Read, source: sources.Source, count: int, batch_size: int, mesh: Mesh, seed: int
+) -> np.ndarray:
+  """Returns z ~ q(z | x) [count, d] of the first images of a source."""
+  where = sharding.batch_sharding(mesh)
+  posterior = jax.jit(experiment.posterior, out_shardings=sharding.replicated(mesh))
+  codes = []
+  for k, chunk in enumerate(np.array_split(np.arange(count), max(1, count // 1024))):
+    image = source.read(chunk)['image']
+    size = sharding.round_up(min(batch_size, len(image)), mesh)
+    parts = []
+    for rows in draw.batches(len(image), size):
+      x = jax.device_put(pixels.to_unit_range(jnp.asarray(image[rows])), where)
+      fresh = min(size, len(image) - int(rows[0]))
+      parts.append([part[:fresh] for part in jax.device_get(posterior(read, x))])
+    mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
+    noise = np.random.default_rng(seed + k).standard_normal(mean.shape, np.float32)
+    codes.append(mean + np.exp(0.5 * logvar) * noise)
+  return np.concatenate(codes)
+
+
+def moments_of_latents(
+  experiment: Experiment,
+  read: Read,
   source: sources.Source,
   batch_size: int,
   mesh: Mesh,
   seed: int,
-) -> Statistics:
+) -> Arrays:
   """Returns the statistics over all images of a source; sums in float64 on the host."""
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   @jax.jit
-  def moments(params, image, rows, key, first, count):
+  def moments(read, image, rows, key, first, count):
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    z = experiment.latents(params, image, keys)
+    z = experiment.observe(read, {}, pixels.to_unit_range(image), keys)[LATENTS]
     real = (jnp.arange(z.shape[0]) < count)[:, None, None, None]
     shifted = jnp.where(real, z - first, 0.0)
     return {
@@ -105,9 +179,9 @@ def measure(
     image = jax.device_put(source.read(rows)['image'], where)
     numbers = jax.device_put(rows.astype(np.int32), where)
     if shift is None:  # a rough mean, so that squares do not cancel in float32
-      rough = jax.device_get(moments(params, image, numbers, key, jnp.float32(0), count))
+      rough = jax.device_get(moments(read, image, numbers, key, jnp.float32(0), count))
       shift = (rough['sum'] / (count * rough['positions'])).astype(np.float32)
-    parts.append(jax.device_get(moments(params, image, numbers, key, shift.reshape(1, 1, 1, -1), count)))
+    parts.append(jax.device_get(moments(read, image, numbers, key, shift.reshape(1, 1, 1, -1), count)))
   number = total * float(parts[0]['positions'])
   mean = sum(part['sum'].astype(np.float64) for part in parts) / number
   square = sum(part['squares'].astype(np.float64) for part in parts) / number

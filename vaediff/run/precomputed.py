@@ -1,4 +1,4 @@
-"""What a frozen VAE makes of every training image: computed once, kept memory-mapped beside the stage."""
+"""What conditions see in every training image: observed once, kept memory-mapped beside the stage."""
 
 import functools
 import os
@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from vaediff.data import pixels, sources
 from vaediff.experiments.base import Experiment
-from vaediff.experiments.diffusion import reads_precomputed
 from vaediff.machine import distributed, sharding
-from vaediff.run import checkpoint, images, log
-from vaediff.types import Params
+from vaediff.run import draw, log
+from vaediff.run import frozen as frozen_networks
+from vaediff.types import Read
 
 
 def precomputed(
@@ -23,67 +23,64 @@ def precomputed(
   workdir: pathlib.Path,
   stage: str,
   experiment: Experiment,
-  frozen: dict[str, Params],
+  frozen: Read,
   source: sources.Source,
   mesh: Mesh,
 ) -> dict[str, np.ndarray]:
-  """Returns {'x0_vae': uint8, 'z': float32} of every training image, by index, from the posterior mean.
+  """Returns what the stage has `stored` of every training image, by index; {} where that is nothing.
 
-  Only for `diffusion.x0_vae_source = 'precomputed'`; else {}. Computed once, kept memory-mapped beside
-  the stage, and computed anew when the VAE's checkpoint is another.
+  Computed once, and anew when a network that it is made with is at another step.
   """
-  if not experiment.frozen or not reads_precomputed(config[stage]):
+  if not experiment.stored:
     return {}
-  origin = experiment.frozen['vae']
-  vae_folder = (pathlib.Path(origin.workdir) if origin.workdir else workdir) / origin.stage
-  folder = workdir / stage / f'precomputed-step-{checkpoint.latest_step(vae_folder)}'
-  names = ('x0_vae', 'z')
+  steps = frozen_networks.steps(experiment, workdir)
+  known = '-'.join(f'{name}-{step}' for name, step in sorted(steps.items()))
+  folder = workdir / stage / f'precomputed-{known}'
   if not distributed.agree(folder.exists()):
-    # every process computes its share and holds the result; the first one writes it
+    # every process computes all and holds the result; the first one writes it
     temporary = folder.with_name(f'.{folder.name}.tmp-{jax.process_index()}')
     temporary.mkdir(parents=True, exist_ok=True)
-    write_precomputed(temporary, experiment, frozen, source, config[stage].train.batch_size, mesh)
+    write(temporary, experiment, frozen, source, config[stage].train.batch_size, mesh)
     if jax.process_index() == 0:
       os.replace(temporary, folder)
     else:
       shutil.rmtree(temporary)
     distributed.wait_for_all(f'wrote {folder}')
-  return {name: np.load(folder / f'{name}.npy', mmap_mode='r') for name in names}
+  return {name: np.load(folder / f'{name}.npy', mmap_mode='r') for name in experiment.stored}
 
 
-def write_precomputed(
+def write(
   folder: pathlib.Path,
   experiment: Experiment,
-  frozen: dict[str, Params],
+  frozen: Read,
   source: sources.Source,
   batch_size: int,
   mesh: Mesh,
 ) -> None:
-  """Writes the reconstruction and the mean latent of every image of a source, batch by batch."""
-  model = experiment.frozen['vae'].model
+  """Writes what is seen in every image of a source, batch by batch; images as bytes."""
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-  def run(params, image):
-    z, _ = model.apply(params, pixels.to_unit_range(image), method='encode')
-    return model.apply(params, z, method='decode'), z
+  def run(read, batch):
+    batch = pixels.prepare(batch, None)
+    seen = experiment.store(read, batch, batch[sources.IMAGE])
+    return {
+      name: pixels.to_bytes(value) if experiment.stored[name].dtype == np.uint8 else value
+      for name, value in seen.items()
+    }
 
   count, where = len(source), sharding.batch_sharding(mesh)
-  shapes = {
-    'x0_vae': ((count, *experiment.noise_shape), np.uint8),
-    'z': ((count, experiment.latent_dim), np.float32),
-  }
   arrays = {
-    name: np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', dtype, shape)
-    for name, (shape, dtype) in shapes.items()
+    name: np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', struct.dtype, (count, *struct.shape))
+    for name, struct in experiment.stored.items()
   }
-  log.say(f'precomputing the VAE reconstructions of {count} images')
-  batch_size = sharding.round_up(min(batch_size, count), mesh)
-  for start in range(0, count, batch_size):
-    indices = np.minimum(np.arange(start, start + batch_size), count - 1)
-    image = jax.device_put(source.read(indices)['image'], where)
-    x0_vae, z = jax.device_get(run(frozen['vae'], image))
-    fresh = min(batch_size, count - start)
-    arrays['x0_vae'][start : start + fresh] = images.to_uint8(x0_vae[:fresh])
-    arrays['z'][start : start + fresh] = z[:fresh]
+  log.say(f'precomputing {", ".join(arrays)} of {count} images')
+  size = sharding.round_up(min(batch_size, count), mesh)
+  for rows in draw.batches(count, size):
+    batch = source.read(rows)
+    seen = run(frozen, jax.device_put(batch, where))
+    start = int(rows[0])
+    fresh = min(size, count - start)
+    for name, value in jax.device_get(seen).items():
+      arrays[name][start : start + fresh] = value[:fresh]
   for array in arrays.values():
     array.flush()

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vaediff import reads
@@ -10,7 +11,7 @@ from vaediff.models import autoencoder as autoencoder_module
 from vaediff.models import codebook
 from vaediff.models import vae as vae_module
 from vaediff.models.functional import Model
-from vaediff.types import Image, Latent, LatentMap, Params
+from vaediff.types import Image, LatentMap, Params
 
 CODES = 'codes'
 """Name of a codebook among an autoencoder's parameters."""
@@ -25,22 +26,27 @@ def vae_model(config: ConfigDict, data: ConfigDict) -> Model:
   )
 
 
-def draw_latent(mean: Latent, logvar: Latent, key: jax.Array) -> Latent:
-  """Returns z ~ N(mean, exp(logvar)), reparameterised."""
-  return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+def draw_latent(mean: Array, logvar: Array, key: jax.Array) -> Array:
+  """Returns z ~ N(mean, exp(logvar)), reparameterised, with one key for the batch or one per example."""
+  return mean + jnp.exp(0.5 * logvar) * normal(key, mean.shape)
 
 
-def vae_of(config: ConfigDict, section: ConfigDict) -> reads.FromStage:
-  """Returns the frozen VAE that `vae.stage` names."""
-  named = section.vae
-  if not reads.is_stage(config, named.stage, 'vae'):
-    raise UserError(f'vae.stage is {named.stage!r}, which is no VAE stage of this config')
-  return reads.FromStage(
-    stage=named.stage,
-    network='vae',
-    workdir=named.workdir,
-    model=vae_model(config[named.stage].model, config.data),
-  )
+def normal(key: jax.Array, shape: tuple[int, ...]) -> Array:
+  """Returns standard normal numbers of a batch's shape, with one key for the batch or one per example."""
+  if key.ndim:
+    return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(key)
+  return jax.random.normal(key, shape)
+
+
+def vae_of(config: ConfigDict, stage: str, workdir: str, field: str) -> reads.FromStage:
+  """Returns the frozen VAE of a stage.
+
+  Raises:
+    UserError: when the stage is no VAE; names the field that named it.
+  """
+  section = reads.need_stage(config, stage, 'vae', field, 'VAE stage')
+  model = vae_model(section.model, config.data)
+  return reads.FromStage(stage=stage, network='vae', workdir=workdir, model=model)
 
 
 def autoencoder_model(config: ConfigDict, data: ConfigDict) -> Model:
@@ -58,22 +64,15 @@ def latent_shape(config: ConfigDict, data: ConfigDict) -> tuple[int, int, int]:
   return side, side, config.latent_channels
 
 
-def source_of(config: ConfigDict, stage: str, workdir: str, field: str, *, latents: bool) -> reads.FromStage:
-  """Returns the frozen autoencoder of a stage, with the statistics of its latents if wanted.
+def autoencoder_of(config: ConfigDict, stage: str, workdir: str, field: str) -> reads.FromStage:
+  """Returns the frozen autoencoder of a stage.
 
   Raises:
     UserError: when the stage is no autoencoder; names the field that named it.
   """
-  if not reads.is_stage(config, stage, 'autoencoder'):
-    raise UserError(f'{field} is {stage!r}, which is no autoencoder stage of this config')
-  section = config[stage]
-  return reads.FromStage(
-    stage=stage,
-    network='autoencoder',
-    workdir=workdir,
-    model=autoencoder_model(section.model, config.data),
-    latent_channels=section.model.latent_channels if latents else 0,
-  )
+  section = reads.need_stage(config, stage, 'autoencoder', field, 'autoencoder stage')
+  model = autoencoder_model(section.model, config.data)
+  return reads.FromStage(stage=stage, network='autoencoder', workdir=workdir, model=model)
 
 
 def encode(model: Model, params: Params, x: Image, noise: LatentMap | None) -> LatentMap:
@@ -90,6 +89,23 @@ def decode(model: Model, params: Params, z: LatentMap) -> Image:
 def quantized(params: Params, z: LatentMap) -> LatentMap:
   """Returns the latents as the decoder takes them: at their codes, where there is a codebook."""
   return codebook.quantize(z, params[CODES])[0] if CODES in params else z
+
+
+def light_decoder_of(config: ConfigDict, named: ConfigDict) -> reads.FromStage:
+  """Returns the frozen light decoder that `decoder_stage` of a section `autoencoder` names.
+
+  Raises:
+    UserError: when it is no light decoder, or one of another autoencoder.
+  """
+  stage = named.decoder_stage
+  known = reads.is_stage(config, stage, 'light_decoder')
+  if not known or config[stage].autoencoder.stage != named.stage:
+    raise UserError(
+      f'autoencoder.decoder_stage is {stage!r}, which is no light decoder of {named.stage!r}'
+    )
+  return reads.FromStage(
+    stage=stage, network='decoder', workdir=named.workdir, model=light_decoder_model(config, stage)
+  )
 
 
 def light_decoder_model(config: ConfigDict, stage: str) -> Model:

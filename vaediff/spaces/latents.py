@@ -5,25 +5,34 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
 from vaediff.errors import UserError
 from vaediff.spaces import encoders
-from vaediff.types import Image, LatentMap, Params
+from vaediff.spaces.base import Space
+from vaediff.types import Image, LatentMap, Read
 
 SCALINGS = ('std', 'max', 'tanh')
 POSTERIORS = ('sample', 'mean')
+BOUNDS = {
+  'autoencoder.scaling': checks.one_of(SCALINGS),
+  'autoencoder.posterior': checks.one_of(POSTERIORS),
+}
+LATENTS = 'latents'
+"""The measurement of an autoencoder's latents, and the name that it is read by."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Latents:
-  """The scaled latents of a frozen autoencoder (LDDGAN).
+class Latents(Space):
+  """The scaled latents of a frozen autoencoder (LDM, LDDGAN).
 
   Attributes:
     shape: (height, width, channels).
-    source: the autoencoder, with the statistics of its latents.
+    source: the autoencoder.
+    statistics: of its latents.
     decoder: a light decoder that takes the place of its own, or None.
     scaling: 'std' (mean 0 and deviation 1 per channel), 'max' (over the largest magnitude, into [-1, 1]) or
       'tanh' (as they are: the autoencoder bounds them).
@@ -32,18 +41,25 @@ class Latents:
 
   shape: tuple[int, int, int]
   source: reads.FromStage
+  statistics: reads.Measured
   decoder: reads.FromStage | None
   scaling: str
   posterior: str
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage]:
-    """The autoencoder, and the light decoder if there is one."""
-    return {'autoencoder': self.source} | ({'decoder': self.decoder} if self.decoder else {})
+  def bound(self) -> float | None:
+    """1, but for latents of unit deviation."""
+    return None if self.scaling == 'std' else 1.0
 
-  def scale(self, frozen: dict[str, Params]) -> tuple[Array, Array]:
+  @property
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """The autoencoder, its statistics, and the light decoder if there is one."""
+    found = {'autoencoder': self.source, LATENTS: self.statistics}
+    return found | ({'decoder': self.decoder} if self.decoder else {})
+
+  def scale(self, read: Read) -> tuple[Array, Array]:
     """Returns mean and scale [1, 1, 1, channels or 1]: y = (z - mean) / scale."""
-    found = frozen['autoencoder' + reads.STATISTICS]
+    found = read[LATENTS]
     if self.scaling == 'std':
       mean, scale = found['mean'], jnp.maximum(found['std'], 1e-6)
     else:
@@ -51,31 +67,51 @@ class Latents:
       mean, scale = jnp.zeros(1), largest[None] if self.scaling == 'max' else jnp.ones(1)
     return mean.reshape(1, 1, 1, -1), scale.reshape(1, 1, 1, -1)
 
-  def from_image(self, frozen: dict[str, Params], x: Image, key: jax.Array | None) -> LatentMap:
+  def encode(self, read: Read, x: Image, key: jax.Array | None) -> LatentMap:
     """Returns the scaled latents of images."""
     noise = None
     if key is not None and self.posterior == 'sample':
       noise = jax.random.normal(key, (x.shape[0], *self.shape))
-    mean, scale = self.scale(frozen)
-    return (encoders.encode(self.source.model, frozen['autoencoder'], x, noise) - mean) / scale
+    mean, scale = self.scale(read)
+    return (encoders.encode(self.source.model, read['autoencoder'], x, noise) - mean) / scale
 
-  def to_image(self, frozen: dict[str, Params], y: LatentMap) -> Image:
+  def decode_map(self, read: Read, y: LatentMap) -> Image:
     """Returns the decoded latents."""
-    mean, scale = self.scale(frozen)
+    mean, scale = self.scale(read)
     z = y * scale + mean
     if self.decoder is None:
-      return encoders.decode(self.source.model, frozen['autoencoder'], z)
-    return self.decoder.model.apply(frozen['decoder'], encoders.quantized(frozen['autoencoder'], z))
+      return encoders.decode(self.source.model, read['autoencoder'], z)
+    return self.decoder.model.apply(read['decoder'], encoders.quantized(read['autoencoder'], z))
+
+  def num_decoder_parameters(self, read: Read) -> int:
+    """Returns those of the light decoder, or of the autoencoder's own with its codes."""
+    if self.decoder:
+      return sum(leaf.size for leaf in jax.tree.leaves(read['decoder']))
+    known = read['autoencoder']
+    trees = [known[name] for name in ('decoder', encoders.CODES) if name in known]
+    return sum(leaf.size for leaf in jax.tree.leaves(trees))
 
 
-def latent_space(config: ConfigDict, stage: str) -> Latents:
-  """Returns the space of the latents of the autoencoder that `config.<stage>.autoencoder` names."""
-  named, bounded = config[stage].autoencoder, config[stage].model.bounded
-  if named.scaling not in SCALINGS:
-    raise UserError(f'autoencoder.scaling is {named.scaling!r}; valid: {", ".join(SCALINGS)}')
-  if named.posterior not in POSTERIORS:
-    raise UserError(f'autoencoder.posterior is {named.posterior!r}; valid: {", ".join(POSTERIORS)}')
-  source = encoders.source_of(config, named.stage, named.workdir, 'autoencoder.stage', latents=True)
+def standard(channels: int) -> dict[str, np.ndarray]:
+  """Returns the statistics of latents of mean 0 and deviation 1: of no meaning, but of the right shapes."""
+  ones = np.ones(channels, np.float32)
+  return {'mean': 0 * ones, 'std': ones, 'min': -ones, 'max': ones}
+
+
+def latent_space(config: ConfigDict, stage: str, *, bounded: bool) -> Latents:
+  """Returns the space of the latents of the autoencoder that `config.<stage>.autoencoder` names.
+
+  Args:
+    config: of the run.
+    stage: that models the latents.
+    bounded: its network's output is in [-1, 1].
+
+  Raises:
+    UserError: for a value that is not allowed, or values that contradict each other.
+  """
+  checks.check(config[stage], BOUNDS)
+  named = config[stage].autoencoder
+  source = encoders.autoencoder_of(config, named.stage, named.workdir, 'autoencoder.stage')
   taught = config[named.stage].model
   if named.scaling == 'tanh' and taught.bottleneck != 'none':
     raise UserError(
@@ -87,23 +123,16 @@ def latent_space(config: ConfigDict, stage: str) -> Latents:
       "autoencoder.scaling = 'std' makes latents beyond [-1, 1], which model.bounded = True (a tanh at the "
       "end) cannot reach; set model.bounded = False, or scale by 'max'"
     )
-  decoder = None
-  if named.decoder_stage:
-    known = reads.is_stage(config, named.decoder_stage, 'light_decoder')
-    if not known or config[named.decoder_stage].autoencoder.stage != named.stage:
-      raise UserError(
-        f'autoencoder.decoder_stage is {named.decoder_stage!r}, which is no light decoder of {named.stage!r}'
-      )
-    decoder = reads.FromStage(
-      stage=named.decoder_stage,
-      network='decoder',
-      workdir=named.workdir,
-      model=encoders.light_decoder_model(config, named.decoder_stage),
-    )
   return Latents(
     shape=encoders.latent_shape(taught, config.data),
     source=source,
-    decoder=decoder,
+    statistics=reads.Measured(
+      stage=named.stage,
+      workdir=named.workdir,
+      measurement=LATENTS,
+      neutral=lambda: standard(taught.latent_channels),
+    ),
+    decoder=encoders.light_decoder_of(config, named) if named.decoder_stage else None,
     scaling=named.scaling,
     posterior=named.posterior,
   )

@@ -1,31 +1,31 @@
 """Pixels: the images themselves are diffused."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 
-from vaediff import reads
-from vaediff.types import Image, LatentMap, Params
+from vaediff.spaces.base import Space
+from vaediff.types import Image, LatentMap, Read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pixels:
-  """The images themselves (DDGAN)."""
+class Pixels(Space):
+  """The images themselves (DDPM, DDGAN)."""
 
   shape: tuple[int, int, int]
+  bound: float | None = 1.0
 
   @property
-  def frozen(self) -> Mapping[str, reads.FromStage]:
-    """Nothing."""
-    return {}
+  def is_data(self) -> bool:
+    """They are."""
+    return True
 
-  def from_image(self, frozen: dict[str, Params], x: Image, key: jax.Array | None) -> LatentMap:
+  def encode(self, read: Read, x: Image, key: jax.Array | None) -> LatentMap:
     """Returns x."""
-    del frozen, key
+    del read, key
     return x
 
-  def to_image(self, frozen: dict[str, Params], y: LatentMap) -> Image:
+  def decode_map(self, read: Read, y: LatentMap) -> Image:
     """Returns y."""
-    del frozen
+    del read
     return y

@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vaediff import files
 from vaediff.errors import UserError
 
 
@@ -37,12 +38,10 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
 
 def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
   """Writes a safetensors file at once: a kill leaves the old file or the new one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
   # bytes first: the library would make a file that its owner alone can read, and folders are shared
-  temporary.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata)))
-  os.replace(temporary, path)
+  with files.replacing(path) as temporary:
+    temporary.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata)))
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -1,0 +1,210 @@
+"""What a condition is: one file each, the unit that is dropped and guided.
+
+A condition says what it can be given (`inputs`), how it sees that in an image (`observe`) or draws it of
+nothing (`draw`), and what the network reads of it (`values`, each entering by a port).
+"""
+
+import abc
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from vaediff import reads
+from vaediff.models.ports import Named, Port
+from vaediff.types import Batch, Drop, Given, Image, Keys, Read, Values
+
+
+class Condition(abc.ABC):
+  """One condition; a frozen dataclass.
+
+  Attributes:
+    name: by which it is dropped and guided, as 'vae' or 'label'.
+    title: what it is called in a table.
+    dropout: probability, per example, that training drops it; 0 = it is always read.
+    frozen: what it reads.
+    stored: of what it is given, the arrays that are observed once for every training image and then read
+      beside the batch: shape and type of one image.
+    titles: of the images that it shows, for tables.
+    num_groups: its samples come in so many kinds, in turn: image i is of kind i modulo this; 0 = in none.
+    reconstructs: what it observes of an image says what the image looks like.
+  """
+
+  name: str
+  title: str
+  dropout: float
+  frozen: Mapping[str, reads.Reads] = {}
+  stored: Mapping[str, jax.ShapeDtypeStruct] = {}
+  titles: Mapping[str, str] = {}
+  num_groups = 0
+  reconstructs = False
+
+  @property
+  @abc.abstractmethod
+  def ports(self) -> Mapping[str, Port]:
+    """The values it gives and where each enters the network."""
+
+  @property
+  @abc.abstractmethod
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What it can be given, for one image; of these, what `draw` and `observe` leave out is optional."""
+
+  def training_key(self, key: jax.Array) -> jax.Array | None:
+    """Returns what training observes with: the key, or None for the mean."""
+    return key
+
+  @abc.abstractmethod
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:
+    """Returns what it sees of each image.
+
+    Args:
+      read: what the stage reads.
+      batch: beside the images; arrays that were stored are read instead of made.
+      x: images in [-1, 1].
+      key: of the posterior, one for the batch or one per image; None = its mean.
+    """
+
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what it draws of nothing for the images with these indices; {} = it cannot."""
+    del read, keys, indices
+    return {}
+
+  def complete(self, read: Read, given: Given) -> Given:
+    """Returns what was given with what follows from it, such as an image decoded of its code."""
+    del read
+    return given
+
+  @abc.abstractmethod
+  def values(self, read: Read, given: Given) -> Values:
+    """Returns what the network reads of a complete `given`."""
+
+  def shown(self, given: Given) -> dict[str, Image]:
+    """Returns the images in [-1, 1] that are shown beside a sample, of a complete `given`."""
+    del given
+    return {}
+
+  def nats(self, read: Read, x: Image) -> Values:
+    """Returns its terms of a bound on -log p(x), per image, in nats."""
+    del read, x
+    return {}
+
+
+def key_of(key: jax.Array, number: int) -> jax.Array:
+  """Returns the key (or keys, one per image) of condition `number`: the first gets the key itself."""
+  if number == 0:
+    return key
+  fold = lambda one: jax.random.fold_in(one, number)
+  return jax.vmap(fold)(key) if key.ndim else fold(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+  """All conditions of a network, in order."""
+
+  each: tuple[Condition, ...] = ()
+
+  @property
+  def ports(self) -> dict[str, Port]:
+    """The ports of all."""
+    return {name: port for one in self.each for name, port in one.ports.items()}
+
+  @property
+  def named_ports(self) -> Named:
+    """The same, as a module takes them."""
+    return tuple(self.ports.items())
+
+  @property
+  def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """What can be given."""
+    return {name: struct for one in self.each for name, struct in one.inputs.items()}
+
+  @property
+  def frozen(self) -> dict[str, reads.Reads]:
+    """What they read."""
+    return {name: source for one in self.each for name, source in one.frozen.items()}
+
+  @property
+  def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is read beside the batch."""
+    return {name: struct for one in self.each for name, struct in one.stored.items()}
+
+  @property
+  def titles(self) -> dict[str, str]:
+    """Of what is shown."""
+    return {name: title for one in self.each for name, title in one.titles.items()}
+
+  @property
+  def title(self) -> str:
+    """What all together are called in a table."""
+    return '+'.join(one.title for one in self.each if one.title) or 'none'
+
+  @property
+  def num_groups(self) -> int:
+    """Of the first that has groups."""
+    return next((one.num_groups for one in self.each if one.num_groups), 0)
+
+  @property
+  def reconstructs(self) -> bool:
+    """Whether one of them does."""
+    return any(one.reconstructs for one in self.each)
+
+  @property
+  def droppable(self) -> tuple[str, ...]:
+    """Names of those that training drops."""
+    return tuple(one.name for one in self.each if one.dropout > 0)
+
+  def observe(
+    self, read: Read, batch: Batch, x: Image, key: jax.Array | None, *, training: bool = False
+  ) -> Given:
+    """Returns what they see of each image; see `Condition.observe`."""
+    given = {}
+    for number, one in enumerate(self.each):
+      own = None if key is None else key_of(key, number)
+      if training and own is not None:
+        own = one.training_key(own)
+      given |= one.observe(read, batch, x, own)
+    return given
+
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what they draw of nothing; see `Condition.draw`."""
+    given = {}
+    for number, one in enumerate(self.each):
+      given |= one.draw(read, key_of(keys, number), indices)
+    return given
+
+  def complete(self, read: Read, given: Given) -> Given:
+    """Returns what was given with what follows from it."""
+    for one in self.each:
+      given = one.complete(read, given)
+    return given
+
+  def values(self, read: Read, given: Given) -> Values:
+    """Returns what the network reads of a complete `given`."""
+    return {name: value for one in self.each for name, value in one.values(read, given).items()}
+
+  def shown(self, given: Given) -> dict[str, Image]:
+    """Returns the images that are shown beside a sample."""
+    return {name: image for one in self.each for name, image in one.shown(given).items()}
+
+  def nats(self, read: Read, x: Image) -> Values:
+    """Returns the terms of a bound."""
+    return {name: value for one in self.each for name, value in one.nats(read, x).items()}
+
+  def drop(self, key: jax.Array, count: int) -> Drop:
+    """Returns what training drops of a batch: each condition whole, by its own chance."""
+    masks = {}
+    for number, one in enumerate(self.each):
+      if one.dropout > 0:
+        mask = jax.random.bernoulli(key_of(key, number), one.dropout, (count,))
+        masks |= {name: mask for name, port in one.ports.items() if port.droppable}
+    return masks
+
+  def without(self, names: Collection[str], count: int) -> Drop:
+    """Returns the drop of all examples of a batch for some conditions, as guidance needs it."""
+    masks = {}
+    for one in self.each:
+      if one.name in names:
+        masks |= {name: jnp.ones(count, bool) for name, port in one.ports.items() if port.droppable}
+    return masks

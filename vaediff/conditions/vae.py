@@ -1,0 +1,177 @@
+"""A VAE's image and latent code: what makes a diffusion a DiffuseVAE.
+
+The image x0_vae = decode(z) is concatenated to the state; with Formulation 2 it is also added to it
+(`experiments.denoiser`). z enters as a vector. In training z ~ q(z | x), or its mean; in sampling z is drawn
+from the prior that belongs to the VAE (Pandey et al. 2022, arXiv:2201.00308, section 3).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from vaediff import reads
+from vaediff.conditions import prior
+from vaediff.conditions.base import Condition
+from vaediff.diffusion import losses
+from vaediff.models.functional import Model
+from vaediff.models.ports import Port
+from vaediff.spaces import Space, encoders
+from vaediff.types import Batch, Given, Image, Keys, Read, Values
+
+IMAGE, CODE = 'x0_vae', 'z'
+"""Names of the two inputs, and of the two values."""
+FORMULATIONS = ('none', 'formulation1', 'formulation2')
+SOURCES = ('sample', 'mean', 'precomputed')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VaeCondition(Condition):
+  """x0_vae, z, or both.
+
+  Attributes:
+    source: the frozen VAE.
+    prior: of its z.
+    space: of the state, which x0_vae is brought into.
+    image_shape: of x0_vae.
+    latent_dim: size of z.
+    reads_image: the network reads x0_vae.
+    reads_code: it reads z.
+    dropout: probability of both learned stand-ins.
+    x0_vae_source: 'sample' or 'mean' of q(z | x) at each step of training, or 'precomputed'.
+    title: in a table, as 'formulation1+z'.
+  """
+
+  source: reads.FromStage
+  prior: reads.Measured
+  space: Space
+  image_shape: tuple[int, int, int]
+  latent_dim: int
+  reads_image: bool
+  reads_code: bool
+  dropout: float
+  x0_vae_source: str
+  title: str
+
+  name = 'vae'
+  reconstructs = True
+
+  @property
+  def model(self) -> Model:
+    """The VAE's architecture."""
+    return self.source.model
+
+  @property
+  def ports(self) -> Mapping[str, Port]:
+    """x0_vae beside the state, in its space, and z as a vector."""
+    droppable, ports = self.dropout > 0, {}
+    if self.reads_image:
+      ports[IMAGE] = Port(enters='concat', shape=self.space.shape, droppable=droppable)
+    if self.reads_code:
+      ports[CODE] = Port(enters='vector', shape=(self.latent_dim,), droppable=droppable)
+    return ports
+
+  @property
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """z, and an image that takes the place of decode(z)."""
+    code = {CODE: jax.ShapeDtypeStruct((self.latent_dim,), jnp.float32)}
+    image = {IMAGE: jax.ShapeDtypeStruct(self.image_shape, jnp.float32)}
+    return code | (image if self.reads_image else {})
+
+  @property
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """The VAE and its prior."""
+    return {'vae': self.source, prior.PRIOR: self.prior}
+
+  @property
+  def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Both, where they are precomputed; images as bytes."""
+    if self.x0_vae_source != 'precomputed':
+      return {}
+    return {
+      IMAGE: jax.ShapeDtypeStruct(self.image_shape, jnp.uint8),
+      CODE: jax.ShapeDtypeStruct((self.latent_dim,), jnp.float32),
+    }
+
+  @property
+  def titles(self) -> Mapping[str, str]:
+    """Of x0_vae, where it is shown."""
+    return {IMAGE: 'VAE'} if self.reads_image else {}
+
+  def training_key(self, key: jax.Array) -> jax.Array | None:
+    """Returns the key where z is drawn in training."""
+    return key if self.x0_vae_source == 'sample' else None
+
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:
+    """Returns z ~ q(z | x), without a key its mean; or what is stored."""
+    if IMAGE in batch:
+      return {name: batch[name] for name in (IMAGE, CODE)}
+    mean, logvar = self.model.apply(read['vae'], x, method='encode')
+    return {CODE: mean if key is None else encoders.draw_latent(mean, logvar, key)}
+
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns z of the prior."""
+    del indices
+    return {CODE: prior.draw(read[prior.PRIOR], keys, self.latent_dim)}
+
+  def complete(self, read: Read, given: Given) -> Given:
+    """Returns x0_vae = decode(z) beside z, unless another image was given."""
+    if IMAGE in given:
+      return given
+    return {**given, IMAGE: self.model.apply(read['vae'], given[CODE], method='decode')}
+
+  def values(self, read: Read, given: Given) -> Values:
+    """Returns x0_vae in the space of the state, and z."""
+    values = {}
+    if self.reads_image:
+      values[IMAGE] = self.space.encode(read, given[IMAGE], None)
+    if self.reads_code:
+      values[CODE] = given[CODE]
+    return values
+
+  def shown(self, given: Given) -> dict[str, Image]:
+    """Returns x0_vae, where the network reads it."""
+    return {IMAGE: given[IMAGE]} if self.reads_image else {}
+
+  def nats(self, read: Read, x: Image) -> Values:
+    """Returns KL(q(z | x) || N(0, I)) as 'kl'."""
+    mean, logvar = self.model.apply(read['vae'], x, method='encode')
+    return {'kl': losses.kl_to_standard_normal(mean, logvar)}
+
+
+def vae_condition(
+  config: ConfigDict,
+  stage: str,
+  space: Space,
+  *,
+  reads_code: bool = False,
+  dropout: float = 0.0,
+) -> VaeCondition | None:
+  """Returns the VAE condition of a stage; None where it reads neither image nor code.
+
+  Reads `diffusion.condition`, `diffusion.x0_vae_source` and the section `vae`, which names the VAE.
+
+  Raises:
+    UserError: when that is no VAE stage.
+  """
+  section, data = config[stage], config.data
+  formulation = section.diffusion.condition
+  if formulation == 'none' and not reads_code:
+    return None
+  named = section.vae
+  source = encoders.vae_of(config, named.stage, named.workdir, 'vae.stage')
+  return VaeCondition(
+    source=source,
+    prior=prior.measured(named.stage, named.workdir),
+    space=space,
+    image_shape=(data.image_size, data.image_size, data.channels),
+    latent_dim=config[named.stage].model.latent_dim,
+    reads_image=formulation != 'none',
+    reads_code=reads_code,
+    dropout=dropout,
+    x0_vae_source=section.diffusion.x0_vae_source,
+    title=formulation + ('+z' if reads_code else ''),
+  )

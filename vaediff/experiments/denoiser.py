@@ -1,0 +1,174 @@
+"""A network and how it is read: the state, the values beside it, and what its output means.
+
+With y_t = x_t - shift, where the shift is 0 (no condition, Formulation 1) or x0_vae (Formulation 2), both
+formulations are plain DDPM in y: y_t = alpha_t x0 + sigma_t eps. The shift is added only where the network
+reads x_t (Pandey et al. 2022, arXiv:2201.00308, section 3.3 and appendix B, with the coefficients
+corrected). Losses, samplers and guidance work in y alone.
+
+A dropped condition (classifier-free guidance) has no shift and the network's learned nulls. Guidance is a
+list of terms, each against a weaker branch:
+
+    x0_hat + sum_k w_k (x0_hat - x0_hat without the conditions of term k)
+
+(Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in x0). Two terms are nested guidance: with weights a for
+"without v" and b for "without c and v", x(0) + w1 (x(c) - x(0)) + w2 (x(c, v) - x(c)) has a = w2 - w1 and
+b = w1 - 1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vaediff.conditions.base import Conditions
+from vaediff.conditions.weight import WEIGHT
+from vaediff.diffusion import gaussian, guidance, losses, schedules
+from vaediff.diffusion.gaussian import Denoise
+from vaediff.models.functional import Model
+from vaediff.types import Drop, Read, Time, Values
+
+State = Float[Array, 'batch *shape']
+DENOISER = 'denoiser'
+"""Name of the network that a diffusion trains."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Term:
+  """One term of guidance.
+
+  Attributes:
+    weight: of x0_hat less that of the weaker branch.
+    without: names of the conditions that the weaker branch does not read.
+  """
+
+  weight: float
+  without: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoiser:
+  """A denoising network and how it is read.
+
+  Attributes:
+    model: (x_t, t, values, drop) -> output.
+    conditions: what the values are made of.
+    schedule: alpha and sigma of t.
+    prediction: what the output is, 'x0', 'eps' or 'v'.
+    loss_weight: of the squared error of x0, by name.
+    bound: the data are in [-bound, bound]; None = unbounded.
+    clip: of x0_hat when sampling: 'static', 'dynamic' or 'none'; without a bound 'static' does nothing.
+    threshold_percentile: of dynamic clipping.
+    terms: of guidance.
+    shift: name of the value that is added to the state (Formulation 2); '' = none.
+    network: its name in `read`.
+  """
+
+  model: Model
+  conditions: Conditions
+  schedule: schedules.Schedule
+  prediction: str
+  loss_weight: str
+  bound: float | None
+  clip: str
+  threshold_percentile: float
+  terms: tuple[Term, ...] = ()
+  shift: str = ''
+  network: str = DENOISER
+
+  @property
+  def reads_weight(self) -> bool:
+    """Whether the guidance weight is an input, so that one pass guides."""
+    return WEIGHT in self.conditions.ports
+
+  @property
+  def calls_per_step(self) -> int:
+    """Forward passes for one guided x0_hat."""
+    return 1 + len(self.guiding_terms())
+
+  def guiding_terms(self) -> tuple[Term, ...]:
+    """Returns the terms of a weight that is not 0; none where the weight is an input."""
+    return () if self.reads_weight else tuple(term for term in self.terms if term.weight != 0)
+
+  def state(self, y: State, values: Values, drop: Drop) -> State:
+    """Returns x_t of y_t; the only place where Formulation 2 adds its shift."""
+    if not self.shift:
+      return y
+    shift = values[self.shift]
+    if self.shift in drop:
+      shift = jnp.where(gaussian.per_example(drop[self.shift], y), 0.0, shift)
+    return y + shift
+
+  def inputs(self, y: State, t: Time, values: Values, drop: Drop) -> tuple[State, Time, Values, Drop]:
+    """Returns what the network reads at y_t: of the values those that it has a port for."""
+    own = {name: values[name] for name in self.conditions.ports if name in values}
+    return self.state(y, values, drop), t, own, drop
+
+  def output(
+    self,
+    read: Read,
+    y: State,
+    t: Time,
+    values: Values,
+    drop: Drop = {},  # noqa: B006
+    key_dropout: jax.Array | None = None,
+  ) -> State:
+    """Returns the network's output at y_t; with a key dropout is on."""
+    return self.model.apply(
+      read[self.network], *self.inputs(y, t, values, drop), key_dropout=key_dropout
+    )
+
+  def features(self, read: Read, y: State, t: Time, values: Values) -> list[Array]:
+    """Returns the maps of the network's way down and middle at y_t."""
+    return self.model.apply(read[self.network], *self.inputs(y, t, values, {}), method='features')
+
+  def feature_shapes(self) -> list[tuple[int, int, int]]:
+    """Returns (height, width, channels) of the maps of `features`."""
+    params = jax.eval_shape(self.model.init, jax.random.key(0))
+    maps = jax.eval_shape(
+      lambda params, inputs: self.model.apply(params, *inputs, method='features'), params, self.model.inputs
+    )
+    return [leaf.shape[1:] for leaf in maps]
+
+  def x0_hat(self, read: Read, values: Values, without: tuple[str, ...] = ()) -> Denoise:
+    """Returns (y, t) -> x0_hat as the network says it, without some of its conditions."""
+
+    def denoise(y: State, t: Time) -> State:
+      drop = self.conditions.without(without, y.shape[0])
+      output = self.output(read, y, t, values, drop)
+      return gaussian.to_x0(self.prediction, output, y, t, self.schedule)
+
+    return denoise
+
+  def denoise(self, read: Read, values: Values) -> Denoise:
+    """Returns (y, t) -> x0_hat, guided and clipped, for the samplers.
+
+    A guidance weight among the values that the network does not read takes the place of the configured one.
+    """
+    denoise, terms = self.x0_hat(read, values), self.guiding_terms()
+    weights = [term.weight for term in terms]
+    if WEIGHT in values and not self.reads_weight and self.conditions.droppable:
+      terms, weights = (Term(weight=0.0, without=self.conditions.droppable),), [values[WEIGHT]]
+    weaker = [self.x0_hat(read, values, term.without) for term in terms]
+    denoise = guidance.guided(denoise, weaker, weights)
+    if self.clip == 'static' and self.bound is not None:
+      return guidance.clip(denoise, -self.bound, self.bound)
+    if self.clip == 'dynamic':
+      return guidance.threshold(denoise, self.threshold_percentile)
+    return denoise
+
+  def clipped(self, denoise: Denoise) -> Denoise:
+    """Returns the denoiser with x0_hat clipped to the bound of the data, if they have one."""
+    return denoise if self.bound is None else guidance.clip(denoise, -self.bound, self.bound)
+
+  def losses(
+    self, read: Read, y0: State, values: Values, key: jax.Array, *, training: bool
+  ) -> Float[Array, ' batch']:
+    """Returns the weighted denoising loss of each example at one random time; in training with drops."""
+    key_t, key_eps, key_drop, key_dropout = jax.random.split(key, 4)
+    t = schedules.sample_time(self.schedule, key_t, y0.shape[0])
+    eps = jax.random.normal(key_eps, y0.shape)
+    drop = self.conditions.drop(key_drop, y0.shape[0]) if training else {}
+    y = gaussian.q_sample(y0, eps, t, self.schedule)
+    output = self.output(read, y, t, values, drop, key_dropout if training else None)
+    return losses.denoising_loss(self.prediction, output, y0, eps, t, self.schedule, self.loss_weight)

@@ -1,0 +1,159 @@
+"""Where values enter a network: the only place in `models/` that knows a value's name.
+
+A network declares its ports, and what is learned about a value (a stand-in, a projection, a table) is made
+here, beside the network's own parameters:
+
+    null_<name>    the stand-in of a dropped value that is concatenated or a vector; zero at first
+    <name>_mlp     a vector, to the width of the embedding
+    <name>_table   a whole number below `classes`, to the width of the embedding; its last row is the null
+    <name>         a number, as waves, to the width of the embedding; zero at first
+
+Must not import diffusion, experiments, run, config or data.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vaediff.models.unet_blocks import Mlp
+from vaediff.types import Drop, Values
+
+PLACES = ('concat', 'vector')
+NUMBER_SCALE = 250
+"""Times a number, such as a guidance weight of 0 ... 4, before it is embedded as a step index is."""
+TABLE_DEVIATION = 0.02
+"""Of the rows of a table at first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Port:
+  """How one value enters a network.
+
+  Attributes:
+    enters: 'concat' (a map beside the state, along the channels) or 'vector' (added to the time embedding).
+    shape: of one example; () = a number, or one of `classes`.
+    classes: above 0, the value is a whole number below it.
+    droppable: it has a learned stand-in, which a dropped example reads.
+  """
+
+  enters: str
+  shape: tuple[int, ...]
+  classes: int = 0
+  droppable: bool = False
+
+  def __post_init__(self):
+    if self.enters not in PLACES:
+      raise ValueError(f'A port enters at one of {", ".join(PLACES)}, not at {self.enters!r}.')
+    if (self.enters == 'concat') != (len(self.shape) == 3) or (self.classes and self.shape):
+      raise ValueError(f'A {self.enters} port cannot have shape {self.shape} with {self.classes} classes.')
+
+  @property
+  def struct(self) -> jax.ShapeDtypeStruct:
+    """Shape and type of the value of a batch of one."""
+    return jax.ShapeDtypeStruct((1, *self.shape), jnp.int32 if self.classes else jnp.float32)
+
+
+Named = tuple[tuple[str, Port], ...]
+"""A network's ports, in the order in which their values are joined."""
+
+
+def structs(ports: Mapping[str, Port]) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes and types of the values of a batch of one."""
+  return {name: port.struct for name, port in ports.items()}
+
+
+def channels(ports: Named) -> int:
+  """Returns how many channels the concatenated values have together."""
+  return sum(port.shape[-1] for _, port in ports if port.enters == 'concat')
+
+
+def check(ports: Named, values: Values, drop: Drop) -> None:
+  """Raises ValueError unless values and drops are those that the ports want; says wanted and got."""
+  known = dict(ports)
+  if set(values) != set(known):
+    raise ValueError(f'The network reads the values {sorted(known)}, got {sorted(values)}.')
+  for name, port in ports:
+    if values[name].shape[1:] != port.shape:
+      raise ValueError(
+        f'The network reads {name} of shape {port.shape} per example, got {values[name].shape[1:]}.'
+      )
+  for name in drop:
+    if name not in known or not known[name].droppable:
+      dropped = [name for name, port in ports if port.droppable]
+      raise ValueError(f'{name!r} cannot be dropped; values with a learned stand-in: {dropped}.')
+
+
+def join(
+  module: nn.Module, ports: Named, x: Float[Array, 'batch height width _'], values: Values, drop: Drop
+) -> Float[Array, 'batch height width _']:
+  """Returns the state with the concatenated values behind it; call it within the module's compact method."""
+  maps = [x]
+  for name, port in ports:
+    if port.enters == 'concat':
+      maps.append(_kept(module, name, port, values[name], drop))
+  return x if len(maps) == 1 else jnp.concatenate(maps, axis=-1)
+
+
+def embed(
+  module: nn.Module,
+  ports: Named,
+  emb: Float[Array, 'batch width'],
+  values: Values,
+  drop: Drop,
+  waves: Callable[[Array], Array],
+  dtype: Any,
+) -> Float[Array, 'batch width']:
+  """Returns the embedding with that of every vector, class and number added.
+
+  Args:
+    module: the network; this is called within its compact method.
+    ports: of the network.
+    emb: embedding of the time.
+    values: by port.
+    drop: by value.
+    waves: numbers as step indices -> their sinusoidal embedding.
+    dtype: type of the arithmetic.
+  """
+  width = emb.shape[-1]
+  for name, port in ports:
+    if port.enters != 'vector':
+      continue
+    if port.classes:
+      emb = emb + _class_embedding(name, port, width, values[name], drop).astype(dtype)
+    elif port.shape:
+      value = _kept(module, name, port, values[name], drop)
+      emb = emb + Mlp(features=width, dtype=dtype, name=f'{name}_mlp')(value)
+    else:
+      value = _kept(module, name, port, values[name], drop)
+      project = nn.Dense(
+        width, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name=name
+      )
+      emb = emb + project(waves(NUMBER_SCALE * value))
+  return emb
+
+
+def _class_embedding(name: str, port: Port, width: int, value: Array, drop: Drop) -> Array:
+  """Returns the rows of the table; the row after the last class stands for a dropped one."""
+  if name in drop:
+    value = jnp.where(drop[name], port.classes, value)
+  table = nn.Embed(
+    port.classes + port.droppable, width,
+    embedding_init=nn.initializers.normal(TABLE_DEVIATION), name=f'{name}_table',
+  )  # fmt: skip
+  return table(value)
+
+
+def _kept(module: nn.Module, name: str, port: Port, value: Array, drop: Drop) -> Array:
+  """Returns the value with the stand-in where it is dropped; creates the stand-in."""
+  if not port.droppable:
+    return value
+  null = module.param(f'null_{name}', nn.initializers.zeros, port.shape)
+  if name not in drop:
+    return value
+  mask = drop[name].reshape(-1, *[1] * len(port.shape))
+  return jnp.where(mask, null[None], value)
