@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from vaediff import checks
 from vaediff.errors import UserError
+from vaediff.run import earlier
 
 FILE = 'config.json'
 STORED = pathlib.Path(__file__).with_name('stored_config.py')
@@ -215,7 +216,7 @@ def _no_such_stage(name: str, argv: list[str]) -> str:
 
 
 def read(workdir: str | os.PathLike[str]) -> ConfigDict:
-  """Returns the config stored in a run.
+  """Returns the config stored in a run, by this version or an earlier one.
 
   Raises:
     UserError: when there is none, or it is not valid JSON.
@@ -225,7 +226,7 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
     stored = from_json(path.read_text(encoding='utf-8'))
     if 'stages' not in stored or 'data' not in stored:
       raise ValueError('it has no stages or no data section')
-    return stored
+    return ConfigDict(earlier.upgrade(stored.to_dict())).lock()
   except FileNotFoundError as error:
     raise UserError(
       f'{path} does not exist: give --config, or the --workdir of a run that was started'
