@@ -120,15 +120,7 @@ def default() -> ConfigDict:
       'effort': -1.0,  # of the compiler, -1 (quick) .. 1 (thorough)
     }
   )
-  config.benchmark = ConfigDict(
-    {
-      'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
-      'sample_batch_size': 100,  # denoising GANs: images per timed batch, over all devices
-      'num_warmups': 10,  # ... batches before the first that is timed
-      'num_sample_repeats': 30,  # ... timed batches
-      'matmul_size': 2048,  # side of the square matrices that measure the device's peak
-    }
-  )
+  config.benchmark = benchmark()
   return config
 
 
@@ -187,6 +179,19 @@ def evaluate() -> ConfigDict:
         'student_steps': (),  # the students of a chain with so many steps; () = all
         'workdirs': (),  # other runs of the same data set: unconditional, students, denoising GANs
       },
+    }
+  )
+
+
+def benchmark() -> ConfigDict:
+  """What `--mode=benchmark` times, how often; read by `vaediff.modes.benchmark`."""
+  return ConfigDict(
+    {
+      'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
+      'sample_batch_size': 100,  # denoising GANs: images per timed batch, over all devices
+      'num_warmups': 10,  # ... batches before the first that is timed
+      'num_sample_repeats': 30,  # ... timed batches
+      'matmul_size': 2048,  # side of the square matrices that measure the device's peak
     }
   )
 

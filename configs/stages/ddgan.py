@@ -30,28 +30,7 @@ def section() -> ConfigDict:
   )
   config.vae = ConfigDict({'stage': 'vae', 'workdir': ''})  # diffusion.condition = formulation1
   config.conditions = ConfigDict()  # further ones, by name: a section each
-  config.model = ConfigDict(
-    {
-      'network': 'ncsnpp',  # 'ncsnpp' | 'wavelet_ncsnpp' | 'uvit'
-      'channels': 128,
-      'channel_multipliers': (1, 2, 2, 2),
-      'num_res_blocks': 2,
-      'attention_resolutions': (16,),  # in pixels of the space's maps
-      'latent_dim': 100,  # of the generator's z
-      'num_mapping_layers': 4,
-      'dropout': 0.0,
-      'patch_size': 1,
-      'bounded': True,  # a tanh at the end
-      'remat': False,
-      'dtype': 'float32',
-      'wavelet': {  # wavelet_ncsnpp alone
-        'use_frequency_bottleneck': True,
-        'use_frequency_skips': True,
-        'use_residual': True,
-      },
-      'uvit': {'patch_size': 2, 'dim': 384, 'depth': 8, 'num_heads': 6, 'mlp_ratio': 4.0},  # uvit alone
-    }
-  )
+  config.model = _generator()
   config.discriminator = ConfigDict(
     {
       'variant': 'small',
@@ -85,6 +64,31 @@ def section() -> ConfigDict:
   config.train = parts.train(351_000, 256, flip=True)
   config.sample = parts.sample(with_vae=True)  # show the VAE sample beside each refined one
   return config
+
+
+def _generator() -> ConfigDict:
+  return ConfigDict(
+    {
+      'network': 'ncsnpp',  # 'ncsnpp' | 'wavelet_ncsnpp' | 'uvit'
+      'channels': 128,
+      'channel_multipliers': (1, 2, 2, 2),
+      'num_res_blocks': 2,
+      'attention_resolutions': (16,),  # in pixels of the space's maps
+      'latent_dim': 100,  # of the generator's z
+      'num_mapping_layers': 4,
+      'dropout': 0.0,
+      'patch_size': 1,
+      'bounded': True,  # a tanh at the end
+      'remat': False,
+      'dtype': 'float32',
+      'wavelet': {  # wavelet_ncsnpp alone
+        'use_frequency_bottleneck': True,
+        'use_frequency_skips': True,
+        'use_residual': True,
+      },
+      'uvit': {'patch_size': 2, 'dim': 384, 'depth': 8, 'num_heads': 6, 'mlp_ratio': 4.0},  # uvit alone
+    }
+  )
 
 
 def debug(stage: ConfigDict, image_size: int) -> None:

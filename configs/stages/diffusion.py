@@ -27,21 +27,7 @@ def section() -> ConfigDict:
     }
   )
   config.conditions = ConfigDict()  # further ones, by name: a section each
-  config.model = ConfigDict(
-    {
-      'variant': 'openai',  # 'openai' | 'ddim'
-      'channels': 128,
-      'channel_multipliers': (1, 2, 2, 2),
-      'num_res_blocks': 2,
-      'attention_resolutions': (16,),  # in pixels of the space's maps
-      'num_heads': 8,
-      'dropout': 0.1,
-      'scale_shift_norm': False,
-      'guidance_embedding': False,  # the guidance weight is an input: students of guided teachers
-      'remat': False,  # recompute activations in the backward pass
-      'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
-    }
-  )
+  config.model = _unet()
   config.diffusion = ConfigDict(
     {
       'schedule': 'linear',  # 'linear' (betas 1e-4 .. 0.02, 1000 steps) | 'cosine'
@@ -70,6 +56,24 @@ def section() -> ConfigDict:
     with_vae=True,  # show the VAE sample beside each refined one
   )
   return config
+
+
+def _unet() -> ConfigDict:
+  return ConfigDict(
+    {
+      'variant': 'openai',  # 'openai' | 'ddim'
+      'channels': 128,
+      'channel_multipliers': (1, 2, 2, 2),
+      'num_res_blocks': 2,
+      'attention_resolutions': (16,),  # in pixels of the space's maps
+      'num_heads': 8,
+      'dropout': 0.1,
+      'scale_shift_norm': False,
+      'guidance_embedding': False,  # the guidance weight is an input: students of guided teachers
+      'remat': False,  # recompute activations in the backward pass
+      'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
+    }
+  )
 
 
 def debug(stage: ConfigDict, image_size: int) -> None:
