@@ -48,9 +48,10 @@ class Case:
     config = self.make_config(','.join(filter(None, names)))
     with config.unlocked():
       # The condition is a stored image: the VAE's pass is the case `vae_cifar10`, not a part of this one.
-      config.refiner.diffusion.x0_vae_source = 'precomputed'
-      config.refiner.sample.update({'sampler': 'ddim', 'num_steps': SAMPLING_STEPS})
-      if tiny:
+      if 'refiner' in config:
+        config.refiner.diffusion.x0_vae_source = 'precomputed'
+        config.refiner.sample.update({'sampler': 'ddim', 'num_steps': SAMPLING_STEPS})
+      if tiny and 'ddgan' in config:
         config.ddgan.model.attention_resolutions = (config.data.image_size,)
     return config
 
@@ -59,12 +60,8 @@ class Case:
     return self.batch_sizes[task][device != 'cpu']
 
 
-def _small(variant: str) -> ConfigDict:
-  """A U-Net as one would train on grey 32x32 images with a few cores: widths 32, 64, 64."""
-  config = base.default()
-  config.name = 'small'
-  config.data.update({'name': 'synthetic', 'source': 'synthetic', 'image_size': 32, 'channels': 1})
-  config.refiner.model.update(
+def _small_unet(stage: ConfigDict) -> None:
+  stage.model.update(
     {
       'channels': 32,
       'channel_multipliers': (1, 2, 2),
@@ -73,7 +70,12 @@ def _small(variant: str) -> ConfigDict:
       'dropout': 0.0,
     }
   )
-  return base.finish(config, variant)
+
+
+def _small(variant: str) -> ConfigDict:
+  """A U-Net as one would train on grey 32x32 images with a few cores: widths 32, 64, 64."""
+  data = {'name': 'synthetic', 'source': 'synthetic', 'image_size': 32, 'channels': 1}
+  return base.make('small', data, {'refiner': _small_unet}, variant)
 
 
 CASES = {

@@ -1,17 +1,74 @@
-"""Every key that any code reads, declared once, with its unit.
+"""What every run has, and how a config is made: `make`.
 
-A config file calls `default()`, edits what differs, and ends with `finish(config, variant, VARIANTS)`.
-Types come from these defaults: a wrong type or an unknown key fails at once.
+A config file names its data, its stages and the sizes of each. Every key is declared once, with its unit:
+those of stages in configs/stages, one file per experiment, the others here. A stage's section exists only
+where a stage of the run uses it. Types come from the defaults: a wrong type or an unknown key fails at once.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import distill, gan, presets
-from configs.variants import VARIANTS, Variants
+from configs import stages as known
+from configs.run import Edit, Run
+from configs.stages import classifier
+
+Variants = Mapping[str, Callable[[Run], None]]
+STAGES = ('vae', 'refiner')
+"""DiffuseVAE: what a run trains where neither its config file nor a variant says otherwise."""
+NO_VARIANTS: Variants = {}
+
+
+def make(
+  name: str,
+  data: Mapping[str, Any],
+  sizes: Mapping[str, Edit],
+  variant: str = '',
+  stages: tuple[str, ...] = STAGES,
+  own: Variants = NO_VARIANTS,
+) -> ConfigDict:
+  """Returns the locked config of a data set.
+
+  Args:
+    name: of the run folder, runs/<name>; variants are appended.
+    data: what differs from the defaults of `config.data`.
+    sizes: by stage, what edits its section when the stage is added; by other section, at once.
+    variant: names joined by commas, applied in this order; those of `LAST` after all others.
+    stages: trained in this order.
+    own: variants of this data set alone, and those that it has instead of a shared one.
+
+  Raises:
+    ValueError: for an unknown variant; the message lists the valid ones.
+  """
+  config = default()
+  config.name = name
+  config.lock()
+  config.data.update(data)
+  run = Run(config, known.BY_NAME, sizes)
+  for section in sizes.keys() - known.BY_NAME.keys():
+    sizes[section](config[section])
+  run.only(*stages)
+  variants = {**known.VARIANTS, **own}
+  chosen = [item for item in variant.split(',') if item]
+  for item in chosen:
+    if item not in variants and item not in LAST:
+      valid = ', '.join(sorted({*variants, *LAST}))
+      raise ValueError(f'config {name!r} has no variant {item!r}; valid: {valid}')
+    if item not in LAST:
+      variants[item](run)
+  used = run.finish()
+  for item in LAST:
+    if item in chosen:
+      LAST[item](config, used)
+  with config.unlocked():
+    config.update(used)
+  config.name = '-'.join([name, *chosen])
+  return config.lock()
 
 
 def default() -> ConfigDict:
-  """The stages `vae` and `refiner` with DiffuseVAE's common settings (arXiv:2201.00308)."""
+  """What every run has; the sections of its stages are in configs/stages."""
   config = ConfigDict()
   config.name = ''  # run folder: runs/<name>; variants are appended
   config.stages = ('vae', 'refiner')  # trained in this order by the one loop
@@ -31,15 +88,6 @@ def default() -> ConfigDict:
       'silence_timeout_seconds': 3600.0,  # longest time without the end of a step, compilation too; 0 = off
     }
   )
-  config.vae = vae_stage()
-  config.refiner = refiner_stage()
-  config.autoencoder = gan.autoencoder_stage(optim, train)
-  config.decoder = gan.light_decoder_stage(optim, train)
-  config.ddgan = gan.ddgan_stage(optim, train)
-  config.distill = distill.progressive_stage(optim, train)
-  config.consistency = distill.consistency_stage(optim, train)
-  config.adversarial = distill.adversarial_stage(optim, train)
-  config.matching = distill.matching_stage(optim, train)
   config.reconstruct = ConfigDict(
     {
       'num_images': 64,  # images of the evaluation split; the grid shows the first 32
@@ -65,22 +113,14 @@ def default() -> ConfigDict:
     }
   )
   config.evaluate = evaluate()
-  config.classifier = classifier_stage()
+  config.classifier = classifier.section()
   config.compile = ConfigDict(
     {
       'topology': 'v5e:4x4',  # of --mode=compile: <chip>:<shape of the slice>, joined by commas
       'effort': -1.0,  # of the compiler, -1 (quick) .. 1 (thorough)
     }
   )
-  config.benchmark = ConfigDict(
-    {
-      'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
-      'sample_batch_size': 100,  # denoising GANs: images per timed batch, over all devices
-      'num_warmups': 10,  # ... batches before the first that is timed
-      'num_sample_repeats': 30,  # ... timed batches
-      'matmul_size': 2048,  # side of the square matrices that measure the device's peak
-    }
-  )
+  config.benchmark = benchmark()
   return config
 
 
@@ -96,6 +136,7 @@ def data() -> ConfigDict:
       'eval_split': 'test',
       'image_size': 32,  # pixels, height = width
       'channels': 3,
+      'num_classes': 0,  # labels are 0 .. num_classes - 1; 0 = none or unknown
       'crop': 'none',  # 'none' | 'center'
       'crop_size': 0,  # pixels; 0 = the shorter side
       'resize': 'none',  # 'none' | 'pad' | 'nearest' | 'bilinear' | 'bicubic' | 'lanczos' | 'box'
@@ -142,177 +183,109 @@ def evaluate() -> ConfigDict:
   )
 
 
-def optim(learning_rate: float, **changes) -> ConfigDict:
-  """Adam with warm-up, clipping and an exponential moving average of the parameters."""
-  config = ConfigDict(
+def benchmark() -> ConfigDict:
+  """What `--mode=benchmark` times, how often; read by `vaediff.modes.benchmark`."""
+  return ConfigDict(
     {
-      'learning_rate': learning_rate,
-      'schedule': 'constant',  # after warm-up: 'constant' | 'cosine' | 'linear' (to the end at the last step)
-      'end_learning_rate': 0.0,  # of 'cosine' and 'linear'
-      'warmup_steps': 0,  # linear from 0
-      'b1': 0.9,
-      'b2': 0.999,
-      'eps': 1e-8,
-      'weight_decay': 0.0,  # decoupled (AdamW)
-      'clip_norm': 0.0,  # global gradient norm; 0 = off
-      'ema_decay': 0.0,  # 0 = no average is kept, the parameters themselves are used
-      'ema_warmup': False,  # decay = min(ema_decay, (1 + step) / (10 + step))
+      'num_repeats': 10,  # timed repetitions of each measurement; medians are reported
+      'sample_batch_size': 100,  # denoising GANs: images per timed batch, over all devices
+      'num_warmups': 10,  # ... batches before the first that is timed
+      'num_sample_repeats': 30,  # ... timed batches
+      'matmul_size': 2048,  # side of the square matrices that measure the device's peak
     }
   )
-  config.update(changes)
-  return config
 
 
-def train(num_steps: int, batch_size: int, **changes) -> ConfigDict:
-  """How long a stage trains and how often it reports; all durations in optimizer steps."""
-  config = ConfigDict(
+# The variants that are about every stage -----------------------------------------------------------
+
+
+def bfloat16(config: ConfigDict, sections: Mapping[str, ConfigDict]) -> None:
+  """All networks compute in it, but for those that their stage keeps in float32."""
+  for stage, section in sections.items():
+    kept = getattr(known.BY_NAME[stage], 'FLOAT32', ())
+    for name, part in section.items():
+      if isinstance(part, ConfigDict) and 'dtype' in part and name not in kept:
+        part.dtype = 'bfloat16'
+
+
+def debug(config: ConfigDict, sections: Mapping[str, ConfigDict]) -> None:
+  """The same stages, tiny, on synthetic images: seconds on a CPU."""
+  if config.data.name != 'digits':
+    config.data.update(
+      {
+        'source': 'synthetic',
+        'path': '',
+        'train_split': 'train',
+        'eval_split': 'test',
+        'image_size': 16,
+        'num_classes': 10,
+        'crop': 'none',
+        'crop_size': 0,
+        'resize': 'none',
+      }
+    )
+  for stage, section in sections.items():
+    known.BY_NAME[stage].debug(section, config.data.image_size)
+    _debug_training(section)
+  classifier.debug(config.classifier, config.data.image_size)
+  _debug_modes(config)
+
+
+def _debug_training(section: ConfigDict) -> None:
+  section.train.update(
     {
-      'num_steps': num_steps,
-      'batch_size': batch_size,  # images per step over all devices
-      'microbatches': 1,  # parts that a batch is split into, one after the other, to save memory
-      'flip': False,  # random horizontal flips of image and condition together
-      'log_every_steps': 100,
-      'save_every_steps': 5000,
-      'eval_every_steps': 5000,
-      'grid_every_steps': 10000,  # sample grids; 0 = none
-      'grid_images': 16,
-      'eval_images': 2048,  # most images of the evaluation split; 0 = all
-      'keep_checkpoints': 2,
-      'on_bad_step': 'stop',  # not finite, or a jump: 'stop' | 'skip' the update and count it
-      'spike_factor': 0.0,  # a loss above this many times its running mean is a jump; 0 = never
-      'profile_steps': (),  # (first, last): traced for TensorBoard's profile plugin; () = none
-      'best_measure': '',  # keep the best checkpoint by it: 'fd_mobilenetv2', 'val/loss', ...; '' = off
-      'best_every_steps': 10_000,  # how often it is measured
-      'best_images': 1000,  # samples that it is measured on
+      'num_steps': 4,
+      'batch_size': 8,
+      'log_every_steps': 1,
+      'save_every_steps': 2,
+      'eval_every_steps': 2,
+      'grid_every_steps': 4,
+      'grid_images': 4,
+      'eval_images': 16,
     }
   )
-  config.update(changes)
-  return config
+  if 'teacher' not in section:  # it samples as its teacher does
+    section.sample.update({'num_images': 4, 'batch_size': 4})
 
 
-def vae_stage() -> ConfigDict:
-  """Stage 1: the ResNet VAE of DiffuseVAE."""
-  config = ConfigDict()
-  config.experiment = 'vae'  # file in vaediff/experiments
-  config.model = ConfigDict({**presets.VAE['cifar10'], 'stem': 'nearest', 'dtype': 'float32'})
-  config.loss = ConfigDict(
+def _debug_modes(config: ConfigDict) -> None:
+  config.reconstruct.num_images = 4
+  config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32})
+  config.restore.num_images = 4
+  config.benchmark.update(
     {
-      'beta': 1.0,  # weight of the KL term
-      'reduction': 'sum',  # over the batch: 'sum' (official) | 'mean'; over pixels and latents always a sum
+      'num_repeats': 2,
+      'sample_batch_size': 4,
+      'num_warmups': 1,
+      'num_sample_repeats': 2,
+      'matmul_size': 256,
     }
   )
-  config.optim = optim(1e-4)
-  config.train = train(200_000, 128)
-  config.prior = ConfigDict(
+  config.evaluate.update(
     {
-      'kind': 'normal',  # 'normal' | 'gmm' (ex-post density estimation)
-      'covariance': 'full',  # 'full' | 'diag' | 'tied'
-      'num_components': (25, 50, 100),  # candidates; the best held-out log-likelihood wins
-      'holdout_fraction': 0.1,
-      'num_encoded': 50_000,  # most training images encoded for the fit
+      'extractors': ('classifier',),
+      'num_images': 16,
+      'num_reconstructions': 16,
+      'batch_size': 16,
+      'lpips': '',
+      'num_memorisation': 8,
+      'num_bound': 8,
+      'num_bound_times': 4,
     }
   )
-  config.sample = ConfigDict(
-    {
-      'checkpoint': 'latest',  # 'latest' | 'best'
-      'num_images': 64,
-      'batch_size': 64,
-      'seed': 0,
-      'save_npz': False,
-      'save_images': False,  # one PNG per image, <workdir>/samples/<index>.png
-    }
+  config.evaluate.sweep.update(
+    {'samplers': ('ddim',), 'num_steps': (1, 2), 'teacher_steps': 4, 'num_compared': 8}
   )
-  return config
 
 
-def refiner_stage() -> ConfigDict:
-  """Stage 2: the conditional diffusion U-Net."""
-  config = ConfigDict()
-  config.experiment = 'refiner'
-  config.vae = ConfigDict(
-    {
-      'stage': 'vae',  # the frozen VAE: this stage ...
-      'workdir': '',  # ... of this other run; '' = this run
-    }
-  )
-  config.model = ConfigDict(
-    {
-      'variant': 'openai',  # 'openai' | 'ddim'
-      'channels': 128,
-      'channel_multipliers': (1, 2, 2, 2),
-      'num_res_blocks': 2,
-      'attention_resolutions': (16,),  # in pixels
-      'num_heads': 8,
-      'dropout': 0.1,
-      'scale_shift_norm': False,
-      'guidance_embedding': False,  # the guidance weight is an input: students of guided teachers
-      'remat': False,  # recompute activations in the backward pass
-      'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
-    }
-  )
-  config.diffusion = ConfigDict(
-    {
-      'schedule': 'linear',  # 'linear' (betas 1e-4 .. 0.02, 1000 steps) | 'cosine'
-      'prediction': 'eps',  # 'eps' | 'x0' | 'v'
-      'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
-      'condition': 'formulation1',  # 'none' | 'formulation1' | 'formulation2'
-      'z_conditioning': False,
-      'condition_dropout': 0.0,  # probability, per example, of the learned null condition
-      'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
-    }
-  )
-  config.optim = optim(2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999)
-  config.train = train(500_000, 128)
-  config.sample = ConfigDict(
-    {
-      'checkpoint': 'latest',  # 'latest' | 'best'
-      'num_images': 64,
-      'batch_size': 64,  # images in memory at a time, over all devices
-      'seed': 0,
-      'sampler': 'ddim',  # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m' | for students 'renoise' | 'there_and_back'
-      'num_steps': 50,
-      'grid': 'uniform',  # of times: 'uniform' | 'quadratic' | 'karras'
-      'eta': 0.0,  # ddim: 0 = deterministic, 1 = ancestral
-      'variance': 'large',  # ddpm: 'small' | 'large'
-      'temperature': 1.0,  # standard deviation of the starting noise
-      'guidance_weight': 0.0,  # classifier-free guidance; 0 = conditional network only
-      't_start': 1.0,  # below 1: start from x0_vae noised to this time
-      'clip': 'static',  # of x0_hat: 'static' to [-1, 1] | 'dynamic' | 'none'
-      'threshold_percentile': 99.5,  # dynamic thresholding, in percent
-      'with_vae': True,  # show the VAE sample beside each refined one
-      'save_npz': False,
-      'save_images': False,  # one PNG per image, <workdir>/samples/<index>.png
-    }
-  )
-  return config
+LAST = {'bfloat16': bfloat16, 'debug': debug}
+"""Applied to the sections that exist when all others are done, wherever they stand in the list."""
+VARIANTS = (*known.VARIANTS, *LAST)
+"""The names of those that every config shares."""
 
 
-def classifier_stage() -> ConfigDict:
-  """The small classifier whose features `fd_classifier` compares; trained once per data set, not per run."""
-  config = ConfigDict()
-  config.experiment = 'classifier'
-  config.model = ConfigDict(
-    {'num_classes': 0, 'channels': 32, 'num_features': 64, 'dropout': 0.2, 'dtype': 'float32'}
-  )
-  config.optim = optim(2e-3, schedule='cosine', weight_decay=1e-4, ema_decay=0.99, ema_warmup=True)
-  config.train = train(
-    2000, 128, log_every_steps=500, eval_every_steps=2000, save_every_steps=1000, grid_every_steps=0,
-    eval_images=0, keep_checkpoints=1,
-  )  # fmt: skip
-  config.sample = ConfigDict({'checkpoint': 'latest', 'num_images': 1, 'batch_size': 64, 'seed': 0})
-  return config
-
-
-def finish(config: ConfigDict, variant: str, variants: Variants = {}) -> ConfigDict:  # noqa: B006
-  """Applies the comma-separated variants in the order given and locks the config.
-
-  Raises:
-    ValueError: for an unknown variant; the message lists the valid ones.
-  """
-  known = {**VARIANTS, **variants}
-  for name in filter(None, variant.split(',')):
-    if name not in known:
-      raise ValueError(f'config {config.name!r} has no variant {name!r}; valid: {", ".join(sorted(known))}')
-    known[name](config)
-    config.name = f'{config.name}-{name}'
-  return config.lock()
+def variants_with(stage: str) -> list[str]:
+  """Returns the shared variants that give a run this stage; of a stage that runs have anyway, none."""
+  if stage in STAGES:
+    return []
+  return [name for name in known.VARIANTS if stage in make('', {'num_classes': 1}, {}, name).stages]

@@ -10,39 +10,42 @@ Denoising GANs with their papers' settings (2 steps): `ddgan`, `wavelet`, `laten
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, presets
+from configs import base, gan_papers, parts, presets
+
+DATA = {
+  'name': 'celeb_a_hq/256',
+  'image_size': 256,
+  'train_split': 'train[:29000]',
+  'eval_split': 'train[29000:]',
+  'materialize': False,
+  'num_threads': 16,
+}
 
 
-def _folder(config):
-  config.data.update({'source': 'image_folder', 'name': 'celeba256', 'resize': 'bilinear'})
+def _vae(stage):
+  stage.model.update(presets.VAE['celebahq256'])
+  stage.train = parts.train(234_000, 64, flip=True)
+
+
+def _refiner(stage):
+  stage.model.update({'channel_multipliers': (1, 1, 2, 2, 4, 4), 'attention_resolutions': (16,)})
+  stage.optim.learning_rate = 2e-5
+  stage.train = parts.train(369_000, 64, flip=True)
+  stage.sample.update({'variance': 'small', 'temperature': 0.8, 'batch_size': 16})
+
+
+def _folder(run):
+  run.config.data.update({'source': 'image_folder', 'name': 'celeba256', 'resize': 'bilinear'})
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner}
+OWN = {
+  'folder': _folder,
+  'ddgan': gan_papers.celeba256_ddgan,
+  'wavelet': gan_papers.celeba256_wavelet,
+  'latent': gan_papers.celeba256_latent,
+}
 
 
 def get_config(variant: str = ''):
-  config = base.default()
-  config.name = 'celeba256'
-  config.data.update(
-    {
-      'name': 'celeb_a_hq/256',
-      'image_size': 256,
-      'train_split': 'train[:29000]',
-      'eval_split': 'train[29000:]',
-      'materialize': False,
-      'num_threads': 16,
-    }
-  )
-  config.vae.model.update(presets.VAE['celebahq256'])
-  config.vae.train = base.train(234_000, 64, flip=True)
-  config.refiner.model.update({'channel_multipliers': (1, 1, 2, 2, 4, 4), 'attention_resolutions': (16,)})
-  config.refiner.optim.learning_rate = 2e-5
-  config.refiner.train = base.train(369_000, 64, flip=True)
-  config.refiner.sample.update({'variance': 'small', 'temperature': 0.8, 'batch_size': 16})
-  return base.finish(
-    config,
-    variant,
-    {
-      'folder': _folder,
-      'ddgan': gan_papers.celeba256_ddgan,
-      'wavelet': gan_papers.celeba256_wavelet,
-      'latent': gan_papers.celeba256_latent,
-    },
-  )
+  return base.make('celeba256', DATA, SIZES, variant, own=OWN)

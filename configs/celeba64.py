@@ -9,19 +9,27 @@ Attention at 4 pixels, as the official code has it in effect.
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, presets
+from configs import base, parts, presets
+
+DATA = {'name': 'celeb_a', 'image_size': 64, 'resize': 'bilinear', 'eval_split': 'validation'}
 
 
-def _crop140(config):
-  config.data.update({'crop': 'center', 'crop_size': 140})
+def _vae(stage):
+  stage.model.update(presets.VAE['celeba64'])
+  stage.train = parts.train(475_000, 128)
+
+
+def _refiner(stage):
+  stage.model.update({'channel_multipliers': (1, 2, 2, 2, 4), 'attention_resolutions': (4,)})
+  stage.train = parts.train(546_000, 128, flip=True)
+
+
+def _crop140(run):
+  run.config.data.update({'crop': 'center', 'crop_size': 140})
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner}
 
 
 def get_config(variant: str = ''):
-  config = base.default()
-  config.name = 'celeba64'
-  config.data.update({'name': 'celeb_a', 'image_size': 64, 'resize': 'bilinear', 'eval_split': 'validation'})
-  config.vae.model.update(presets.VAE['celeba64'])
-  config.vae.train = base.train(475_000, 128)
-  config.refiner.model.update({'channel_multipliers': (1, 2, 2, 2, 4), 'attention_resolutions': (4,)})
-  config.refiner.train = base.train(546_000, 128, flip=True)
-  return base.finish(config, variant, {'crop140': _crop140})
+  return base.make('celeba64', DATA, SIZES, variant, own={'crop140': _crop140})

@@ -8,30 +8,37 @@ Data: TFDS `celeb_a_hq/128` (made by hand from the official archives), or an ima
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, presets
+from configs import base, parts, presets
+
+DATA = {
+  'name': 'celeb_a_hq/128',
+  'image_size': 128,
+  'train_split': 'train[:29000]',
+  'eval_split': 'train[29000:]',
+  'materialize': False,
+  'num_threads': 16,
+}
 
 
-def _folder(config):
-  config.data.update({'source': 'image_folder', 'name': 'celebahq128', 'resize': 'bilinear'})
+def _vae(stage):
+  stage.model.update(presets.VAE['celebamaskhq128'])
+  stage.train = parts.train(234_000, 64, flip=True)
+
+
+def _refiner(stage):
+  stage.model.update({'channel_multipliers': (1, 2, 2, 3, 4), 'attention_resolutions': (8,)})
+  stage.optim.learning_rate = 2e-5
+  stage.train = parts.train(468_000, 64, flip=True)
+  stage.sample.variance = 'small'
+
+
+def _folder(run):
+  run.config.data.update({'source': 'image_folder', 'name': 'celebahq128', 'resize': 'bilinear'})
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner}
+OWN = {'folder': _folder}
 
 
 def get_config(variant: str = ''):
-  config = base.default()
-  config.name = 'celebahq128'
-  config.data.update(
-    {
-      'name': 'celeb_a_hq/128',
-      'image_size': 128,
-      'train_split': 'train[:29000]',
-      'eval_split': 'train[29000:]',
-      'materialize': False,
-      'num_threads': 16,
-    }
-  )
-  config.vae.model.update(presets.VAE['celebamaskhq128'])
-  config.vae.train = base.train(234_000, 64, flip=True)
-  config.refiner.model.update({'channel_multipliers': (1, 2, 2, 3, 4), 'attention_resolutions': (8,)})
-  config.refiner.optim.learning_rate = 2e-5
-  config.refiner.train = base.train(468_000, 64, flip=True)
-  config.refiner.sample.variance = 'small'
-  return base.finish(config, variant, {'folder': _folder})
+  return base.make('celebahq128', DATA, SIZES, variant, own=OWN)

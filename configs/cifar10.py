@@ -10,33 +10,42 @@ Denoising GANs with their papers' settings: `ddgan`, `wavelet`, `latent` (4 step
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, presets
+from configs import base, gan_papers, parts, presets
+
+DATA = {'name': 'cifar10', 'image_size': 32, 'num_classes': 10}
 
 
-def _large(config):
-  config.refiner.model.update({'channels': 160, 'num_res_blocks': 3})
+def _vae(stage):
+  stage.model.update(presets.VAE['cifar10'])
+  stage.train = parts.train(390_000, 128)
 
 
-def _ddim_unet(config):
-  config.refiner.model.variant = 'ddim'
-  config.refiner.train.batch_size = 256
+def _refiner(stage):
+  stage.model.dropout = 0.3
+  stage.train = parts.train(1_111_000, 128, flip=True)
+
+
+def _large(run):
+  run.edit('refiner', lambda stage: stage.model.update({'channels': 160, 'num_res_blocks': 3}))
+
+
+def _ddim(stage):
+  stage.model.variant = 'ddim'
+  stage.train.batch_size = 256
+
+
+def _ddim_unet(run):
+  run.edit('refiner', _ddim)
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner}
+OWN = {
+  'large': _large,
+  'ddim_unet': _ddim_unet,
+  'latent': gan_papers.cifar10_latent,
+  'wavelet': gan_papers.cifar10_wavelet,
+}
 
 
 def get_config(variant: str = ''):
-  config = base.default()
-  config.name = 'cifar10'
-  config.data.update({'name': 'cifar10', 'image_size': 32})
-  config.vae.model.update(presets.VAE['cifar10'])
-  config.vae.train = base.train(390_000, 128)
-  config.refiner.model.dropout = 0.3
-  config.refiner.train = base.train(1_111_000, 128, flip=True)
-  return base.finish(
-    config,
-    variant,
-    {
-      'large': _large,
-      'ddim_unet': _ddim_unet,
-      'latent': gan_papers.cifar10_latent,
-      'wavelet': gan_papers.cifar10_wavelet,
-    },
-  )
+  return base.make('cifar10', DATA, SIZES, variant, own=OWN)

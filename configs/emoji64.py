@@ -9,16 +9,18 @@ memorisation, and look at the nearest training images.
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan, presets
+from configs import base, gan_small, parts, presets
+
+DATA = {'name': 'noto_emoji', 'image_size': 64, 'channels': 3, 'num_classes': 10}
 
 
-def get_config(variant: str = ''):
-  config = base.default()
-  config.name = 'emoji64'
-  config.data.update({'name': 'noto_emoji', 'image_size': 64, 'channels': 3})
-  config.vae.model.update(presets.VAE['celeba64'])
-  config.vae.train = base.train(60_000, 64)
-  config.refiner.model.update(
+def _vae(stage):
+  stage.model.update(presets.VAE['celeba64'])
+  stage.train = parts.train(60_000, 64)
+
+
+def _refiner(stage):
+  stage.model.update(
     {
       'channels': 64,
       'channel_multipliers': (1, 2, 2, 4),
@@ -26,7 +28,17 @@ def get_config(variant: str = ''):
       'num_heads': 4,
     }
   )
-  config.refiner.train = base.train(200_000, 64)
-  gan.small(config)
-  config.ddgan.train.num_steps = 50_000
-  return base.finish(config, variant, {'latent': gan.small_latent, 'free': gan.small_free})
+  stage.train = parts.train(200_000, 64)
+
+
+def _ddgan(stage):
+  gan_small.ddgan(stage)
+  stage.train.num_steps = 50_000
+
+
+SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan}
+
+
+def get_config(variant: str = ''):
+  own = {'latent': gan_small.latent, 'free': gan_small.free}
+  return base.make('emoji64', DATA, SIZES, variant, own=own)

@@ -10,17 +10,69 @@ On one core: GANs of 4 steps (`latent`, `wavelet`, `ddgan`) in 5 minutes each; V
 (`small,distill`) in an hour: docs/results.md. The full sizes: not yet measured.
 """
 
-from configs import base, gan, presets
+from configs import base, gan_small, parts, presets
+
+DATA = {'name': 'fashion_mnist', 'image_size': 32, 'channels': 1, 'num_classes': 10, 'resize': 'pad'}
 
 
-def _idx(config):
-  config.data.source = 'idx'
-  config.data.path = '/usr/share/datasets/fashion-mnist'
+def _vae(stage):
+  stage.model.update(
+    presets.vae(
+      '32x2,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x2,4d4,4t1,1x1',
+      '1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x3',
+      '32:32,16:64,8:64,4:128,1:64',
+      64,
+    )
+  )
+  stage.train = parts.train(30_000, 128)
 
 
-def _small(config):
-  """VAE and U-Net for an hour of one core, students from 64 steps to 1 included (with `distill`)."""
-  config.vae.model.update(
+def _refiner(stage):
+  stage.model.update(
+    {
+      'channels': 32,
+      'channel_multipliers': (1, 2, 2, 2),
+      'attention_resolutions': (8,),
+      'num_heads': 4,
+    }
+  )
+  stage.train = parts.train(100_000, 128)
+
+
+def _distill(stage):
+  stage.from_steps = 64
+  stage.optim.learning_rate = 2e-4
+  stage.train.num_steps = 10_000
+
+
+def _autoencoder(stage):
+  gan_small.autoencoder(stage)
+  stage.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
+
+
+def _decoder(stage):
+  gan_small.decoder(stage)
+  stage.loss.perceptual = ''  # LPIPS costs more than all of these networks
+
+
+SIZES = {
+  **gan_small.SIZES,
+  'vae': _vae,
+  'refiner': _refiner,
+  'distill': _distill,
+  'autoencoder': _autoencoder,
+  'decoder': _decoder,
+  'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
+  'classifier': lambda section: section.train.update({'num_steps': 1500}),
+}
+
+# `small` -------------------------------------------------------------------------------------------------
+
+AVERAGED = {'ema_decay': 0.99, 'ema_warmup': True}
+
+
+def _small_vae(stage):
+  stage.model.update(
     presets.vae(
       '32x1,32d2,32t16,16x1,16d2,16t8,8x1,8d2,8t4,4x1,4d4,4t1,1x1',
       '1x1,1u4,1t4,4x1,4u2,4t8,8x1,8u2,8t16,16x1,16u2,16t32,32x1',
@@ -28,13 +80,15 @@ def _small(config):
       32,
     )
   )
-  config.vae.model.stem = 'dense'
-  config.vae.loss.reduction = 'mean'
-  config.vae.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
-  config.vae.prior.update({'kind': 'gmm', 'covariance': 'diag', 'num_components': (20, 40)})
-  config.vae.prior.num_encoded = 10_000
-  config.vae.train.update({'num_steps': 1200, 'batch_size': 64})
-  config.refiner.model.update(
+  stage.model.stem = 'dense'
+  stage.loss.reduction = 'mean'
+  stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
+  stage.prior.update({'kind': 'gmm', 'covariance': 'diag', 'num_components': (20, 40), 'num_encoded': 10_000})
+  stage.train.update({'num_steps': 1200, 'batch_size': 64})
+
+
+def _small_refiner(stage):
+  stage.model.update(
     {
       'channels': 16,
       'channel_multipliers': (1, 2, 4),
@@ -42,8 +96,8 @@ def _small(config):
       'dropout': 0.0,
     }
   )
-  config.refiner.diffusion.update({'prediction': 'v', 'loss_weight': 'v'})
-  config.refiner.optim.update(
+  stage.diffusion.update({'prediction': 'v', 'loss_weight': 'v'})
+  stage.optim.update(
     {
       'learning_rate': 1e-3,
       'schedule': 'cosine',
@@ -52,75 +106,74 @@ def _small(config):
       'ema_warmup': True,
     }
   )
-  config.refiner.train.update({'num_steps': 2500, 'batch_size': 32})
-  config.distill.from_steps = 64  # of DDIM; in 512 this teacher's samples are no nearer to the data
-  config.distill.last_train_steps = 300
-  config.distill.optim.learning_rate = 1e-4
-  config.distill.train.update({'num_steps': 150, 'batch_size': 32})
-  # the other ways to few steps: 12 to 18 minutes of one core each
-  averaged = {'ema_decay': 0.99, 'ema_warmup': True}
-  config.consistency.loss.update({'q': 2.0, 'double_every_steps': 200, 'level_mean': 0.0})
-  config.consistency.optim.update({'learning_rate': 3e-4, **averaged})
-  config.consistency.train.update({'num_steps': 1000, 'batch_size': 32})
-  config.adversarial.discriminator.channels = 64
-  config.adversarial.optim.update({'learning_rate': 3e-4, **averaged})
-  config.adversarial.optim_discriminator.learning_rate = 6e-4
-  config.adversarial.train.update({'num_steps': 400, 'batch_size': 32})
-  config.matching.discriminator.channels = 64
-  config.matching.optim.update({'learning_rate': 1e-4, **averaged})
-  config.matching.optim_fake.learning_rate = 3e-4
-  config.matching.train.update({'num_steps': 750, 'batch_size': 32})
-  students = (config.distill, config.consistency, config.adversarial, config.matching)
-  for stage in (config.vae, config.refiner, *students):
-    stage.train.update(
-      {'save_every_steps': 400, 'eval_every_steps': 400, 'grid_every_steps': 0, 'eval_images': 512}
-    )
-  config.evaluate.update({'extractors': ('classifier',), 'num_images': 1000})
+  stage.train.update({'num_steps': 2500, 'batch_size': 32})
+
+
+def _small_distill(stage):
+  stage.from_steps = 64  # of DDIM; in 512 this teacher's samples are no nearer to the data
+  stage.last_train_steps = 300
+  stage.optim.learning_rate = 1e-4
+  stage.train.update({'num_steps': 150, 'batch_size': 32})
+
+
+# the other ways to few steps: 12 to 18 minutes of one core each
+
+
+def _small_consistency(stage):
+  stage.loss.update({'q': 2.0, 'double_every_steps': 200, 'level_mean': 0.0})
+  stage.optim.update({'learning_rate': 3e-4, **AVERAGED})
+  stage.train.update({'num_steps': 1000, 'batch_size': 32})
+
+
+def _small_adversarial(stage):
+  stage.discriminator.channels = 64
+  stage.optim.update({'learning_rate': 3e-4, **AVERAGED})
+  stage.optim_discriminator.learning_rate = 6e-4
+  stage.train.update({'num_steps': 400, 'batch_size': 32})
+
+
+def _small_matching(stage):
+  stage.discriminator.channels = 64
+  stage.optim.update({'learning_rate': 1e-4, **AVERAGED})
+  stage.optim_fake.learning_rate = 3e-4
+  stage.train.update({'num_steps': 750, 'batch_size': 32})
+
+
+SMALL = {
+  'vae': _small_vae,
+  'refiner': _small_refiner,
+  'distill': _small_distill,
+  'consistency': _small_consistency,
+  'adversarial': _small_adversarial,
+  'matching': _small_matching,
+}
+
+
+def _often(stage):
+  stage.train.update(
+    {'save_every_steps': 400, 'eval_every_steps': 400, 'grid_every_steps': 0, 'eval_images': 512}
+  )
+
+
+def _small(run):
+  """VAE and U-Net for an hour of one core, students from 64 steps to 1 included (with `distill`)."""
+  run.edit_all(SMALL)
+  run.edit_all(dict.fromkeys(SMALL, _often))
+  run.config.evaluate.update({'extractors': ('classifier',), 'num_images': 1000})
+
+
+def _idx(run):
+  run.config.data.update({'source': 'idx', 'path': '/usr/share/datasets/fashion-mnist'})
+
+
+OWN = {
+  'idx': _idx,
+  'small': _small,
+  'wavelet': gan_small.wavelet,
+  'latent': gan_small.latent,
+  'free': gan_small.free,
+}
 
 
 def get_config(variant: str = ''):
-  config = base.default()
-  config.name = 'fashion_mnist'
-  config.data.update(
-    {
-      'name': 'fashion_mnist',
-      'image_size': 32,
-      'channels': 1,
-      'resize': 'pad',
-    }
-  )
-  config.vae.model.update(
-    presets.vae(
-      '32x2,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x2,4d4,4t1,1x1',
-      '1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x3',
-      '32:32,16:64,8:64,4:128,1:64',
-      64,
-    )
-  )
-  config.vae.train = base.train(30_000, 128)
-  config.refiner.model.update(
-    {
-      'channels': 32,
-      'channel_multipliers': (1, 2, 2, 2),
-      'attention_resolutions': (8,),
-      'num_heads': 4,
-    }
-  )
-  config.refiner.train = base.train(100_000, 128)
-  config.distill.from_steps = 64
-  config.distill.optim.learning_rate = 2e-4
-  config.distill.train.num_steps = 10_000
-  gan.small(config)
-  config.autoencoder.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
-  config.decoder.loss.perceptual = ''  # LPIPS costs more than all of these networks
-  config.evaluate.extractors = ('classifier', 'inception')
-  config.evaluate.lpips = ''
-  config.classifier.train.num_steps = 1500
-  own = {
-    'idx': _idx,
-    'small': _small,
-    'wavelet': gan.small_wavelet,
-    'latent': gan.small_latent,
-    'free': gan.small_free,
-  }
-  return base.finish(config, variant, own)
+  return base.make('fashion_mnist', DATA, SIZES, variant, own=OWN)

@@ -9,40 +9,43 @@ Denoising GANs with their papers' settings (4 steps): `ddgan`, `wavelet`, `laten
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, presets
+from configs import base, gan_papers, parts, presets
+
+DATA = {
+  'name': 'lsun/church_outdoor',
+  'image_size': 256,
+  'eval_split': 'validation',
+  'crop': 'center',
+  'resize': 'bilinear',
+  'materialize': False,
+  'num_threads': 16,
+}
 
 
-def _folder(config):
-  config.data.update({'source': 'image_folder', 'name': 'lsun_church256', 'resize': 'bilinear'})
+def _vae(stage):
+  stage.model.update(presets.VAE['celebahq256'])
+  stage.train = parts.train(400_000, 64, flip=True)
+
+
+def _refiner(stage):
+  stage.model.update({'channel_multipliers': (1, 1, 2, 2, 4, 4), 'attention_resolutions': (16,)})
+  stage.optim.learning_rate = 2e-5
+  stage.train = parts.train(500_000, 64, flip=True)
+  stage.sample.batch_size = 16
+
+
+def _folder(run):
+  run.config.data.update({'source': 'image_folder', 'name': 'lsun_church256', 'resize': 'bilinear'})
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner}
+OWN = {
+  'folder': _folder,
+  'ddgan': gan_papers.lsun_church256_ddgan,
+  'wavelet': gan_papers.lsun_church256_wavelet,
+  'latent': gan_papers.lsun_church256_latent,
+}
 
 
 def get_config(variant: str = ''):
-  config = base.default()
-  config.name = 'lsun_church256'
-  config.data.update(
-    {
-      'name': 'lsun/church_outdoor',
-      'image_size': 256,
-      'eval_split': 'validation',
-      'crop': 'center',
-      'resize': 'bilinear',
-      'materialize': False,
-      'num_threads': 16,
-    }
-  )
-  config.vae.model.update(presets.VAE['celebahq256'])
-  config.vae.train = base.train(400_000, 64, flip=True)
-  config.refiner.model.update({'channel_multipliers': (1, 1, 2, 2, 4, 4), 'attention_resolutions': (16,)})
-  config.refiner.optim.learning_rate = 2e-5
-  config.refiner.train = base.train(500_000, 64, flip=True)
-  config.refiner.sample.batch_size = 16
-  return base.finish(
-    config,
-    variant,
-    {
-      'folder': _folder,
-      'ddgan': gan_papers.lsun_church256_ddgan,
-      'wavelet': gan_papers.lsun_church256_wavelet,
-      'latent': gan_papers.lsun_church256_latent,
-    },
-  )
+  return base.make('lsun_church256', DATA, SIZES, variant, own=OWN)

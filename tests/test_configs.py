@@ -1,12 +1,15 @@
 """Every config and variant: described at full size, trained, sampled and restored in debug."""
 
+import ast
 import importlib
+import itertools
 import pathlib
 import sys
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from vaediff import experiments, modes
@@ -36,12 +39,36 @@ OWN = [
   ('lsun_church256', 'latent'),
   ('cifar10', 'guided,distill'),
   ('celeba256', 'adversarial'),
+  ('celeba256', 'latent_diffusion'),
+  ('cifar10', 'wavelet_diffusion,unconditional'),
+  ('digits', 'latent_diffusion,formulation2,z,guided'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 
 
+def made(name, variant=''):
+  return importlib.import_module(f'configs.{name}').get_config(variant)
+
+
 def get(name, variant=''):
-  return students.resolve(importlib.import_module(f'configs.{name}').get_config(variant))
+  return students.resolve(made(name, variant))
+
+
+def imports(path):
+  """Returns the modules that a file imports; of a package what is imported of it, where that is a module."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names = {f'{node.module}.{alias.name}' for alias in node.names}
+      modules = {name for name in names if (ROOT / f'{name.replace(".", "/")}.py').exists()}
+      found |= modules or {node.module}
+  return found
+
+
+def sections(config):
+  return {name for name in config if isinstance(config[name], ConfigDict) and 'experiment' in config[name]}
 
 
 def test_the_configs_are_all_here():
@@ -49,6 +76,133 @@ def test_the_configs_are_all_here():
       'afhq256', 'celeba256', 'celeba64', 'celebahq128', 'cifar10', 'digits', 'emoji64', 'fashion_mnist',
       'lsun_church256',
   ]  # fmt: skip
+
+
+def test_config_files_import_one_way_and_nothing_of_the_program():
+  paths = {'.'.join(p.relative_to(ROOT).with_suffix('').parts): p for p in (ROOT / 'configs').rglob('*.py')}
+  stages = [name for name in paths if name.startswith('configs.stages.')]
+  order = [
+    ['configs.presets', 'configs.parts', 'configs.run'],
+    ['configs.stages.diffusion', 'configs.stages.vae'],
+    stages,
+    ['configs.stages'],
+    ['configs.base', 'configs.gan_small', 'configs.gan_papers'],
+    [f'configs.{name}' for name in NAMES],
+  ]
+  floors = {}
+  for floor, names in enumerate(order):
+    floors |= {name: floor for name in names if name not in floors}
+  for path in paths.values():
+    module = '.'.join(part for part in path.relative_to(ROOT).with_suffix('').parts if part != '__init__')
+    for target in imports(path):
+      assert target.split('.')[0] in ('configs', 'collections', 'types', 'typing', 'ml_collections'), module
+      assert target not in floors or floors[target] < floors[module], f'{module} imports {target}'
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('variant', ['', *SHARED])
+def test_a_section_exists_only_where_a_stage_uses_it(name, variant):
+  config = made(name, variant)
+  students_of = {'consistency', 'adversarial', 'matching'} & set(config.stages)
+  template = {'distill'} if students_of else set()  # of the student between a teacher of eps and theirs
+  assert sections(config) == {*config.stages, 'classifier', *template}
+  assert sections(get(name, variant)) == {*get(name, variant).stages, 'classifier'}
+  assert config.is_locked
+
+
+def test_the_sections_of_other_runs_networks_are_there():
+  """With a teacher or a VAE of another run the sections say how its networks are built."""
+  assert sections(made('digits', 'ddgan,distill')) == {'ddgan', 'distill', 'refiner', 'vae', 'classifier'}
+  assert sections(made('digits', 'unconditional,z')) == {'refiner', 'vae', 'classifier'}
+
+
+@pytest.mark.parametrize('variant', ['debug', 'bfloat16', 'debug,bfloat16'])
+@pytest.mark.parametrize(
+  'others', ['vq', 'z,distill', 'ddgan', 'adversarial,matching', 'latent_diffusion,light']
+)
+def test_debug_and_bfloat16_are_the_same_anywhere(variant, others):
+  first, last = made('celeba256', f'{variant},{others}'), made('celeba256', f'{others},{variant}')
+  for config in (first, last):
+    config.name = ''
+  assert first == last
+
+
+def test_bfloat16_reaches_every_network_but_those_that_stay():
+  config = get('digits', 'bfloat16,latent,light')
+  for stage in ('autoencoder', 'decoder', 'ddgan'):
+    assert config[stage].model.dtype == 'bfloat16'
+  assert config.ddgan.discriminator.dtype == 'bfloat16'
+  assert config.autoencoder.discriminator.dtype == config.classifier.model.dtype == 'float32'
+  config = get('digits', 'bfloat16,distill,adversarial')
+  assert config.refiner.model.dtype == config.distill_1.model.dtype == 'bfloat16'
+  assert config.adversarial.model.dtype == config.adversarial.discriminator.dtype == 'bfloat16'
+
+
+def test_variants_may_come_before_the_stage_that_they_are_about():
+  for variants in itertools.permutations(['small', 'idx', 'distill']):
+    config = made('fashion_mnist', ','.join(variants))
+    assert config.distill.train.num_steps == 150 and config.distill.train.batch_size == 32
+    assert config.vae.prior.kind == 'gmm' and config.refiner.diffusion.prediction == 'v'
+    assert config.evaluate.extractors == ('classifier',)
+
+
+@pytest.mark.parametrize(
+  ('others', 'stages'),
+  [
+    (('z',), ('autoencoder', 'vae', 'refiner')),
+    (('unconditional',), ('autoencoder', 'refiner')),
+    (('formulation2', 'guided'), ('autoencoder', 'vae', 'refiner')),
+    (('unconditional', 'light'), ('autoencoder', 'decoder', 'refiner')),
+    (('unconditional', 'consistency'), ('autoencoder', 'refiner', 'consistency')),
+    (('z', 'adversarial'), ('autoencoder', 'vae', 'refiner', 'adversarial')),
+    (('unconditional', 'matching', 'vq'), ('autoencoder', 'refiner', 'matching')),
+  ],
+)
+def test_latent_diffusion_goes_with_others_in_any_order(others, stages):
+  for variants in itertools.permutations(['latent_diffusion', *others]):
+    # `light` and `vq` are about the latents that there are; before any, they mean the denoising GAN's
+    before = variants[: variants.index('latent_diffusion')]
+    if 'light' in before or 'vq' in before:
+      continue
+    config = get('digits', ','.join(variants))
+    assert config.stages == stages, variants
+    assert all(config[stage].space == 'latent' for stage in stages if 'vae' in config[stage])
+  assert config.refiner.autoencoder.scaling == 'std' and config.refiner.sample.clip == 'static'
+
+
+def test_the_last_of_two_spaces_counts():
+  assert made('digits', 'latent_diffusion,wavelet_diffusion').stages == ('vae', 'refiner')
+  assert made('digits', 'wavelet_diffusion,latent_diffusion').refiner.space == 'latent'
+  assert made('digits', 'ddgan,latent_diffusion').stages == ('autoencoder', 'vae', 'refiner')
+  assert made('digits', 'latent_diffusion,ddgan').stages == ('ddgan',)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('variant', ['latent_diffusion', 'wavelet_diffusion', ''])
+@pytest.mark.parametrize('size', ['', ',debug'])
+def test_the_levels_of_the_u_net_fit_its_maps(name, variant, size):
+  config = made(name, variant + size)
+  side = config.data.image_size
+  if variant == 'latent_diffusion':
+    side >>= len(config.autoencoder.model.channel_multipliers) - 1
+  elif variant:
+    side >>= 1
+  model = config.refiner.model
+  sides = [side >> level for level in range(len(model.channel_multipliers))]
+  assert side % 2 ** (len(sides) - 1) == 0 and sides[-1] >= 2
+  assert model.attention_resolutions and set(model.attention_resolutions) <= set(sides)
+
+
+def test_numbers_of_classes():
+  known = {name: made(name).data.num_classes for name in NAMES}
+  assert known == {
+    **dict.fromkeys(NAMES, 0), 'digits': 10, 'fashion_mnist': 10, 'cifar10': 10, 'emoji64': 10, 'afhq256': 3,
+  }  # fmt: skip
+
+
+def test_variants_that_add_a_stage():
+  assert base.variants_with('distill') == ['distill'] and base.variants_with('refiner') == []
+  assert {'latent', 'latent_diffusion', 'vq'} <= set(base.variants_with('autoencoder'))
 
 
 @pytest.mark.parametrize('name', NAMES)

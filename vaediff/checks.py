@@ -35,22 +35,22 @@ def one_of(names: Collection[Any]) -> Bound:
   return Bound(lambda value: value in names, lambda field, value: f'{field} is {value!r}; valid: {shown}')
 
 
-def at_least(least: float) -> Bound:
+def at_least(least: int | float) -> Bound:
   """Returns the bound of a number >= `least`."""
   return _number(lambda value: value >= least, f'>= {least}')
 
 
-def above(least: float) -> Bound:
+def above(least: int | float) -> Bound:
   """Returns the bound of a number > `least`."""
   return _number(lambda value: value > least, f'> {least}')
 
 
-def between(least: float, most: float) -> Bound:
+def between(least: int | float, most: int | float) -> Bound:
   """Returns the bound of a number in [least, most]."""
   return _number(lambda value: least <= value <= most, f'in [{least}, {most}]')
 
 
-def below_one(least: float = 0) -> Bound:
+def below_one(least: int | float = 0) -> Bound:
   """Returns the bound of a number in [least, 1)."""
   return _number(lambda value: least <= value < 1, f'in [{least}, 1)')
 
@@ -60,7 +60,17 @@ def inside_or_at(least: float, most: float) -> Bound:
   return _number(lambda value: least < value <= most, f'in ({least}, {most}]')
 
 
-def inside(least: float, most: float) -> Bound:
+def zero_or_above(least: int | float) -> Bound:
+  """Returns the bound of a number that is 0, which turns something off, or > `least`."""
+  return _number(lambda value: value == 0 or value > least, f'0 (off) or above {least}')
+
+
+def seed() -> Bound:
+  """Returns the bound of what random numbers start from: a number in [0, 2^31)."""
+  return _number(lambda value: 0 <= value < 2**31, 'in [0, 2^31)')
+
+
+def inside(least: int | float, most: int | float) -> Bound:
   """Returns the bound of a number in (least, most)."""
   return _number(lambda value: least < value < most, f'in ({least}, {most})')
 

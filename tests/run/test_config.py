@@ -50,6 +50,13 @@ def test_variants_join_and_unknown_one_lists_the_valid_ones():
     ('refiner.train.num_steps', 0, r'config.refiner.train.num_steps must be >= 1, got 0'),
     ('vae.train.batch_size', -4, r'config.vae.train.batch_size must be >= 1, got -4'),
     ('interpolate.num_points', 1, r'config.interpolate.num_points must be >= 2, got 1'),
+    ('processes.silence_timeout_seconds', float('nan'), r'silence_timeout_seconds must be >= 0, got nan'),
+    ('refiner.sample.seed', 2**31, r'config.refiner.sample.seed must be in \[0, 2\^31\), got 2147483648'),
+    ('seed', -1, r'config.seed must be in \[0, 2\^31\), got -1'),
+    ('data.num_classes', -1, r'config.data.num_classes must be >= 0, got -1'),
+    ('vae.train.on_bad_step', 'go', r"config.vae.train.on_bad_step is 'go'; valid: stop, skip"),
+    ('refiner.train.spike_factor', 1.0, r'train.spike_factor must be 0 \(off\) or above 1, got 1.0'),
+    ('refiner.train.spike_factor', float('nan'), r'train.spike_factor must be 0 \(off\) or above 1, got nan'),
     ('stages', (), r'config.stages is empty'),
     ('stages', ('vae', 'vae'), r'names a stage twice'),
     ('stages', ('vae', 'gan'), r"names 'gan', which has no section"),
@@ -84,12 +91,38 @@ def test_a_run_goes_on_with_what_does_not_change_results_only(tmp_path):
   configs.check_same_run(now, stored, (), tmp_path)  # nothing trained yet: nothing to protect
 
 
+def test_every_schedule_of_any_optimizer_counts_the_steps(tmp_path):
+  """Patterns, so that a new stage's second optimizer is no exception."""
+  stored, now = digits('matching,debug'), digits('matching,debug')
+  for config in (stored, now):
+    config.matching.optim_fake.schedule = 'linear'
+  now.matching.train.num_steps = 100
+  with pytest.raises(UserError, match='config.matching.train.num_steps is 4 there, 100 now'):
+    configs.check_same_run(now, stored, ('matching',), tmp_path)
+  assert configs.changes_over_training({'optim_of_tomorrow.schedule': 'cosine'})
+  assert configs.changes_over_training({'loss.reconstruction': 'weighted_learning'})
+  assert not configs.changes_over_training({'optim.schedule': 'constant', 'diffusion.schedule': 'cosine'})
+
+
+def test_classes_may_become_known_but_not_others(tmp_path):
+  stored, now = digits(), digits()
+  stored.data.num_classes = 0
+  configs.check_same_run(now, stored, ('vae',), tmp_path)
+  stored.data.num_classes = 9
+  with pytest.raises(UserError, match='config.data.num_classes is 9 there, 10 now'):
+    configs.check_same_run(now, stored, ('vae',), tmp_path)
+
+
 MISTAKES = [
   (
     ['--config.refiner.optim.learning_rat=1'],
     'has no key \'learning_rat\'. Did you mean "learning_rate"',
   ),
   (['--config.vaee.optim.b1=1'], 'has no key \'vaee\'. Did you mean "vae"'),
+  (
+    ['--config.ddgan.model.channels=8'],
+    "no stage 'ddgan'; its stages are vae, refiner. Variants with it: ddgan, wavelet, latent, light",
+  ),
   (
     ['--config.refiner.optim.learning_rate=abc'],
     "learning_rate=abc: could not convert string to float: 'abc'",

@@ -1,8 +1,8 @@
 """Configs: load from the command line or from a run, check, store; and tell whether two runs are the same.
 
-A config is an `ml_collections.ConfigDict`; every key is declared in `configs/base.py`. Overrides read
-`--config.refiner.optim.learning_rate=1e-4`. A run stores its config as `config.json`, so `--workdir` alone
-is enough after training.
+A config is an `ml_collections.ConfigDict`; every key is declared in `configs/base.py` or, by experiment, in
+`configs/stages`. Overrides read `--config.refiner.optim.learning_rate=1e-4`. A run stores its config as
+`config.json`, so `--workdir` alone is enough after training.
 """
 
 import dataclasses
@@ -11,15 +11,19 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from vaediff import checks
 from vaediff.errors import UserError
+from vaediff.run import earlier
 
 FILE = 'config.json'
 STORED = pathlib.Path(__file__).with_name('stored_config.py')
@@ -33,27 +37,69 @@ MAY_CHANGE = (
   'train.grid_images',
   'train.eval_images',
   'train.keep_checkpoints',
-  'train.best_',
+  'train.best_*',
   'train.on_bad_step',
   'train.spike_factor',
   'train.profile_steps',
-  'sample.',
-  'prior.',
+  'sample.*',
+  'prior.*',
   'data_dir',
   'path',
   'num_threads',
   'prefetch',
   'materialize',
 )
-"""Fields of a stage or of `data` that may differ when a run goes on; all others would change its results.
-`train.num_steps` may only where nothing changes towards the last step."""
+"""Patterns of fields of a stage or of `data` that may differ when a run goes on; all others would change its
+results. `train.num_steps` may only where nothing changes towards the last step."""
 OVER_TRAINING = {
-  'optim.schedule': ('cosine', 'linear'),
-  'optim_discriminator.schedule': ('cosine', 'linear'),
-  'optim_fake.schedule': ('cosine', 'linear'),
+  'optim*.schedule': ('cosine', 'linear'),
   'loss.reconstruction': ('linear', 'weighted_learning'),
 }
-"""Fields of a stage, and their values, that depend on how far it is from its last step."""
+"""Patterns of fields of a stage, and their values, that depend on how far it is from its last step."""
+UNKNOWN = {'num_classes': 0}
+"""Fields of `data` with the value that says: not known. It may become known when a run goes on."""
+BOUNDS = {
+  'data.image_size': checks.at_least(1),
+  'data.channels': checks.at_least(1),
+  'data.num_classes': checks.at_least(0),
+  'data.crop_size': checks.at_least(0),
+  'data.num_threads': checks.at_least(0),
+  'data.prefetch': checks.at_least(1),
+  'processes.join_timeout_seconds': checks.at_least(1),
+  'processes.heartbeat_timeout_seconds': checks.at_least(1),
+  'processes.silence_timeout_seconds': checks.at_least(0),
+  'seed': checks.seed(),
+  'reconstruct.num_images': checks.at_least(1),
+  'interpolate.num_encoded': checks.at_least(4),
+  'interpolate.num_points': checks.at_least(2),
+  'interpolate.num_rows': checks.at_least(1),
+  'restore.num_images': checks.at_least(1),
+  'benchmark.num_repeats': checks.at_least(1),
+  'benchmark.sample_batch_size': checks.at_least(1),
+  'benchmark.num_warmups': checks.at_least(1),
+  'benchmark.num_sample_repeats': checks.at_least(1),
+}
+"""Of every config."""
+STAGE_BOUNDS = {
+  'train.num_steps': checks.at_least(1),
+  'train.batch_size': checks.at_least(1),
+  'train.microbatches': checks.at_least(1),
+  'train.log_every_steps': checks.at_least(1),
+  'train.save_every_steps': checks.at_least(1),
+  'train.eval_every_steps': checks.at_least(1),
+  'train.grid_every_steps': checks.at_least(0),
+  'train.grid_images': checks.at_least(1),
+  'train.eval_images': checks.at_least(0),
+  'train.keep_checkpoints': checks.at_least(1),
+  'train.on_bad_step': checks.one_of(('stop', 'skip')),
+  'train.spike_factor': checks.zero_or_above(1),
+  'train.best_every_steps': checks.at_least(1),
+  'train.best_images': checks.at_least(1),
+  'sample.num_images': checks.at_least(1),
+  'sample.batch_size': checks.at_least(1),
+  'sample.seed': checks.seed(),
+}
+"""Of every stage; those of one experiment are its own (`experiments.build`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +122,22 @@ def complete_argv(argv: list[str]) -> list[str]:
 
   Also lets config files import their neighbours (`from configs import base`) from any working directory.
   """
-  given = [arg.split('=', 1)[1] for arg in argv if arg.startswith('--config=')]
-  for index, arg in enumerate(argv[:-1]):
-    if arg == '--config':
-      given.append(argv[index + 1])
+  given = _given(argv, 'config')
   if given:
     root = str(pathlib.Path(given[-1].split(':')[0]).resolve().parent.parent)
     if root not in sys.path:
       sys.path.insert(0, root)
     return argv
-  workdirs = [arg.split('=', 1)[1] for arg in argv if arg.startswith('--workdir=')]
-  for index, arg in enumerate(argv[:-1]):
-    if arg == '--workdir':
-      workdirs.append(argv[index + 1])
+  workdirs = _given(argv, 'workdir')
   if not workdirs:
     return argv
   return [argv[0], f'--config={STORED}:{workdirs[-1]}', *argv[1:]]
+
+
+def _given(argv: list[str], flag: str) -> list[str]:
+  """Returns the values of `--flag=value` and of `--flag value`."""
+  after = [value for arg, value in zip(argv, argv[1:], strict=False) if arg == f'--{flag}']
+  return [arg.split('=', 1)[1] for arg in argv if arg.startswith(f'--{flag}=')] + after
 
 
 def stored_file(argv: list[str]) -> pathlib.Path | None:
@@ -110,7 +156,7 @@ def missing_key(error: AttributeError | KeyError, argv: list[str]) -> UserError 
     return None
   return UserError(
     f'the stored config {stored} has no key {_key_of(error)!r}: the run is of an earlier version. Add the '
-    'key to that file, in the section and with the default that configs/base.py gives it, or pass '
+    'key to that file, in the section and with the default that it has in configs, or pass '
     '--config=configs/<name>.py'
   )
 
@@ -143,10 +189,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     argument = next((arg for arg in argv if name in arg), name)
     near = re.search(r'Did you mean "\w+"', str(error.args[0]))
     hint = f'{near.group()}? ' if near else ''
+    hint = (argument.startswith(f'--config.{name}.') and _no_such_stage(name, argv)) or hint
     stored = stored_file(argv)
     newer = f'. A run of an earlier version lacks newer keys: add them to {stored}' if stored else ''
     raise UserError(
-      f'{argument}: the config has no key {name!r}. {hint}Keys are declared in configs/base.py{newer}'
+      f'{argument}: the config has no key {name!r}. {hint}Keys are declared in configs/base.py and, by '
+      f'experiment, in configs/stages{newer}'
     ) from error
   except OSError as error:
     raise UserError(
@@ -155,8 +203,20 @@ def parse_flags(argv: list[str]) -> list[str]:
     ) from error
 
 
+def _no_such_stage(name: str, argv: list[str]) -> str:
+  """Returns what to do about a stage that runs can have and this one has not; '' for what is no stage."""
+  files = sys.modules.get('configs.base')  # imported by the config file that is asked for, never from here
+  if files is None or name not in files.known.BY_NAME:
+    return ''
+  variants = files.variants_with(name)
+  others = f' Variants with it: {", ".join(variants)}.' if variants else ''
+  path, _, variant = _given(argv, 'config')[-1].partition(':')
+  stages = ', '.join(runpy.run_path(path)['get_config'](variant).stages)
+  return f'This run has no stage {name!r}; its stages are {stages}.{others} '
+
+
 def read(workdir: str | os.PathLike[str]) -> ConfigDict:
-  """Returns the config stored in a run.
+  """Returns the config stored in a run, by this version or an earlier one.
 
   Raises:
     UserError: when there is none, or it is not valid JSON.
@@ -166,7 +226,7 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
     stored = from_json(path.read_text(encoding='utf-8'))
     if 'stages' not in stored or 'data' not in stored:
       raise ValueError('it has no stages or no data section')
-    return stored
+    return ConfigDict(earlier.upgrade(stored.to_dict())).lock()
   except FileNotFoundError as error:
     raise UserError(
       f'{path} does not exist: give --config, or the --workdir of a run that was started'
@@ -223,47 +283,12 @@ def validate(config: ConfigDict) -> None:
     raise UserError('config.stages is empty; name at least one stage')
   if len(set(config.stages)) != len(config.stages):
     raise UserError(f'config.stages names a stage twice: {config.stages}')
-  data = config.data
-  for field, least in (
-    ('image_size', 1),
-    ('channels', 1),
-    ('crop_size', 0),
-    ('num_threads', 0),
-    ('prefetch', 1),
-  ):
-    _at_least(f'data.{field}', data[field], least)
   for stage in config.stages:
     if stage not in config:
       raise UserError(f'config.stages names {stage!r}, which has no section in the config')
-    section = config[stage]
-    for field in (
-      'num_steps',
-      'batch_size',
-      'log_every_steps',
-      'save_every_steps',
-      'eval_every_steps',
-      'best_every_steps',
-      'best_images',
-    ):
-      _at_least(f'{stage}.train.{field}', section.train[field], 1)
-    for field in ('keep_checkpoints', 'grid_images', 'microbatches'):
-      _at_least(f'{stage}.train.{field}', section.train[field], 1)
-    for field in ('grid_every_steps', 'eval_images'):
-      _at_least(f'{stage}.train.{field}', section.train[field], 0)
-    for field in ('num_images', 'batch_size'):
-      _at_least(f'{stage}.sample.{field}', section.sample[field], 1)
-    _seed(f'{stage}.sample.seed', section.sample.seed)
-  for field in ('join_timeout_seconds', 'heartbeat_timeout_seconds'):
-    _at_least(f'processes.{field}', config.processes[field], 1)
-  _at_least('processes.silence_timeout_seconds', config.processes.silence_timeout_seconds, 0)
-  _at_least('reconstruct.num_images', config.reconstruct.num_images, 1)
-  _seed('seed', config.seed)
-  _at_least('interpolate.num_encoded', config.interpolate.num_encoded, 4)
-  _at_least('interpolate.num_points', config.interpolate.num_points, 2)
-  _at_least('interpolate.num_rows', config.interpolate.num_rows, 1)
-  _at_least('restore.num_images', config.restore.num_images, 1)
-  for field in ('num_repeats', 'sample_batch_size', 'num_warmups', 'num_sample_repeats'):
-    _at_least(f'benchmark.{field}', config.benchmark[field], 1)
+  checks.check(config, BOUNDS, 'config.')
+  for stage in config.stages:
+    checks.check(config[stage], STAGE_BOUNDS, f'config.{stage}.')
 
 
 def check_same_run(
@@ -290,7 +315,9 @@ def check_same_run(
     before, now = dict(_flatten(stored[section])), dict(_flatten(config[section]))
     for field in sorted(before.keys() | now.keys()):
       fixed_length = field == 'train.num_steps' and changes_over_training(now)
-      if before.get(field) == now.get(field) or (field.startswith(MAY_CHANGE) and not fixed_length):
+      may_change = any(fnmatchcase(field, pattern) for pattern in MAY_CHANGE) and not fixed_length
+      known_now = field in UNKNOWN and before.get(field) == UNKNOWN[field]
+      if before.get(field) == now.get(field) or may_change or known_now:
         continue
       problems.append((f'{name}.{field}', before.get(field), now.get(field)))
   if problems:
@@ -304,7 +331,12 @@ def check_same_run(
 
 def changes_over_training(section: dict[str, Any]) -> bool:
   """Returns whether the length of training changes its steps; fields as 'optim.schedule'."""
-  return any(section[field] in values for field, values in OVER_TRAINING.items() if field in section)
+  return any(
+    value in values
+    for field, value in section.items()
+    for pattern, values in OVER_TRAINING.items()
+    if fnmatchcase(field, pattern)
+  )
 
 
 def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -313,13 +345,3 @@ def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield from _flatten(value, f'{prefix}{name}.')
     else:
       yield f'{prefix}{name}', value
-
-
-def _at_least(field: str, value: int | float, least: int) -> None:
-  if value < least:
-    raise UserError(f'config.{field} must be >= {least}, got {value}')
-
-
-def _seed(field: str, value: int) -> None:
-  if not 0 <= value < 2**31:
-    raise UserError(f'config.{field} must be in [0, 2^31), got {value}')

@@ -1,11 +1,13 @@
-"""Stages with a teacher, made whole: a student's network is its teacher's, and the config names only that.
+"""Stages with a teacher, made whole: a student is its teacher's section, and the config says what differs.
 
-`resolve` is called once the config is complete, overrides included. It gives every such stage the sections
-`vae`, `model`, `diffusion` and `sample` of its teacher with what distillation changes, turns a stage of
-progressive distillation into one stage for each halving, such as `distill_256`, ..., `distill_1`, and puts a
-student that predicts v between a teacher that predicts eps and its own.
+`resolve` is called once the config is complete, overrides included. It lays the section of every such stage
+over a copy of its teacher's, turns a stage of progressive distillation into one stage for each halving, such
+as `distill_256`, ..., `distill_1`, and puts a student that predicts v between a teacher that predicts eps and
+its own.
 """
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,29 +16,36 @@ from vaediff.errors import UserError
 
 MATCHED = {False: 'v', True: 'guided'}
 """What is appended to the name of the stage before the others, without and with guidance."""
+OWN_TRAINING = ('experiment', 'optim*', 'train', 'loss')
+"""Patterns of what a student does not take over of the first teacher's section: how that was trained."""
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
   """Returns the config, changed in place: its `stages` are all trainable. Changes nothing the second time.
 
   Raises:
-    UserError: when a teacher is missing, or `from_steps` cannot be halved to `to_steps`.
+    UserError: when a teacher is missing or no diffusion, or `from_steps` cannot be halved to `to_steps`.
   """
-  stages, expanded = [], []
+  stages = []
   with config.unlocked():
     for stage in config.stages:
       section = config[stage] if stage in config else None
-      if not isinstance(section, ConfigDict) or 'teacher' not in section or 'model' in section:
+      if not isinstance(section, ConfigDict) or not _is_template(section):
         stages.append(stage)
       elif 'from_steps' in section:
         stages += _halvings(config, stage)
-        expanded.append(stage)
       else:
         stages += _one_student(config, stage)
     config.stages = tuple(stages)
-    for stage in expanded:
-      del config[stage]  # an override would change nothing any more
+    for name in [name for name, value in config.items() if isinstance(value, ConfigDict)]:
+      if _is_template(config[name]):
+        del config[name]  # an override would change nothing any more
   return config
+
+
+def _is_template(section: ConfigDict) -> bool:
+  """Returns whether it says how a student is made, and is none yet."""
+  return 'teacher' in section and 'model' not in section
 
 
 def _halvings(config: ConfigDict, stage: str) -> list[str]:
@@ -94,6 +103,11 @@ def _one_student(config: ConfigDict, stage: str) -> list[str]:
   names = [stage]
   section = config[stage].to_dict()
   if _teacher(config, stage).diffusion.prediction == 'eps':
+    if 'distill' not in config:
+      raise UserError(
+        f'config.{stage}.teacher.stage is {section["teacher"]["stage"]!r}, which predicts eps and is first '
+        'distilled into a student that predicts v: that takes the section distill, of the variant distill'
+      )
     name = f'{stage}_v'
     _add(config, name, config.distill, section['teacher'], num_steps=0, guided=False)
     section['teacher'] = {'stage': name, 'workdir': ''}
@@ -106,27 +120,61 @@ def _one_student(config: ConfigDict, stage: str) -> list[str]:
 def _teacher(config: ConfigDict, stage: str) -> ConfigDict:
   """Returns the section of a stage's teacher."""
   name = config[stage].teacher.stage
-  if name not in config or 'diffusion' not in config[name] or 'model' not in config[name]:
+  valid = [key for key, value in config.items() if isinstance(value, ConfigDict) and _is_diffusion(value)]
+  if name not in valid:
     raise UserError(
-      f'config.{stage}.teacher.stage is {name!r}, which is no stage before it with a diffusion network'
+      f'config.{stage}.teacher.stage is {name!r}, which is no stage before it with a diffusion network; '
+      f'valid: {", ".join(valid) or "none in this run"}'
     )
   return config[name]
 
 
+def _is_diffusion(section: ConfigDict) -> bool:
+  """Returns whether the stage is denoised step by step; a denoising GAN predicts nothing of the kind."""
+  return 'model' in section and 'diffusion' in section and 'prediction' in section.diffusion
+
+
+def _first_teacher(config: ConfigDict, stage: str) -> ConfigDict:
+  """Returns the section that the chain of teachers begins with: it has no fields of students."""
+  section = config[stage]
+  while 'teacher' in section:
+    section = config[section.teacher.stage]
+  return section
+
+
 def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps: int) -> ConfigDict:
-  """Returns the section with the teacher's network and sampling, but for what distillation changes."""
+  """Returns the section laid over its teacher's, with what distillation changes."""
   teacher = _teacher(config, stage).to_dict()
-  vae = dict(teacher['vae'])
-  vae['workdir'] = vae['workdir'] or section['teacher']['workdir']
+  workdir = section['teacher']['workdir']
+  taken = {
+    field: _read_from(workdir, teacher[field])
+    for field in _first_teacher(config, stage)
+    if not any(fnmatchcase(field, pattern) for pattern in OWN_TRAINING)
+  }
   # a teacher that reads the weight has one to be sampled with; that of another is distilled into the student
   weight = teacher['sample']['guidance_weight'] if teacher['model']['guidance_embedding'] else 0.0
-  sampling = {'sampler': 'ddim', 'grid': 'uniform', 'eta': 0.0, 'guidance_weight': weight, 't_start': 1.0}
-  return ConfigDict(
-    {
-      **section,
-      'vae': vae,
-      'model': {**teacher['model'], 'dropout': 0.0},
-      'diffusion': {**teacher['diffusion'], **section['diffusion']},
-      'sample': {**teacher['sample'], **sampling, **section['sample'], 'num_steps': num_steps},
-    }
-  )
+  taken['model']['dropout'] = 0.0
+  taken['sample'] |= {
+    'sampler': 'ddim',
+    'grid': 'uniform',
+    'eta': 0.0,
+    'guidance_weight': weight,
+    'guidance': (),
+    't_start': 1.0,
+  }
+  section['sample'] = {**section['sample'], 'num_steps': num_steps}
+  over = {
+    field: {**taken[field], **value} if field in taken and isinstance(value, dict) else value
+    for field, value in section.items()
+  }
+  return ConfigDict({**taken, **over})
+
+
+def _read_from(workdir: str, value: Any) -> Any:
+  """Returns a copy of what a teacher of another run has; stages that it names are stages of that run."""
+  if not isinstance(value, Mapping):
+    return value
+  copy = {name: _read_from(workdir, item) for name, item in value.items()}
+  if {'stage', 'workdir'} <= copy.keys():
+    copy['workdir'] = copy['workdir'] or workdir
+  return copy

@@ -1,0 +1,31 @@
+"""One file per experiment: its section with every key, its debug size, and the variants that are about it."""
+
+from configs.stages import (
+  adversarial_distillation,
+  autoencoder,
+  classifier,
+  consistency,
+  ddgan,
+  diffusion,
+  distribution_matching,
+  light_decoder,
+  progressive,
+  vae,
+)
+
+BY_NAME = {
+  'vae': vae,
+  'refiner': diffusion,
+  'autoencoder': autoencoder,
+  'decoder': light_decoder,
+  'ddgan': ddgan,
+  'distill': progressive,
+  'consistency': consistency,
+  'adversarial': adversarial_distillation,
+  'matching': distribution_matching,
+}
+"""The file of each stage; names are those of `config.stages`."""
+VARIANTS = {
+  name: variant for module in (*BY_NAME.values(), classifier) for name, variant in module.VARIANTS.items()
+}
+"""Those that every config shares, but for `bfloat16` and `debug`."""

@@ -1,0 +1,204 @@
+"""The diffusion U-Net: stage 2 of DiffuseVAE (arXiv:2201.00308), in any space, on any conditions."""
+
+from ml_collections import ConfigDict
+
+from configs import parts
+from configs.run import Run
+
+
+def section() -> ConfigDict:
+  """The refiner of a VAE's image, with DiffuseVAE's common settings."""
+  config = ConfigDict()
+  config.experiment = 'diffusion'
+  config.space = 'pixel'  # where it is diffused: 'pixel' | 'wavelet' | 'latent'
+  config.autoencoder = ConfigDict(
+    {
+      'stage': 'autoencoder',  # space = latent: the frozen autoencoder, this stage ...
+      'workdir': '',  # ... of this other run; '' = this run
+      'scaling': 'std',  # 'std' | 'max' | 'tanh': see vaediff/spaces/latents.py
+      'posterior': 'sample',  # of a KL bottleneck: 'sample' | 'mean'
+      'decoder_stage': '',  # the stage of a light decoder to sample with; '' = the autoencoder's own
+    }
+  )
+  config.vae = ConfigDict(
+    {
+      'stage': 'vae',  # the frozen VAE: this stage ...
+      'workdir': '',  # ... of this other run; '' = this run
+    }
+  )
+  config.conditions = ConfigDict()  # further ones, by name: a section each
+  config.model = _unet()
+  config.diffusion = ConfigDict(
+    {
+      'schedule': 'linear',  # 'linear' (betas 1e-4 .. 0.02, 1000 steps) | 'cosine'
+      'prediction': 'eps',  # 'eps' | 'x0' | 'v'
+      'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
+      'condition': 'formulation1',  # 'none' | 'formulation1' | 'formulation2'
+      'z_conditioning': False,
+      'condition_dropout': 0.0,  # probability, per example, of the learned null condition
+      'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
+    }
+  )
+  config.optim = parts.optim(2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999)
+  config.train = parts.train(500_000, 128)
+  config.sample = parts.sample(
+    sampler='ddim',  # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m' | for students 'renoise' | 'there_and_back'
+    num_steps=50,
+    grid='uniform',  # of times: 'uniform' | 'quadratic' | 'karras'
+    eta=0.0,  # ddim: 0 = deterministic, 1 = ancestral
+    variance='large',  # ddpm: 'small' | 'large'
+    temperature=1.0,  # standard deviation of the starting noise
+    guidance_weight=0.0,  # classifier-free guidance, all conditions dropped; 0 = conditional network only
+    guidance=(),  # ((condition, weight), ...): each one more term, that condition alone dropped
+    t_start=1.0,  # below 1: start from x0_vae noised to this time
+    clip='static',  # of x0_hat: 'static' to the space's bound | 'dynamic' | 'none'
+    threshold_percentile=99.5,  # dynamic thresholding, in percent
+    with_vae=True,  # show the VAE sample beside each refined one
+  )
+  return config
+
+
+def _unet() -> ConfigDict:
+  return ConfigDict(
+    {
+      'variant': 'openai',  # 'openai' | 'ddim'
+      'channels': 128,
+      'channel_multipliers': (1, 2, 2, 2),
+      'num_res_blocks': 2,
+      'attention_resolutions': (16,),  # in pixels of the space's maps
+      'num_heads': 8,
+      'dropout': 0.1,
+      'scale_shift_norm': False,
+      'guidance_embedding': False,  # the guidance weight is an input: students of guided teachers
+      'remat': False,  # recompute activations in the backward pass
+      'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
+    }
+  )
+
+
+def debug(stage: ConfigDict, image_size: int) -> None:
+  stage.model.update(
+    {
+      'channels': 8,
+      'channel_multipliers': (1, 2),
+      'num_res_blocks': 1,
+      'attention_resolutions': (image_size // 2,),  # occurs in all three spaces
+      'num_heads': 2,
+    }
+  )
+  stage.sample.num_steps = 4
+  stage.optim.warmup_steps = 2
+
+
+def reads(stage: ConfigDict) -> tuple[str, ...]:
+  """The stages whose sections it needs."""
+  needed = (stage.vae.stage,) if _reads_vae(stage) else ()
+  if stage.space == 'latent':
+    needed += tuple(filter(None, (stage.autoencoder.stage, stage.autoencoder.decoder_stage)))
+  return needed
+
+
+def _reads_vae(stage: ConfigDict) -> bool:
+  return stage.diffusion.condition != 'none' or stage.diffusion.z_conditioning
+
+
+def arrange(run: Run, *, vae: bool) -> None:
+  """Makes the run the refiner's: before it what its space reads, and a VAE or none; after it its students."""
+  students = tuple(stage for stage in run.config.stages if 'teacher' in run.section(stage))
+  refiner = run.section('refiner')
+  before = ()
+  if refiner.space == 'latent':
+    before = tuple(filter(None, ('autoencoder', refiner.autoencoder.decoder_stage)))
+  run.only(*before, *(('vae',) if vae else ()), 'refiner', *students)
+
+
+def add_student(run: Run, stage: str) -> ConfigDict:
+  """Appends a stage that sees the images as the refiner does; returns its section."""
+  student, refiner = run.add(stage), run.section('refiner')
+  for field in ('batch_size', 'microbatches', 'flip'):
+    student.train[field] = refiner.train[field]
+  return student
+
+
+def fit(run: Run) -> None:
+  """Of the U-Net's levels keeps those down to 4 pixels, and attention where there are maps of its sides."""
+  if 'refiner' not in run.config.stages:
+    return
+  refiner, side = run.section('refiner'), run.config.data.image_size
+  if refiner.space == 'latent':
+    side //= 2 ** (len(run.section('autoencoder').model.channel_multipliers) - 1)
+    if _reads_vae(refiner) and 'vae' not in run.config.stages:
+      arrange(run, vae=True)
+  elif refiner.space == 'wavelet':
+    side //= 2
+  model = refiner.model
+  halvings = range(len(model.channel_multipliers))
+  sides = [side >> level for level in halvings if level < 2 or side >> level >= 4]
+  model.channel_multipliers = model.channel_multipliers[: len(sides)]
+  if model.attention_resolutions:
+    kept = tuple(wanted for wanted in model.attention_resolutions if wanted in sides)
+    model.attention_resolutions = kept or (max(size for size in sides if size <= 16),)
+
+
+# Variants ------------------------------------------------------------------------------------------
+
+
+def unconditional(run: Run) -> None:
+  """The DDPM baseline: no VAE."""
+  run.section('refiner').diffusion.update({'condition': 'none', 'z_conditioning': False})
+  arrange(run, vae=False)
+
+
+def formulation1(run: Run) -> None:
+  run.edit('refiner', lambda refiner: refiner.diffusion.update({'condition': 'formulation1'}))
+
+
+def formulation2(run: Run) -> None:
+  run.edit('refiner', lambda refiner: refiner.diffusion.update({'condition': 'formulation2'}))
+
+
+def _z(refiner: ConfigDict) -> None:
+  refiner.diffusion.z_conditioning = True
+  refiner.model.scale_shift_norm = True
+
+
+def z(run: Run) -> None:
+  """The U-Net also reads the latent code, with scale-shift normalisation as in the official code."""
+  run.edit('refiner', _z)
+
+
+def _guided(refiner: ConfigDict) -> None:
+  refiner.diffusion.condition_dropout = 0.1
+  refiner.sample.guidance_weight = 0.5
+
+
+def guided(run: Run) -> None:
+  """Trained with condition dropout, sampled with classifier-free guidance."""
+  run.edit('refiner', _guided)
+
+
+def latent_diffusion(run: Run) -> None:
+  """Diffusion in the latents of an autoencoder, scaled to unit deviation, on what the refiner reads."""
+  refiner = run.section('refiner')
+  refiner.space = 'latent'
+  arrange(run, vae=_reads_vae(refiner))
+  run.at_end(fit)
+
+
+def wavelet_diffusion(run: Run) -> None:
+  """Diffusion of the Haar wavelets: maps of half the side and four times the channels."""
+  refiner = run.section('refiner')
+  refiner.space = 'wavelet'
+  arrange(run, vae=_reads_vae(refiner))
+  run.at_end(fit)
+
+
+VARIANTS = {
+  'unconditional': unconditional,
+  'formulation1': formulation1,
+  'formulation2': formulation2,
+  'z': z,
+  'guided': guided,
+  'latent_diffusion': latent_diffusion,
+  'wavelet_diffusion': wavelet_diffusion,
+}

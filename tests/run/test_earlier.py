@@ -1,0 +1,69 @@
+"""Configs that an earlier version stored: the files in `earlier` are its own, of configs/digits.py."""
+
+import importlib
+import json
+import pathlib
+import shutil
+import sys
+
+import pytest
+
+from vaediff.run import config as configs
+from vaediff.run import earlier, students
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+
+def now(variant):
+  config = importlib.import_module('configs.digits').get_config(f'{variant},debug')
+  return students.resolve(config)
+
+
+@pytest.fixture(params=['distill', 'adversarial_refiner'])
+def run(request, tmp_path):
+  """Variant and folder of a run of the earlier version."""
+  shutil.copy(HERE / 'earlier' / f'{request.param}.json', tmp_path / 'config.json')
+  return request.param, tmp_path
+
+
+def test_an_earlier_config_is_read_as_one_of_today(run):
+  variant, workdir = run
+  read, expected = configs.read(workdir), now(variant)
+  assert read.data.num_classes == 0  # it was not said
+  with expected.unlocked():
+    expected.data.num_classes = 0
+  assert read == expected
+  assert read.is_locked
+
+
+def test_an_earlier_run_goes_on_with_the_config_file_of_today(run):
+  variant, workdir = run
+  config = now(variant)
+  configs.check_same_run(config, configs.read(workdir), tuple(config.stages), workdir)
+
+
+def test_what_is_read_and_stored_is_read_again(run):
+  _, workdir = run
+  config = configs.read(workdir)
+  configs.save(config, workdir)
+  assert configs.read(workdir) == config
+
+
+def old(variant):
+  return json.loads((HERE / 'earlier' / f'{variant}.json').read_text())
+
+
+def test_sections_that_the_stages_read_are_kept():
+  config = old('adversarial_refiner')
+  config['stages'] = ['ddgan']  # on the VAE of another run
+  assert {'vae', 'ddgan'} <= earlier.upgrade(config).keys()
+  assert not {'refiner', 'autoencoder', 'decoder', 'distill'} & config.keys()
+  config = old('adversarial_refiner')
+  config['stages'], config['ddgan']['space'] = ['ddgan'], 'latent'
+  config['ddgan']['condition'], config['ddgan']['autoencoder']['decoder_stage'] = 'none', 'decoder'
+  assert {'autoencoder', 'decoder', 'ddgan'} <= earlier.upgrade(config).keys()
+  assert 'vae' not in config
+  config = old('adversarial_refiner')
+  config['stages'], config['refiner']['diffusion']['condition'] = ['refiner'], 'none'
+  assert 'vae' not in earlier.upgrade(config)

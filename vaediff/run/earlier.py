@@ -1,0 +1,77 @@
+"""Configs that earlier versions stored, read as this one: other names, new keys with the value of before."""
+
+from collections.abc import Iterator
+from typing import Any
+
+AUTOENCODER = {
+  'stage': 'autoencoder',
+  'workdir': '',
+  'scaling': 'std',
+  'posterior': 'sample',
+  'decoder_stage': '',
+}
+"""What a diffusion in pixels says of latents: nothing reads it."""
+
+
+def upgrade(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config of a run of any version with this version's keys, changed in place.
+
+  Once every config had the sections of all stages, the refiner's experiment had that name, and a denoising
+  GAN had other words for its condition.
+  """
+  if 'num_classes' in config['data']:
+    return config
+  config['data']['num_classes'] = 0  # unknown: such a run reads no label
+  used = set(_used(config))
+  for name in list(config):
+    if _is_stage(config[name]) and name not in used:
+      del config[name]
+  for section in filter(_is_stage, config.values()):
+    if section['experiment'] == 'refiner':
+      section['experiment'] = 'diffusion'
+    if section['experiment'] == 'ddgan':
+      _upgrade_gan(section)
+    elif 'diffusion' in section and 'schedule' in section['diffusion']:  # a refiner or a student of one
+      section |= {'space': 'pixel', 'conditions': {}, 'autoencoder': dict(AUTOENCODER)}
+      section['sample']['guidance'] = ()
+  return config
+
+
+def _upgrade_gan(section: dict[str, Any]) -> None:
+  """The condition is named as a refiner's is, in the same place."""
+  if 'condition' in section:
+    before = section.pop('condition')
+    section['diffusion'] |= {
+      'condition': 'formulation1' if before == 'x0_vae' else before,
+      'x0_vae_source': section['vae'].pop('x0_vae_source'),
+    }
+  section['conditions'] = {}
+
+
+def _is_stage(section: Any) -> bool:
+  return isinstance(section, dict) and 'experiment' in section
+
+
+def _used(config: dict[str, Any]) -> Iterator[str]:
+  """Yields the stages of the run, those that they read, and so on; and the classifier of the evaluation."""
+  waiting, seen = ['classifier', *config['stages']], set()
+  while waiting:
+    name = waiting.pop()
+    if name in seen or name not in config:
+      continue
+    seen.add(name)
+    yield name
+    waiting += _reads(config[name])
+
+
+def _reads(section: dict[str, Any]) -> Iterator[str]:
+  """Yields the stages whose sections one needs; with the keys of before."""
+  conditioned = {**section, **section['diffusion']} if 'diffusion' in section else {}
+  unread = set()
+  if 'condition' in conditioned and conditioned['condition'] == 'none':
+    unread = set() if 'z_conditioning' in conditioned and conditioned['z_conditioning'] else {'vae'}
+  if 'space' in section and section['space'] != 'latent':
+    unread.add('autoencoder')
+  for name, part in section.items():
+    if name not in unread and isinstance(part, dict) and {'stage', 'workdir'} <= part.keys():
+      yield from (part[field] for field in ('stage', 'decoder_stage') if field in part)
