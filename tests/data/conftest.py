@@ -18,6 +18,7 @@ def make_data(tmp_path):
         'eval_split': 'test',
         'image_size': 8,
         'channels': 3,
+        'num_classes': 0,
         'crop': 'none',
         'crop_size': 0,
         'resize': 'none',

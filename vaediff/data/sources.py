@@ -129,6 +129,17 @@ def open_source(
     UserError: a field has no such value; or files are missing (the message says how to get them),
       broken, or do not fit the settings.
   """
+  source = _open(data, split, log)
+  if 0 < data.num_classes < source.num_classes:
+    raise UserError(
+      f'data.num_classes is {data.num_classes}, but the labels of these images are of {source.num_classes} '
+      f'classes; set it to {source.num_classes}, or to 0 where no label is read'
+    )
+  return source
+
+
+def _open(data: ml_collections.ConfigDict, split: str, log: Callable[[str], None]) -> Source:
+  """Does what `open_source` says, but for the number of classes."""
   _check(data)
   if split not in SPLITS:
     raise ValueError(f'{split=} must be one of {SPLITS}')
