@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from vaediff import reads
+from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm
-from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read
+from vaediff.spaces import Space
+from vaediff.types import Batch, Given, Image, Keys, LatentMap, Metrics, Params, Read
 
 
 @flax.struct.dataclass
@@ -171,6 +173,73 @@ class Experiment(abc.ABC):
   def columns(self) -> Columns:
     """Returns what tells its rows in a table of several runs apart."""
     raise UserError('this stage draws in no steps')
+
+
+class InSpace(Experiment):
+  """An experiment whose samples are made as maps of a space, and then decoded.
+
+  Attributes:
+    space: of the maps.
+    conditions: what they are made on; `complete` fills in what follows from what is given.
+  """
+
+  space: Space
+  conditions: Conditions
+
+  @property
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What the conditions can be given, and the noise at the start."""
+    return {**self.conditions.inputs, NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
+
+  @property
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """What the space and the conditions read."""
+    return {**self.space.frozen, **self.conditions.frozen}
+
+  @property
+  def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What the conditions observe once."""
+    return self.conditions.stored
+
+  @property
+  def titles(self) -> Mapping[str, str]:
+    """Of what is shown before a sample; the sample then is 'refined'."""
+    before = self.conditions.titles
+    return {**before, 'x0': 'refined'} if before else {}
+
+  @property
+  def num_groups(self) -> int:
+    """Of the conditions."""
+    return self.conditions.num_groups
+
+  @property
+  def reconstructs(self) -> bool:
+    """Whether a condition does."""
+    return self.conditions.reconstructs
+
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
+    """Returns what the conditions see of each image."""
+    return self.conditions.observe(read, batch, x, key)
+
+  def store(self, read: Read, batch: Batch, x: Image) -> Given:
+    """Returns what the conditions have stored of each image."""
+    seen = self.conditions.complete(read, self.conditions.observe(read, batch, x, None))
+    return {name: seen[name] for name in self.stored}
+
+  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what the conditions draw, and the noise at the start, of unit variance."""
+    key_given, key_noise, _ = sampling_keys(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(key_noise)
+    return {**self.conditions.draw(read, key_given, indices), NOISE: noise}
+
+  @abc.abstractmethod
+  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+    """Returns maps of the space, made of a complete `given`; map i depends on row i alone."""
+
+  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+    """Returns what the conditions show, and {'x0': images in [-1, 1]}; see `Experiment.sample`."""
+    given = self.conditions.complete(read, given)
+    return {**self.conditions.shown(given), **self.space.decode(read, self.maps(read, given, keys))}
 
 
 def sampling_keys(keys: Keys) -> tuple[Keys, Keys, Keys]:

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import checks, reads
+from vaediff import checks
 from vaediff.conditions.base import Conditions
 from vaediff.conditions.vae import vae_condition
 from vaediff.data import pixels
@@ -39,7 +39,7 @@ from vaediff.models.wavelet_ncsnpp import WaveletNcsnPlusPlus
 from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.spaces import make_space
 from vaediff.spaces.base import Space
-from vaediff.types import Batch, Given, Image, Keys, Latent, LatentMap, Metrics, Params, Read, Time
+from vaediff.types import Batch, Given, Keys, Latent, LatentMap, Metrics, Params, Read, Time
 
 GENERATORS = ('ncsnpp', 'wavelet_ncsnpp', 'uvit')
 REGULARISED = 'r1'
@@ -54,7 +54,7 @@ BOUNDS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ddgan(base.Experiment):
+class Ddgan(base.InSpace):
   """The denoising GAN stage; trains the networks `generator` and `discriminator`.
 
   Attributes:
@@ -138,27 +138,6 @@ class Ddgan(base.Experiment):
   def networks(self) -> Mapping[str, Model]:
     """Both players."""
     return {'generator': self.generator, 'discriminator': self.discriminator}
-
-  @property
-  def frozen(self) -> Mapping[str, reads.Reads]:
-    """What the space and the conditions read."""
-    return {**self.space.frozen, **self.conditions.frozen}
-
-  @property
-  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """What the conditions can be given, and x_T."""
-    return {**self.conditions.inputs, base.NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
-
-  @property
-  def titles(self) -> Mapping[str, str]:
-    """Of what is shown before a sample; the sample then is 'refined'."""
-    before = self.conditions.titles
-    return {**before, 'x0': 'refined'} if before else {}
-
-  @property
-  def reconstructs(self) -> bool:
-    """Whether a condition does."""
-    return self.conditions.reconstructs
 
   @property
   def num_function_evaluations(self) -> int:
@@ -319,30 +298,15 @@ class Ddgan(base.Experiment):
 
   # Sampling ---------------------------------------------------------------------------------------
 
-  def draw_map(self, params: Params, noise: Array, condition: Array | None, keys: Keys) -> LatentMap:
-    """Returns maps of the space after T steps from `noise`: the generator's part of sampling."""
+  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+    """Returns maps of the space after T steps from the given x_T."""
+    beside = self.beside(read, given)
 
     def generate(x_next: Array, t: Time, z: Latent) -> Array:
-      return self.generate(params, x_next, t, z, condition, None)
+      return self.generate(read['generator'], x_next, t, z, beside, None)
 
-    return few_steps.sample(generate, self.steps, noise, keys, self.noise_dim)
-
-  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
-    """Returns what the conditions see of each image."""
-    return self.conditions.observe(read, batch, x, key)
-
-  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns what the conditions draw, and x_T."""
-    key_given, key_noise, _ = base.sampling_keys(keys)
-    noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(key_noise)
-    return {**self.conditions.draw(read, key_given, indices), base.NOISE: noise}
-
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
-    """Returns what the conditions show, and {'x0': images}; see `base.Experiment.sample`."""
-    given = self.conditions.complete(read, given)
-    beside = self.beside(read, given)
-    y = self.draw_map(read['generator'], given[base.NOISE], beside, base.sampling_keys(keys)[2])
-    return {**self.conditions.shown(given), **self.space.decode(read, y)}
+    keys = base.sampling_keys(keys)[2]
+    return few_steps.sample(generate, self.steps, given[base.NOISE], keys, self.noise_dim)
 
 
 def build_generator(section: ConfigDict, channels: int) -> Any:

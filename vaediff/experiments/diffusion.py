@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from vaediff import checks, reads
+from vaediff import checks
 from vaediff.conditions import make_conditions
 from vaediff.conditions import vae as vae_conditions
 from vaediff.conditions.base import Conditions
@@ -27,7 +27,7 @@ from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import Space, make_space
-from vaediff.types import Batch, Given, Image, Keys, Metrics, Read, Values
+from vaediff.types import Batch, Given, Keys, LatentMap, Metrics, Read, Values
 
 VARIANCES = ('small', 'large')
 CLIPS = ('static', 'dynamic', 'none')
@@ -52,7 +52,7 @@ BOUNDS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Diffusion(base.Experiment):
+class Diffusion(base.InSpace):
   """The stage of a diffusion; trains the network `denoiser`.
 
   Attributes:
@@ -100,38 +100,6 @@ class Diffusion(base.Experiment):
   def networks(self) -> Mapping[str, Model]:
     """The one network of this stage."""
     return {self.denoiser.network: self.denoiser.model}
-
-  @property
-  def frozen(self) -> Mapping[str, reads.Reads]:
-    """What the space and the conditions read."""
-    return {**self.space.frozen, **self.conditions.frozen}
-
-  @property
-  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """What the conditions can be given, and the noise at the start."""
-    noise = jax.ShapeDtypeStruct(self.space.shape, jnp.float32)
-    return {**self.conditions.inputs, base.NOISE: noise}
-
-  @property
-  def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """What is observed once."""
-    return self.conditions.stored
-
-  @property
-  def titles(self) -> Mapping[str, str]:
-    """Of what is shown before a sample; the sample then is 'refined'."""
-    before = self.conditions.titles
-    return {**before, 'x0': 'refined'} if before else {}
-
-  @property
-  def num_groups(self) -> int:
-    """Of the conditions."""
-    return self.conditions.num_groups
-
-  @property
-  def reconstructs(self) -> bool:
-    """Whether a condition does."""
-    return self.conditions.reconstructs
 
   @property
   def num_function_evaluations(self) -> int:
@@ -204,32 +172,16 @@ class Diffusion(base.Experiment):
 
   # Sampling ---------------------------------------------------------------------------------------
 
-  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
-    """Returns what the conditions see of each image."""
-    return self.conditions.observe(read, batch, x, key)
-
-  def store(self, read: Read, batch: Batch, x: Image) -> Given:
-    """Returns what the conditions have stored of each image."""
-    seen = self.conditions.complete(read, self.conditions.observe(read, batch, x, None))
-    return {name: seen[name] for name in self.stored}
-
-  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns what the conditions draw, and the noise at the start."""
-    key_given, key_noise, _ = base.sampling_keys(keys)
-    noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(key_noise)
-    return {**self.conditions.draw(read, key_given, indices), base.NOISE: noise}
-
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
-    """Returns what the conditions show, and {'x0': images in [-1, 1]}; see `base.Experiment.sample`."""
+  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+    """Returns maps of the space after the sampler's steps from the given noise."""
     settings = self.settings
-    given = self.conditions.complete(read, given)
     values = self.conditions.values(read, given)
     y = settings['temperature'] * given[base.NOISE]
     if settings['t_start'] < 1:
       t = jnp.full(y.shape[0], settings['t_start'])
       y = gaussian.q_sample(values[self.start_value], y, t, self.denoiser.schedule)
     sampler = settings['sampler']
-    y = samplers.get_sampler(sampler)(
+    return samplers.get_sampler(sampler)(
       self.denoiser.denoise(read, values),
       self.denoiser.schedule,
       y,
@@ -239,7 +191,6 @@ class Diffusion(base.Experiment):
       t_start=settings['t_start'],
       **{name: settings[name] for name in samplers.options(sampler)},
     )
-    return {**self.conditions.shown(given), **self.space.decode(read, y)}
 
   # Likelihood -------------------------------------------------------------------------------------
 

@@ -11,16 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff import reads
+from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.denoiser import DENOISER, Denoiser
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.models.functional import Model
-from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read, Values
+from vaediff.spaces import Space
+from vaediff.types import Batch, Given, Keys, LatentMap, Metrics, Params, Read, Values
 
 EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation', 'distribution_matching')
 """Of the stages that have a teacher."""
@@ -32,7 +34,7 @@ TEACHER = 'teacher'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Student(base.Experiment):
+class Student(base.InSpace):
   """A distillation stage but for its updates; trains the network `denoiser`.
 
   Attributes:
@@ -63,29 +65,14 @@ class Student(base.Experiment):
     return {**self.student.frozen, TEACHER: self.teacher_source}
 
   @property
-  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+  def space(self) -> Space:
     """The student's."""
-    return self.student.inputs
+    return self.student.space
 
   @property
-  def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+  def conditions(self) -> Conditions:
     """The student's."""
-    return self.student.stored
-
-  @property
-  def titles(self) -> Mapping[str, str]:
-    """The student's."""
-    return self.student.titles
-
-  @property
-  def num_groups(self) -> int:
-    """The student's."""
-    return self.student.num_groups
-
-  @property
-  def reconstructs(self) -> bool:
-    """The student's."""
-    return self.student.reconstructs
+    return self.student.conditions
 
   @property
   def num_function_evaluations(self) -> int:
@@ -117,25 +104,13 @@ class Student(base.Experiment):
     started = network.replace(params=params, ema_params=ema_params)
     return state.replace(networks={**state.networks, name: started})
 
-  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
-    """Returns what the conditions see of each image."""
-    return self.student.observe(read, batch, x, key)
-
-  def store(self, read: Read, batch: Batch, x: Image) -> Given:
-    """Returns what the conditions have stored of each image."""
-    return self.student.store(read, batch, x)
-
-  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns what the student's samples start from."""
-    return self.student.draw(read, keys, indices)
-
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
-    """Returns the student's images; see `Diffusion.sample`."""
-    return self.student.sample(read, given, keys)
+  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+    """Returns the student's maps; see `Diffusion.maps`."""
+    return self.student.maps(read, given, keys)
 
   def drawn_values(self, read: Read, key: jax.Array, count: int) -> Values:
     """Returns the values of conditions that are drawn of nothing, as in sampling."""
-    conditions = self.student.conditions
+    conditions = self.conditions
     given = conditions.draw(read, jax.random.split(key, count), jnp.arange(count))
     return conditions.values(read, conditions.complete(read, given))
 

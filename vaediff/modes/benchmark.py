@@ -16,15 +16,14 @@ from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.data import loader, sources
-from vaediff.experiments.base import NOISE, Experiment
-from vaediff.experiments.ddgan import Ddgan
+from vaediff.experiments.base import NOISE, Experiment, InSpace
 from vaediff.experiments.denoiser import DENOISER
 from vaediff.machine import cost, sharding
-from vaediff.modes import sampling_cost
 from vaediff.run import draw, guard, log
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
 from vaediff.run.config import Run
+from vaediff.types import Read
 
 
 def mode(run: Run) -> None:
@@ -41,8 +40,8 @@ def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
   `step_seconds`, `input_wait_fraction` (of the time of steps and loading), `images_per_second`,
   `flops_per_second` (twice the multiply-accumulates of the forward and backward pass over the step time),
   `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
-  `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead), and for denoising
-  GANs `sampling` (see `sampling_cost`). A stage with several kinds of updates gets their mean, by how often
+  `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead), and
+  `sampling` (see `measure_parts`). A stage with several kinds of updates gets their mean, by how often
   they come.
   """
   repeats = config.benchmark.num_repeats
@@ -121,7 +120,7 @@ def measure_stage(
     'flops_per_second': flops / seconds,
     'fraction_of_matmul_peak': flops / seconds / peak,
     **measure_sampler(config, experiment, section, {**frozen, **state.eval_params}, mesh, repeats),
-    **measure_parts(config, experiment, {**frozen, **state.eval_params}, mesh),
+    **measure_decoding(experiment, {**frozen, **state.eval_params}, mesh, config.benchmark),
   }
 
 
@@ -132,11 +131,73 @@ def kinds_of(experiment: Experiment, num_steps: int) -> dict[str, float]:
   return {kind: count / len(steps) for kind, count in counts.most_common()}
 
 
-def measure_parts(config: ConfigDict, experiment: Experiment, read: Any, mesh: Mesh) -> dict[str, Any]:
-  """Returns what samples cost, network and way back to an image apart, as `sampling`; {} without a split."""
-  if not isinstance(experiment, Ddgan):
+def measure_decoding(experiment: Experiment, read: Read, mesh: Mesh, settings: ConfigDict) -> dict[str, Any]:
+  """Returns `measure_parts` as `sampling`; {} where samples need no decoding and are measured already."""
+  if not isinstance(experiment, InSpace) or (experiment.space.is_data and DENOISER in experiment.networks):
     return {}
-  return {'sampling': sampling_cost.measure(experiment, read, mesh, config.benchmark)}
+  return {'sampling': measure_parts(experiment, read, mesh, settings)}
+
+
+def measure_parts(
+  experiment: InSpace, read: Read, mesh: Mesh, settings: ConfigDict
+) -> dict[str, dict[str, int | float]]:
+  """Returns what samples cost: all calls of the network, the way back to an image ('decoder'), and 'total'.
+
+  The first is called as the network is, 'denoiser' or 'generator'. Keys of each: `parameters`;
+  `giga_macs_per_image`; `memory_bytes` of the compiled program on one device, arguments and results
+  included; `seconds_per_batch`, the mean, with `seconds_per_batch_std`, and `seconds_per_100_images`. A table
+  of them is printed. The columns are those of LDDGAN's table 2, with its timing (a batch of 100, warm-ups
+  first), and with what that table leaves out: all calls of the generator, and the decoder.
+  """
+  count = sharding.round_up(settings.sample_batch_size, mesh)
+  where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  network = next(iter(experiment.networks))
+
+  def inputs(number: int) -> tuple[Any, jax.Array]:
+    given = {
+      name: jnp.zeros((number, *struct.shape), struct.dtype) for name, struct in experiment.inputs.items()
+    }
+    given[NOISE] = jax.random.normal(jax.random.key(0), given[NOISE].shape)
+    return given, jax.random.split(jax.random.key(1), number)
+
+  def decode(read, y, keys):
+    del keys
+    return experiment.space.decode(read, y)
+
+  def both(read, given, keys):
+    return decode(read, experiment.maps(read, given, keys), keys)
+
+  given, keys = jax.device_put(inputs(count), where)
+  one, one_key = inputs(1)
+  sizes = {
+    network: cost.num_parameters(read[network]),
+    'decoder': experiment.space.num_decoder_parameters(read),
+  }
+  found = {}
+  for name, function in ((network, experiment.maps), ('decoder', decode), ('total', both)):
+    start, first = (given[NOISE], one[NOISE]) if name == 'decoder' else (given, one)
+    compiled = jax.jit(function, out_shardings=everywhere).lower(read, start, keys).compile()
+    times = seconds(
+      functools.partial(compiled, read, start, keys), settings.num_warmups, settings.num_sample_repeats
+    )
+    memory = compiled.memory_analysis()
+    found[name] = {
+      'parameters': sizes[name] if name in sizes else sum(sizes.values()),
+      'giga_macs_per_image': cost.macs(function, read, first, one_key) / 1e9,
+      'memory_bytes': memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
+      'seconds_per_batch': statistics.fmean(times),
+      'seconds_per_batch_std': statistics.stdev(times) if len(times) > 1 else 0.0,
+      'seconds_per_100_images': 100 * statistics.fmean(times) / count,
+    }
+  log.say(
+    f'{"":>10}{"parameters M":>14}{"GMAC/image":>12}{"memory GB":>11}{f"s per {count}":>12}{"std":>8}   '
+    f'{experiment.num_function_evaluations} calls, {jax.devices()[0].device_kind} x {mesh.size}'
+  )
+  for name, row in found.items():
+    figures = f'{row["parameters"] / 1e6:>14.3f}{row["giga_macs_per_image"]:>12.3f}'
+    times = f'{row["seconds_per_batch"]:>12.4f}{row["seconds_per_batch_std"]:>8.4f}'
+    log.say(f'{name:>10}{figures}{row["memory_bytes"] / 1e9:>11.3f}{times}')
+  return found
 
 
 def measure_sampler(
@@ -230,3 +291,15 @@ def median_seconds(function: Callable[[], Any], repeats: int) -> float:
     jax.block_until_ready(function())
     times.append(time.monotonic() - started)
   return statistics.median(times)
+
+
+def seconds(function: Callable[[], Any], num_warmups: int, repeats: int) -> list[float]:
+  """Returns the seconds of each call after the warm-ups, every result waited for."""
+  for _ in range(num_warmups):
+    jax.block_until_ready(function())
+  times = []
+  for _ in range(repeats):
+    started = time.monotonic()
+    jax.block_until_ready(function())
+    times.append(time.monotonic() - started)
+  return times
