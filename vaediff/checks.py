@@ -55,7 +55,7 @@ def below_one(least: int | float = 0) -> Bound:
   return _number(lambda value: least <= value < 1, f'in [{least}, 1)')
 
 
-def inside_or_at(least: float, most: float) -> Bound:
+def inside_or_at(least: int | float, most: int | float) -> Bound:
   """Returns the bound of a number in (least, most]."""
   return _number(lambda value: least < value <= most, f'in ({least}, {most}]')
 
