@@ -44,6 +44,8 @@ OWN = [
   ('digits', 'latent_diffusion,formulation2,z,guided'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
+LABELLED = ('afhq256', 'cifar10', 'digits', 'emoji64', 'fashion_mnist')
+PAIRS = [(name, variant) for name in NAMES for variant in SHARED if variant != 'label' or name in LABELLED]
 
 
 def made(name, variant=''):
@@ -99,8 +101,7 @@ def test_config_files_import_one_way_and_nothing_of_the_program():
       assert target not in floors or floors[target] < floors[module], f'{module} imports {target}'
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('variant', ['', *SHARED])
+@pytest.mark.parametrize(('name', 'variant'), [*((name, '') for name in NAMES), *PAIRS])
 def test_a_section_exists_only_where_a_stage_uses_it(name, variant):
   config = made(name, variant)
   students_of = {'consistency', 'adversarial', 'matching'} & set(config.stages)
@@ -200,6 +201,19 @@ def test_numbers_of_classes():
   }  # fmt: skip
 
 
+def test_labels_are_a_condition_where_classes_are_known():
+  for name in NAMES:
+    if name in LABELLED:
+      config = made(name, 'label,debug')
+      assert config.refiner.conditions.label.dropout == 0.1 and config.data.num_classes == 10
+    else:
+      with pytest.raises(ValueError, match=f'variant label: .* {name!r} has no known classes'):
+        made(name, 'label,debug')
+  assert 'label' not in made('digits').refiner.conditions
+  config = get('digits', 'distill,label,latent_diffusion,unconditional')
+  assert config.distill_1.conditions == config.refiner.conditions and 'label' in config.refiner.conditions
+
+
 def test_variants_that_add_a_stage():
   assert base.variants_with('distill') == ['distill'] and base.variants_with('refiner') == []
   assert {'latent', 'latent_diffusion', 'vq'} <= set(base.variants_with('autoencoder'))
@@ -275,8 +289,7 @@ def test_variants_are_described_at_full_size(name, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('variant', SHARED)
+@pytest.mark.parametrize(('name', 'variant'), PAIRS)
 def test_every_config_with_every_shared_variant_is_described_at_full_size(name, variant):
   test_variants_are_described_at_full_size(name, variant)
 

@@ -11,7 +11,7 @@ Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 
 from collections.abc import Callable
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vaediff.diffusion.schedules import Schedule, TimeLike
 from vaediff.errors import UserError
@@ -23,7 +23,9 @@ Denoise = Callable[[Float[Array, 'batch *shape'], Time], Float[Array, 'batch *sh
 """denoise(y_t, t) -> x0_hat: network, condition, prediction type and formulation in one."""
 
 
-def per_example(value: Time, like: Float[Array, 'batch *shape']) -> Float[Array, 'batch *ones']:
+def per_example(
+  value: Shaped[Array, ' batch'], like: Float[Array, 'batch *shape']
+) -> Shaped[Array, 'batch *ones']:
   """Returns one value per example with the singleton axes that broadcast it over `like`."""
   return value.reshape(value.shape + (1,) * (like.ndim - 1))
 

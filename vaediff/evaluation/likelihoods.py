@@ -92,7 +92,7 @@ def bound(
 
   @functools.partial(jax.jit, out_shardings=everywhere)
   def run(read, batch, indices):
-    keys = jax.vmap(jax.random.split)(draw.image_keys(seed, indices))[:, 1]
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i))[1])(indices)
     return experiment.bound(read, batch, keys, num_times)
 
   parts = []

@@ -29,7 +29,7 @@ from vaediff.models.patch_discriminator import PatchDiscriminator
 from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.spaces import encoders
 from vaediff.spaces.latents import LATENTS
-from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read
+from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
 ADVERSARIAL = 'adversarial'
 """Kind of the updates from `loss.adversarial_start_step` on: of both networks."""
@@ -310,7 +310,7 @@ class Autoencoder(base.Experiment):
     noise = None if key is None else encoders.normal(key, (x.shape[0], *self.latent_shape))
     return {LATENTS: encoders.encode(self.autoencoder, read['autoencoder'], x, noise)}
 
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+  def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Image]:
     """Returns {'x0': images of the latents}."""
     del keys
     images = encoders.decode(self.autoencoder, read['autoencoder'], given[LATENTS])

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -78,6 +78,27 @@ class Columns:
   guidance: float
 
 
+class SampleKeys(NamedTuple):
+  """The keys of samples, each used once, one per image.
+
+  Attributes:
+    conditions: of what they are made on.
+    noise: of what they start from.
+    sampler: of the steps.
+  """
+
+  conditions: Keys
+  noise: Keys
+  sampler: Keys
+
+
+def sampling_keys(keys: Keys) -> SampleKeys:
+  """Returns the keys of samples, made of one key per image."""
+  pairs = jax.vmap(lambda key: jax.random.split(key))(keys)
+  own = jax.vmap(lambda key: jax.random.split(key))(pairs[:, 1])
+  return SampleKeys(pairs[:, 0], own[:, 0], own[:, 1])
+
+
 class Experiment(abc.ABC):
   """One idea as pure functions of arrays: a frozen dataclass.
 
@@ -146,18 +167,18 @@ class Experiment(abc.ABC):
     del read, batch, x
     return {}
 
-  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns what a sample starts from, drawn of nothing; `keys` and `indices` are one per image."""
+  def draw(self, read: Read, keys: SampleKeys, indices: Int[Array, ' batch']) -> Given:
+    """Returns what a sample starts from, drawn of nothing for the images with these indices."""
     del read, keys, indices
     return {}
 
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+  def sample(self, read: Read, given: Given, keys: SampleKeys) -> dict[str, Image]:
     """Returns images in [-1, 1] by name, the stage's own last; image i depends on row i alone.
 
     Args:
       read: what the stage reads.
       given: what `draw` or `observe` return, or what takes its place.
-      keys: one per image; the same as those of `draw`.
+      keys: of the same images as those of `draw`.
     """
     del read, given, keys
     return {}
@@ -226,27 +247,19 @@ class InSpace(Experiment):
     seen = self.conditions.complete(read, self.conditions.observe(read, batch, x, None))
     return {name: seen[name] for name in self.stored}
 
-  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+  def draw(self, read: Read, keys: SampleKeys, indices: Int[Array, ' batch']) -> Given:
     """Returns what the conditions draw, and the noise at the start, of unit variance."""
-    key_given, key_noise, _ = sampling_keys(keys)
-    noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(key_noise)
-    return {**self.conditions.draw(read, key_given, indices), NOISE: noise}
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.space.shape))(keys.noise)
+    return {**self.conditions.draw(read, keys.conditions, indices), NOISE: noise}
 
   @abc.abstractmethod
-  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+  def maps(self, read: Read, given: Given, keys: SampleKeys) -> LatentMap:
     """Returns maps of the space, made of a complete `given`; map i depends on row i alone."""
 
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+  def sample(self, read: Read, given: Given, keys: SampleKeys) -> dict[str, Image]:
     """Returns what the conditions show, and {'x0': images in [-1, 1]}; see `Experiment.sample`."""
     given = self.conditions.complete(read, given)
     return {**self.conditions.shown(given), **self.space.decode(read, self.maps(read, given, keys))}
-
-
-def sampling_keys(keys: Keys) -> tuple[Keys, Keys, Keys]:
-  """Returns, per image, the keys of its conditions, of the noise at its start, and of its sampler."""
-  pairs = jax.vmap(lambda key: jax.random.split(key))(keys)
-  own = jax.vmap(lambda key: jax.random.split(key))(pairs[:, 1])
-  return pairs[:, 0], own[:, 0], own[:, 1]
 
 
 def init_network(model: Model, optimizer: Optimizer, key: jax.Array) -> Network:

@@ -39,7 +39,7 @@ from vaediff.models.wavelet_ncsnpp import WaveletNcsnPlusPlus
 from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.spaces import make_space
 from vaediff.spaces.base import Space
-from vaediff.types import Batch, Given, Keys, Latent, LatentMap, Metrics, Params, Read, Time
+from vaediff.types import Batch, Given, Latent, LatentMap, Metrics, Params, Read, Time
 
 GENERATORS = ('ncsnpp', 'wavelet_ncsnpp', 'uvit')
 REGULARISED = 'r1'
@@ -298,15 +298,14 @@ class Ddgan(base.InSpace):
 
   # Sampling ---------------------------------------------------------------------------------------
 
-  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+  def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps of the space after T steps from the given x_T."""
     beside = self.beside(read, given)
 
     def generate(x_next: Array, t: Time, z: Latent) -> Array:
       return self.generate(read['generator'], x_next, t, z, beside, None)
 
-    keys = base.sampling_keys(keys)[2]
-    return few_steps.sample(generate, self.steps, given[base.NOISE], keys, self.noise_dim)
+    return few_steps.sample(generate, self.steps, given[base.NOISE], keys.sampler, self.noise_dim)
 
 
 def build_generator(section: ConfigDict, channels: int) -> Any:

@@ -172,7 +172,7 @@ class Diffusion(base.InSpace):
 
   # Sampling ---------------------------------------------------------------------------------------
 
-  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+  def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps of the space after the sampler's steps from the given noise."""
     settings = self.settings
     values = self.conditions.values(read, given)
@@ -185,7 +185,7 @@ class Diffusion(base.InSpace):
       self.denoiser.denoise(read, values),
       self.denoiser.schedule,
       y,
-      base.sampling_keys(keys)[2],
+      keys.sampler,
       num_steps=settings['num_steps'],
       grid=settings['grid'],
       t_start=settings['t_start'],

@@ -20,7 +20,7 @@ from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import encoders
 from vaediff.spaces.latents import LATENTS
-from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read
+from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class LightDecoder(base.Experiment):
     noise = None if key is None else encoders.normal(key, (x.shape[0], *self.latent_shape))
     return {LATENTS: encoders.encode(self.autoencoder.model, read['autoencoder'], x, noise)}
 
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+  def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Image]:
     """Returns {'x0': images of the latents by the light decoder}."""
     del keys
     z = encoders.quantized(read['autoencoder'], given[LATENTS])

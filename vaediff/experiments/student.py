@@ -22,7 +22,7 @@ from vaediff.experiments.denoiser import DENOISER, Denoiser
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.models.functional import Model
 from vaediff.spaces import Space
-from vaediff.types import Batch, Given, Keys, LatentMap, Metrics, Params, Read, Values
+from vaediff.types import Batch, Given, LatentMap, Metrics, Params, Read, Values
 
 EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation', 'distribution_matching')
 """Of the stages that have a teacher."""
@@ -104,7 +104,7 @@ class Student(base.InSpace):
     started = network.replace(params=params, ema_params=ema_params)
     return state.replace(networks={**state.networks, name: started})
 
-  def maps(self, read: Read, given: Given, keys: Keys) -> LatentMap:
+  def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns the student's maps; see `Diffusion.maps`."""
     return self.student.maps(read, given, keys)
 

@@ -169,12 +169,12 @@ class Vae(base.Experiment):
     mean, logvar = self.posterior(read, x)
     return {CODE: mean if key is None else encoders.draw_latent(mean, logvar, key)}
 
-  def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
+  def draw(self, read: Read, keys: base.SampleKeys, indices: Int[Array, ' batch']) -> Given:
     """Returns z of the prior."""
     del indices
-    return {CODE: prior.draw(read[prior.PRIOR], base.sampling_keys(keys)[0], self.latent_dim)}
+    return {CODE: prior.draw(read[prior.PRIOR], keys.conditions, self.latent_dim)}
 
-  def sample(self, read: Read, given: Given, keys: Keys) -> dict[str, Image]:
+  def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Image]:
     """Returns {'x0_vae': decode(z)}; the decoder draws nothing from the keys."""
     del keys
     return {IMAGE: self.vae.apply(read['vae'], given[CODE], method='decode')}

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.data import loader, sources
-from vaediff.experiments.base import NOISE, Experiment, InSpace
+from vaediff.experiments.base import NOISE, Experiment, InSpace, SampleKeys, sampling_keys
 from vaediff.experiments.denoiser import DENOISER
 from vaediff.machine import cost, sharding
 from vaediff.run import draw, guard, log
@@ -153,12 +153,12 @@ def measure_parts(
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   network = next(iter(experiment.networks))
 
-  def inputs(number: int) -> tuple[Any, jax.Array]:
+  def inputs(number: int) -> tuple[Any, SampleKeys]:
     given = {
       name: jnp.zeros((number, *struct.shape), struct.dtype) for name, struct in experiment.inputs.items()
     }
     given[NOISE] = jax.random.normal(jax.random.key(0), given[NOISE].shape)
-    return given, jax.random.split(jax.random.key(1), number)
+    return given, sampling_keys(jax.random.split(jax.random.key(1), number))
 
   def decode(read, y, keys):
     del keys

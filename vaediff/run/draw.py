@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vaediff.data import pixels, sources
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.base import Experiment, SampleKeys, sampling_keys
 from vaediff.machine import sharding
 from vaediff.run import images
 from vaediff.types import Given, Read
@@ -16,9 +16,9 @@ from vaediff.types import Given, Read
 HostArrays = dict[str, np.ndarray]
 
 
-def image_keys(seed: int | jax.Array, indices: jax.Array) -> jax.Array:
-  """Returns the key of each image."""
-  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
+def image_keys(seed: int | jax.Array, indices: jax.Array) -> SampleKeys:
+  """Returns the keys of each image."""
+  return sampling_keys(jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices))
 
 
 def sampler(experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
@@ -116,7 +116,7 @@ def observed_alone(experiment: Experiment, read: Read, image_shape: tuple[int, i
   """Returns the names of what a sample needs and only an image can give: observed, but not drawn."""
   x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  keys = jax.eval_shape(lambda: image_keys(0, jnp.arange(1)))
   drawn = jax.eval_shape(experiment.draw, read, keys, numbers)
   observed = jax.eval_shape(lambda *args: experiment.observe(*args), read, {sources.LABEL: numbers}, x)
   return set(observed) - set(drawn)
