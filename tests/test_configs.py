@@ -288,7 +288,7 @@ def test_variants_are_described_at_full_size(name, variant):
   assert all(row['GMACs/image'] > 0 and row['parameters'] > 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(('name', 'variant'), PAIRS)
 def test_every_config_with_every_shared_variant_is_described_at_full_size(name, variant):
   test_variants_are_described_at_full_size(name, variant)
@@ -323,14 +323,14 @@ def some_slow(names, quick):
   return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize('name', some_slow(NAMES, ('digits', 'celeba256')))
+@pytest.mark.parametrize('name', some_slow(NAMES, ('digits',)))
 def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
   all_tasks = ('super_resolution', 'denoise', 'inpaint')
   run_debug(name, 'debug', tmp_path, all_tasks if name == 'digits' else all_tasks[:1])
 
 
 @pytest.mark.parametrize(
-  'variant', some_slow(SHARED, ('formulation2', 'unconditional', 'vq', 'adversarial_refiner', 'adversarial'))
+  'variant', some_slow(SHARED, ('unconditional', 'label'))
 )
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)

@@ -177,6 +177,24 @@ def guided(run: Run) -> None:
   run.edit('refiner', _guided)
 
 
+def _label(refiner: ConfigDict) -> None:
+  with refiner.conditions.unlocked():
+    refiner.conditions.label = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
+
+
+def label(run: Run) -> None:
+  """The U-Net also reads the class of the image.
+
+  Raises:
+    ValueError: the data set has no classes, or it is not known how many.
+  """
+  if not run.config.data.num_classes:
+    raise ValueError(
+      f'variant label: the data set of config {run.config.name!r} has no known classes, data.num_classes is 0'
+    )
+  run.edit('refiner', _label)
+
+
 def latent_diffusion(run: Run) -> None:
   """Diffusion in the latents of an autoencoder, scaled to unit deviation, on what the refiner reads."""
   refiner = run.section('refiner')
@@ -199,6 +217,7 @@ VARIANTS = {
   'formulation2': formulation2,
   'z': z,
   'guided': guided,
+  'label': label,
   'latent_diffusion': latent_diffusion,
   'wavelet_diffusion': wavelet_diffusion,
 }

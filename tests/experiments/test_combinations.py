@@ -1,0 +1,114 @@
+"""Spaces x conditions x ways of training: all of it is composition, so all of it trains and draws."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaediff import experiments
+from vaediff.machine import sharding
+from vaediff.run import draw, guard, loop, students
+from vaediff.run import frozen as frozen_networks
+
+CASES = {
+  'unconditional': ('unconditional', 'refiner', {}),
+  'formulation1': ('formulation1', 'refiner', {}),
+  'formulation2_and_code': ('formulation2,z', 'refiner', {}),
+  'label': ('unconditional,label', 'refiner', {}),
+  'label_and_code_with_two_terms': (
+    'formulation2,z,guided,label', 'refiner', {'refiner.sample.guidance': (('label', 1.0),)}
+  ),
+  'latents': ('unconditional,latent_diffusion', 'refiner', {}),
+  'latents_formulation2': ('formulation2,latent_diffusion', 'refiner', {}),
+  'wavelets': ('formulation1,wavelet_diffusion', 'refiner', {}),
+  'halving_in_latents': ('unconditional,label,latent_diffusion,distill', 'distill_2', {}),
+  'consistency_in_latents': ('unconditional,latent_diffusion,consistency', 'consistency', {
+    'refiner.diffusion.prediction': 'v'
+  }),
+  'adversarial_in_latents': ('unconditional,latent_diffusion,adversarial', 'adversarial', {
+    'refiner.diffusion.prediction': 'v'
+  }),
+  'matching_in_latents': ('unconditional,latent_diffusion,matching', 'matching', {
+    'refiner.diffusion.prediction': 'v'
+  }),
+  'weight_as_input': ('formulation2,z,guided,distill', 'distill_guided', {}),
+}  # fmt: skip
+SLOW = ('formulation1', 'latents', 'halving_in_latents', 'consistency_in_latents', 'adversarial_in_latents')
+"""Each takes a quarter of a minute; what they are made of is in the others."""
+
+
+def build(variant, stage, changes):
+  config = importlib.import_module('configs.digits').get_config(f'{variant},debug')
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  config = students.resolve(config)
+  return experiments.build(config, stage), config[stage]
+
+
+@pytest.mark.parametrize('case', [
+  pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES
+])  # fmt: skip
+def test_it_trains_and_draws(case, one_device):
+  experiment, section = build(*CASES[case])
+  mesh = sharding.make_mesh(importlib.import_module('configs.digits').get_config('debug').mesh)
+  frozen = frozen_networks.fresh(experiment, mesh)
+  state = jax.jit(guard.with_counts(experiment.init))(jax.random.key(0))
+  state = jax.jit(experiment.start)(state, frozen)
+  rng = np.random.default_rng(0)
+  batch = {
+    'image': jnp.asarray(rng.integers(0, 256, (8, 8, 8, 1), np.uint8)),
+    'label': jnp.arange(8, dtype=jnp.int32),
+  }
+  where = jax.tree.map(lambda leaf: leaf.sharding, loop.abstract_state(experiment, mesh))
+  before = jax.tree.map(np.asarray, state.networks)
+  for step in range(2):
+    kind = experiment.kind_of(step)
+    update = loop.make_step(experiment, section.train, where, sharding.replicated(mesh), kind)
+    state, metrics, healthy = update(state, frozen, batch, jax.random.key(1))
+    assert bool(healthy) and all(np.isfinite(value) for value in metrics.values())
+  for name, network in state.networks.items():
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before[name].params, network.params)
+    assert any(jax.tree.leaves(moved)), name
+  read = {**frozen, **state.eval_params}
+  run = jax.jit(draw.sampler(experiment))
+  images = run(read, jnp.arange(4), {}, 0)
+  assert images['x0'].shape == (4, 8, 8, 1)
+  assert all(image.dtype == np.uint8 and int(image.max()) > int(image.min()) for image in images.values())
+  # image 2 is the same among others, whatever it is made of
+  others = run(read, jnp.asarray([7, 2, 9, 5]), {}, 0)
+  assert int(np.max(np.abs(others['x0'][1].astype(int) - images['x0'][2].astype(int)))) <= 1
+
+
+@functools.cache
+def guided():
+  return build(*CASES['label_and_code_with_two_terms'])[0]
+
+
+def test_two_terms_drop_what_they_name():
+  """The label alone keeps shift, image and code; all conditions lose them."""
+  denoiser = guided().denoiser
+  assert [(term.weight, term.without) for term in denoiser.terms] == [
+    (0.5, ('vae', 'label')), (1.0, ('label',))
+  ]  # fmt: skip
+  assert denoiser.calls_per_step == 3
+  assert set(denoiser.conditions.without(('label',), 2)) == {'label'}
+  assert set(denoiser.conditions.without(('vae', 'label'), 2)) == {'x0_vae', 'z', 'label'}
+
+
+def test_every_condition_is_dropped_by_its_own_chance():
+  drop = guided().denoiser.conditions.drop(jax.random.key(0), 4000)
+  np.testing.assert_array_equal(drop['x0_vae'], drop['z'])
+  both = float(jnp.mean(drop['x0_vae'] & drop['label']))
+  assert float(jnp.mean(drop['label'])) == pytest.approx(0.1, abs=0.02)
+  assert both == pytest.approx(0.01, abs=0.006)
+
+
+def test_a_row_of_samples_per_class():
+  experiment = build(*CASES['label'])[0]
+  assert experiment.num_groups == 10
+  keys = draw.image_keys(0, jnp.arange(12))
+  drawn = experiment.draw({}, keys, jnp.arange(12))
+  np.testing.assert_array_equal(drawn['label'], np.arange(12) % 10)
