@@ -48,13 +48,18 @@ def num_heads(case: Case, config: Any) -> int:
   return config.refiner.model.num_heads if case.network == 'unet' else 1
 
 
-def to_torch(case: Case, inputs: list[np.ndarray]) -> list[torch.Tensor]:
+def to_torch(case: Case, inputs: list[Any]) -> list[torch.Tensor]:
   """Returns our inputs of a forward pass as PyTorch's network reads them."""
-  tensors = [torch.from_numpy(np.array(value)) for value in inputs]
-  tensors = [tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor for tensor in tensors]
+
+  def convert(value: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(np.array(value))
+    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+
   if case.network == 'unet':
-    return [torch.cat([tensors[0], tensors[2]], dim=1), torch.round(1000 * tensors[1] - 1).long()]
-  return tensors
+    x_t, t, values = inputs
+    images = [convert(x_t), convert(values['x0_vae'])]
+    return [torch.cat(images, dim=1), torch.round(1000 * convert(t) - 1).long()]
+  return [convert(value) for value in inputs]
 
 
 def pair(name: str, *, tiny: bool = False) -> tuple[Experiment, Any, torch.nn.Module]:

@@ -1,7 +1,7 @@
 """What the JAX worker runs: this project's networks, train steps and samplers, as `vaediff` runs them.
 
 - forward: `jit(model.apply)`, without dropout.
-- train: the step of `vaediff.train.make_step`, that is the whole update of the experiment as its config
+- train: the step of `vaediff.run.loop.make_step`, that is the whole update of the experiment as its config
   describes it, on a batch that is on the device: for the U-Net bytes to floats, flips, time and noise, loss,
   gradient, clipping to norm 1, Adam, parameter average, and the guard against bad steps; for the VAE the same
   with its own loss and without flips, clipping and average.
@@ -17,14 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cases import CASES, Case
 from vaediff import experiments
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.base import Experiment, sampling_keys
 from vaediff.machine import cost, sharding
 from vaediff.models.functional import Model
+from vaediff.run import guard
 from vaediff.run import loop as training
 
 
@@ -70,13 +70,16 @@ def forward(case: Case, model: Model) -> Callable[..., Any]:
   return functools.partial(model.apply, method='decode') if case.network == 'decoder' else model.apply
 
 
-def inputs_of(case: Case, experiment: Experiment, model: Model, count: int) -> list[np.ndarray]:
-  """Returns random inputs of a forward pass, one row per image; times are those that training draws."""
+def inputs_of(case: Case, experiment: Experiment, model: Model, count: int) -> list[Any]:
+  """Returns random inputs of a forward pass, one row per image; times are those that training draws.
+
+  They are arrays, and for the U-Net a dict of its values.
+  """
   rng = np.random.default_rng(0)
-  shapes = [None if shape is None else shape.shape[1:] for shape in model.inputs]
+  draw = lambda shape: rng.normal(size=(count, *shape)).astype(np.float32)
   if case.network == 'decoder':
-    shapes = [experiment.latent_shape]
-  inputs = [None if s is None else rng.normal(size=(count, *s)).astype(np.float32) for s in shapes]
+    return [draw(experiment.latent_shape)]
+  inputs = list(jax.tree.map(lambda struct: draw(struct.shape[1:]), model.inputs))
   if case.network == 'unet':
     inputs[1] = (rng.integers(1, 1001, count) / 1000).astype(np.float32)
   if case.network == 'ncsnpp':
@@ -117,13 +120,14 @@ def _train(case: Case, experiment: Experiment, model: Model, count: int, config:
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   where = jax.tree.map(lambda leaf: leaf.sharding, training.abstract_state(experiment, mesh))
   replicated = sharding.replicated(mesh)
-  state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
+  state = jax.jit(guard.with_counts(experiment.init), out_shardings=where)(jax.random.key(0))
   size, channels = config.data.image_size, config.data.channels
   image = np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
-  batch = {'image': image, **({'x0_vae': image[::-1].copy()} if case.network == 'unet' else {})}
+  stored = {name: np.zeros((count, *one.shape), one.dtype) for name, one in experiment.stored.items()}
+  batch = {'image': image, **stored, **({'x0_vae': image[::-1].copy()} if 'x0_vae' in stored else {})}
   batch = sharding.put_batch(batch, sharding.batch_sharding(mesh))
   key = jax.device_put(jax.random.key(1), replicated)
-  step = training.make_step(experiment, where, replicated)
+  step = training.make_step(experiment, config[case.stage].train, where, replicated)
 
   def run():
     nonlocal state
@@ -134,17 +138,17 @@ def _train(case: Case, experiment: Experiment, model: Model, count: int, config:
 
 
 def _sample(case: Case, experiment: Experiment, model: Model, count: int, config: Any) -> Callable[[], Any]:
-  params = {'denoiser': _init(case, model)}
-  shape = (count, *experiment.noise_shape)
+  read = {'denoiser': _init(case, model)}
+  shape = (count, *experiment.inputs['noise'].shape)
   given = {
     'x0_vae': jax.random.uniform(jax.random.key(1), shape, minval=-1.0, maxval=1.0),
-    'z': jnp.zeros((count, experiment.latent_dim)),
     'noise': jax.random.normal(jax.random.key(2), shape),
   }
   del config
 
   @jax.jit
-  def sample(params, given, seed):
-    return experiment.sample(params, {}, given, jax.random.split(jax.random.key(seed), count))['x0']
+  def sample(read, given, seed):
+    keys = sampling_keys(jax.random.split(jax.random.key(seed), count))
+    return experiment.sample(read, given, keys)['x0']
 
-  return lambda: sample(params, given, 3)
+  return lambda: sample(read, given, 3)

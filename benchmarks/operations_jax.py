@@ -48,7 +48,7 @@ def operations_of(name: str, count: int) -> list[dict[str, Any]]:
           found['attention', (x.shape[0], x.shape[1] * x.shape[2], heads, x.shape[3] // heads)] += 1
     return call(*args, **kwargs)
 
-  inputs = [jnp.asarray(value) for value in jax_side.inputs_of(case, experiment, model, count)]
+  inputs = jax.tree.map(jnp.asarray, jax_side.inputs_of(case, experiment, model, count))
   params = jax.eval_shape(model.init, jax.random.key(0))
   with nn.intercept_methods(look):
     jax.eval_shape(model.apply, params, *inputs)

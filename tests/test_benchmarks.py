@@ -17,6 +17,7 @@ import pytest
 from benchmarks import machine, operations, paired, pairing, table
 from benchmarks.cases import CASES, select
 from vaediff.errors import UserError
+from vaediff.experiments import base
 from vaediff.machine import cost
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,7 +66,7 @@ def test_the_gradients_of_the_unet_agree(equality):
   model = jax_side.model_of(case, experiment)
   inputs = jax_side.inputs_of(case, experiment, model, 2)
   eps = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
-  arrays = [jnp.asarray(value) for value in inputs]
+  arrays = jax.tree.map(jnp.asarray, inputs)
   loss = lambda params: jnp.mean(jnp.square(model.apply(params, *arrays) - eps))
   ours = weights.convert(
     'unet', jax.jit(jax.grad(loss))(params), equality.num_heads(case, case.config(tiny=True))
@@ -85,11 +86,11 @@ def test_ddim_draws_the_same_images(equality):
 
   experiment, params, network = equality.pair('unet_cifar10', tiny=True)
   rng = np.random.default_rng(0)
-  shape = (2, *experiment.noise_shape)
+  shape = (2, *experiment.inputs['noise'].shape)
   noise, x0_vae = (rng.uniform(-1, 1, shape).astype(np.float32) for _ in range(2))
-  given = {'noise': noise, 'x0_vae': x0_vae, 'z': np.zeros((2, experiment.latent_dim), np.float32)}
-  keys = jax.random.split(jax.random.key(0), 2)
-  ours = jax.jit(experiment.sample)({'denoiser': params}, {}, given, keys)['x0']
+  given = {'noise': noise, 'x0_vae': x0_vae}
+  keys = base.sampling_keys(jax.random.split(jax.random.key(0), 2))
+  ours = jax.jit(experiment.sample)({'denoiser': params}, given, keys)['x0']
   tensors = (torch.from_numpy(value).permute(0, 3, 1, 2) for value in (noise, x0_vae))
   theirs = torch_side.ddim(network, *tensors, torch_side.Place.of('float32')).permute(0, 2, 3, 1)
   np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-3)
@@ -157,6 +158,45 @@ def test_parameter_counts_are_those_of_our_networks(name):
   assert cost.num_parameters(shapes) == case.parameters
 
 
+@pytest.mark.parametrize('name', CASES)
+def test_our_side_reads_inputs_of_its_networks_and_gives_images(name):
+  from benchmarks import jax_side
+
+  case = CASES[name]
+  experiment = jax_side.experiment_of(case, tiny=True)
+  model = jax_side.model_of(case, experiment)
+  inputs = jax_side.inputs_of(case, experiment, model, 3)
+  assert all(len(leaf) == 3 for leaf in jax.tree.leaves(inputs))
+  params = jax.eval_shape(lambda key: jax_side.init(case, model, key), jax.random.key(0))
+  output = jax.eval_shape(jax_side.forward(case, model), params, *inputs)
+  size = case.config(tiny=True).data.image_size
+  assert jax.tree.leaves(output)[0].shape[:3] == (3, size, size)
+
+
+@pytest.mark.parametrize(
+  ('name', 'task'), [('unet_small', 'train'), ('unet_small', 'sample'), ('vae_cifar10', 'train')]
+)
+def test_every_task_is_one_call_on_our_side(name, task):
+  """Traced, not compiled: with PyTorch installed it is also run."""
+  from benchmarks import jax_side
+
+  parameters = []
+
+  def build_and_run():
+    built = jax_side.build(name, task, count=2, dtype='float32', tiny=True)
+    parameters.append(built.parameters)
+    return built.run()
+
+  made = jax.eval_shape(build_and_run)
+  if task == 'sample':
+    assert made.shape == (2, 16, 16, 1)
+  else:
+    state, metrics = made
+    (network,) = state.networks
+    assert state.step.shape == metrics['loss'].shape == metrics[f'grad_norm/{network}'].shape == ()
+    assert [cost.num_parameters(state.networks[network].params)] == parameters
+
+
 def test_the_operations_of_a_network_hold_its_multiplications():
   from benchmarks import jax_side, operations_jax
 
@@ -174,7 +214,7 @@ def test_the_operations_of_a_network_hold_its_multiplications():
   case = CASES['unet_small']
   experiment = jax_side.experiment_of(case)
   model = jax_side.model_of(case, experiment)
-  inputs = [jnp.asarray(value) for value in jax_side.inputs_of(case, experiment, model, 4)]
+  inputs = jax.tree.map(jnp.asarray, jax_side.inputs_of(case, experiment, model, 4))
   params = jax.eval_shape(model.init, jax.random.key(0))
   assert total == cost.macs(model.apply, params, *inputs)
 

@@ -15,7 +15,7 @@ COLAB = pathlib.Path(__file__).resolve().parents[1] / 'colab'
 NOTEBOOKS = ('train_tpu', 'explore_latents')
 MAX_LINES = 25
 """A cell longer than this belongs into the package."""
-CELL_TIMEOUT = 900
+CELL_TIMEOUT = 240
 """Seconds."""
 
 
@@ -161,6 +161,7 @@ def pictures(outputs):
   return sum('image/png' in output.get('data', {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_train(execute, trained):
   workdir, text = execute.workdir, printed(trained)
   assert '1 x cpu (cpu)' in text
@@ -176,6 +177,7 @@ def test_train(execute, trained):
   assert list((workdir / 'evaluation').glob('*.json'))
 
 
+@pytest.mark.slow
 def test_explore(execute, trained):
   notebook = execute('explore_latents')
   assert 'digits-debug, stage refiner' in printed(notebook)

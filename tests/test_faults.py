@@ -18,12 +18,12 @@ import pytest
 from vaediff import experiments
 from vaediff.machine import distributed, sharding
 from vaediff.modes import train
-from vaediff.run import checkpoint
+from vaediff.run import checkpoint, loop
 from vaediff.run import config as configs
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-processes = importlib.import_module('test_processes')
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'machine')]
+processes = importlib.import_module('test_distributed')
 
 ROUNDS = 10
 FAULTS = ('kill one', 'kill all', 'truncate', 'fill the disk', 'terminate')
@@ -63,7 +63,7 @@ def parameters(workdir):
   config = configs.read(workdir)
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   experiment = experiments.build(config, 'vae')
-  state, meta = checkpoint.Checkpointer(workdir / 'vae', 9).restore(train.abstract_state(experiment, mesh))
+  state, meta = checkpoint.Checkpointer(workdir / 'vae', 9).restore(loop.abstract_state(experiment, mesh))
   assert meta['data_position'] == NUM_STEPS
   return jax.tree.map(np.asarray, state.networks['vae'].params)
 
@@ -99,7 +99,7 @@ def run_until_fault(folder, workdir, fault):
   return statuses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_faults(tmp_path, disk):
   seed = random.randrange(10**6)
   random.seed(seed)
@@ -121,6 +121,7 @@ def test_ten_faults(tmp_path, disk):
   processes.same(processes.losses(workdir), processes.losses(undisturbed))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, one_device, capsys):
   config = importlib.import_module('configs.cifar10').get_config('debug')
   config.data.data_dir = str(tmp_path / 'data')

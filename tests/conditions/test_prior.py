@@ -18,7 +18,7 @@ def settings(**changes):
       'covariance': 'full',
       'num_components': (1, 3, 12),
       'holdout_fraction': 0.2,
-      'num_encoded': 0,
+      'num_encoded': 1000,
       **changes,
     }
   )
@@ -63,15 +63,26 @@ def test_normal_prior_is_standard():
   np.testing.assert_allclose(np.cov(x.T), np.eye(2), atol=0.1)
 
 
-def test_too_few_latents_and_bad_settings():
+def test_too_few_latents():
   with pytest.raises(UserError, match='all more than the 8 latents'):
     prior.fit(mixture(10), settings(num_components=(50,)), seed=0)
-  with pytest.raises(UserError, match=r"prior.covariance is 'spherical'; valid: full, diag, tied"):
-    prior.check(settings(covariance='spherical'))
 
 
-def test_save_and_load(tmp_path):
-  arrays, _ = prior.fit(mixture(200), settings(num_components=(2,)), seed=0)
-  prior.save(tmp_path / 'p.npz', arrays)
-  for name, value in prior.load(tmp_path / 'p.npz').items():
-    np.testing.assert_array_equal(value, arrays[name])
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'covariance': 'spherical'}, r"prior.covariance is 'spherical'; valid: full, diag, tied"),
+    ({'kind': 'uniform'}, r"prior.kind is 'uniform'; valid: normal, gmm"),
+    ({'holdout_fraction': 1.0}, r'prior.holdout_fraction must be in \(0, 1\), got 1.0'),
+    ({'num_encoded': 0}, 'prior.num_encoded must be >= 1, got 0'),
+    ({'num_components': ()}, r'prior.num_components must name counts >= 1, got \(\)'),
+    ({'num_components': (4, 0)}, r'prior.num_components must name counts >= 1, got \(4, 0\)'),
+  ],
+)
+def test_bad_settings_are_named(changes, message):
+  with pytest.raises(UserError, match=message):
+    prior.check(ConfigDict({'prior': settings(**changes)}))
+
+
+def test_settings_are_checked_when_a_vae_is_built():
+  prior.check(ConfigDict({'prior': settings()}))

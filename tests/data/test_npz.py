@@ -79,10 +79,11 @@ def test_malformed_splits(data):
 def test_more_classes_than_the_config_knows_of(tmp_path, make_data):
   image = np.zeros((8, 8, 8, 3), np.uint8)
   np.savez(tmp_path / 'a.npz', images=image, labels=np.arange(8) % 4)
-  data = make_data(source='npz', path=str(tmp_path / 'a.npz'), train_split='train[:6]', eval_split='train[6:]')
+  splits = {'train_split': 'train[:6]', 'eval_split': 'train[6:]'}
+  data = make_data(source='npz', path=str(tmp_path / 'a.npz'), **splits)
   assert open_source(data, 'train').num_classes == 4
   data.num_classes = 4
   open_source(data, 'train')
   data.num_classes = 3
-  with pytest.raises(UserError, match='data.num_classes is 3, but the labels of these images are of 4 classes'):
+  with pytest.raises(UserError, match='num_classes is 3, but the labels of these images are of 4 classes'):
     open_source(data, 'train')

@@ -32,3 +32,51 @@ def test_random_flip_is_fair():
   mask = pixels.random_flip(jax.random.key(1), 4000)
   # Four standard deviations of a fair coin: 0.5 / sqrt(4000) = 0.008.
   assert abs(float(mask.mean()) - 0.5) < 0.032
+
+
+def batch_of(count: int) -> dict:
+  """Images of two sizes, none of them symmetric, and what is no image."""
+  image, low, noise = jax.random.split(jax.random.key(2), 3)
+  return {
+    'image': jax.random.randint(image, (count, 3, 4, 3), 0, 256).astype(jnp.uint8),
+    'low': jax.random.randint(low, (count, 2, 2, 1), 0, 256).astype(jnp.uint8),
+    'z': jax.random.normal(noise, (count, 5)),
+    'label': jnp.arange(count, dtype=jnp.int32),
+    'mask': jnp.ones(count),
+  }
+
+
+def test_prepare_scales_every_image_and_leaves_the_rest():
+  batch = batch_of(3)
+  prepared = pixels.prepare(batch, None)
+  assert list(prepared) == list(batch)
+  for name in ('image', 'low'):
+    assert prepared[name].dtype == jnp.float32
+    np.testing.assert_array_equal(prepared[name], pixels.to_unit_range(batch[name]))
+  for name in ('z', 'label', 'mask'):
+    assert prepared[name] is batch[name]
+  assert batch['image'].dtype == jnp.uint8  # it is not changed in place
+
+
+def test_prepare_turns_all_images_of_an_example_together():
+  count = 64
+  batch = batch_of(count)
+  prepared = jax.jit(pixels.prepare)(batch, jax.random.key(3))
+  turned = {}
+  for name in ('image', 'low'):
+    before, after = np.asarray(batch[name]), np.asarray(pixels.to_bytes(prepared[name]))
+    same = np.all(after == before, axis=(1, 2, 3))
+    turned[name] = np.all(after == before[:, :, ::-1], axis=(1, 2, 3))
+    assert np.all(same ^ turned[name])
+  np.testing.assert_array_equal(turned['image'], turned['low'])
+  assert 0 < turned['image'].sum() < count
+  for name in ('z', 'label', 'mask'):
+    np.testing.assert_array_equal(prepared[name], batch[name])
+  np.testing.assert_array_equal(turned['image'], pixels.random_flip(jax.random.key(3), count))
+
+
+def test_prepare_reads_images_already_in_the_unit_range_as_they_are():
+  batch = batch_of(2)
+  once = pixels.prepare(batch, None)
+  twice = pixels.prepare(once, None)
+  np.testing.assert_array_equal(twice['image'], once['image'])

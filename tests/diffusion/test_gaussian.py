@@ -134,14 +134,6 @@ def test_v_is_safe_in_float32_at_both_ends(schedule, key):
   np.testing.assert_allclose(gaussian.to_eps('v', v, y, t, schedule), eps, atol=2e-6)
 
 
-def test_shift():
-  x0_vae = jnp.full((1, 2, 2, 1), 0.3)
-  np.testing.assert_array_equal(gaussian.shift(1, x0_vae), 0)
-  np.testing.assert_array_equal(gaussian.shift(2, x0_vae), x0_vae)
-  with pytest.raises(UserError, match=r'formulation must be one of \[1, 2\], got 3'):
-    gaussian.shift(3, x0_vae)
-
-
 def test_unknown_prediction():
   x, t = jnp.zeros((1, 2)), jnp.ones(1)
   message = r"prediction must be one of \['x0', 'eps', 'v'\], got 'score'"

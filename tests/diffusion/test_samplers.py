@@ -5,6 +5,8 @@ the probability flow scales y as the standard deviation of the marginal.
 """
 
 import functools
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,9 @@ import numpy as np
 import pytest
 
 from vaediff.diffusion import gaussian, guidance, samplers, schedules
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import known_network  # noqa: E402
 
 LINEAR = schedules.LinearBeta()
 COSINE = schedules.Cosine()
@@ -67,14 +72,16 @@ def test_oracle_recovers_x0_through_the_network_state(name, formulation, num_ste
   """The oracle reads x_t, as a network does, and outputs v; the result is x0, not x0 + x0_vae."""
   x0 = jnp.linspace(-1, 1, 8).reshape(2, 2, 2, 1)
   x0_vae = jnp.full((2, 2, 2, 1), -0.81)
-  offset = gaussian.shift(formulation, x0_vae)
 
-  def network(x_t, t):
-    return gaussian.to_v('x0', x0, x_t - offset, t, schedule)
+  def network(x_t, t, values, drop):
+    y = x_t - values['x0_vae'] if formulation == 2 else x_t
+    return gaussian.to_v('x0', values['x0'], y, t, schedule)
 
-  def denoise(y, t):
-    return gaussian.to_x0('v', network(y + offset, t), y, t, schedule)
-
+  shift = 'x0_vae' if formulation == 2 else ''
+  oracle = known_network.denoiser(
+    network, schedule, {'vae': ('x0_vae',), 'truth': ('x0',)}, prediction='v', shift=shift
+  )
+  denoise = oracle.denoise(known_network.READ, {'x0_vae': x0_vae, 'x0': x0})
   y = noise_of(2, (2, 2, 1))
   result = ALL[name](denoise, schedule, y, keys_of(2), num_steps=num_steps)
   # x0 -> v divides by sigma = 0.01 at the first point of the linear table.

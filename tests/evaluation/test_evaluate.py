@@ -92,6 +92,7 @@ def test_the_table_of_a_vae(run):
   assert 'bits_per_dimension' not in result['model'] and result['model']['elbo/kl']['value'] < 0
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_batch_sizes(run):
   def figures(**changes):
     trained = opened(run, **{k: v for k, v in changes.items() if k != 'draw'}).with_settings(
@@ -161,6 +162,7 @@ def test_another_run_of_the_same_data_is_a_line_of_the_same_table(run):
   assert len(table) == 2 and table[0]['fd_classifier'] == table[1]['fd_classifier']
 
 
+@pytest.mark.slow
 def test_a_denoising_gan_is_one_row_of_the_same_table(run, tmp_path):
   config = get_config('ddgan,debug')
   config.data.data_dir = configs.read(run).data.data_dir
@@ -190,7 +192,9 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(run):
   trained = Trained(config, run, 'refiner', sharding.make_mesh(config.mesh))
   assert sets.name_of(trained) == 'refiner-ddim-4-best'
   experiment = trained.experiment
-  measure = during_training.make_measure(config, 'refiner', experiment, trained.frozen, trained.mesh)
+  measure = during_training.make_measure(
+    config, 'refiner', experiment, trained.read, trained.eval_source, trained.mesh
+  )
   assert measure(trained.params) == pytest.approx(values[step], rel=1e-4)
   vae = [json.loads(line) for line in (run / 'vae' / 'metrics.jsonl').read_text().splitlines()]
   assert {line['best/val/mse'] for line in vae if 'best/val/mse' in line} == {

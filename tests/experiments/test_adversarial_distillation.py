@@ -14,12 +14,12 @@ from vaediff import experiments
 from vaediff.diffusion import ladd, samplers
 from vaediff.errors import UserError
 from vaediff.experiments import grid_student
-from vaediff.experiments.diffusion import Condition, Refiner
+from vaediff.experiments.denoiser import Denoiser
 from vaediff.machine import sharding
 from vaediff.run import students
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from random_parameters import made  # noqa: E402
+from random_parameters import frozen_of, made, values_of  # noqa: E402
 
 
 def get(variant='adversarial,debug', **changes):
@@ -30,14 +30,7 @@ def get(variant='adversarial,debug', **changes):
 
 
 def build(variant='adversarial,debug', **changes):
-  return experiments.build(get(variant, **changes), 'adversarial').inner
-
-
-def frozen_of(experiment):
-  networks = {'teacher': made(experiment.teacher.denoiser, 1)}
-  if experiment.student.vae:
-    networks['vae'] = made(experiment.student.vae, 2)
-  return networks
+  return experiments.build(get(variant, **changes), 'adversarial')
 
 
 def started(experiment, frozen):
@@ -52,9 +45,15 @@ def noise(count=4, seed=3):
   return jax.random.normal(jax.random.key(seed), (count, 8, 8, 1))
 
 
-def condition(experiment, frozen, count=4):
-  z = jax.random.normal(jax.random.key(4), (count, experiment.latent_dim))
-  return experiment.student.condition(frozen, {'z': z})
+def swapped(experiment, kind):
+  """The stage with another kind of denoiser in its student."""
+  known = experiment.student.denoiser
+  denoiser = kind(**{field.name: getattr(known, field.name) for field in dataclasses.fields(known)})
+  return dataclasses.replace(experiment, student=dataclasses.replace(experiment.student, denoiser=denoiser))
+
+
+def rows_of(experiment, frozen):
+  return {'x0': jnp.clip(noise(), -1, 1), 'values': values_of(experiment.student, frozen, 4)}
 
 
 # The stage of a config --------------------------------------------------------------------------------
@@ -66,7 +65,7 @@ def test_by_default_two_steps_with_new_noise_between():
   assert experiment.student.settings['sampler'] == 'renoise'
   assert experiment.start_times == (1.0, 0.5) and experiment.start_probabilities == (0.5, 0.5)
   assert set(experiment.networks) == {'denoiser', 'discriminator'}
-  assert set(experiment.frozen) == {'vae', 'teacher'}
+  assert set(experiment.frozen) == {'vae', 'prior', 'teacher'}
   shapes = [x.shape[1:] for x in experiment.discriminator.inputs[1:]]
   assert shapes == [(8, 8, 32), (4, 4, 64), (4, 4, 64)]
 
@@ -80,7 +79,7 @@ def test_start_times_have_the_probabilities_of_the_config():
   shares = [float(jnp.mean(s == t)) for t in (1.0, 0.75, 0.5, 0.25)]
   np.testing.assert_allclose(shares, (0.7, 0.1, 0.0, 0.2), atol=0.03)
   late = np.asarray(s == 0.25)
-  expected = float(experiment.student.schedule.sigma(np.array(0.25)))
+  expected = float(experiment.student.denoiser.schedule.sigma(np.array(0.25)))
   assert np.asarray(y)[late].std() == pytest.approx(expected, rel=0.08)
 
 
@@ -108,17 +107,18 @@ def test_a_student_of_few_steps_can_be_the_teacher():
   changes = {f'adversarial.{field}': value for field, value in changes.items()}
   config = get('guided,distill,adversarial,debug', **changes)
   assert config.stages[-3:] == ('distill_2', 'distill_1', 'adversarial')
-  experiment = experiments.build(config, 'adversarial').inner
+  experiment = experiments.build(config, 'adversarial')
   assert experiment.teacher_source.stage == 'distill_2'
   # both read the guidance weight, which is the first teacher's
-  assert experiment.student.reads_guidance and experiment.student.settings['guidance_weight'] == 0.5
-  networks = {'teacher': experiment.teacher.denoiser, 'vae': experiment.student.vae}
+  assert experiment.student.denoiser.reads_weight and experiment.student.settings['guidance_weight'] == 0.5
+  networks = {name: experiment.frozen[name].model for name in ('teacher', 'vae')}
   shapes = {name: jax.eval_shape(model.init, jax.random.key(0)) for name, model in networks.items()}
+  shapes['prior'] = {}
   state = jax.eval_shape(experiment.init, jax.random.key(0))
   batch = {'image': images(), 'mask': np.ones(8, np.float32)}
   after, metrics = jax.eval_shape(experiment.train_step, state, shapes, batch, jax.random.key(1))
   assert jax.tree.structure(after) == jax.tree.structure(state) and metrics['loss'].shape == ()
-  jax.eval_shape(experiment.eval_step, state.eval_params, shapes, batch, jax.random.key(1))
+  jax.eval_shape(experiment.eval_step, {**shapes, **state.eval_params}, batch, jax.random.key(1))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_teacher_that_predicts_eps_is_refused(stages, message):
 def test_between_a_teacher_that_predicts_eps_and_its_student_is_one_that_predicts_v():
   config = get(**{'refiner.diffusion.prediction': 'eps'})
   assert config.stages == ('vae', 'refiner', 'adversarial_v', 'adversarial')
-  assert experiments.build(config, 'adversarial').inner.teacher_source.stage == 'adversarial_v'
+  assert experiments.build(config, 'adversarial').teacher_source.stage == 'adversarial_v'
 
 
 def test_a_distilled_teacher_is_called_on_its_own_grid():
@@ -183,11 +183,11 @@ def test_the_student_starts_as_its_teacher():
   jax.tree.map(np.testing.assert_array_equal, state.networks['denoiser'].params, frozen['teacher'])
   jax.tree.map(np.testing.assert_array_equal, state.eval_params['denoiser'], frozen['teacher'])
   assert state.networks['discriminator'].ema_params is None
-  given, t = condition(experiment, frozen), jnp.full(4, 0.7)
-  students = state.networks['denoiser'].params
+  values, t = values_of(experiment.student, frozen, 4), jnp.full(4, 0.7)
+  read = {**frozen, 'denoiser': state.networks['denoiser'].params}
   student, teacher = (
-    jax.jit(lambda y, params, refiner=refiner: refiner.denoise(params, given)(y, t))(noise(), params)
-    for refiner, params in ((experiment.student, students), (experiment.teacher, frozen['teacher']))
+    jax.jit(lambda y, read, denoiser=denoiser: denoiser.denoise(read, values)(y, t))(noise(), read)
+    for denoiser in (experiment.student.denoiser, experiment.teacher)
   )
   np.testing.assert_array_equal(student, teacher)
 
@@ -197,44 +197,45 @@ def test_formulation2_without_a_shift_is_formulation1():
   for variant in ('formulation1,adversarial,debug', 'formulation2,adversarial,debug'):
     experiment = build(variant)
     frozen = frozen_of(experiment)
-    given = Condition(x0_vae=jnp.zeros((4, 8, 8, 1)), z=None)
-    maps.append(experiment.maps(frozen['teacher'], noise(), given, jnp.full(4, 0.4), noise(seed=5)))
+    values = {'x0_vae': jnp.zeros((4, 8, 8, 1))}
+    maps.append(experiment.maps(frozen, noise(), values, jnp.full(4, 0.4), noise(seed=5)))
   jax.tree.map(np.testing.assert_array_equal, *maps)
 
 
 def test_formulation2_shifts_what_the_teachers_encoder_reads():
   experiment = build('formulation2,adversarial,debug')
   frozen = frozen_of(experiment)
-  given, t = condition(experiment, frozen), jnp.full(4, 0.4)
+  values, t = values_of(experiment.student, frozen, 4), jnp.full(4, 0.4)
   teacher, schedule = experiment.teacher, experiment.teacher.schedule
-  x_t = schedule.alpha(t)[0] * noise() + schedule.sigma(t)[0] * noise(seed=5) + given.x0_vae
-  expected = teacher.denoiser.apply(frozen['teacher'], x_t, t, given.x0_vae, method='features')
-  got = experiment.maps(frozen['teacher'], noise(), given, t, noise(seed=5))
+  x_t = schedule.alpha(t)[0] * noise() + schedule.sigma(t)[0] * noise(seed=5) + values['x0_vae']
+  expected = teacher.model.apply(frozen['teacher'], x_t, t, values, method='features')
+  got = experiment.maps(frozen, noise(), values, t, noise(seed=5))
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-class Oracle(Refiner):
+class Oracle(Denoiser):
   """A student that knows the image."""
 
-  def x0_hat(self, params, condition, *, dropped=False):
-    return lambda y, t: jnp.repeat(params['x0'], len(y) // len(params['x0']), axis=0)
+  def x0_hat(self, read, values, without=()):
+    x0 = read[self.network]['x0']
+    return lambda y, t: jnp.repeat(x0, len(y) // len(x0), axis=0)
 
 
 def test_an_image_cannot_be_told_from_itself():
   """Real and fake have condition, time and noise in common."""
-  experiment = build(**{'adversarial.loss.r1_gamma': 0.0})
-  student = Oracle(**{f.name: getattr(experiment.student, f.name) for f in dataclasses.fields(Refiner)})
-  experiment = dataclasses.replace(experiment, student=student)
-  frozen, x0 = frozen_of(experiment), jnp.clip(noise(), -1, 1)
-  rows = {'x0': x0, 'x0_vae': condition(experiment, frozen).x0_vae}
+  experiment = swapped(build(**{'adversarial.loss.r1_gamma': 0.0}), Oracle)
+  frozen = frozen_of(experiment)
+  rows = rows_of(experiment, frozen)
+  x0 = rows['x0']
   heads = made(experiment.discriminator, 3)
   probabilities = experiment.probabilities(jnp.int32(0))
 
   @jax.jit
   def run(x0):
     key = jax.random.key(6)
-    return experiment.discriminator_loss(heads, {'x0': x0}, frozen, rows, key, probabilities)
+    read = {**frozen, 'denoiser': {'x0': x0}}
+    return experiment.discriminator_loss(heads, read, rows, key, probabilities)
 
   loss, metrics = run(x0)
   assert metrics['logits/real'] == metrics['logits/fake'] != 0
@@ -309,6 +310,7 @@ def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been(run):
   jax.tree.map(np.testing.assert_array_equal, state, states[3])
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight(run):
   experiment, _, states, history = run
   mesh = sharding.make_mesh(get().mesh)
@@ -327,16 +329,15 @@ def test_the_adversary_alone_reaches_the_student_through_the_teachers_encoder():
   """Without the distillation loss the teacher is not sampled: its way up need not be there."""
   experiment = build(**{'adversarial.loss.distillation_weight': 0.0})
   frozen = frozen_of(experiment)
-  rows = {'x0': jnp.clip(noise(), -1, 1), 'x0_vae': condition(experiment, frozen).x0_vae}
+  rows = rows_of(experiment, frozen)
   heads, params = made(experiment.discriminator, 3), frozen['teacher']
   encoder = {k: v for k, v in params.items() if not k.startswith(('up_', 'norm_out', 'conv_out'))}
   assert len(encoder) < len(params)
 
   def loss(params, heads):
     probabilities = experiment.probabilities(jnp.int32(0))
-    return experiment.student_loss(
-      params, heads, {'teacher': encoder}, rows, jax.random.key(7), probabilities
-    )
+    read = {'teacher': encoder, 'denoiser': params}
+    return experiment.student_loss(read, heads, rows, jax.random.key(7), probabilities)
 
   slope = jax.jit(jax.grad(loss, has_aux=True))
   grads, metrics = slope(params, heads)
@@ -351,13 +352,13 @@ def test_the_adversary_alone_reaches_the_student_through_the_teachers_encoder():
 def test_the_student_and_the_teacher_are_held_in_the_discriminators_loss():
   experiment = build()
   frozen = frozen_of(experiment)
-  rows = {'x0': jnp.clip(noise(), -1, 1), 'x0_vae': condition(experiment, frozen).x0_vae}
+  rows = rows_of(experiment, frozen)
 
   def loss(student, teacher):
-    networks = {**frozen, 'teacher': teacher}
+    read = {**frozen, 'denoiser': student, 'teacher': teacher}
     heads = made(experiment.discriminator, 3)
     probabilities = experiment.probabilities(jnp.int32(0))
-    return experiment.discriminator_loss(heads, student, networks, rows, jax.random.key(8), probabilities)[0]
+    return experiment.discriminator_loss(heads, read, rows, jax.random.key(8), probabilities)[0]
 
   grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(frozen['teacher'], frozen['teacher'])
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
@@ -369,9 +370,9 @@ def test_the_student_and_the_teacher_are_held_in_the_discriminators_loss():
 def test_the_target_is_the_teachers_sample():
   experiment = build('formulation2,adversarial,debug', **{'adversarial.teacher_calls': 3})
   frozen = frozen_of(experiment)
-  given = condition(experiment, frozen)
-  got = jax.jit(lambda y: experiment.target(frozen, y, jnp.ones(4), given))(noise())
-  teacher = experiment.teacher.denoise(frozen['teacher'], given)
+  values = values_of(experiment.student, frozen, 4)
+  got = jax.jit(lambda y: experiment.target(frozen, y, jnp.ones(4), values))(noise())
+  teacher = experiment.teacher.denoise(frozen, values)
   keys = jax.random.split(jax.random.key(9), 4)
   expected = samplers.sample_ddim(teacher, experiment.teacher.schedule, noise(), keys, num_steps=3)
   np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -382,30 +383,28 @@ def test_the_teacher_itself_has_diversity_ratio_one_and_no_error():
   frozen = frozen_of(experiment)
   batch = {'image': images(), 'mask': np.array([1, 1, 1, 1, 1, 1, 0, 0], np.float32)}
   evaluate = jax.jit(experiment.eval_step)
-  values = evaluate({'denoiser': frozen['teacher']}, frozen, batch, jax.random.key(0))
+  read = {**frozen, 'denoiser': frozen['teacher']}
+  values = evaluate(read, batch, jax.random.key(0))
   assert set(values) == {'loss', 'diversity', 'diversity_ratio'}
   assert float(values['diversity_ratio']) == pytest.approx(1.0, rel=1e-4) and values['diversity'] > 1e-4
   assert float(values['loss']) < 1e-8
   # masked examples count for nothing
   other = {**batch, 'image': np.concatenate([batch['image'][:6], batch['image'][:2]])}
-  again = evaluate({'denoiser': frozen['teacher']}, frozen, other, jax.random.key(0))
+  again = evaluate(read, other, jax.random.key(0))
   assert float(again['diversity']) == pytest.approx(float(values['diversity']), rel=1e-5)
 
 
 def test_a_student_that_ignores_its_noise_has_no_diversity():
-  experiment = build()
-  frozen = frozen_of(experiment)
-  student = Oracle(**{f.name: getattr(experiment.student, f.name) for f in dataclasses.fields(Refiner)})
-  experiment = dataclasses.replace(experiment, student=student)
+  experiment = swapped(build(), Oracle)
   batch = {'image': images(), 'mask': np.ones(8, np.float32)}
-  params = {'denoiser': {'x0': jnp.clip(noise(8), -1, 1)}}
-  values = jax.jit(experiment.eval_step)(params, frozen, batch, jax.random.key(0))
+  read = {**frozen_of(experiment), 'denoiser': {'x0': jnp.clip(noise(8), -1, 1)}}
+  values = jax.jit(experiment.eval_step)(read, batch, jax.random.key(0))
   assert values['diversity'] == values['diversity_ratio'] == 0 and values['loss'] > 0
 
 
 def test_the_distillation_loss_has_the_weight_of_its_name():
   experiment = build()
   a, b, s = noise(), noise(seed=5), jnp.array([1.0, 0.5, 0.25, 0.1])
-  snr = np.exp(experiment.student.schedule.logsnr(np.asarray(s)))
+  snr = np.exp(experiment.student.denoiser.schedule.logsnr(np.asarray(s)))
   expected = np.maximum(snr, 1) * np.asarray(ladd.squared_distance(a, b))
   np.testing.assert_allclose(experiment.distillation_losses(a, b, s), expected, rtol=1e-3)

@@ -13,7 +13,7 @@ import pytest
 from vaediff import experiments, spaces
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
-from vaediff.experiments import autoencoder
+from vaediff.experiments import autoencoder, base
 from vaediff.machine import sharding
 from vaediff.models.autoencoder import LAST_KERNEL
 from vaediff.run import frozen as frozen_networks
@@ -107,6 +107,7 @@ def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been(vq):
   )
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight(vq):
   experiment, one, history = vq
   mesh = sharding.make_mesh(digits().mesh)
@@ -140,10 +141,12 @@ def test_statistics_are_those_of_all_images():
   image = images(9)
   source = sources.ArraySource(images=image, labels=np.zeros(9, np.int32), label_names=(), num_classes=0)
 
-  class Halves:
+  class Halves(base.Experiment):
     """The latents are the columns of the image, left and right half as two channels, far from zero."""
 
-    def observe(self, read, batch, x, key):
+    networks, init, train_step, eval_step = {}, None, None, None  # it is not trained here
+
+    def observe(self, read, batch, x, key=None):
       assert key.shape == x.shape[:1]  # a posterior's noise is that of the image, whatever the batch
       x = (x[..., 0] + 1) / 2 + 100.0
       return {'latents': jnp.stack([x[:, :, :4], x[:, :, 4:]], axis=-1)}
@@ -198,8 +201,8 @@ def test_what_reads_latents_reads_their_statistics(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'autoencoder.loss.pixel': 'huber'}, "loss.pixel must be 'l1' or 'l2', got 'huber'"),
-    ({'autoencoder.loss.codebook': 'kmeans'}, "loss.codebook must be 'ema' or 'gradient', got 'kmeans'"),
+    ({'autoencoder.loss.pixel': 'huber'}, "loss.pixel is 'huber'; valid: l1, l2"),
+    ({'autoencoder.loss.codebook': 'kmeans'}, "loss.codebook is 'kmeans'; valid: ema, gradient"),
     ({'autoencoder.loss.kl_weight': -1.0}, 'loss.kl_weight must be >= 0, got -1.0'),
     ({'autoencoder.loss.perceptual': 'lpips_resnet'}, "LPIPS network 'resnet' is unknown"),
     ({'autoencoder.model.bottleneck': 'fsq'}, "model.bottleneck is 'fsq'; choose one of kl, none, vq"),

@@ -40,7 +40,8 @@ def test_both_kinds_are_chosen_by_the_step():
   assert [experiment.kind_of(step) for step in range(9)] == ['r1', '', '', '', 'r1', '', '', '', 'r1']
   state, batch = experiment.init(jax.random.key(0)), {'image': jnp.asarray(toy_gan.data(0, 32))}
   slopes = {
-    kind: float(experiment.train_step(state, {}, batch, jax.random.key(1), kind)[1]['r1']) for kind in ('', 'r1')
+    kind: float(experiment.train_step(state, {}, batch, jax.random.key(1), kind)[1]['r1'])
+    for kind in ('', 'r1')
   }
   assert slopes['r1'] > 0 == slopes['']  # the kind is an argument: R1 is taken where it is 'r1' alone
   without = toy_gan.make(2, loss={'r1_gamma': 0.0, 'r1_every_steps': 4, 'reconstruction': 'none'})
@@ -101,6 +102,7 @@ def test_the_generator_is_held_in_the_discriminators_loss():
   assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight():
   one, _ = updates(toy_gan.make(4), 5)
   eight, _ = updates(toy_gan.make(4), 5, mesh=sharding.make_mesh(digits('ddgan').mesh))
@@ -126,7 +128,7 @@ def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been():
   )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_steps_cover_the_modes():
   """Four steps cover all 25 modes, where one step, a plain GAN, drops some; prints both.
 

@@ -1,6 +1,7 @@
 """Distribution matching as a stage: its three networks, its two kinds of updates, and Gaussian data."""
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import sys
@@ -14,13 +15,13 @@ from ml_collections import ConfigDict
 from vaediff import experiments, optim
 from vaediff.diffusion import samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments.diffusion import Condition, Refiner
+from vaediff.experiments.denoiser import Denoiser
 from vaediff.machine import sharding
 from vaediff.run import students
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_denoiser  # noqa: E402
-from random_parameters import made  # noqa: E402
+from random_parameters import frozen_of, made  # noqa: E402
 
 NAMES = ('denoiser', 'fake_denoiser', 'discriminator')
 
@@ -33,11 +34,7 @@ def get(variant='matching,debug', **changes):
 
 
 def build(variant='matching,debug', **changes):
-  return experiments.build(get(variant, **changes), 'matching').inner
-
-
-def frozen_of(experiment):
-  return {'teacher': made(experiment.teacher.denoiser, 1), 'vae': made(experiment.student.vae, 2)}
+  return experiments.build(get(variant, **changes), 'matching')
 
 
 def batch(count=8):
@@ -55,18 +52,18 @@ def equal(a, b):
 def test_by_default_two_steps_and_five_updates_of_the_fake_denoiser_for_one():
   experiment = build('matching')
   assert experiment.num_function_evaluations == 2 and experiment.start_times == (1.0, 0.5)
-  assert set(experiment.networks) == set(NAMES) and set(experiment.frozen) == {'vae', 'teacher'}
+  assert set(experiment.networks) == set(NAMES) and set(experiment.frozen) == {'vae', 'prior', 'teacher'}
   assert [experiment.kind_of(step) for step in range(6)] == ['', '', '', '', 'student', '']
-  assert experiment.of_kind('student').is_student and not experiment.of_kind('').is_student
 
 
 def test_after_adversarial_distillation_it_goes_on_from_that_student():
   config = get('adversarial,matching,debug')
   assert config.stages == ('vae', 'refiner', 'adversarial', 'matching')
-  experiment = experiments.build(config, 'matching').inner
+  experiment = experiments.build(config, 'matching')
   assert experiment.frozen['start'].stage == 'adversarial'
   assert experiment.frozen['teacher'].stage == 'refiner'
-  frozen = {**frozen_of(experiment), 'start': made(experiment.teacher.denoiser, 7)}
+  frozen = frozen_of(experiment)
+  assert not equal(frozen['start'], frozen['teacher'])
   state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), frozen)
   assert equal(state.networks['denoiser'].params, frozen['start'])
   assert equal(state.networks['denoiser'].ema_params, frozen['start'])
@@ -102,24 +99,26 @@ def test_it_goes_on_from_a_student_of_the_same_kind_only():
 # What the losses read ---------------------------------------------------------------------------------
 
 
-class Constant(Refiner):
+class Constant(Denoiser):
   """A student that draws one grey."""
 
-  def x0_hat(self, params, condition, *, dropped=False):
+  def x0_hat(self, read, values, without=()):
     return lambda y, t: jnp.full_like(y, 0.7)
 
 
 def test_the_states_are_those_of_its_own_samples():
   experiment = build(**{'matching.start_probabilities': (0.25, 0.75)})
-  fields = {field.name: getattr(experiment.student, field.name) for field in dataclasses.fields(Refiner)}
-  experiment = dataclasses.replace(experiment, student=Constant(**fields))
-  like, given = jnp.zeros((512, 8, 8, 1)), Condition(x0_vae=None, z=None)
-  y, s = map(np.asarray, experiment.own_states({}, given, like, jax.random.key(0)))
+  known = experiment.student.denoiser
+  denoiser = Constant(**{field.name: getattr(known, field.name) for field in dataclasses.fields(known)})
+  student = dataclasses.replace(experiment.student, denoiser=denoiser)
+  experiment = dataclasses.replace(experiment, student=student)
+  like = jnp.zeros((512, 8, 8, 1))
+  y, s = map(np.asarray, experiment.own_states({}, {}, like, jax.random.key(0)))
   second = s == experiment.start_times[1]
   assert second.mean() == pytest.approx(0.75, abs=0.07)
   assert y[~second].mean() == pytest.approx(0.0, abs=0.05)  # pure noise
   assert y[~second].std() == pytest.approx(1.0, rel=0.03)
-  schedule = experiment.student.schedule
+  schedule = denoiser.schedule
   alpha, sigma = (float(of(np.array(0.5))) for of in (schedule.alpha, schedule.sigma))
   assert y[second].mean() == pytest.approx(0.7 * alpha, abs=0.03)
   assert y[second].std() == pytest.approx(sigma, rel=0.03)
@@ -134,8 +133,8 @@ def test_the_student_is_updated_where_it_is_due_and_the_others_always():
   state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), frozen)
   for step in range(2):
     kind = experiment.kind_of(step)
-    update = jax.jit(experiment.of_kind(kind).train_step)
-    after, metrics = update(state, frozen, batch(), jax.random.key(step))
+    update = jax.jit(experiment.train_step, static_argnums=4)
+    after, metrics = update(state, frozen, batch(), jax.random.key(step), kind)
     kept = {name: equal(state.networks[name].params, after.networks[name].params) for name in NAMES}
     assert kept == {'denoiser': kind == '', 'fake_denoiser': False, 'discriminator': False}
     assert {'loss', 'loss/fake', 'loss/discriminator', 'loss/distribution'} <= set(metrics)
@@ -148,12 +147,16 @@ def test_a_fake_denoiser_that_is_the_teacher_moves_no_image():
   experiment = build(**{'matching.loss.adversarial_weight': 0.0})
   frozen = frozen_of(experiment)
   rows = jax.jit(experiment.rows)(frozen, batch(), jax.random.key(0))
-  slope = jax.jit(jax.grad(experiment.student_loss, has_aux=True))
   others = {'fake_denoiser': frozen['teacher'], 'discriminator': made(experiment.discriminator, 3)}
-  grads, metrics = slope(frozen['teacher'], others, frozen, rows, jax.random.key(1))
+
+  def loss(params, others, frozen):
+    return experiment.student_loss({**frozen, **others, 'denoiser': params}, rows, jax.random.key(1))
+
+  slope = jax.jit(jax.grad(loss, has_aux=True))
+  grads, metrics = slope(frozen['teacher'], others, frozen)
   assert metrics['loss/distribution'] == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
-  others['fake_denoiser'] = made(experiment.teacher.denoiser, 4)
-  grads, metrics = slope(frozen['teacher'], others, frozen, rows, jax.random.key(1))
+  others['fake_denoiser'] = made(experiment.teacher.model, 4)
+  grads, metrics = slope(frozen['teacher'], others, frozen)
   assert metrics['loss/distribution'] > 0 and all(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
@@ -169,15 +172,9 @@ def test_samples_get_the_deviation_of_gaussian_data(count):
   settings = ConfigDict(get().matching.optim.to_dict())
   settings.update({'learning_rate': 2e-2, 'ema_decay': 0.0, 'clip_norm': 0.0})
   optimizer = optim.make_optimizer(settings, 1500)
-  refiner = dataclasses.replace(
-    experiment.student,
-    denoiser=toy_denoiser.model(8),
-    optimizer=optimizer,
-    schedule=schedule,
-    settings={**experiment.student.settings, 'clip': 'none'},
-  )
+  student, teacher = toy_denoiser.diffusion(experiment.student, schedule, optimizer)
   experiment = dataclasses.replace(
-    experiment, student=refiner, teacher=refiner, optimizer_fake=optimizer, fake_updates=5
+    experiment, student=student, teacher=teacher, optimizer_fake=optimizer, fake_updates=5
   )
   frozen = {'teacher': toy_denoiser.exact(schedule, std)}
 
@@ -187,7 +184,7 @@ def test_samples_get_the_deviation_of_gaussian_data(count):
       for j in range(5):
         images = toy_denoiser.batch(std, 5 * k + j)
         key = jax.random.fold_in(jax.random.key(3), 5 * k + j)
-        state, _ = experiment.of_kind(experiment.kind_of(j)).train_step(state, frozen, images, key)
+        state, _ = experiment.train_step(state, frozen, images, key, experiment.kind_of(j))
       return state, None
 
     return jax.lax.scan(body, state, jnp.arange(300))[0]
@@ -196,7 +193,7 @@ def test_samples_get_the_deviation_of_gaussian_data(count):
   y, keys = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jax.random.split(jax.random.key(0), 64)
 
   def deviation(params):
-    denoise = refiner.denoise(params, Condition(x0_vae=None, z=None))
+    denoise = student.denoiser.denoise({'denoiser': params}, {})
     return float(samplers.sample_renoise(denoise, schedule, y, keys, num_steps=count).std())
 
   after = deviation(train(state).networks['denoiser'].params)
@@ -208,13 +205,13 @@ def test_samples_get_the_deviation_of_gaussian_data(count):
 def test_one_device_equals_eight():
   config = get(**{'matching.loss.adversarial_weight': 0.5})
   experiment = experiments.build(config, 'matching')
-  frozen = frozen_of(experiment.inner)
+  frozen = frozen_of(experiment)
   given = {'image': np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)}
 
   def update(mesh):
     state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), frozen)
     rows = sharding.put_batch(given, sharding.batch_sharding(mesh))
-    step = jax.jit(experiment.of_kind('student').train_step)
+    step = jax.jit(functools.partial(experiment.train_step, kind='student'))
     return step(
       *(sharding.replicate(x, mesh) for x in (state, frozen)),
       rows,

@@ -18,7 +18,6 @@ from vaediff import experiments
 from vaediff.diffusion import distillation, samplers, schedules
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher
-from vaediff.experiments.diffusion import Condition
 from vaediff.machine.sharding import make_mesh
 from vaediff.modes import train
 from vaediff.optim import Optimizer
@@ -28,6 +27,7 @@ from vaediff.run.trained import Trained
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_denoiser  # noqa: E402
+from random_parameters import frozen_of, made, values_of  # noqa: E402
 
 
 def get(variant='distill,debug', name='digits', **changes):
@@ -38,30 +38,7 @@ def get(variant='distill,debug', name='digits', **changes):
 
 
 def build(variant='distill,debug', stage='distill_2', **changes):
-  return experiments.build(get(variant, **changes), stage).inner
-
-
-def randomised(params, seed):
-  leaves, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return treedef.unflatten(
-    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  )
-
-
-@functools.cache
-def made(model, seed):
-  return randomised(jax.jit(model.init)(jax.random.key(seed)), seed)
-
-
-def frozen_of(experiment):
-  """Random networks, and the table of steps as the loop would load it."""
-  networks = {'teacher': made(experiment.teacher.denoiser, 1), 'prior': {}}
-  if experiment.student.vae:
-    networks['vae'] = made(experiment.student.vae, 2)
-  if 'steps' in experiment.frozen:
-    networks['steps'] = jax.tree.map(jnp.asarray, experiment.frozen['steps'].load())
-  return networks
+  return experiments.build(get(variant, **changes), stage)
 
 
 def image(count=6):
@@ -70,11 +47,6 @@ def image(count=6):
 
 def noise(count=6, seed=3):
   return jax.random.normal(jax.random.key(seed), (count, 8, 8, 1))
-
-
-def condition(experiment, frozen, count=6, seed=4):
-  z = jax.random.normal(jax.random.key(seed), (count, experiment.latent_dim))
-  return experiment.student.condition(frozen, {'z': z})
 
 
 # The stages of a config ------------------------------------------------------------------------------
@@ -102,9 +74,9 @@ def test_an_eps_teacher_is_first_distilled_to_v():
 def test_a_guided_teacher_is_first_distilled_to_one_pass():
   config = get('guided,distill,debug')
   assert config.stages[2:] == ('distill_guided', 'distill_2', 'distill_1')
-  student = experiments.build(config, 'distill_2').inner.student
-  teacher = experiments.build(config, 'refiner').inner
-  assert student.reads_guidance and not teacher.reads_guidance
+  student = experiments.build(config, 'distill_2').student
+  teacher = experiments.build(config, 'refiner')
+  assert student.denoiser.reads_weight and not teacher.denoiser.reads_weight
   assert (teacher.num_function_evaluations, student.num_function_evaluations) == (8, 2)
   assert student.settings['guidance_weight'] == teacher.settings['guidance_weight'] == 0.5
 
@@ -171,7 +143,7 @@ def test_the_teacher_of_another_run_must_be_of_this_kind(trained):
 def test_the_student_starts_as_its_teacher(variant):
   config = get(variant)
   for stage in config.stages[2:]:
-    experiment = experiments.build(config, stage).inner
+    experiment = experiments.build(config, stage)
     frozen = frozen_of(experiment)
     state = experiment.start(experiment.init(jax.random.key(0)), frozen)
     params = state.networks['denoiser'].params
@@ -179,10 +151,11 @@ def test_the_student_starts_as_its_teacher(variant):
       jax.tree.map(np.testing.assert_array_equal, params[name], tree)
     new = set(params) - set(frozen['teacher'])
     assert new == ({'guidance'} if stage == 'distill_guided' else set())
-    given = condition(experiment, frozen)
+    values = values_of(experiment.student, frozen, 6)
+    assert ('guidance' in values) == ('guidance' in params)
     y, t = noise(), jnp.full(6, 0.7)
-    student = experiment.student.x0_hat(params, given)(y, t)
-    teacher = experiment.teacher.x0_hat(frozen['teacher'], given)(y, t)
+    student = experiment.student.denoiser.x0_hat({**frozen, 'denoiser': params}, values)(y, t)
+    teacher = experiment.teacher.x0_hat(frozen, values)(y, t)
     np.testing.assert_allclose(student, teacher, atol=1e-6)
 
 
@@ -191,10 +164,10 @@ def test_one_step_of_the_target_is_two_of_the_teachers_sampler(variant):
   """With the U-Net, clipping and formulation as they are sampled, in one compiled program each."""
   experiment = build(variant, stage='distill_1')
   frozen = frozen_of(experiment)
-  given = condition(experiment, frozen)
+  values = values_of(experiment.student, frozen, 6)
   y = noise()
-  wanted = jax.jit(lambda: experiment.target(frozen, y, given, jnp.zeros(6, jnp.int32), jnp.ones(6)))()
-  teacher = experiment.teacher.denoise(frozen['teacher'], given)
+  wanted = jax.jit(lambda: experiment.target(frozen, y, values, jnp.zeros(6, jnp.int32), jnp.ones(6)))()
+  teacher = experiment.teacher.denoise(frozen, values)
   keys = jax.random.split(jax.random.key(9), 6)
   drawn = samplers.sample_ddim(teacher, experiment.teacher.schedule, y, keys, num_steps=2)
   np.testing.assert_allclose(wanted, drawn, atol=1e-5)
@@ -205,9 +178,9 @@ def test_formulation2_without_a_shift_is_formulation1():
   for variant in ('formulation1,distill,debug', 'formulation2,distill,debug'):
     experiment = build(variant)
     frozen = frozen_of(experiment)
-    given = dataclasses.replace(condition(experiment, frozen), x0_vae=jnp.zeros((6, 8, 8, 1)))
+    values = {**values_of(experiment.student, frozen, 6), 'x0_vae': jnp.zeros((6, 8, 8, 1))}
     index = jnp.asarray([0, 0, 0, 1, 1, 1])
-    targets.append(experiment.target(frozen, noise(), given, index, frozen['steps']['time'][index]))
+    targets.append(experiment.target(frozen, noise(), values, index, frozen['steps']['time'][index]))
   np.testing.assert_array_equal(*targets)
 
 
@@ -218,38 +191,38 @@ def test_the_target_does_not_change_when_x_t_and_x0_vae_shift_together():
   kernel = frozen['teacher']['conv_in']['kernel']
   kernel = jnp.concatenate([kernel[:, :, :1], -kernel[:, :, :1]], axis=2)
   frozen['teacher'] = {**frozen['teacher'], 'conv_in': {**frozen['teacher']['conv_in'], 'kernel': kernel}}
-  given, index = condition(experiment, frozen), jnp.asarray([0, 0, 0, 1, 1, 1])
-  shifted = dataclasses.replace(given, x0_vae=given.x0_vae + 0.3)
+  values, index = values_of(experiment.student, frozen, 6), jnp.asarray([0, 0, 0, 1, 1, 1])
+  shifted = {**values, 'x0_vae': values['x0_vae'] + 0.3}
   targets = [
-    experiment.target(frozen, noise(), c, index, frozen['steps']['time'][index]) for c in (given, shifted)
+    experiment.target(frozen, noise(), v, index, frozen['steps']['time'][index]) for v in (values, shifted)
   ]
   np.testing.assert_allclose(*targets, atol=2e-5)
 
 
 def test_the_guided_target_is_the_guided_teacher():
   config = get('guided,distill,debug')
-  experiment = experiments.build(config, 'distill_guided').inner
+  experiment = experiments.build(config, 'distill_guided')
   frozen = frozen_of(experiment)
   weights = jnp.linspace(0.0, 4.0, 6)
-  given = dataclasses.replace(condition(experiment, frozen), guidance=weights)
+  values = {**values_of(experiment.student, frozen, 6), 'guidance': weights}
   y, t = noise(), jnp.full(6, 0.6)
   teacher = experiment.teacher
-  on = teacher.x0_hat(frozen['teacher'], given)(y, t)
-  off = teacher.x0_hat(frozen['teacher'], given, dropped=True)(y, t)
+  on = teacher.x0_hat(frozen, values)(y, t)
+  off = teacher.x0_hat(frozen, values, without=('vae',))(y, t)
   w = weights[:, None, None, None]
   expected = jnp.clip((1 + w) * on - w * off, -1, 1)
-  np.testing.assert_allclose(experiment.target(frozen, y, given, None, t), expected, atol=1e-6)
+  np.testing.assert_allclose(experiment.target(frozen, y, values, None, t), expected, atol=1e-6)
   assert float(jnp.abs(on - off).max()) > 1e-3
 
 
 def test_a_student_of_guided_teachers_reads_the_weight():
   config = get('guided,distill,debug')
-  student = experiments.build(config, 'distill_2').inner.student
-  params = made(student.denoiser, 5)
-  z = jnp.zeros((2, student.latent_dim))
-  given = student.condition({'vae': made(student.vae, 2)}, {'z': z})
+  student = experiments.build(config, 'distill_2').student
+  read = {**frozen_of(student), 'denoiser': made(student.denoiser.model, 5)}
+  values = values_of(student, read, 2)
+  np.testing.assert_array_equal(values['guidance'], jnp.full(2, 0.5))  # the config's, where none is given
   out = [
-    student.x0_hat(params, dataclasses.replace(given, guidance=jnp.full(2, w)))(noise(2), jnp.full(2, 0.5))
+    student.denoiser.x0_hat(read, {**values, 'guidance': jnp.full(2, w)})(noise(2), jnp.full(2, 0.5))
     for w in (0.0, 3.0)
   ]
   assert float(jnp.abs(out[0] - out[1]).max()) > 1e-3
@@ -257,23 +230,23 @@ def test_a_student_of_guided_teachers_reads_the_weight():
 
 def test_examples_free_of_data_come_from_the_student_itself():
   experiment = build(**{'distill.data_free_fraction': 0.5})
-  frozen = frozen_of(experiment)
-  params = made(experiment.student.denoiser, 7)
-  x0, given = experiment.student.examples(frozen, {'image': image()}, jax.random.key(1), flip=False)
-  states = functools.partial(experiment.states, params, frozen, x0, given)
+  read = {**frozen_of(experiment), 'denoiser': made(experiment.student.denoiser.model, 7)}
+  x0, values = experiment.student.examples(read, {'image': image()}, jax.random.key(1), training=False)
+  states = functools.partial(experiment.states, read, x0, values)
   y, mixed, index, t = states(jax.random.key(2), data_free=True)
   plain, same, _, _ = states(jax.random.key(2), data_free=False)
   np.testing.assert_array_equal(y[3:], plain[3:])
-  np.testing.assert_array_equal(mixed.x0_vae[3:], given.x0_vae[3:])
-  assert np.all(np.any(np.asarray(mixed.x0_vae[:3] != given.x0_vae[:3]), axis=(1, 2, 3)))
-  np.testing.assert_array_equal(same.x0_vae, given.x0_vae)
+  given, mixed_in = values['x0_vae'], mixed['x0_vae']
+  np.testing.assert_array_equal(mixed_in[3:], given[3:])
+  assert np.all(np.any(np.asarray(mixed_in[:3] != given[:3]), axis=(1, 2, 3)))
+  np.testing.assert_array_equal(same['x0_vae'], given)
   # where a step has been taken y is a state of the student's own sampler
   key_noise = jax.random.split(jax.random.key(2), 5)[4]
   start = jax.random.normal(key_noise, (3, 8, 8, 1))
   first = jax.tree.map(lambda rows: rows[:3], mixed)
   _, trajectory = samplers.sample_ddim(
-    experiment.student.denoise(params, first),
-    experiment.student.schedule,
+    experiment.student.denoiser.denoise(read, first),
+    experiment.student.denoiser.schedule,
     start,
     jax.random.split(jax.random.key(0), 3),
     num_steps=2,
@@ -290,28 +263,23 @@ def test_examples_free_of_data_come_from_the_student_itself():
 def test_a_one_step_student_of_gaussian_data_has_its_teachers_map():
   """x0 ~ N(0, s^2): the exact denoiser is linear, and so is its DDIM map from noise to x0."""
   std, schedule = 0.5, schedules.make_schedule('cosine')
-  model = toy_denoiser.model(8)
-  teacher = toy_denoiser.exact(schedule, std)
+  exact = toy_denoiser.exact(schedule, std)
   optimizer = Optimizer(
     transform=optax.adam(optax.linear_schedule(0.02, 0.0, 600)), ema_decay=0.0, ema_warmup=False
   )
   experiment = build('unconditional,distill,debug', stage='distill_1')
-  refiner = dataclasses.replace(
-    experiment.student,
-    denoiser=model,
-    optimizer=optimizer,
-    schedule=schedule,
-    prediction='v',
-    settings={**experiment.student.settings, 'clip': 'none'},
-  )
+  student, teacher = toy_denoiser.diffusion(experiment.student, schedule, optimizer)
   keys = jax.random.split(jax.random.key(0), 4)
   y = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-  many = samplers.sample_ddim(
-    refiner.denoise(teacher, Condition(x0_vae=None, z=None)), schedule, y, keys, num_steps=16
-  )
-  params = teacher
+
+  def drawn(params, num_steps):
+    denoise = student.denoiser.denoise({'denoiser': params}, {})
+    return samplers.sample_ddim(denoise, schedule, y, keys, num_steps=num_steps)
+
+  many = drawn(exact, 16)
+  params = exact
   for count in (8, 4, 2, 1):
-    halving = dataclasses.replace(experiment, student=refiner, teacher=refiner, num_steps=count)
+    halving = dataclasses.replace(experiment, student=student, teacher=teacher, num_steps=count)
     frozen = {
       'teacher': params,
       'steps': jax.tree.map(jnp.asarray, distillation.halving(schedule, count)),
@@ -328,12 +296,7 @@ def test_a_one_step_student_of_gaussian_data_has_its_teachers_map():
 
     state = halving.start(halving.init(jax.random.key(0)), frozen)
     params = train(state, frozen).networks['denoiser'].params
-  one = samplers.sample_ddim(
-    refiner.denoise(params, Condition(x0_vae=None, z=None)), schedule, y, keys, num_steps=1
-  )
-  undistilled = samplers.sample_ddim(
-    refiner.denoise(teacher, Condition(x0_vae=None, z=None)), schedule, y, keys, num_steps=1
-  )
+  one, undistilled = drawn(params, 1), drawn(exact, 1)
   assert float(jnp.abs(one - many).max() / jnp.abs(many).max()) < 0.02
   assert float(jnp.abs(undistilled - many).max() / jnp.abs(many).max()) > 0.5
 
@@ -376,6 +339,7 @@ def test_a_halving_goes_on_where_it_stopped_and_none_is_done_twice(distilled, tm
   jax.tree.map(np.testing.assert_array_equal, params_of(run, 'distill_1'), params_of(distilled, 'distill_1'))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_a_teacher_of_another_run_teaches_as_one_of_this(distilled, tmp_path, trained):
   config = get(**{'distill.teacher.workdir': str(distilled), 'data.data_dir': str(trained('digits').data)})
@@ -393,6 +357,7 @@ def test_a_teacher_of_another_run_teaches_as_one_of_this(distilled, tmp_path, tr
   assert [stage.stage for stage in against_teacher.chain(opened)] == ['refiner', 'distill_2', 'distill_1']
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_students_stand_beside_their_teacher_in_a_sweep(distilled, tmp_path):
   from vaediff.evaluation import sweep

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from vaediff.conditions import Conditions
 from vaediff.diffusion import few_steps
+from vaediff.experiments import base
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer
@@ -116,7 +117,7 @@ def train(experiment: Ddgan, num_updates: int, batch_size: int, seed: int):
 
 def covered(experiment: Ddgan, state, count: int = 5000, least: float = 0.2) -> tuple[int, float]:
   """Returns how many modes get at least `least` of their share of samples, and the share within 4 std."""
-  keys = jax.random.split(jax.random.key(7), count)
+  keys = base.sampling_keys(jax.random.split(jax.random.key(7), count))
 
   def sample(read, keys):
     return experiment.sample(read, experiment.draw(read, keys, jnp.arange(count)), keys)['x0']

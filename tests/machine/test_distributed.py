@@ -331,7 +331,7 @@ def test_others_that_do_not_come_are_said(tmp_path):
 
 def test_silence_ends_the_process():
   code = (
-    'import time; from vaediff import distributed as d\n'
+    'import time; from vaediff.machine import distributed as d\n'
     'dog = d.Watchdog(1.0, "stage vae")\n'
     'for step in range(4): time.sleep(0.4); dog.beat(f"step {step}")\n'
     'time.sleep(60)'

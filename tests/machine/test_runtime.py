@@ -12,7 +12,7 @@ from vaediff.machine import runtime
 
 
 def environment(**given):
-  code = 'import json, os; from vaediff import runtime; runtime.set_environment()'
+  code = 'import json, os; from vaediff.machine import runtime; runtime.set_environment()'
   code += '; print(json.dumps(dict(os.environ)))'
   keep = {name: value for name, value in os.environ.items() if not name.startswith(('XLA', 'JAX'))}
   result = subprocess.run(
@@ -31,7 +31,7 @@ def test_convolutions_go_to_eigen_unless_the_user_chose():
 
 
 def test_an_environment_without_jax_is_told_how_to_get_it():
-  code = 'from vaediff import runtime; runtime.set_environment()'
+  code = 'from vaediff.machine import runtime; runtime.set_environment()'
   without_packages = [sys.executable, '-S', '-c', code]
   result = subprocess.run(without_packages, capture_output=True, text=True, check=False)
   assert result.returncode == 2
@@ -61,7 +61,7 @@ def test_huge_pages_are_asked_for_where_linux_gives_them_on_request(monkeypatch,
 
 PROGRAM = """
 import json, os, pathlib, sys
-from vaediff import runtime
+from vaediff.machine import runtime
 runtime.HUGE_PAGES_POLICY = pathlib.Path(sys.argv[1])
 runtime.platform.libc_ver = lambda: ('glibc', '2.36')
 print('started', flush=True)
@@ -76,7 +76,7 @@ def test_a_program_starts_again_once_with_huge_pages_and_its_arguments(tmp_path,
   policy = tmp_path / 'enabled'
   policy.write_text('always [madvise] never')
   keep = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
-  path = os.pathsep.join([str(tmp_path), str(pathlib.Path(runtime.__file__).parents[1])])
+  path = os.pathsep.join([str(tmp_path), str(pathlib.Path(runtime.__file__).parents[2])])
   arguments = [str(policy), module, '--config.x=a b']
   process = subprocess.Popen(
     [sys.executable, '-m', 'program', *arguments],

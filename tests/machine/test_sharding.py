@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.machine import cost, sharding
+from vaediff.run import guard, loop
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
@@ -53,8 +54,8 @@ def test_fsdp_leaves_each_device_an_eighth_of_the_state(stage):
   config = importlib.import_module('configs.digits').get_config()
   experiment = experiments.build(config, stage)
   mesh = sharding.make_mesh(mesh_config(data=1, fsdp=8))
-  where = jax.tree.map(lambda leaf: leaf.sharding, train.abstract_state(experiment, mesh))
-  state = jax.jit(experiment.init, out_shardings=where)(jax.random.key(0))
+  where = jax.tree.map(lambda leaf: leaf.sharding, loop.abstract_state(experiment, mesh))
+  state = jax.jit(guard.with_counts(experiment.init), out_shardings=where)(jax.random.key(0))
   whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   assert whole > 4 * cost.num_parameters(
     experiment.networks[list(experiment.networks)[0]].init(jax.random.key(1))
@@ -86,7 +87,7 @@ def test_moments_and_averages_lie_with_their_parameters():
   experiment = experiments.build(config, 'refiner')
   rules = sharding.rules_of(mesh_config(rules=(('denoiser/.*kernel$', 'fsdp'), ('.*', 'replicated'))))
   mesh = sharding.make_mesh(mesh_config(data=4, fsdp=2))
-  state = train.abstract_state(experiment, mesh, rules)
+  state = loop.abstract_state(experiment, mesh, rules)
   network = state.networks['denoiser']
   specs = [leaf.sharding.spec for leaf in jax.tree.leaves(network.params)]
   assert any(spec == PartitionSpec() for spec in specs) and any('fsdp' in tuple(spec) for spec in specs)
@@ -123,9 +124,9 @@ def test_batches_must_divide_over_devices_and_microbatches():
   config = importlib.import_module('configs.digits').get_config('debug')
   mesh = sharding.make_mesh(config.mesh)
   section = config.vae
-  train.check_batch_size(section, 'vae', mesh)
+  loop.check_batch_size(section, 'vae', mesh)
   section.train.microbatches = 2
   with pytest.raises(
     UserError, match='vae.train.batch_size must be a multiple of the 8 devices times 2 micro'
   ):
-    train.check_batch_size(section, 'vae', mesh)
+    loop.check_batch_size(section, 'vae', mesh)

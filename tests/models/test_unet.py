@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vaediff import experiments
 from vaediff.conditions.base import Conditions
 from vaediff.diffusion import schedules
 from vaediff.errors import UserError
@@ -268,6 +270,13 @@ def test_an_image_beside_the_state_has_the_shape_of_its_port(rng):
 def test_mistakes_are_user_errors(changes, message):
   with pytest.raises(UserError, match=message):
     UNet(**{**TINY, **changes})
+
+
+def test_a_dropout_without_a_condition_is_a_user_error():
+  config = importlib.import_module('configs.digits').get_config('unconditional,debug')
+  config.refiner.diffusion.condition_dropout = 0.1
+  with pytest.raises(UserError, match=r'condition_dropout is 0\.1, .* nothing .* that could be dropped'):
+    experiments.build(config, 'refiner')
 
 
 def test_heads_need_divide_only_channels_with_attention():

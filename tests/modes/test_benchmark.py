@@ -32,6 +32,7 @@ def test_the_figures_fit_together(tmp_path, capsys, one_device):
   assert refiner['sampler_over_forward'] == pytest.approx(refiner['sample_seconds'] / forward)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_denoising_gan_is_split(tmp_path, one_device, capsys):
   config = importlib.import_module('configs.digits').get_config('light,debug')
   config.data.data_dir = str(tmp_path)

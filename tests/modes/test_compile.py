@@ -13,6 +13,7 @@ from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.machine import chips, cost, hlo, sharding
 from vaediff.modes import compile as aot
+from vaediff.modes import compile_tables
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 needs_libtpu = pytest.mark.skipif(
@@ -235,7 +236,7 @@ def test_fsdp_of_four_leaves_a_quarter_of_the_state_on_each_device():
     config.mesh.fsdp = fsdp
     experiment = experiments.build(config, 'refiner')
     sizes[fsdp] = aot.train_program(config, 'refiner', experiment, mesh_of(config, 4)).sizes
-  params = jax.eval_shape(experiment.denoiser.init, jax.random.key(0))
+  params = jax.eval_shape(experiment.networks['denoiser'].init, jax.random.key(0))
   assert sizes[1]['parameter_bytes'] == sizes[1]['ema_bytes'] == cost.num_bytes(params)
   for name in ('parameter_bytes', 'optimizer_bytes', 'ema_bytes'):
     assert sizes[4][name] == pytest.approx(sizes[1][name] / 4, rel=0.01)
@@ -259,11 +260,11 @@ def test_the_samplers_loop_is_told_from_its_setup(sampler):
   config.refiner.sample.update({'sampler': sampler, 'num_steps': 10})
   experiment, mesh = experiments.build(config, 'refiner'), mesh_of(config, 2)
   program = aot.sample_program(config, 'refiner', experiment, mesh)
-  model, vae = experiment.denoiser, experiment.vae
+  model, vae = experiment.networks['denoiser'], experiment.frozen['vae'].model
   params = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(vae.init, jax.random.key(0))
-  args = [None if shape is None else jnp.zeros((4, *shape.shape[1:])) for shape in model.inputs]
+  args = jax.tree.map(lambda shape: jnp.zeros((4, *shape.shape[1:])), model.inputs)
   body = cost.macs(model.apply, params[0], *args)
-  z = jnp.zeros((4, experiment.latent_dim))
+  z = jnp.zeros((4, *experiment.inputs['z'].shape))
   setup = cost.macs(lambda params, z: vae.apply(params, z, method='decode'), params[1], z)
   assert program.macs_once == pytest.approx(setup + body)
   assert program.macs == pytest.approx(setup + experiment.num_function_evaluations * body)
@@ -303,9 +304,9 @@ def test_digits_for_four_chips(capsys):
     assert 0.7 < row['flops'] / (2 * macs / 4) < 3
   printed = capsys.readouterr().out
   assert 'v5e:2x2: refiner train, 8 images on 4 devices: fits' in printed
-  text = aot.table(rows)
+  text = compile_tables.table(rows)
   assert len({len(line) for line in text.splitlines()}) == 1 and 'all-reduce, MB' in text
-  assert 'refiner sample, v5e:2x2 (4)' in aot.summary(rows)
+  assert 'refiner sample, v5e:2x2 (4)' in compile_tables.summary(rows)
 
 
 @needs_libtpu
@@ -334,9 +335,9 @@ def test_gpus_are_compiled_for_too():
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.long
 def test_celeba256_fits_slices_of_4_to_256_chips(capsys):
-  """The README's table; about an hour and a half on 2 cores."""
+  """The table of docs/scale.md; about an hour and a half on 2 cores."""
   config = get_config('celeba256', '')
   aot.compile_mode(config, config.stages, 'v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16', LEAST)
   printed = capsys.readouterr().out

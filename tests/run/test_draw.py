@@ -1,18 +1,33 @@
-"""Image i depends on the seed and i alone: not on the batch size, not on the number of devices."""
+"""Image i depends on the seed and i alone: not on the batch size, not on the number of devices.
+
+What it starts from is what is given, else drawn, else observed of the evaluation split.
+"""
 
 import importlib
 import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vaediff import experiments
+from vaediff.data import sources
+from vaediff.experiments import base
 from vaediff.machine import sharding
 from vaediff.run import draw
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+
+def mesh_of(devices):
+  config = importlib.import_module('configs.base').default()
+  return sharding.make_mesh(config.mesh, jax.devices()[:devices])
+
+
+def no_source():
+  raise AssertionError('images are opened, though nothing needs to be observed')
 
 
 @pytest.fixture(scope='module')
@@ -20,20 +35,28 @@ def parts():
   config = importlib.import_module('configs.digits').get_config('formulation2,z,debug')
   config.refiner.sample.sampler = 'ddpm'  # noise at every step
   experiment = experiments.build(config, 'refiner')
-  key_denoiser, key_vae, key_noise = jax.random.split(jax.random.key(0), 3)
-  denoiser = experiment.denoiser.init(key_denoiser)
+  key_denoiser, key_vae = jax.random.split(jax.random.key(0))
+  denoiser = jax.jit(experiment.denoiser.model.init)(key_denoiser)
   leaves, treedef = jax.tree.flatten(denoiser)
-  keys = jax.random.split(key_noise, len(leaves))  # at initialisation the U-Net's output is zero
-  noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  return experiment, {'denoiser': treedef.unflatten(noisy)}, {'vae': experiment.vae.init(key_vae)}
+  rng = np.random.default_rng(0)  # at initialisation the U-Net's output is zero
+  noisy = [x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
+  vae = jax.jit(experiment.frozen['vae'].model.init)(key_vae)
+  return experiment, {'denoiser': treedef.unflatten(noisy), 'vae': vae, 'prior': {}}
 
 
-def drawn(parts, indices, devices, seed=3):
-  experiment, params, frozen = parts
-  config = importlib.import_module('configs.base').default()
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-  params, frozen = jax.device_put((params, frozen), sharding.replicated(mesh))
-  return draw.make_draw(experiment, mesh, seed)(params, frozen, {}, np.asarray(indices))
+MADE = {}
+"""By number of devices: what draws, and what it reads there."""
+
+
+def drawn(parts, indices, devices, given=None, **seed):
+  """Images of seed 3 unless another is given."""
+  if devices not in MADE:
+    experiment, read = parts
+    mesh = mesh_of(devices)
+    run = draw.make_draw(experiment, mesh, 3, (8, 8, 1), no_source)
+    MADE[devices] = run, jax.device_put(read, sharding.replicated(mesh))
+  run, read = MADE[devices]
+  return run(read, np.asarray(indices), given, **seed)
 
 
 def close(a, b):
@@ -58,7 +81,103 @@ def test_any_number_of_devices_gives_the_same_images(parts):
 
 
 def test_another_seed_gives_other_images(parts):
-  assert not np.array_equal(drawn(parts, range(4), 1)['x0'], drawn(parts, range(4), 1, seed=4)['x0'])
+  first = drawn(parts, range(4), 1)['x0']
+  assert np.array_equal(drawn(parts, range(4), 1, seed=3)['x0'], first)
+  assert not np.array_equal(drawn(parts, range(4), 1, seed=4)['x0'], first)
+
+
+def test_what_is_given_takes_the_place_of_what_is_drawn_and_of_nothing_else(parts):
+  """Handing over what would have been drawn changes nothing; another z keeps the noise, and the reverse."""
+  experiment, read = parts
+  indices = jnp.arange(4)
+  own = jax.device_get(experiment.draw(read, draw.image_keys(3, indices), indices))
+  assert set(own) == {'z', 'noise'}
+  whole = drawn(parts, range(4), 1)
+  for given in (own, {'z': own['z']}, {'noise': own['noise']}):
+    for name, value in drawn(parts, range(4), 1, given).items():
+      close(value, whole[name])
+  other = drawn(parts, range(4), 1, {'noise': own['noise'][::-1].copy()})
+  close(other['x0_vae'], whole['x0_vae'])
+  assert not np.array_equal(other['x0'], whole['x0'])
+  other = drawn(parts, range(4), 1, {'z': own['z'][::-1].copy()})
+  close(other['x0_vae'], whole['x0_vae'][::-1])
+  image = np.zeros((4, 8, 8, 1), np.float32)
+  assert (drawn(parts, range(4), 1, {'x0_vae': image})['x0_vae'] == 128).all()  # decode(z) is not asked for
+
+
+class Sources(base.Experiment):
+  """Draws 'a'; sees 'a' and 'b' in an image; shows both."""
+
+  networks, init, train_step, eval_step = {}, None, None, None  # it is not trained here
+  inputs = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in 'ab'}
+
+  def draw(self, read, keys, indices):
+    return {'a': 0.01 * indices.astype(jnp.float32)}
+
+  def observe(self, read, batch, x, key=None):
+    return {'a': jnp.full(len(x), -1.0), 'b': jnp.mean(x, axis=(1, 2, 3)) + batch['label']}
+
+  def sample(self, read, given, keys):
+    return {name: value[:, None, None, None] for name, value in given.items()}
+
+
+class OnlyDraws(Sources):
+  """The same, but nothing has to be seen in an image."""
+
+  def observe(self, read, batch, x, key=None):
+    return {'a': jnp.full(len(x), -1.0)}
+
+
+def bytes_of(*values):
+  return [round((value + 1) * 127.5) for value in values]
+
+
+def opened():
+  """Three images, white at the start and black at the end, and how often they have been opened."""
+  image = np.stack([np.full((2, 2, 1), value, np.uint8) for value in (255, 204, 0)])
+  source = sources.ArraySource(
+    images=image, labels=np.zeros(3, np.int32), label_names=('zero',), num_classes=1
+  )
+  times = []
+
+  def open_images():
+    times.append(1)
+    return source
+
+  return open_images, times
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_given_else_drawn_else_observed(devices):
+  open_images, times = opened()
+  run = draw.make_draw(Sources(), mesh_of(devices), 0, (2, 2, 1), open_images)
+  images = {name: value.ravel().tolist() for name, value in run({}, np.array([1, 2, 3, 40])).items()}
+  assert images['a'] == bytes_of(0.01, 0.02, 0.03, 0.4)  # drawn, though it could have been observed
+  assert images['b'] == [204, 0, 255, 204]  # observed: image i modulo their number
+  assert times == [1]
+  given = {'b': np.array([0.5, 0.25, 0.0, -1.0], np.float32)}
+  images = {name: value.ravel().tolist() for name, value in run({}, np.array([1, 2, 3, 40]), given).items()}
+  assert images['a'] == bytes_of(0.01, 0.02, 0.03, 0.4) and images['b'] == bytes_of(*given['b'])
+  assert times == [1]  # what is given is not looked for
+  given = {'a': np.array([0.5, -0.5], np.float32)}
+  images = {name: value.ravel().tolist() for name, value in run({}, np.array([0, 1]), given).items()}
+  assert images['a'] == bytes_of(0.5, -0.5) and images['b'] == [255, 204]
+
+
+def test_images_are_not_opened_where_all_can_be_drawn():
+  run = draw.make_draw(OnlyDraws(), mesh_of(1), 0, (2, 2, 1), no_source)
+  assert run({}, np.array([0, 100]))['a'].ravel().tolist() == bytes_of(0.0, 1.0)
+  assert draw.observed_alone(OnlyDraws(), {}, (2, 2, 1)) == set()
+  assert draw.observed_alone(Sources(), {}, (2, 2, 1)) == {'b'}
+
+
+def test_observe_takes_bytes_and_floats_and_any_number_of_images():
+  observe = draw.make_observe(Sources(), mesh_of(8))
+  image = np.stack([np.full((2, 2, 1), value, np.uint8) for value in (255, 0, 51)])
+  for value in (image, (image / 127.5 - 1).astype(np.float32)):
+    seen = observe({}, value, np.array([0, 0, 3]))
+    assert seen['a'].tolist() == [-1] * 3
+    np.testing.assert_allclose(seen['b'], [1, -1, 3 - 0.6], atol=1e-6)
 
 
 def test_batches_cover_every_index_once_and_pad_the_last():

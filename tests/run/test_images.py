@@ -1,10 +1,12 @@
 """Pictures, interpolation and degradation against values worked out by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from vaediff import files
+from vaediff.data import pixels
 from vaediff.errors import UserError
 from vaediff.evaluation import quality
 from vaediff.modes import restore
@@ -27,9 +29,24 @@ def test_side_by_side_takes_turns():
   assert images.side_by_side(a, b)[:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
 
 
+def test_groups_are_rows_of_images_that_take_turns():
+  assert images.in_groups(7, 3).tolist() == [0, 3, 1, 4, 2, 5]  # the last, of a turn cut short, is left out
+  assert images.in_groups(6, 3).tolist() == [0, 3, 1, 4, 2, 5]
+  assert images.in_groups(3, 3).tolist() == [0, 1, 2]
+  order = images.in_groups(40, 10)
+  assert sorted(order.tolist()) == list(range(40))
+  assert (order.reshape(10, 4) % 10 == np.arange(10)[:, None]).all()  # a row is one kind, ascending
+  assert (np.diff(order.reshape(10, 4)) == 10).all()
+
+
+@pytest.mark.parametrize('num_groups', [0, 5, 1])
+def test_without_groups_or_a_whole_turn_of_them_images_stay_as_they_are(num_groups):
+  assert images.in_groups(4, num_groups).tolist() == [0, 1, 2, 3]
+
+
 def test_bytes_are_rounded_not_cut():
-  value = np.array([-1.0, 1.0, 0.0, 2.0, -1 + 1.6 / 127.5])
-  assert np.asarray(pixels.to_bytes(jnp.asarray(value))).tolist() == [0, 255, 128, 255, 2]
+  value = jnp.array([-1.0, 1.0, 0.0, 2.0, -1 + 1.6 / 127.5])[:, None, None, None]
+  assert np.asarray(pixels.to_bytes(value)).ravel().tolist() == [0, 255, 128, 255, 2]
 
 
 def test_files_appear_whole(tmp_path):

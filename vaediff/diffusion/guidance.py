@@ -1,8 +1,7 @@
 """Functions from a denoiser to a denoiser: classifier-free guidance and thresholding.
 
-At a fixed y_t, x0, eps and v are affine in one another, so guiding x0 guides all three. Both
-branches of
-guidance must see the same y_t: in Formulation 2 the unconditional network reads x_t with a zero
+At a fixed y_t, x0, eps and v are affine in one another, so guiding x0 guides all three. All branches
+of guidance must see the same y_t: in Formulation 2 the unconditional network reads x_t with a zero
 shift, that is y_t itself, with the null condition.
 
 Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
@@ -22,7 +21,7 @@ from vaediff.types import Time
 def guided(
   denoise: Denoise,
   weaker: Sequence[Denoise],
-  weights: Sequence[float | Float[Array, ' batch']],
+  weights: Sequence[int | float | Float[Array, ' batch']],
 ) -> Denoise:
   """Returns the guided denoiser, x0 = (1 + sum_k w_k) x0_hat - sum_k w_k x0_hat_k.
 

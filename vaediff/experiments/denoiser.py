@@ -42,7 +42,7 @@ class Term:
     without: names of the conditions that the weaker branch does not read.
   """
 
-  weight: float
+  weight: int | float
   without: tuple[str, ...]
 
 

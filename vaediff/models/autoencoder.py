@@ -11,7 +11,7 @@ smallest. Images are in [-1, 1]. What lies between its two halves is the `bottle
 
 `LightDecoder` is a small decoder without norm and attention that learns to imitate a large one.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Encoder and decoder of `autoencoder.Autoencoder`: residual blocks, levels, the attending middle.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 One 3x3 convolution per resolution, group norm and SiLU, halved by average pooling down to 4x4 while the
 channels double; then a hidden layer, whose activations are the features, and the logits.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import jax.numpy as jnp

@@ -5,7 +5,7 @@ x_t was generated, and returns the logit of the former. Leaky ReLU of slope 0.2 
 layers also see how much the examples of a small group differ (Karras et al. 2018, 1710.10196, section 3): a
 logit depends on the other examples of its group.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 from typing import Any

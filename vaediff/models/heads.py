@@ -3,7 +3,7 @@
 A head judges one map of features, position by position; the time at which the features were taken modulates
 it. What the features are of, and that they are not trained, is the caller's business.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 from typing import Any

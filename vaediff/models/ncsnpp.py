@@ -9,7 +9,7 @@ more on the way up; at the chosen resolutions attention follows each of the form
 Between the two ways are a residual, an attention and a residual block. On the way down a pyramid of the
 input, halved by blurred convolutions, is added to the map after every halving, and goes on from the sum.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import jax.numpy as jnp

@@ -4,7 +4,7 @@ NCSN++ is Song et al. 2021 (2011.13456), appendix H. Xiao et al. 2022 (2112.0780
 group norms, the latent variable z that makes the denoising distribution multimodal. Every sum of two branches
 is divided by sqrt(2), so that variances stay put, and layers that end a branch start at (almost) zero.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ group norm or nothing: the statistics of a batch are those of one device or need
 they tie the judgement of one image to the others of its batch, and they are state besides the parameters.
 Group norm has as many parameters and none of these.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import jax.numpy as jnp

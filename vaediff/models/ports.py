@@ -49,7 +49,8 @@ class Port:
   def __post_init__(self):
     if self.enters not in PLACES:
       raise ValueError(f'A port enters at one of {", ".join(PLACES)}, not at {self.enters!r}.')
-    if (self.enters == 'concat') != (len(self.shape) == 3) or (self.classes and self.shape):
+    fits = len(self.shape) == 3 if self.enters == 'concat' else len(self.shape) <= 1
+    if not fits or self.classes < 0 or (self.classes and self.shape):
       raise ValueError(f'A {self.enters} port cannot have shape {self.shape} with {self.classes} classes.')
 
   @property

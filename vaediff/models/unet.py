@@ -68,6 +68,7 @@ class UNet(nn.Module):
     layers.check_dtype(self.dtype)
     _check_shape(self)
     _check_attention(self)
+    _check_ports(self)
     super().__post_init__()
 
   def __call__(
@@ -244,6 +245,14 @@ def _check_shape(unet: UNet) -> None:
       f'image_size is {unet.image_size}, but {len(unet.channel_multipliers)} levels '
       f'(model.channel_multipliers) need a multiple of {factor}; nearest: {nearest}.'
     )
+
+
+def _check_ports(unet: UNet) -> None:
+  """Raises ValueError unless the maps that are concatenated have the sides of x_t."""
+  sides = (unet.image_size, unet.image_size)
+  for name, port in unet.ports:
+    if port.enters == 'concat' and port.shape[:2] != sides:
+      raise ValueError(f'{name} has sides {port.shape[:2]}, x_t has {sides}; they must be equal.')
 
 
 def _check_attention(unet: UNet) -> None:

@@ -1,6 +1,6 @@
 """The parts of the U-Net: what sets its two published variants apart, its blocks and its levels.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ first. In place of each block's learned layer norms are ones that the latent var
 (2112.07804) scales and shifts, so that z makes the denoising distribution multimodal as it does in the
 convolutional generator. A 3x3 convolution smooths the borders of the patches.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ An encoder or decoder is a comma-separated list of steps:
 and channels are given per resolution, `R:C,R:C,...`. Images are in [-1, 1] outside the module and
 in [0, 1] inside, where the decoder ends in a sigmoid. There is no normalisation anywhere.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ band LL for the way on and hands the three high bands to the way up, which puts 
 The middle of the network treats the low band apart, and the pyramid of the input is made of all four bands.
 The orthonormal low band of a constant is twice the constant: layers read half of it.
 
-Must not import diffusion, experiments, train, config or data.
+Must not import diffusion, experiments, run, config or data.
 """
 
 import jax.numpy as jnp

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -110,7 +111,7 @@ class Trained:
 
   def drawn(self, indices: np.ndarray, seed: int) -> HostArrays:
     """Returns what the images with these indices start from, where a seed draws it."""
-    rows = np.asarray(indices, np.int32)
+    rows = jnp.asarray(indices, jnp.int32)
     keys = draw.image_keys(seed, rows)
     return jax.device_get(self.experiment.draw(self.read, keys, rows))
 
