@@ -14,10 +14,15 @@ import sys
 import tempfile
 import types
 
-from vaediff.machine import runtime
-
+# before anything of the package: its type checks import jax, which reads these
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+CACHE = pathlib.Path(os.environ.get('VAEDIFF_TEST_CACHE', tempfile.gettempdir())) / 'vaediff_test_jax_cache'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+
+from vaediff.machine import runtime  # noqa: E402
+
 QUICK = os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1'
 JAXLIB = importlib.metadata.version('jaxlib')
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -29,9 +34,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
     *(['--xla_cpu_use_fusion_emitters=false'] if QUICK and JAXLIB.startswith('0.10.') else []),
   ]
 ).strip()
-CACHE = pathlib.Path(os.environ.get('VAEDIFF_TEST_CACHE', tempfile.gettempdir())) / 'vaediff_test_jax_cache'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

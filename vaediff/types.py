@@ -29,6 +29,8 @@ Params = dict[str, Any]
 """Parameters of one network: plain nested dicts of arrays."""
 Batch = dict[str, Array]
 """`image` (uint8), `label` (int32); optionally `x0_vae` (uint8), `z` (float32), `mask` (float32)."""
+Rows = dict[str, Any]
+"""What an update differentiates over: arrays, or dicts of arrays, with one row per example."""
 Metrics = dict[str, Array]
 """Scalars by name, already averaged over the batch."""
 

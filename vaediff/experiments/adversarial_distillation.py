@@ -42,7 +42,7 @@ from vaediff.experiments.grid_student import (
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
 from vaediff.optim import Optimizer, global_norm, make_optimizer
-from vaediff.types import Batch, Image, Metrics, Params, Read, Time, Values
+from vaediff.types import Batch, Image, Metrics, Params, Read, Rows, Time, Values
 
 SAMPLERS = ('renoise', 'ddim')
 
@@ -139,7 +139,7 @@ class AdversarialDistillation(GridStudent):
     self,
     params: Params,
     read: Read,
-    rows: Batch,
+    rows: Rows,
     key: jax.Array,
     probabilities: Array,
   ) -> tuple[jax.Array, Metrics]:
@@ -169,7 +169,7 @@ class AdversarialDistillation(GridStudent):
     self,
     read: Read,
     heads: Params,
-    rows: Batch,
+    rows: Rows,
     key: jax.Array,
     probabilities: Array,
   ) -> tuple[jax.Array, Metrics]:
@@ -203,13 +203,13 @@ class AdversarialDistillation(GridStudent):
     rows = self.rows(read, batch, key_rows)
     probabilities = self.probabilities(state.step)
 
-    def loss_d(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_d(params: Params, rows: Rows, key: jax.Array) -> tuple[jax.Array, Metrics]:
       return self.discriminator_loss(params, read, rows, key, probabilities)
 
     grads_d, metrics_d = base.gradients(loss_d, heads.params, rows, key_d, self.microbatches)
     heads = base.apply_gradients(heads, grads_d, self.optimizer_discriminator, state.step)
 
-    def loss_g(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_g(params: Params, rows: Rows, key: jax.Array) -> tuple[jax.Array, Metrics]:
       return self.student_loss({**frozen, name: params}, heads.params, rows, key, probabilities)
 
     grads_g, metrics_g = base.gradients(loss_g, student.params, rows, key_g, self.microbatches)

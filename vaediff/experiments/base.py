@@ -16,7 +16,7 @@ from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm
 from vaediff.spaces import Space
-from vaediff.types import Batch, Given, Image, Keys, LatentMap, Metrics, Params, Read
+from vaediff.types import Batch, Given, Image, Keys, LatentMap, Metrics, Params, Read, Rows
 
 
 @flax.struct.dataclass
@@ -282,9 +282,9 @@ def apply_gradients(network: Network, grads: Params, optimizer: Optimizer, step:
 
 
 def gradients(
-  loss_fn: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]],
+  loss_fn: Callable[[Params, Rows, jax.Array], tuple[jax.Array, Metrics]],
   params: Params,
-  batch: Batch,
+  batch: Rows,
   key: jax.Array,
   microbatches: int,
 ) -> tuple[Params, Metrics]:

@@ -34,7 +34,7 @@ from vaediff.experiments.student import SAME, TEACHER
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
 from vaediff.optim import Optimizer, global_norm, make_optimizer
-from vaediff.types import Batch, Image, Metrics, Params, Read, Time, Values
+from vaediff.types import Batch, Image, Metrics, Params, Read, Rows, Time, Values
 
 FAKE = 'fake_denoiser'
 """Name of the network that is trained on the student's images."""
@@ -162,7 +162,7 @@ class DistributionMatching(GridStudent):
 
   # Training ---------------------------------------------------------------------------------------
 
-  def fake_loss(self, read: Read, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+  def fake_loss(self, read: Read, rows: Rows, key: jax.Array) -> tuple[jax.Array, Metrics]:
     """Returns L_fake, a mean over the batch, its terms, and the mean logits."""
     key_state, key_t, key_eps, key_judge = jax.random.split(key, 4)
     x0, values = rows['x0'], rows['values']
@@ -190,7 +190,7 @@ class DistributionMatching(GridStudent):
       loss += self.fake_adversarial_weight * metrics['loss/discriminator']
     return loss, {'loss': loss, **metrics}
 
-  def student_loss(self, read: Read, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+  def student_loss(self, read: Read, rows: Rows, key: jax.Array) -> tuple[jax.Array, Metrics]:
     """Returns L_student, a mean over the batch, and its terms."""
     key_state, key_t, key_eps = jax.random.split(key, 3)
     x0, values = rows['x0'], rows['values']
@@ -224,7 +224,7 @@ class DistributionMatching(GridStudent):
     read = {**frozen, own: student.params}
     rows = self.rows(read, batch, key_rows)
 
-    def loss_fake(params: dict[str, Params], rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_fake(params: dict[str, Params], rows: Rows, key: jax.Array) -> tuple[jax.Array, Metrics]:
       return self.fake_loss({**read, **params}, rows, key)
 
     others = {name: networks[name].params for name in names}
@@ -236,7 +236,7 @@ class DistributionMatching(GridStudent):
     if kind == STUDENT:
       others = {name: networks[name].params for name in names}
 
-      def loss_student(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      def loss_student(params: Params, rows: Rows, key: jax.Array) -> tuple[jax.Array, Metrics]:
         return self.student_loss({**frozen, **others, own: params}, rows, key)
 
       grads, terms = base.gradients(loss_student, student.params, rows, key_student, self.microbatches)

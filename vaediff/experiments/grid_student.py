@@ -19,7 +19,7 @@ from vaediff.diffusion import gaussian, ladd, losses, samplers
 from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.student import Student, parts
-from vaediff.types import Batch, Image, Metrics, Read, Time, Values
+from vaediff.types import Batch, Image, Metrics, Read, Rows, Time, Values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class GridStudent(Student):
   teacher_calls: int
   loss_weight: str
 
-  def rows(self, read: Read, batch: Batch, key: jax.Array) -> Batch:
+  def rows(self, read: Read, batch: Batch, key: jax.Array) -> Rows:
     """Returns 'x0', maps of the space, and their 'values', flipped together; not differentiated."""
     y0, values = self.student.examples(read, batch, key, training=True)
     return jax.lax.stop_gradient({'x0': y0, 'values': values})
