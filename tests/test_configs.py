@@ -279,6 +279,7 @@ def test_published_networks_of_the_denoising_gans(name, variant, network, millio
     assert macs / 1e9 == pytest.approx(float(giga_macs), abs=half_a_digit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'variant'), OWN + [('digits', name) for name in SHARED])
 def test_variants_are_described_at_full_size(name, variant):
   config = get(name, variant)
@@ -330,7 +331,7 @@ def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
 
 
 @pytest.mark.parametrize(
-  'variant', some_slow(SHARED, ('unconditional', 'label'))
+  'variant', some_slow(SHARED, ('unconditional',))
 )
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)

@@ -133,6 +133,7 @@ def test_only_conditions_say_the_name_of_a_value():
   rooms = ('diffusion', 'run', 'evaluation', 'modes')
   files = [path for room in rooms for path in (ROOT / room).glob('*.py')]
   files += [ROOT / 'experiments' / f'{name}.py' for name in (*STUDENTS, 'base', 'denoiser', 'diffusion')]
+  files.remove(ROOT / 'run' / 'earlier.py')  # it reads words of configs that earlier versions stored
   for path in files:
     where = path.relative_to(ROOT).as_posix()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -76,6 +76,7 @@ def test_the_bound_of_the_best_denoiser_is_just_above_the_entropy():
   assert worse.mean() > total.mean() + 0.1
 
 
+@pytest.mark.slow
 def test_a_few_times_estimate_the_whole_sum():
   whole = bound_in_bits(999, schedules.LinearBeta())['steps']
   few = bound_in_bits(20, schedules.LinearBeta(), count=256)['steps']

@@ -109,6 +109,7 @@ def test_figures_do_not_depend_on_batch_sizes(run):
     assert np.abs(images.astype(int) - first).max() <= 1 and len(images) == 5
 
 
+@pytest.mark.slow
 def test_a_sweep_is_resumed_row_by_row(run, monkeypatch, capsys):
   changes = {'extractors': ('classifier',)}
   sweep.sweep(opened(run, **changes))

@@ -202,6 +202,7 @@ def test_formulation2_without_a_shift_is_formulation1():
   jax.tree.map(np.testing.assert_array_equal, *maps)
 
 
+@pytest.mark.slow
 def test_formulation2_shifts_what_the_teachers_encoder_reads():
   experiment = build('formulation2,adversarial,debug')
   frozen = frozen_of(experiment)
@@ -325,6 +326,7 @@ def test_one_device_equals_eight(run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, eight)
 
 
+@pytest.mark.slow
 def test_the_adversary_alone_reaches_the_student_through_the_teachers_encoder():
   """Without the distillation loss the teacher is not sampled: its way up need not be there."""
   experiment = build(**{'adversarial.loss.distillation_weight': 0.0})

@@ -66,6 +66,7 @@ def test_the_discriminator_starts_at_its_step(vq):
   assert history[-1]['adaptive_weight'] > 0 and int(state.step) == 4
 
 
+@pytest.mark.slow
 def test_codes_start_at_vectors_of_the_first_batch_and_follow_averages(vq):
   experiment, state, history = vq
   start = jax.jit(experiment.init)(jax.random.key(0))
@@ -83,6 +84,7 @@ def test_codes_start_at_vectors_of_the_first_batch_and_follow_averages(vq):
   assert 0 < history[-1]['codebook/used'] <= 1 < history[-1]['codebook/perplexity'] <= 16
 
 
+@pytest.mark.slow
 def test_codes_can_follow_the_gradient(vq):
   del vq
   experiment = experiments.build(
@@ -97,6 +99,7 @@ def test_codes_can_follow_the_gradient(vq):
   assert history[0]['loss/codebook'] > 0
 
 
+@pytest.mark.slow
 def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been(vq):
   experiment, whole, _ = vq
   half, _ = updates(experiment, 2)

@@ -130,6 +130,7 @@ def test_what_is_given_takes_the_place_of_what_is_drawn():
   assert float(jnp.abs(plain['x0'] - other['x0']).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_refine_start_begins_at_the_noised_vae_image():
   """With t_start near 0 and a network that predicts eps = 0, the result is x0_vae itself."""
   experiment = build(**{'refiner.sample.t_start': 0.001, 'refiner.sample.num_steps': 1})
@@ -364,6 +365,7 @@ def test_a_network_of_the_state_has_a_gradient_where_a_frozen_one_has_none():
   assert all(np.any(leaf) for leaf in jax.tree.leaves(of_both['vae']))
 
 
+@pytest.mark.slow
 def test_an_update_changes_its_own_network_alone():
   experiment = build('formulation2,z,debug', **SMALL)
   frozen = frozen_of(experiment)

@@ -56,6 +56,7 @@ def test_by_default_two_steps_and_five_updates_of_the_fake_denoiser_for_one():
   assert [experiment.kind_of(step) for step in range(6)] == ['', '', '', '', 'student', '']
 
 
+@pytest.mark.slow
 def test_after_adversarial_distillation_it_goes_on_from_that_student():
   config = get('adversarial,matching,debug')
   assert config.stages == ('vae', 'refiner', 'adversarial', 'matching')

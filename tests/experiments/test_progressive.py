@@ -159,6 +159,7 @@ def test_the_student_starts_as_its_teacher(variant):
     np.testing.assert_allclose(student, teacher, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['formulation1,distill,debug', 'formulation2,distill,debug'])
 def test_one_step_of_the_target_is_two_of_the_teachers_sampler(variant):
   """With the U-Net, clipping and formulation as they are sampled, in one compiled program each."""

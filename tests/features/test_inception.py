@@ -333,6 +333,7 @@ def test_average_pool_leaves_the_border_out():
   np.testing.assert_array_equal(inception._average(jnp.ones((1, 5, 5, 2))), np.ones((1, 5, 5, 2)))
 
 
+@pytest.mark.slow
 def test_last_pool_is_a_maximum():
   x = -np.arange(1.0, 10.0, dtype=np.float32).reshape(1, 3, 3, 1)  # negative: padding must not count as 0
   expected = -np.float32([[1, 1, 2], [1, 1, 2], [4, 4, 5]])

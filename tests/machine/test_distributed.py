@@ -105,6 +105,7 @@ def one(tmp_path_factory):
   return losses(workdir)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(one, tmp_path):
   train(tmp_path / 'run', 2, 12)
   same(losses(tmp_path / 'run'), one)
@@ -188,6 +189,7 @@ def pictures(folder):
   return found
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_images_of_one(tmp_path, trained, one_device):
   one, two = trained('digits').copy(tmp_path / 'one'), trained('digits').copy(tmp_path / 'two')
   config = configs.read(one)
@@ -241,6 +243,7 @@ def test_two_processes_train_all_stages_as_one(tmp_path, trained):
 # One process by itself ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_run_goes_on(one, tmp_path):
   workdir = tmp_path / 'run'
   (process,) = start(workdir, 1, *settings(workdir, 12, save=100), devices=1)

@@ -78,6 +78,7 @@ def rng():
   ],
   ids=['cifar10', 'celeba256', 'lsun256', 'vq_f8'],
 )
+@pytest.mark.slow
 def test_parameters_and_macs_are_the_published_networks(architecture, size, decoder, encoder, decoder_gmacs):
   defaults = {'num_res_blocks': 2, 'channels': 128, 'image_channels': 3}
   model = build(size, **{**defaults, **architecture})
@@ -194,6 +195,7 @@ def test_call_decodes_the_mean(rng):
   assert params['codes'].shape == (4, 3)
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16_are_the_same_network(rng):
   exact, remat, rough = build(), build(remat=True), build(dtype='bfloat16')
   params, z = random_params(exact, rng), jnp.float32(rng.normal(size=(2, 4, 4, 3)))

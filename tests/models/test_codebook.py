@@ -154,10 +154,12 @@ def _train(key, from_data, restart):
   return codebook.usage(codebook.nearest(_batch(key_last), state.codes), SIZE)[1]
 
 
+@pytest.mark.slow
 def test_data_init_and_restarts_keep_the_codebook_in_use(key):
   assert _train(key, True, True) > 400
 
 
+@pytest.mark.slow
 def test_codes_that_start_around_zero_are_one_per_cluster(key):
   assert 6 < _train(key, False, False) < 10
 

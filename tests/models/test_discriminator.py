@@ -9,6 +9,8 @@ from vaediff.machine import cost
 from vaediff.models import resampling
 from vaediff.models.discriminator import DownBlock, TimeDiscriminator, minibatch_std
 
+pytestmark = pytest.mark.slow  # networks of the denoising GANs: many programs to compile
+
 TINY = {'variant': 'small', 'num_layers': 3, 'dtype': 'float32', 'channels': 2, 'time_dim': 6}
 
 

@@ -51,6 +51,7 @@ def test_a_head_reads_its_own_map_its_own_example_and_the_time(params):
     np.testing.assert_allclose(a[1], b[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_returns_float32(params):
   t, given = jnp.array([0.3, 0.9]), maps()
   exact, rough = (build(dtype=dtype).apply(params, t, *given) for dtype in ('float32', 'bfloat16'))

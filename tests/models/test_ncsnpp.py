@@ -9,6 +9,8 @@ from vaediff.models import layers, ncsnpp_blocks, resampling
 from vaediff.models.functional import Model
 from vaediff.models.ncsnpp import NcsnPlusPlus, fold_patches, unfold_patches
 
+pytestmark = pytest.mark.slow  # networks of the denoising GANs: many programs to compile
+
 TINY = {
   'channels': 8,
   'channel_multipliers': (1, 2),

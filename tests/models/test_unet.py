@@ -99,6 +99,7 @@ def rng():
     (CELEBAHQ256, (16,), 113.68, 113.68, 1024, 119.59),
   ],
 )
+@pytest.mark.slow
 def test_parameters_are_the_published_networks(
   architecture, as_coded, as_coded_millions, at_16_millions, z_dim, with_z_millions
 ):
@@ -153,6 +154,7 @@ def test_output_at_initialisation(key, rng, variant):
     assert np.all(np.isfinite(y)) and 0.01 < np.std(y) < 10.0
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_output_nor_gradient(rng):
   inputs = random_inputs(rng)
   key_dropout = jax.random.key(1)

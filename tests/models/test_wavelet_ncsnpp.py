@@ -13,6 +13,8 @@ from vaediff.models.functional import Model
 from vaediff.models.ncsnpp import NcsnPlusPlus
 from vaediff.models.wavelet_ncsnpp import FrequencyDownBlock, FrequencyUpBlock, WaveletNcsnPlusPlus
 
+pytestmark = pytest.mark.slow  # networks of the denoising GANs: many programs to compile
+
 TINY = {
   'channels': 8,
   'channel_multipliers': (1, 2),

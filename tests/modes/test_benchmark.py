@@ -13,6 +13,7 @@ from vaediff.modes import benchmark
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 
+@pytest.mark.slow
 def test_the_figures_fit_together(tmp_path, capsys, one_device):
   config = importlib.import_module('configs.digits').get_config('debug')
   config.data.data_dir = str(tmp_path)

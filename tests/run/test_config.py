@@ -172,6 +172,7 @@ def mistakes(tmp_path_factory):
   return run_all(folder, [[*always, *arguments] for arguments, _ in MISTAKES]), folder / 'run'
 
 
+@pytest.mark.xdist_group('mistakes')  # one worker makes them all
 @pytest.mark.parametrize('index', range(len(MISTAKES)))
 def test_command_line_mistakes_get_one_message(index, mistakes):
   results, workdir = mistakes

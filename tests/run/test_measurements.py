@@ -94,6 +94,7 @@ def test_statistics_are_made_when_they_are_missing_and_then_read(untrained, run,
     np.testing.assert_allclose(anew[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_newer_checkpoint_are_others(untrained, run):
   config = digits(untrained, 'latent,debug')
   source = source_of(config, 'ddgan', 'latents')
