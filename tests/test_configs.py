@@ -308,7 +308,7 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   again = configs.read(workdir)  # the run describes itself
   assert again == config
   wanted = ['samples.png', 'interpolation.png']
-  if experiments.build(config, config.stages[-1]).takes_x0_vae:
+  if 'x0_vae' in experiments.build(config, config.stages[-1]).inputs:
     wanted.append('reconstructions.png')
     for task in tasks:
       again.restore.task = task

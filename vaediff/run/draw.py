@@ -94,10 +94,12 @@ def make_draw(
     if needed is None:
       needed = observed_alone(experiment, read, image_shape)
     given = given or {}
-    if needed - given.keys():
+    missing = needed - given.keys()
+    if missing:
       images_seen = source()
       batch = images_seen.read(indices % len(images_seen))
-      given = {**observe(read, batch[sources.IMAGE], batch[sources.LABEL]), **given}
+      seen = observe(read, batch[sources.IMAGE], batch[sources.LABEL])
+      given = {**given, **{name: seen[name] for name in missing}}
     count = len(indices)
     padded = sharding.round_up(count, mesh)
     rows = np.minimum(np.arange(padded), count - 1)

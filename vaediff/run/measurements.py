@@ -62,6 +62,8 @@ def latents(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -
     return found
 
   stored = stored_or_made(path, stage, make)
+  if not set(STATISTICS) <= stored.keys():
+    raise damaged(path, stage, f'it holds {", ".join(sorted(stored)) or "nothing"}')
   return {name: stored[name] for name in STATISTICS}
 
 
@@ -109,8 +111,13 @@ def stored_or_made(path: pathlib.Path, stage: str, make: Callable[[], Arrays]) -
   try:
     with np.load(path) as stored:
       return {name: stored[name] for name in stored.files}
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-    raise UserError(f'{path} is damaged ({error}); remove it, and it is made anew from {stage!r}') from error
+  except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    raise damaged(path, stage, error) from error
+
+
+def damaged(path: pathlib.Path, stage: str, reason: object) -> UserError:
+  """Returns the error for a file of measurements that cannot be read."""
+  return UserError(f'{path} is damaged ({reason}); remove it, and it is made anew from {stage!r}')
 
 
 def opened(
