@@ -140,6 +140,7 @@ def test_a_sweep_is_resumed_row_by_row(run, monkeypatch, capsys):
   assert measured == [3, 1, 2]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_swept(run, tmp_path):
   with pytest.raises(UserError, match='needs a stage that samples in steps'):
     sweep.sweep(opened(run, 'vae'))

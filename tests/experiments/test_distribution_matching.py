@@ -128,6 +128,7 @@ def test_the_states_are_those_of_its_own_samples():
 # Updates ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_student_is_updated_where_it_is_due_and_the_others_always():
   experiment = build(**{'matching.loss.adversarial_weight': 0.5})
   frozen = frozen_of(experiment)

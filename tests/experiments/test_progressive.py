@@ -324,6 +324,7 @@ def params_of(run, stage):
   return Trained(config, run, stage, make_mesh(config.mesh, jax.devices()[:1])).params
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_a_halving_goes_on_where_it_stopped_and_none_is_done_twice(distilled, tmp_path, capsys, trained):
   config = get(**{'data.data_dir': str(trained('digits').data)})

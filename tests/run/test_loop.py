@@ -199,6 +199,7 @@ def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_pa
   assert (workdir / configs.FILE).read_text() == before
 
 
+@pytest.mark.slow
 def test_a_refiner_is_never_joined_with_another_vae(tmp_path, one_device, trained):
   config, workdir = copied(trained, tmp_path)
   config.vae.train.num_steps = 6
