@@ -198,7 +198,7 @@ def test_formulation2_without_a_shift_is_formulation1():
     experiment = build(variant)
     frozen = frozen_of(experiment)
     values = {'x0_vae': jnp.zeros((4, 8, 8, 1))}
-    maps.append(experiment.maps(frozen, noise(), values, jnp.full(4, 0.4), noise(seed=5)))
+    maps.append(experiment.feature_maps(frozen, noise(), values, jnp.full(4, 0.4), noise(seed=5)))
   jax.tree.map(np.testing.assert_array_equal, *maps)
 
 
@@ -210,7 +210,7 @@ def test_formulation2_shifts_what_the_teachers_encoder_reads():
   teacher, schedule = experiment.teacher, experiment.teacher.schedule
   x_t = schedule.alpha(t)[0] * noise() + schedule.sigma(t)[0] * noise(seed=5) + values['x0_vae']
   expected = teacher.model.apply(frozen['teacher'], x_t, t, values, method='features')
-  got = experiment.maps(frozen, noise(), values, t, noise(seed=5))
+  got = experiment.feature_maps(frozen, noise(), values, t, noise(seed=5))
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -122,7 +122,7 @@ class AdversarialDistillation(GridStudent):
     )
     return t, jax.random.normal(key_eps, like.shape)
 
-  def maps(
+  def feature_maps(
     self, read: Read, x0: Image, values: Values, t: Time, eps: Image
   ) -> list[Float[Array, 'batch _ _ _']]:
     """Returns the frozen teacher's features of x0 at y_t', float32."""
@@ -150,7 +150,7 @@ class AdversarialDistillation(GridStudent):
     x0_hat = self.student.denoiser.x0_hat(read, values)(y, s)
     t, eps = self.renoising(key_noise, x0)
     t_twice, eps_twice, values = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (t, eps, values))
-    maps = self.maps(read, beside(x0, x0_hat), values, t_twice, eps_twice)
+    maps = self.feature_maps(read, beside(x0, x0_hat), values, t_twice, eps_twice)
     maps = jax.lax.stop_gradient(maps)
     real, fake = zip(*(apart(logits, 2) for logits in self.judge(params, t_twice, maps)), strict=True)
     loss = jnp.mean(ladd.discriminator_loss(real, fake))
@@ -179,7 +179,7 @@ class AdversarialDistillation(GridStudent):
     y, s = self.states(x0, key_state, probabilities)
     x0_hat = self.student.denoiser.x0_hat(read, values)(y, s)
     t, eps = self.renoising(key_noise, x0)
-    fake = self.judge(heads, t, self.maps(read, x0_hat, values, t, eps))
+    fake = self.judge(heads, t, self.feature_maps(read, x0_hat, values, t, eps))
     metrics = {'loss/adversarial': jnp.mean(ladd.generator_loss(fake))}
     loss = self.adversarial_weight * metrics['loss/adversarial']
     if self.distillation_weight:
