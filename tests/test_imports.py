@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / 'vaediff'
 ROOMS = (
-  ('errors', 'types', 'checks', 'files'),
+  ('errors', 'types', 'checks', 'files', 'identity'),
   ('machine', 'data', 'models', 'diffusion', 'weights', 'optim'),
   ('features', 'reads'),
   ('spaces',),
@@ -22,6 +22,7 @@ ROOMS = (
 GROUND = {
   'checks': ('errors',),
   'files': ('errors',),
+  'identity': ('errors',),
   'machine': ('errors', 'types'),
 }
 """What little is imported within or from the ground, beyond the order."""

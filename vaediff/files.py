@@ -1,25 +1,56 @@
-"""Files that are written at once: a kill leaves the old file or the new one, never half of it."""
+"""Files that are written at once, read with one message for all that can be wrong, and locked.
+
+A kill leaves the old file or the new one, never half of it. The system releases a lock with the process that
+holds it, however it ends.
+"""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import pathlib
+import socket
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from vaediff.errors import UserError
+
+REMOVE = 'remove it and run the same command again: it is made anew'
+"""What to do about a damaged file that is derived from others."""
+
+
+class Damaged(UserError):
+  """A file that is there and can be read, but does not hold what it should."""
+
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a path to write to, which takes the place of `path` once that is done; makes the folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
+  """Gives a path to write to, which takes the place of `path` once that is done; makes the folder.
+
+  Raises:
+    UserError: when the file cannot be written: names it and the system's reason, such as a full disk.
+  """
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      yield temporary
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {reason(error)}; what was there before is unchanged') from error
+
+
+def reason(error: BaseException) -> str:
+  """Returns the first line of what the system or a library says, without a full stop."""
+  text = (error.strerror if isinstance(error, OSError) else '') or str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:300].rstrip('.')
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -37,3 +68,90 @@ def write_npz(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
   """Writes arrays as npz, uncompressed."""
   with replacing(path) as temporary, open(temporary, 'wb') as file:
     np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path, mend: str = REMOVE) -> Iterator[None]:
+  """Turns whatever reading a file raises into one message, by its cause.
+
+  Args:
+    path: of the file, for the message.
+    mend: what to do where the file is damaged.
+
+  Raises:
+    Damaged: for content that is not what it should be.
+    UserError: when the file is missing, or the system does not let it be read (permission, input/output, memory):
+      that is no damage, and the file stays.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except FileNotFoundError as error:
+    raise UserError(f'{path} does not exist') from error
+  except (OSError, MemoryError) as error:
+    if isinstance(error, OSError) and error.errno is None:  # numpy's and zipfile's own, of malformed content
+      raise Damaged(f'{path} is damaged ({reason(error)}); {mend}') from error
+    raise UserError(f'{path} cannot be read: {reason(error)}. The file was left as it is') from error
+  except (ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, NotImplementedError,
+          RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+    raise Damaged(f'{path} is damaged ({reason(error)}); {mend}') from error
+
+
+def read_json(path: pathlib.Path, mend: str = REMOVE) -> Any:
+  """Returns the value of a JSON file; raises as `reading`."""
+  with reading(path, mend):
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def read_npz(path: pathlib.Path, mend: str = REMOVE) -> dict[str, np.ndarray]:
+  """Returns the arrays of an npz file, whose checksums are compared; raises as `reading`."""
+  with reading(path, mend), open(path, 'rb') as file:
+    if not zipfile.is_zipfile(file):  # np.load would take a pickle for one
+      raise ValueError('it is no npz file')
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as stored:
+      return {name: stored[name] for name in stored.files}
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path, what: str, *, wait: bool = False) -> Iterator[bool]:
+  """Holds a folder for this process; the system releases it with the process.
+
+  Args:
+    folder: made if it is not there; the lock is its file `.lock`, which says who holds it.
+    what: is done with the folder, for the message to others.
+    wait: for the one who holds it; else that is an error. Gives whether it had to wait.
+
+  Raises:
+    UserError: when another process holds it: names host and process. Or the folder cannot be written.
+  """
+  path, waited = folder / '.lock', False
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 (held until the end of the block)
+  except OSError as error:
+    raise UserError(f'{folder} cannot be written: {reason(error)}') from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno not in (errno.EACCES, errno.EAGAIN):
+        raise UserError(f'{path} cannot be locked: {reason(error)}') from error
+      if not wait:
+        raise UserError(
+          f'{folder} is in use by {holder(path)}. Wait until it ends, stop it, or use another folder'
+        ) from error
+      fcntl.flock(file, fcntl.LOCK_EX)
+      waited = True
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on host {socket.gethostname()} ({what})')
+    file.flush()
+    yield waited
+
+
+def holder(path: pathlib.Path) -> str:
+  """Returns who holds a lock, as its file says."""
+  with contextlib.suppress(OSError):
+    return path.read_text(encoding='utf-8', errors='replace').strip() or 'another process'
+  return 'another process'
