@@ -88,6 +88,11 @@ def default() -> ConfigDict:
       'silence_timeout_seconds': 3600.0,  # longest time without the end of a step, compilation too; 0 = off
     }
   )
+  config.checkpoints = ConfigDict(
+    {
+      'check_arrays': True,  # store digests of all arrays, and compare them when they are read
+    }
+  )
   config.reconstruct = ConfigDict(
     {
       'num_images': 64,  # images of the evaluation split; the grid shows the first 32
@@ -143,6 +148,7 @@ def data() -> ConfigDict:
       'materialize': True,  # store once as memory-mapped uint8 arrays
       'num_threads': 2,  # reading threads per process
       'prefetch': 4,  # batches read ahead per process
+      'check_fingerprint': True,  # refuse other images than a stage was trained with; off: only say so
     }
   )
 

@@ -23,6 +23,18 @@ from vaediff.errors import UserError
 REMOVE = 'remove it and run the same command again: it is made anew'
 """What to do about a damaged file that is derived from others."""
 
+OF_THE_SYSTEM = tuple(
+  getattr(errno, name)
+  for name in (
+    'EACCES', 'EPERM', 'EIO', 'ENOMEM', 'EMFILE', 'ENFILE', 'ENOSPC', 'EDQUOT', 'EROFS', 'ESTALE',
+    'ETIMEDOUT', 'ENOTCONN', 'EHOSTDOWN', 'EREMOTEIO', 'EBUSY', 'EAGAIN', 'ENXIO', 'ENODEV',
+  )
+  if hasattr(errno, name)
+)  # fmt: skip
+"""Errors that say nothing about the content of a file: what cannot be read now may be whole."""
+IN_WORDS = (*map(os.strerror, OF_THE_SYSTEM), 'PERMISSION_DENIED', 'RESOURCE_EXHAUSTED', 'UNAVAILABLE')
+"""How libraries say them."""
+
 
 class Damaged(UserError):
   """A file that is there and can be read, but does not hold what it should."""
@@ -44,7 +56,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
       temporary.unlink(missing_ok=True)
   except OSError as error:
-    raise UserError(f'{path} cannot be written: {reason(error)}; what was there before is unchanged') from error
+    raise UserError(
+      f'{path} cannot be written: {reason(error)}; what was there before is unchanged'
+    ) from error
 
 
 def reason(error: BaseException) -> str:
@@ -80,8 +94,8 @@ def reading(path: pathlib.Path, mend: str = REMOVE) -> Iterator[None]:
 
   Raises:
     Damaged: for content that is not what it should be.
-    UserError: when the file is missing, or the system does not let it be read (permission, input/output, memory):
-      that is no damage, and the file stays.
+    UserError: when the file is missing, or the system does not let it be read (permission, input/output,
+      memory): that is no damage, and the file stays.
   """
   try:
     yield
@@ -112,6 +126,36 @@ def read_npz(path: pathlib.Path, mend: str = REMOVE) -> dict[str, np.ndarray]:
     file.seek(0)
     with np.load(file, allow_pickle=False) as stored:
       return {name: stored[name] for name in stored.files}
+
+
+def said_by_the_system(error: BaseException | None) -> str:
+  """Returns what the system did not let be done, of an error and of those that caused it; '' for nothing."""
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_THE_SYSTEM):
+      return reason(error)
+    if not isinstance(error, UserError) and any(text in str(error) for text in IN_WORDS):
+      return reason(error)
+    error = error.__cause__ or error.__context__
+  return ''
+
+
+def first_unreadable(folder: pathlib.Path) -> str:
+  """Returns which file of a folder the system does not let be read, and why; '' where all can be."""
+
+  def refused(error: OSError):
+    raise error
+
+  try:
+    for root, _, names in os.walk(folder, onerror=refused):
+      for name in sorted(names):
+        with open(pathlib.Path(root) / name, 'rb') as file:
+          while file.read(2**20):
+            pass
+  except OSError as error:
+    return f'{error.filename}: {reason(error)}' if error.errno in OF_THE_SYSTEM else ''
+  return ''
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What a thing is and what it was made of, by content: whatever is derived knows its sources.
 
-A saved state has an id made of its arrays, a split of a data set the fingerprint of all its bytes, a part of a
-config a digest. What is derived stores those of all that it was made of, and they are compared when it is read.
-Names, paths and step numbers are no identity.
+A saved state has an id made of its arrays, a split of a data set the fingerprint of all its bytes, a part of
+a config a digest. What is derived stores those of all that it was made of, and they are compared when it is
+read. Names, paths and step numbers are no identity.
 """
 
 import hashlib
@@ -53,7 +53,9 @@ def compare(what: str, stored: MadeOf, wanted: MadeOf, mend: str) -> None:
   for name in sorted({*stored, *wanted}):
     before, now = stored.get(name, 'none'), wanted.get(name, 'none')
     if before != now:
-      raise Stale(f'{what} was made of {name} {before}, which is {now} now: the two do not belong together. {mend}')
+      raise Stale(
+        f'{what} was made of {name} {before}, which is {now} now: the two do not belong together. {mend}'
+      )
 
 
 def sum_of(value: np.ndarray, first: tuple[int, ...] = ()) -> int:
@@ -80,7 +82,7 @@ def _weighted(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _weights(axis: int, first: int, count: int) -> np.ndarray:
-  """Returns odd multipliers, uint64 [count], of the places `first`, `first` + 1, ... of an axis (splitmix64)."""
+  """Returns odd multipliers, uint64 [count], of the places of an axis from `first` on (splitmix64)."""
   place = np.arange(first, first + count, dtype=np.uint64) + np.uint64((axis + 1) << 40)
   mixed = place * np.uint64(0x9E3779B97F4A7C15)
   mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -62,6 +62,11 @@ def check(section: ConfigDict) -> None:
     raise UserError(f'prior.num_components must name counts >= 1, got {counts}')
 
 
+def arrays_of(section: ConfigDict) -> tuple[str, ...]:
+  """Returns the names of the arrays of the prior that a section describes."""
+  return () if section.kind == 'normal' else ('weights', 'means', section.covariance)
+
+
 def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndarray], dict[int, float]]:
   """Fits the mixture to latents [n, d].
 

@@ -12,21 +12,25 @@ from vaediff.experiments.base import Experiment
 from vaediff.run import draw
 from vaediff.types import Params, Read
 
+Measure = Callable[[dict[str, Params]], float]
+
 
 def make_measure(
   config: ConfigDict, stage: str, experiment: Experiment, frozen: Read, source: sources.Source, mesh: Mesh
-) -> Callable[[dict[str, Params]], float] | None:
+) -> tuple[Measure | None, dict[str, str]]:
   """Returns params -> the figure `train.best_measure` of `train.best_images` samples of the stage.
 
   None where there is no such figure to compute, or it is one of the stage's own validation metrics. `source`
   are images of the evaluation split, for a stage whose samples are made of images.
+
+  And what the figure depends on beside the parameters: feature network, real images, number of samples.
 
   Raises:
     UserError: for an unknown figure, or when its network has no weights.
   """
   train = config[stage].train
   if not train.best_measure or train.best_measure.startswith('val/'):
-    return None
+    return None, {}
   networks.check(config.evaluate)
   name = measures.network_of(train.best_measure)
   extractor, accuracy = networks.load(name, config, mesh)
@@ -45,4 +49,9 @@ def make_measure(
       stream.add(images[list(images)[-1]][:fresh])
     return measures.of_features(name, stream.finish(), known, config.evaluate)[train.best_measure]
 
-  return measure
+  made_of = {
+    'the real images': str(known.provenance['images_sha256']),
+    f'the network {name!r}': extractor.fingerprint,
+    'the number of samples': str(train.best_images),
+  }
+  return measure, made_of

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from vaediff import files
+from vaediff.data import sources
 from vaediff.evaluation import likelihoods, networks, plots, report
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
@@ -23,6 +24,8 @@ def evaluate(trained: Trained) -> dict[str, float]:
     UserError: for a setting that is not allowed. What cannot be computed is said in the table.
   """
   config, settings = trained.config, trained.config.evaluate
+  for split in sources.SPLITS:
+    trained.images(split)  # are those of its training
   opened = networks.open_networks(config, trained.mesh)
   real = real_images(config, opened)
   rows = sample_rows(trained, opened, real)

@@ -4,7 +4,7 @@ Every run on the same data set and settings reads the same classifier, whatever 
 figures compare. Another device may train slightly other weights: compare figures of one fingerprint only.
 """
 
-import hashlib
+import contextlib
 import json
 import pathlib
 
@@ -13,13 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments
+from vaediff import experiments, files, identity
 from vaediff.data import cache, pixels, sources
 from vaediff.errors import UserError
 from vaediff.features.extractor import Extractor
 from vaediff.machine import distributed
 from vaediff.run import checkpoint, log
-from vaediff.run.loop import SUMMARY, Stage, train
+from vaediff.run.loop import Stage, read_summary, train
+from vaediff.types import Params
 from vaediff.weights import tensors
 
 STAGE = 'classifier'
@@ -43,25 +44,21 @@ def load(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float]:
     config.classifier.model.num_classes = num_classes
   experiment = experiments.build(config, STAGE)
   folder = folder_of(config, splits)
-  if not distributed.agree((folder / SUMMARY).exists()):
-    log.say(f'training the classifier of this data set, {config.classifier.train.num_steps} steps: {folder}')
-    train(
-      Stage(
-        name=STAGE,
-        folder=folder,
-        config=config,
-        experiment=experiment,
-        frozen={},
-        frozen_steps={},
-        train_source=splits['train'],
-        eval_source=splits['eval'],
-        extra={},
-        mesh=mesh,
-      )
-    )
-  accuracy = json.loads((folder / SUMMARY).read_text())['last']['val/accuracy']
   model = experiment.networks[STAGE]
-  params = checkpoint.load_frozen(folder, STAGE, checkpoint.abstract_params(model, mesh))
+  params, accuracy = trained(
+    Stage(
+      name=STAGE,
+      folder=folder,
+      config=config,
+      experiment=experiment,
+      frozen={},
+      frozen_ids={},
+      train_source=splits['train'],
+      eval_source=splits['eval'],
+      extra={},
+      mesh=mesh,
+    )
+  )
 
   def apply(params, image):
     features, logits = model.apply(params, pixels.to_unit_range(image))
@@ -78,25 +75,47 @@ def load(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float]:
   return extractor, accuracy
 
 
+def trained(stage: Stage) -> tuple[Params, float]:
+  """Returns the classifier's parameters and its accuracy; trains it where that is not done.
+
+  Other runs read the same folder: whoever trains it holds its lock, and the others wait. A damaged checkpoint
+  is set aside, as those of a run are.
+  """
+  folder, steps = stage.folder, stage.config[STAGE].train.num_steps
+  params = checkpoint.abstract_params(stage.experiment.networks[STAGE], stage.mesh)
+  while True:
+    try:
+      if not distributed.agree(_accuracy(folder, steps) is not None):
+        with contextlib.ExitStack() as held:
+          if jax.process_index() == 0:
+            held.enter_context(files.lock(folder, 'training the classifier of a data set', wait=True))
+          distributed.wait_for_all(f'{folder} is locked')
+          if not distributed.agree(_accuracy(folder, steps) is not None):  # by another process meanwhile
+            log.say(f'training the classifier of this data set, {steps} steps: {folder}')
+            train(stage)
+      check = stage.config.checkpoints.check_arrays
+      return checkpoint.load_frozen(folder, STAGE, params, check_arrays=check), _accuracy(folder, steps)
+    except checkpoint.DamagedCheckpoint as error:
+      log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
+
+
+def _accuracy(folder: pathlib.Path, steps: int) -> float | None:
+  """Returns the accuracy of a classifier that is trained to its last step, in [0, 1]; else None."""
+  if checkpoint.latest_step(folder) != steps:
+    return None
+  summary = read_summary(folder)
+  return None if summary is None else summary['last'].get('val/accuracy')
+
+
 def folder_of(config: ConfigDict, splits: dict[str, sources.Source]) -> pathlib.Path:
   """Returns where the classifier of these images and settings is kept."""
   facts = {
     'classifier': json.loads(config.classifier.to_json()),
-    **{split: source_fingerprint(source) for split, source in splits.items()},
+    **{split: source.fingerprint for split, source in splits.items()},
   }
-  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
   name = (config.data.name or config.data.source).replace('/', '_').replace(':', '_')
-  return cache.data_root(config.data) / 'vaediff' / f'{name}-{config.data.image_size}px-{STAGE}-{digest}'
-
-
-def source_fingerprint(source: sources.Source, most: int = 64) -> str:
-  """Returns the sha256 of a split's length, shape and of up to `most` evenly spaced images and labels."""
-  rows = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64))
-  batch = source.read(rows)
-  digest = hashlib.sha256(f'{len(source)} {source.image_shape}'.encode())
-  digest.update(batch['image'].tobytes())
-  digest.update(batch[sources.LABEL].astype('<i4').tobytes())
-  return digest.hexdigest()
+  folder = f'{name}-{config.data.image_size}px-{STAGE}-{identity.digest(facts)}'
+  return cache.data_root(config.data) / 'vaediff' / folder
 
 
 def fingerprint_of(params: dict) -> str:

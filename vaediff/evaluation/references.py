@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import zipfile
 
 import jax
 import numpy as np
@@ -16,7 +15,6 @@ from vaediff.errors import UserError
 from vaediff.evaluation import frechet
 from vaediff.evaluation.frechet import Features, Moments
 from vaediff.evaluation.networks import Features as Network
-from vaediff.evaluation.own_classifier import source_fingerprint
 from vaediff.machine import distributed
 from vaediff.run import log
 
@@ -53,7 +51,7 @@ def reference(config: ConfigDict, split: str, network: Network) -> Reference:
     'weights_sha256': network.extractor.fingerprint,
     'resize': network.extractor.resize,
     'dataset': f'{config.data.name or config.data.source} {config.data.image_size}px',
-    'images_sha256': source_fingerprint(source),
+    'images_sha256': source.fingerprint,
     'split': config.data[f'{split}_split'],
     'n': len(source),
     'max_features': most,
@@ -92,14 +90,20 @@ def read(path: pathlib.Path, split: str, wanted: dict[str, str | int]) -> Refere
   """Returns the statistics of a file.
 
   Raises:
-    UserError: when the file is damaged, or is of other images, weights or another resize than wanted.
+    UserError: when the file cannot be read, is damaged, or is of other images, weights or another resize than
+      wanted.
   """
-  try:
-    with np.load(path) as file:
-      provenance = json.loads(str(file['provenance']))
-      mu, sigma, features = file['mu'], file['sigma'], file['features']
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f'{path} is no readable file of statistics ({error}); remove it and run again') from error
+  stored = files.read_npz(path)
+  with files.reading(path):
+    provenance = json.loads(str(stored['provenance']))
+    mu, sigma, features = stored['mu'], stored['sigma'], stored['features']
+    size = len(mu)
+    if (mu.shape, sigma.shape, features.shape[1:]) != ((size,), (size, size), (size,)):
+      raise ValueError(f'mu {mu.shape}, sigma {sigma.shape}, features {features.shape} do not fit together')
+    if not all(np.all(np.isfinite(value)) for value in (mu, sigma, features)):
+      raise ValueError('it holds numbers that are not finite')
+    if not isinstance(provenance, dict):
+      raise ValueError('it does not say what it was made of')
   for field, value in wanted.items():
     if provenance.get(field) != value:
       raise UserError(

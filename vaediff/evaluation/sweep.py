@@ -15,16 +15,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import files, reads
-from vaediff.data import cache
+from vaediff import files
+from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher, measures, networks, plots, report
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.sets import FOLDER, Real, draw_sets, floors_at, real_images, with_floors
 from vaediff.machine import distributed
-from vaediff.run import checkpoint, log
 from vaediff.run import config as configs
+from vaediff.run import log
 from vaediff.run.trained import Trained
 
 NAME = 'sweep'
@@ -140,24 +140,15 @@ def facts_of(chosen: Trained, opened: Networks) -> dict[str, Any]:
   evaluate = chosen.config.evaluate
   names = ('num_images', 'num_seeds', 'max_features', 'kernel_subsets', 'kernel_subset_size')
   return {
-    'run': str(chosen.workdir.resolve()),
     'stage': chosen.stage,
-    'step': checkpoint.latest_step(chosen.folder),
+    'made_of': chosen.made_of,
+    'images': {split: chosen.images(split).fingerprint for split in sources.SPLITS},
     'sample': chosen.settings.to_dict(),
-    'prior': priors_of(chosen),
     'evaluate': {name: evaluate[name] for name in names},
     'networks': {name: network.extractor.fingerprint for name, network in opened.features.items()},
     'resize': {name: network.extractor.resize for name, network in opened.features.items()},
     'device': jax.devices()[0].device_kind,
   }
-
-
-def priors_of(chosen: Trained) -> dict[str, Any]:
-  """Returns how what a stage draws from was fitted: the sections `prior` of the stages it reads."""
-  sources = chosen.experiment.frozen.values()
-  stages = sorted({source.stage for source in sources if isinstance(source, reads.Measured)})
-  config = chosen.config
-  return {stage: config[stage].prior.to_dict() for stage in stages if 'prior' in config[stage]}
 
 
 def label(chosen: Trained) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One job of many processes: joining, preemption, and not waiting for ever. The engine is `jax.distributed`.
 
 Exit statuses, for launchers: 0 finished; 2 the user has something to mend; 75 preempted, a checkpoint is
-saved; 76 another process is lost, or nothing moved for too long. After 75 and 76 the same command goes on.
+saved; 76 another process is lost, or nothing moved for too long; 130 stopped by Ctrl-C. After 75 and 76 the
+same command is worth starting again by itself.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -21,11 +22,20 @@ from vaediff.errors import UserError
 
 PREEMPTED = 75
 LOST = 76
+STOPPED = 130
 MODES = ('auto', 'on', 'off')
 
 
 class Preempted(Exception):
-  """The scheduler wants the machine back; all that was done is saved."""
+  """The scheduler wants the machine back, or the user has pressed Ctrl-C; all that was done is saved.
+
+  Attributes:
+    status: to exit with.
+  """
+
+  def __init__(self, message: str, status: int = PREEMPTED):
+    super().__init__(message)
+    self.status = status
 
 
 def join(mode: str, config: ConfigDict, environment: Mapping[str, str] = os.environ) -> None:
@@ -111,13 +121,29 @@ def wait_for_all(name: str) -> None:
 
 
 class Preemption:
-  """Notices SIGTERM; with many processes, all agree on the step to stop after."""
+  """Notices SIGTERM, and the first Ctrl-C; with many processes, all agree on the step to stop after.
+
+  The second Ctrl-C is KeyboardInterrupt, as it is elsewhere.
+  """
 
   def __init__(self):
     self._noticed = threading.Event()
-    self._before = None
+    self._before = {}
+    self.status = PREEMPTED
+    """To exit with."""
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, lambda number, frame: self._noticed.set())
+      self._before = {
+        number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)
+      }
+
+  def _notice(self, number: int, frame: Any) -> None:
+    del frame
+    if number == signal.SIGINT:
+      self.status = STOPPED
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+      with contextlib.suppress(OSError):
+        print('\nstopping after this step, saving; Ctrl-C again stops at once', file=sys.stderr, flush=True)
+    self._noticed.set()
 
   def reached(self, step: int) -> bool:
     """Returns whether to save and stop after this step; every process must ask after every step."""
@@ -126,9 +152,15 @@ class Preemption:
     return self._noticed.is_set()
 
   def close(self) -> None:
-    """Gives SIGTERM back its former meaning."""
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+    """Gives both signals back their former meaning."""
+    for number, before in self._before.items():
+      signal.signal(number, before)
+
+
+def beat(what: str) -> None:
+  """Says that something was done, such as a step or a drawn batch: whoever watches this process waits on."""
+  for watchdog in WATCHING:
+    watchdog.beat(what)
 
 
 class Watchdog:
@@ -137,13 +169,15 @@ class Watchdog:
   Args:
     seconds: longest time without `beat`; 0 = never.
     name: what is being watched, for the message.
+    last_words: called before the end, at most `PATIENCE` seconds are waited for it: returns what is kept.
   """
 
-  def __init__(self, seconds: float, name: str):
-    self._seconds, self._name = seconds, name
+  def __init__(self, seconds: float, name: str, last_words: Callable[[], str] = str):
+    self._seconds, self._name, self._last_words = seconds, name, last_words
     self._silence, self._stop = 0.0, threading.Event()
     self._last = 'its start'
     if seconds:
+      WATCHING.append(self)
       threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
 
   def beat(self, what: str) -> None:
@@ -153,6 +187,8 @@ class Watchdog:
   def close(self) -> None:
     """Stops watching."""
     self._stop.set()
+    if self in WATCHING:
+      WATCHING.remove(self)
 
   def _watch(self) -> None:
     # Counts its own ticks, not the clock: a process that was suspended has not been silent.
@@ -163,8 +199,21 @@ class Watchdog:
         leave(
           f'{self._name}: nothing has moved for {self._seconds:g} seconds since {self._last} '
           '(config.processes.silence_timeout_seconds); another process or a device hangs or is lost. '
-          'The run goes on from its last checkpoint when started again'
+          f'The run goes on from its last checkpoint when started again{self._kept()}'
         )
+
+  def _kept(self) -> str:
+    said = []
+    waiting = threading.Thread(target=lambda: said.append(self._last_words()), daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE)
+    return f': {said[0]}' if said and said[0] else ''
+
+
+WATCHING: list[Watchdog] = []
+"""Those of this process that are not closed."""
+PATIENCE = 30.0
+"""Seconds that a save under way has before a process that hangs is ended."""
 
 
 def leave(message: str, status: int = LOST) -> NoReturn:

@@ -1,6 +1,6 @@
 """`--mode=train`: the stages in order; what is complete is skipped, what is not is resumed."""
 
-import json
+import contextlib
 import pathlib
 import time
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, reads
+from vaediff import experiments, files, identity, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.modes import interpolate, reconstruct, sample
-from vaediff.run import checkpoint, log, loop, measurements
+from vaediff.run import checkpoint, log, loop, measurements, same_run
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
@@ -40,13 +40,16 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...
     UserError: for anything of the user's that cannot work.
     Preempted: after SIGTERM, once everything is saved.
   """
-  while True:
-    try:
-      return run_stages_once(config, workdir, stages)
-    except checkpoint.DamagedCheckpoint as error:
-      if workdir.resolve() not in error.folder.resolve().parents:
-        raise  # of another run, which is not ours to change
-      log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
+  with contextlib.ExitStack() as held:
+    if jax.process_index() == 0:
+      held.enter_context(files.lock(workdir, '--mode=train'))
+    while True:
+      try:
+        return run_stages_once(config, workdir, stages)
+      except checkpoint.DamagedCheckpoint as error:
+        if workdir.resolve() not in error.folder.resolve().parents:
+          raise  # of another run, which is not ours to change
+        log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
 
 
 def run_stages_once(
@@ -61,73 +64,74 @@ def run_stages_once(
   sharding.check_rules(shapes, sharding.rules_of(config.mesh))
   check_workdir(config, workdir)
   log.say(sources.describe(config.data))
-  train_source, eval_source = (sources.open_source(config.data, split) for split in ('train', 'eval'))
-  log.say(f'{len(train_source)} training and {len(eval_source)} evaluation images; run folder {workdir}')
+  images = {split: sources.open_source(config.data, split) for split in ('train', 'eval')}
+  for stage in config.stages:
+    if checkpoint.latest_step(workdir / stage) is not None:
+      same_run.check_images(config, images, workdir / stage)
+  counts = [len(images[split]) for split in ('train', 'eval')]
+  log.say(f'{counts[0]} training and {counts[1]} evaluation images; run folder {workdir}')
   if jax.process_index() == 0:
     configs.save(config, workdir)
   distributed.wait_for_all('the config is stored')
 
-  summaries, fresh = [], False
+  summaries = []
   for name in stages:
-    folder = workdir / name
-    complete = is_complete(config, workdir, name)
-    steps = frozen_steps(built[name], config, workdir, name)
-    frozen = {} if complete else frozen_networks.load(built[name], config, workdir, mesh, training=name)
-    if complete:
-      summaries.append(read_summary(folder, config, name))
-      log.say(f'{name}: complete at step {summaries[-1]["steps"]}, skipped')
-      measurements.ensure(built[name], config, workdir, name, mesh)
-      continue
-    fresh = True
-    for old in workdir.glob('figures-*.json'):
-      old.unlink(missing_ok=True)  # of images that this training makes out of date
-    summaries.append(
-      loop.train(
-        loop.Stage(
-          name=name,
-          folder=folder,
-          config=config,
-          experiment=built[name],
-          frozen=frozen,
-          frozen_steps=steps,
-          train_source=train_source,
-          eval_source=eval_source,
-          extra=precomputed(config, workdir, name, built[name], frozen, train_source, mesh),
-          mesh=mesh,
-          measure=make_measure(config, name, built[name], frozen, eval_source, mesh),
-        )
-      )
-    )
+    summary = finished(built[name], config, workdir, name)
+    if summary is None:
+      summary = train_stage(built[name], config, workdir, name, images, mesh)
+    else:
+      log.say(f'{name}: complete at step {summary["steps"]}, skipped')
+    summaries.append(summary)
     measurements.ensure(built[name], config, workdir, name, mesh)
-  figures = first_images(config, workdir, stages[-1], mesh, fresh)
+  figures = first_images(config, workdir, stages[-1], mesh)
   if jax.process_index() == 0:
     print_table(summaries, figures, built[stages[-1]].titles, time.monotonic() - started)
   return summaries
 
 
+def train_stage(
+  experiment: Experiment,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  stage: str,
+  images: Mapping[str, sources.Source],
+  mesh: Mesh,
+) -> dict[str, Any]:
+  """Trains one stage, from its latest checkpoint if it has one; returns its summary."""
+  frozen = frozen_networks.load(experiment, config, workdir, mesh, training=stage)
+  measure, measured_with = make_measure(config, stage, experiment, frozen, images['eval'], mesh)
+  return loop.train(
+    loop.Stage(
+      name=stage,
+      folder=workdir / stage,
+      config=config,
+      experiment=experiment,
+      frozen=frozen,
+      frozen_ids=frozen_networks.ids(experiment, workdir),
+      train_source=images['train'],
+      eval_source=images['eval'],
+      extra=precomputed(config, workdir, stage, experiment, frozen, images['train'], mesh),
+      mesh=mesh,
+      measure=measure,
+      measured_with=measured_with,
+    )
+  )
+
+
 def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises UserError when the folder holds a run of another config."""
-  if not (workdir / configs.FILE).exists():
-    return
-  stored = configs.read(workdir)
-  trained = tuple(stage for stage in stored.stages if checkpoint.latest_step(workdir / stage) is not None)
-  configs.check_same_run(config, stored, trained, workdir)
+  """Raises UserError when the folder holds a stage that was trained with another config."""
+  for stage in config.stages:
+    if checkpoint.latest_step(workdir / stage) is not None:
+      same_run.check_stage(config, workdir / stage, stage, training=True)
 
 
-def is_complete(config: ConfigDict, workdir: pathlib.Path, stage: str) -> bool:
-  """Returns whether a stage has reached its last step."""
-  folder = workdir / stage
-  step = checkpoint.latest_step(folder)
-  return step is not None and step >= config[stage].train.num_steps and (folder / loop.SUMMARY).exists()
-
-
-def frozen_steps(
+def finished(
   experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str
-) -> dict[str, int]:
-  """Returns the training step of each network that a stage reads.
+) -> dict[str, Any] | None:
+  """Returns the summary of a stage that has reached its last step; None for one that has not.
 
   Raises:
-    UserError: when one of them is not fully trained, or is not at the step that the stage was begun with.
+    UserError: when a network that it reads is not fully trained, or is not the one that it was begun with.
   """
   for source in experiment.frozen.values():
     if not isinstance(source, reads.FromStage):
@@ -138,37 +142,32 @@ def frozen_steps(
         f'stage {stage!r} reads stage {source.stage!r} of {folder}, which is not trained to its last step; '
         f'train it first (--stages={source.stage})'
       )
-  steps = frozen_networks.steps(experiment, workdir)
   if checkpoint.latest_step(workdir / stage) is not None:
-    begun = checkpoint.load_meta(workdir / stage)['frozen']
-    if begun != steps:
-      raise UserError(
-        f'stage {stage!r} of {workdir} was trained on frozen networks at steps {begun}, which are now at '
-        f'{steps}; move {workdir / stage} away to train it anew, or use another --workdir'
-      )
-  return steps
+    frozen_networks.check_ids(experiment, workdir, workdir / stage)
+  return loop.read_summary(workdir / stage) if is_complete(config, workdir, stage) else None
 
 
-def read_summary(folder: pathlib.Path, config: ConfigDict, stage: str) -> dict[str, Any]:
-  """Returns the summary that the finished stage wrote."""
-  try:
-    return json.loads((folder / loop.SUMMARY).read_text())
-  except ValueError as error:
-    raise UserError(f'{folder / loop.SUMMARY} is damaged ({error}); remove it and run again') from error
+def is_complete(config: ConfigDict, workdir: pathlib.Path, stage: str) -> bool:
+  """Returns whether a stage has reached its last step."""
+  step = checkpoint.latest_step(workdir / stage)
+  return step is not None and step >= config[stage].train.num_steps
 
 
-def first_images(
-  config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh, fresh: bool
-) -> dict[str, float]:
-  """Writes samples, reconstructions and interpolations of the last stage, unless they are there already.
+def first_images(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> dict[str, float]:
+  """Writes samples, reconstructions and interpolations of the last stage.
+
+  Those that are there already stay, if they were made of the same networks and settings.
 
   Returns:
     The figures of the reconstructions.
   """
   path = workdir / f'figures-{stage}.json'
-  if distributed.agree(path.exists()) and not fresh:
-    return json.loads(path.read_text())
   trained = Trained(config, workdir, stage, mesh)
+  shown = [config[name].to_dict() for name in ('reconstruct', 'interpolate')]
+  made_of = {**trained.made_of, 'the settings of pictures': identity.digest(shown)}
+  known = stored_figures(path, made_of)
+  if distributed.agree(known is not None):
+    return known
   started = time.monotonic()
   if trained.draws_alone:
     sample.sample(trained)
@@ -178,8 +177,22 @@ def first_images(
   if interpolate.kinds_of(trained.experiment):
     interpolate.interpolate(trained)
   if jax.process_index() == 0:
-    files.write_json(path, figures)
+    files.write_json(path, {'made_of': made_of, 'figures': figures})
   return figures
+
+
+def stored_figures(path: pathlib.Path, made_of: identity.MadeOf) -> dict[str, float] | None:
+  """Returns the figures of a file; None where there is none, or one of something else."""
+  if not path.exists():
+    return None
+  try:
+    stored = files.read_json(path)
+    with files.reading(path):
+      same = 'made_of' in stored and stored['made_of'] == made_of
+      return {name: float(value) for name, value in stored['figures'].items()} if same else None
+  except files.Damaged as error:
+    log.say(str(error))
+    return None
 
 
 def print_table(

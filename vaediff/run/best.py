@@ -4,10 +4,13 @@ import math
 import pathlib
 from typing import Any
 
+from vaediff import identity
 from vaediff.errors import UserError
 from vaediff.run import checkpoint, log
 
 FOLDER = 'best'
+MADE_OF = 'made_of'
+"""In its `meta`: what its value depends on beside the parameters."""
 HIGHER_IS_BETTER = ('precision', 'recall', 'density', 'coverage', 'is', 'psnr', 'ssim', 'val/accuracy')
 """Names, or what comes before '_<network>' in them; of everything else the lowest is the best."""
 
@@ -23,24 +26,40 @@ class Best:
   Args:
     stage_folder: `<workdir>/<stage>`.
     measure: name of the figure.
+    made_of: what the values depend on beside the parameters, such as how samples are drawn for them.
+    start_step: of the training: where it begins, what is there is of another one, and is moved aside.
+    check_arrays: see `checkpoint.Checkpointer`.
 
   Raises:
-    UserError: when the folder holds a checkpoint kept by another figure.
+    UserError: when the folder holds a checkpoint kept by another figure, or by one that was made of something
+      else.
   """
 
-  def __init__(self, stage_folder: pathlib.Path, measure: str):
-    self.measure = measure
+  def __init__(
+    self,
+    stage_folder: pathlib.Path,
+    measure: str,
+    made_of: identity.MadeOf,
+    start_step: int,
+    check_arrays: bool = True,
+  ):
+    self.measure, self._made_of = measure, dict(made_of)
     folder = stage_folder / FOLDER
     self.value = None
-    self._checkpointer = checkpoint.Checkpointer(folder, keep=1)
-    if self._checkpointer.latest_step() is not None:
+    if start_step == 0 and checkpoint.latest_step(folder) is not None:
+      log.say(f'{folder} is of an earlier training; moved to {checkpoint.move_aside(folder)}')
+    if checkpoint.latest_step(folder) is not None:
       meta = checkpoint.load_meta(folder)
-      if meta['measure'] != measure:
+      if meta.get('measure') != measure:
         raise UserError(
-          f'{folder} holds the best checkpoint by {meta["measure"]!r}, train.best_measure is {measure!r}; '
-          'move it away, or use the same measure'
+          f'{folder} holds the best checkpoint by {meta.get("measure")!r}, train.best_measure is '
+          f'{measure!r}; move it away, or use the same measure'
         )
-      self.value = meta['value']
+      if MADE_OF in meta:  # an earlier version did not store it
+        mend = f'Move {folder} away, or use what it was kept with'
+        identity.compare(f'the best checkpoint in {folder}', meta[MADE_OF], self._made_of, mend)
+      self.value = meta.get('value')
+    self._checkpointer = checkpoint.Checkpointer(folder, keep=1, check_arrays=check_arrays)
 
   def consider(self, step: int, state: Any, meta: dict[str, Any], value: float) -> bool:
     """Saves the state if its value is better than all before; returns whether it is.
@@ -51,10 +70,15 @@ class Best:
     sign = -1 if higher_is_better(self.measure) else 1
     if not math.isfinite(value) or (self.value is not None and sign * value >= sign * self.value):
       return False
+    facts = {**meta, 'measure': self.measure, 'value': value, MADE_OF: self._made_of}
+    self._checkpointer.save(step, state, facts)
     self.value = value
-    self._checkpointer.save(step, state, {**meta, 'measure': self.measure, 'value': value})
     log.say(f'best {self.measure} so far: {value:.5g} at step {step}')
     return True
+
+  def kept(self) -> str:
+    """Waits for the save in progress; returns in words which step is kept."""
+    return self._checkpointer.kept()
 
   def close(self) -> None:
     """Waits for the save in progress."""

@@ -1,26 +1,32 @@
 """Orbax checkpoints: save, restore, and load the networks of finished stages. Nothing else touches Orbax.
 
 A checkpoint of step N is the folder `<stage>/checkpoints/N` with two items: `state` (parameters, optimizer
-state, averages, step) and `meta` (JSON: stage, config, data position, seconds trained). Saving is
-asynchronous; an unfinished save leaves a temporary folder that the next run removes, never a step.
+state, averages, step) and `meta` (JSON: its id, digests of its arrays, stage, config, ids of what it was made
+of, data position, seconds trained). Saving is asynchronous; an unfinished save leaves a temporary folder that
+the next run removes, never a step.
 """
 
 import copy
-import json
 import pathlib
+import secrets
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from vaediff import files, identity
 from vaediff.errors import UserError
 from vaediff.machine import distributed, sharding
 from vaediff.models.functional import Model
+from vaediff.run import digests
 from vaediff.types import Params
 
 FOLDER = 'checkpoints'
-DAMAGED = 'damaged'
+DAMAGED, EARLIER = 'damaged', 'earlier'
+"""Folders of a stage for what was set aside."""
+ID, ARRAYS = 'id', 'arrays'
+"""In `meta`: the id of the saved state, and the digests of its parts."""
 
 
 class DamagedCheckpoint(UserError):
@@ -35,52 +41,90 @@ class DamagedCheckpoint(UserError):
     self.folder = folder
 
 
+class UnreadableCheckpoint(UserError):
+  """A checkpoint that the system does not let be read, such as for want of permission: it may be whole."""
+
+  def __init__(self, folder: pathlib.Path, reason: str):
+    super().__init__(
+      f'the checkpoint {folder} cannot be read now: {reason}. That is no damage: it was left where it is. '
+      'Mend that, then run the same command again'
+    )
+
+
 class Checkpointer:
   """The checkpoints of one stage.
 
   Args:
     stage_folder: `<workdir>/<stage>`.
     keep: how many of the latest checkpoints to keep.
+    check_arrays: digests of the arrays are stored, and compared when they are read.
   """
 
-  def __init__(self, stage_folder: pathlib.Path, keep: int):
+  def __init__(self, stage_folder: pathlib.Path, keep: int, check_arrays: bool = True):
     self.folder = (stage_folder / FOLDER).absolute()
-    self._manager = ocp.CheckpointManager(
-      self.folder,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-      ),
-    )
+    self._check_arrays, self._saving, self._closed = check_arrays, None, False
+    try:
+      self._manager = ocp.CheckpointManager(
+        self.folder,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        ),
+      )
+    except OSError as error:
+      raise UserError(f'{self.folder} cannot be written: {files.reason(error)}') from error
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    """Starts saving; returns once the arrays are copied off the devices.
+    """Starts saving; returns once the arrays are copied off the devices. All processes must call it.
 
     Raises:
       UserError: when this or the previous save failed; the last good checkpoint stays.
     """
+    arrays = digests.of_parts(state) if self._check_arrays else {}
+    own = identity.digest(arrays) if arrays else secrets.token_hex(identity.DIGITS // 2)
+    meta = {**copy.deepcopy(meta), ID: own, ARRAYS: arrays}
     try:
-      self._manager.save(
+      before, self._saving = self._saving, step
+      saved = self._manager.save(
         step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(copy.deepcopy(meta))
-        ),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
       )
-    except Exception as error:  # Orbax wraps whatever the storage raised
-      raise self._failed(error) from error
+    except Exception as error:  # Orbax wraps whatever the storage raised, of the save before or of this one
+      raise self._failed(error, before) from error
+    if not saved:
+      raise UserError(
+        f'{self.folder} holds step {self.latest_step()}, so step {step} was not saved: those checkpoints are '
+        'of another training. Move the folder away, and run again'
+      )
 
   def wait(self) -> None:
     """Waits for the save in progress. Raises UserError when it failed."""
+    if self._closed:
+      return
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      raise self._failed(error) from error
+      raise self._failed(error, self._saving) from error
+
+  def kept(self) -> str:
+    """Waits for the save in progress; returns in words which step is kept, also where that save failed."""
+    try:
+      self.wait()
+    except UserError as error:
+      return str(error)
+    steps = finished_steps(self.folder)
+    return f'step {steps[-1]} is kept' if steps else 'no step was saved yet'
 
   def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns state and meta of the latest checkpoint, with the shardings of `abstract_state`."""
+    """Returns state and meta of the latest checkpoint, with the shardings of `abstract_state`.
+
+    Raises:
+      DamagedCheckpoint: when files of it are missing or hold something else.
+      UserError: when it is of another architecture, or the system does not let it be read.
+    """
     step = self.latest_step()
     folder = self.folder / str(step)
     failure, restored = None, None
@@ -90,24 +134,28 @@ class Checkpointer:
         step,
         args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
       )
+      check_meta(folder, restored.meta)
     except Exception as error:
-      if isinstance(error, UserError) and not isinstance(error, DamagedCheckpoint):
-        raise
-      failure = error
+      failure = unreadable(folder, error)
     if not distributed.agree(failure is None):  # another process may have met the broken file
-      raise damaged(folder, failure or OSError('another process could not read its part')) from failure
+      raise failure or damaged(folder, OSError('another process could not read its part'))
+    if self._check_arrays:
+      compare_arrays(folder, restored.state, restored.meta)
     return restored.state, restored.meta
 
   def close(self) -> None:
-    """Waits for the save in progress and frees the manager's threads."""
-    self.wait()
-    self._manager.close()
+    """Waits for the save in progress and frees the manager's threads. Raises UserError when it failed."""
+    try:
+      self.wait()
+    finally:
+      self._closed = True
+      self._manager.close()
 
-  def _failed(self, error: Exception) -> UserError:
+  def _failed(self, error: Exception, step: int | None) -> UserError:
     steps = finished_steps(self.folder)
     last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no earlier checkpoint'
     return UserError(
-      f'could not save a checkpoint in {self.folder}: {_first_line(error)}. {last.capitalize()}. Make room '
+      f'could not save step {step} in {self.folder}: {files.reason(error)}. {last.capitalize()}. Make room '
       'or mend the folder, then run the same command again: it resumes from there'
     )
 
@@ -130,21 +178,27 @@ def abstract_params(model: Model, mesh: Mesh) -> Params:
   return sharding.abstract_replicated(jax.eval_shape(model.init, jax.random.key(0)), mesh)
 
 
-def load_frozen(stage_folder: pathlib.Path, network: str, abstract_params: Params) -> Params:
+def load_frozen(
+  stage_folder: pathlib.Path,
+  network: str,
+  abstract_params: Params,
+  *,
+  check_arrays: bool = True,
+  field: str = '',
+) -> Params:
   """Returns a network's averaged parameters (or its parameters, where no average is kept).
 
   Args:
     stage_folder: `<workdir>/<stage>` of the stage that trained it.
     network: its name in that stage's state.
     abstract_params: shapes, types and shardings of the parameters.
+    check_arrays: compare them with the digest that was stored with them.
+    field: of the config, that names another run; for the message.
 
   Raises:
     UserError: when there is no checkpoint, it is damaged, or it holds another architecture.
   """
-  step = latest_step(stage_folder)
-  if step is None:
-    raise UserError(f'no checkpoint in {stage_folder / FOLDER}: train that stage first (--mode=train)')
-  folder = (stage_folder / FOLDER / str(step)).absolute()
+  folder = latest_folder(stage_folder, field)
   stored = stored_shapes(folder)
   averaged = any(path.startswith(f'networks/{network}/ema_params/') for path in stored)
   name = 'ema_params' if averaged else 'params'
@@ -161,17 +215,67 @@ def load_frozen(stage_folder: pathlib.Path, network: str, abstract_params: Param
         ),
       )
   except Exception as error:
-    raise damaged(folder, error) from error
+    raise unreadable(folder, error) from error
+  if check_arrays:
+    compare_arrays(folder, restored, load_meta(stage_folder))
   return restored['networks'][network][name]
 
 
+def latest_folder(stage_folder: pathlib.Path, field: str = '') -> pathlib.Path:
+  """Returns the folder of the newest complete checkpoint of a stage.
+
+  Raises:
+    UserError: when there is none; `field` is what to correct where the stage is of another run.
+  """
+  step = latest_step(stage_folder)
+  if step is None:
+    moved = f', or set config.{field} to where that run lies now' if field else ''
+    raise UserError(f'no checkpoint in {stage_folder / FOLDER}: train that stage first (--mode=train){moved}')
+  return (stage_folder / FOLDER / str(step)).absolute()
+
+
 def load_meta(stage_folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the JSON item of the latest checkpoint: stage, config, data position, seconds."""
-  folder = stage_folder / FOLDER / str(latest_step(stage_folder))
+  """Returns the JSON item of the latest checkpoint: its id, stage, config, data position, seconds, and so on.
+
+  Raises:
+    DamagedCheckpoint: when it is missing, or is none.
+  """
+  folder = latest_folder(stage_folder)
   try:
-    return json.loads((folder / 'meta' / 'metadata').read_text())
-  except (OSError, ValueError) as error:
-    raise damaged(folder, error) from error
+    meta = files.read_json(folder / 'meta' / 'metadata')
+  except UserError as error:
+    raise unreadable(folder, error) from error
+  check_meta(folder, meta)
+  return meta
+
+
+def check_meta(folder: pathlib.Path, meta: Any) -> None:
+  """Raises DamagedCheckpoint for a `meta` that is no JSON object, or whose digests are none."""
+  wrong = not isinstance(meta, dict) or not isinstance(meta.get(ARRAYS, {}), dict)
+  if wrong or not isinstance(meta.get(ID, ''), str):
+    raise damaged(folder, ValueError('its meta is not what is saved with a state'))
+
+
+def identity_of(stage_folder: pathlib.Path) -> str:
+  """Returns the id of the newest complete checkpoint of a stage; '' without one.
+
+  Checkpoints of an earlier version have none of their own: it is their step.
+  """
+  step = latest_step(stage_folder)
+  return '' if step is None else load_meta(stage_folder).get(ID, f'step-{step}')
+
+
+def compare_arrays(folder: pathlib.Path, tree: Any, meta: dict[str, Any]) -> None:
+  """Raises DamagedCheckpoint where arrays of a state are not those that were saved.
+
+  All processes must call it. Checkpoints that were stored without digests are not compared.
+  """
+  stored = meta.get(ARRAYS, {})
+  if not stored:
+    return
+  changed = [part for part, value in digests.of_parts(tree).items() if stored.get(part) != value]
+  if changed:
+    raise damaged(folder, ValueError(f'the values of {changed[0]} are not those that were saved'))
 
 
 def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -179,34 +283,51 @@ def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       metadata = checkpointer.metadata(folder / 'state')
+    if metadata.item_metadata is None:
+      raise ValueError('the description of its arrays is missing')
     tree = metadata.item_metadata.tree
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
     return {sharding.path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, 'shape')}
   except Exception as error:
-    raise damaged(folder, error) from error
+    raise unreadable(folder, error) from error
 
 
 def damaged(folder: pathlib.Path, error: Exception) -> DamagedCheckpoint:
-  """Returns the error for a checkpoint that cannot be read."""
+  """Returns the error for a checkpoint whose content is not what it should be."""
   return DamagedCheckpoint(
     folder,
-    f'the checkpoint {folder} cannot be read: {_first_line(error)}. Files of it are missing or damaged. '
+    f'the checkpoint {folder} cannot be read: {files.reason(error)}. Files of it are missing or damaged. '
     'Training sets it aside and goes on from the previous one; to do so by hand, move that folder away',
   )
 
 
+def unreadable(folder: pathlib.Path, error: Exception) -> UserError:
+  """Returns the error for a checkpoint that could not be read: damage, or what the system did not allow."""
+  if isinstance(error, DamagedCheckpoint | UnreadableCheckpoint):
+    return error
+  if isinstance(error, UserError) and error.__cause__ is None:
+    return error  # such as another architecture: it says by itself what is wrong
+  system = files.said_by_the_system(error) or files.first_unreadable(folder)
+  return UnreadableCheckpoint(folder, system) if system else damaged(folder, error)
+
+
 def set_aside(error: DamagedCheckpoint) -> pathlib.Path:
   """Moves a damaged checkpoint to `<stage>/damaged/<step>` (or `<step>-2` ...); returns where it is now."""
-  stage_folder, step = error.folder.parent.parent, error.folder.name
-  target, number = stage_folder / DAMAGED / step, 1
+  return move_aside(error.folder, error.folder.parent.parent / DAMAGED)
+
+
+def move_aside(folder: pathlib.Path, to: pathlib.Path | None = None) -> pathlib.Path:
+  """Moves a folder into another, beside it by default; nothing there is lost. Returns where it is now."""
+  first = (to or folder.parent / EARLIER) / folder.name
+  target, number = first, 1
   while target.exists():
     number += 1
-    target = stage_folder / DAMAGED / f'{step}-{number}'
-  distributed.wait_for_all(f'about to set aside {error.folder}')
+    target = first.with_name(f'{first.name}-{number}')
+  distributed.wait_for_all(f'about to move {folder}')
   if jax.process_index() == 0:
     target.parent.mkdir(parents=True, exist_ok=True)
-    error.folder.rename(target)
-  distributed.wait_for_all(f'set aside {error.folder}')
+    folder.rename(target)
+  distributed.wait_for_all(f'moved {folder}')
   return target
 
 
@@ -229,8 +350,3 @@ def _check_structure(folder: pathlib.Path, tree: Any, partial: bool = False) -> 
       + (f' (and {len(problems) - 1} more)' if len(problems) > 1 else '')
       + '. Use the config it was trained with (--workdir alone reads it), or another --workdir'
     )
-
-
-def _first_line(error: Exception) -> str:
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:300].rstrip('.')

@@ -1,10 +1,11 @@
-"""Configs: load from the command line or from a run, check, store; and tell whether two runs are the same.
+"""Configs: load from the command line or from a run, check, store.
 
 A config is an `ml_collections.ConfigDict`; every key is declared in `configs/base.py` or, by experiment, in
 `configs/stages`. Overrides read `--config.refiner.optim.learning_rate=1e-4`. A run stores its config as
 `config.json`, so `--workdir` alone is enough after training.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -14,50 +15,18 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from vaediff import checks
+from vaediff import checks, files
 from vaediff.errors import UserError
 from vaediff.run import earlier
 
 FILE = 'config.json'
 STORED = pathlib.Path(__file__).with_name('stored_config.py')
 """The config file that stands for the config of a run."""
-MAY_CHANGE = (
-  'train.num_steps',
-  'train.log_every_steps',
-  'train.save_every_steps',
-  'train.eval_every_steps',
-  'train.grid_every_steps',
-  'train.grid_images',
-  'train.eval_images',
-  'train.keep_checkpoints',
-  'train.best_*',
-  'train.on_bad_step',
-  'train.spike_factor',
-  'train.profile_steps',
-  'sample.*',
-  'prior.*',
-  'data_dir',
-  'path',
-  'num_threads',
-  'prefetch',
-  'materialize',
-)
-"""Patterns of fields of a stage or of `data` that may differ when a run goes on; all others would change its
-results. `train.num_steps` may only where nothing changes towards the last step."""
-OVER_TRAINING = {
-  'optim*.schedule': ('cosine', 'linear'),
-  'loss.reconstruction': ('linear', 'weighted_learning'),
-}
-"""Patterns of fields of a stage, and their values, that depend on how far it is from its last step."""
-UNKNOWN = {'num_classes': 0}
-"""Fields of `data` with the value that says: not known. It may become known when a run goes on."""
 BOUNDS = {
   'data.image_size': checks.at_least(1),
   'data.channels': checks.at_least(1),
@@ -218,32 +187,50 @@ def _no_such_stage(name: str, argv: list[str]) -> str:
 def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   """Returns the config stored in a run, by this version or an earlier one.
 
+  Where `config.json` is missing it is that of the checkpoint saved last: the file is a copy.
+
   Raises:
-    UserError: when there is none, or it is not valid JSON.
+    UserError: when there is none, or it is no stored config.
   """
   path = pathlib.Path(workdir) / FILE
+  if path.exists():
+    mend = 'where the run has checkpoints, remove it: it is made again from what they hold'
+    stored = files.read_json(path, mend)
+  else:
+    stored = _newest_in_checkpoints(path.parent)
+  if stored is None:
+    raise UserError(f'{path} does not exist: give --config, or the --workdir of a run that was started')
   try:
-    stored = from_json(path.read_text(encoding='utf-8'))
-    if 'stages' not in stored or 'data' not in stored:
-      raise ValueError('it has no stages or no data section')
-    return ConfigDict(earlier.upgrade(stored.to_dict())).lock()
-  except FileNotFoundError as error:
-    raise UserError(
-      f'{path} does not exist: give --config, or the --workdir of a run that was started'
-    ) from error
-  except ValueError as error:
-    raise UserError(f'{path} is not a stored config: {error}') from error
+    return from_stored(stored)
+  except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    raise UserError(f'{path} is not a stored config: {files.reason(error)}') from error
 
 
-def from_json(text: str) -> ConfigDict:
-  """Returns the locked config of a JSON text; lists become tuples, as they were."""
+def from_stored(stored: Any) -> ConfigDict:
+  """Returns the locked config of what a JSON file holds; lists become tuples, as they were.
+
+  Raises:
+    ValueError: when it is none.
+  """
 
   def restore(value: Any) -> Any:
     if isinstance(value, dict):
       return {key: restore(item) for key, item in value.items()}
     return tuple(restore(item) for item in value) if isinstance(value, list) else value
 
-  return ConfigDict(restore(json.loads(text))).lock()
+  config = restore(stored)
+  if not isinstance(config, dict) or not {'stages', 'data'} <= config.keys():
+    raise ValueError('it has no stages or no data section')
+  return ConfigDict(earlier.upgrade(config)).lock()
+
+
+def _newest_in_checkpoints(workdir: pathlib.Path) -> Any:
+  """Returns the config inside the checkpoint of a run that was saved last; None without one."""
+  metas = sorted(workdir.glob('*/checkpoints/*/meta/metadata'), key=lambda path: path.stat().st_mtime)
+  for path in reversed(metas):
+    with contextlib.suppress(files.Damaged, KeyError, TypeError):
+      return files.read_json(path)['config']
+  return None
 
 
 def to_json(config: ConfigDict) -> str:
@@ -253,10 +240,7 @@ def to_json(config: ConfigDict) -> str:
 
 def save(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Writes `config.json` at once: a kill leaves the old file or the new one."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  temporary = workdir / f'.{FILE}.{os.getpid()}.tmp'
-  temporary.write_text(to_json(config), encoding='utf-8')
-  os.replace(temporary, workdir / FILE)
+  files.write_text(workdir / FILE, to_json(config))
 
 
 def stages_of(config: ConfigDict, chosen: str = '') -> tuple[str, ...]:
@@ -289,59 +273,3 @@ def validate(config: ConfigDict) -> None:
   checks.check(config, BOUNDS, 'config.')
   for stage in config.stages:
     checks.check(config[stage], STAGE_BOUNDS, f'config.{stage}.')
-
-
-def check_same_run(
-  config: ConfigDict, stored: ConfigDict, trained: tuple[str, ...], workdir: pathlib.Path
-) -> None:
-  """Raises UserError when `workdir` holds stages trained with other settings than `config`'s.
-
-  Args:
-    config: what is asked for now.
-    stored: the run's config.
-    trained: stages of the run that have a checkpoint.
-    workdir: the run's folder.
-  """
-  sections = [('data', 'data'), *[(stage, stage) for stage in trained]]
-  problems = []
-  if trained and config.seed != stored.seed:
-    problems.append(('seed', stored.seed, config.seed))
-  for name, section in sections:
-    if not trained:
-      break
-    if section not in config:
-      problems.append((name, 'a trained stage', 'no such section'))
-      continue
-    before, now = dict(_flatten(stored[section])), dict(_flatten(config[section]))
-    for field in sorted(before.keys() | now.keys()):
-      fixed_length = field == 'train.num_steps' and changes_over_training(now)
-      may_change = any(fnmatchcase(field, pattern) for pattern in MAY_CHANGE) and not fixed_length
-      known_now = field in UNKNOWN and before.get(field) == UNKNOWN[field]
-      if before.get(field) == now.get(field) or may_change or known_now:
-        continue
-      problems.append((f'{name}.{field}', before.get(field), now.get(field)))
-  if problems:
-    field, before, now = problems[0]
-    more = f' (and {len(problems) - 1} more fields)' if len(problems) > 1 else ''
-    raise UserError(
-      f'{workdir} holds a run of another config: config.{field} is {before!r} there, {now!r} now{more}. '
-      'Nothing was changed. Use another --workdir, or the same values, or --workdir alone'
-    )
-
-
-def changes_over_training(section: dict[str, Any]) -> bool:
-  """Returns whether the length of training changes its steps; fields as 'optim.schedule'."""
-  return any(
-    value in values
-    for field, value in section.items()
-    for pattern, values in OVER_TRAINING.items()
-    if fnmatchcase(field, pattern)
-  )
-
-
-def _flatten(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from _flatten(value, f'{prefix}{name}.')
-    else:
-      yield f'{prefix}{name}', value

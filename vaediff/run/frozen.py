@@ -1,22 +1,28 @@
-"""What a stage reads and does not train: loaded, as shapes, or with values of no meaning."""
+"""What a stage reads and does not train: loaded, as shapes, or with values of no meaning; and its ids."""
 
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import identity, reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
-from vaediff.run import checkpoint, measurements
-from vaediff.run import config as configs
+from vaediff.run import checkpoint, digests, measurements, same_run
 
 
 def load(
-  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, training: str = ''
+  experiment: Experiment,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  *,
+  training: str = '',
+  own: tuple[str, pathlib.Path] | None = None,
 ) -> dict[str, Any]:
   """Returns what an experiment reads: networks of this run or another, measurements, published arrays.
 
@@ -26,27 +32,90 @@ def load(
     workdir: the run's folder.
     mesh: the devices.
     training: the stage that is being trained; what is measured of it once it is trained is neutral so far.
+    own: a stage and the folder of the checkpoints that it is opened from, where that is not its latest: what
+      is measured of it is measured of those.
 
   Raises:
-    UserError: when something is missing, damaged or of another architecture.
+    UserError: when something is missing, damaged, of another architecture or made of something else.
   """
 
   def one(source: reads.Reads) -> Any:
     match source:
       case reads.FromStage():
         folder = pathlib.Path(source.workdir) if source.workdir else workdir
-        if source.workdir:
-          check_same(configs.read(folder), config, source.stage, folder)
+        field = field_of(config, source) if source.workdir else ''
+        checkpoint.latest_folder(folder / source.stage, field)
+        if not source.workdir:
+          same_run.check_stage(config, folder / source.stage, source.stage)
+        else:
+          check_same(same_run.stored_config(folder / source.stage), config, source.stage, folder)
         params = checkpoint.abstract_params(source.model, mesh)
-        return checkpoint.load_frozen(folder / source.stage, source.network, params)
+        return checkpoint.load_frozen(
+          folder / source.stage, source.network, params, check_arrays=config.checkpoints.check_arrays
+        )
       case reads.Measured() if source.stage == training and not source.workdir:
         return sharding.replicate(source.neutral(), mesh)
       case reads.Measured():
-        return sharding.replicate(measurements.load(source, config, workdir, mesh), mesh)
+        of = own[1] if own and own[0] == source.stage and not source.workdir else None
+        return sharding.replicate(measurements.load(source, config, workdir, mesh, of), mesh)
       case reads.Published():
         return sharding.replicate(source.load(), mesh)
 
   return {name: one(source) for name, source in experiment.frozen.items()}
+
+
+def ids(experiment: Experiment, workdir: pathlib.Path) -> dict[str, str]:
+  """Returns the id of each network, and of each published array, that an experiment reads, by its name.
+
+  What is measured is not among them: it is made of these and of the data.
+  """
+  found = {}
+  for name, source in experiment.frozen.items():
+    match source:
+      case reads.FromStage():
+        folder = pathlib.Path(source.workdir) if source.workdir else workdir
+        found[name] = checkpoint.identity_of(folder / source.stage)
+      case reads.Published():
+        found[name] = identity.digest(digests.of_parts(source.load()))
+  return found
+
+
+def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathlib.Path) -> None:
+  """Does nothing where a trained stage's sources are still those that it was trained with.
+
+  Raises:
+    Stale: when a network that it reads was trained anew, or published weights are others.
+  """
+  meta = checkpoint.load_meta(stage_folder)
+  now, begun = ids(experiment, workdir), earlier_ids(meta.get('frozen', {}))
+  if checkpoint.ID not in meta:  # of an earlier version, which stored networks only, and their steps
+    now = {name: value for name, value in now.items() if name in begun}
+  identity.compare(
+    f'the checkpoint of {stage_folder}',
+    {f'the network {name!r}': value for name, value in begun.items()},
+    {f'the network {name!r}': value for name, value in now.items()},
+    f'Move {stage_folder} away to train it anew, put back what it was trained with, or use another --workdir',
+  )
+
+
+def earlier_ids(stored: Any) -> dict[str, str]:
+  """Returns the ids that a checkpoint holds of what it reads; an earlier version stored steps instead."""
+  if not isinstance(stored, Mapping):
+    return {}
+  return {name: f'step-{value}' if isinstance(value, int) else str(value) for name, value in stored.items()}
+
+
+def field_of(config: ConfigDict, source: reads.FromStage | reads.Measured) -> str:
+  """Returns the field that says where another run lies, as 'refiner.vae.workdir'."""
+
+  def fields(section: ConfigDict, prefix: str) -> Iterator[str]:
+    for name, value in section.items():
+      if isinstance(value, ConfigDict):
+        yield from fields(value, f'{prefix}{name}.')
+      elif name == 'workdir' and value == source.workdir:
+        yield f'{prefix}{name}'
+
+  return next(fields(config, ''), 'workdir')
 
 
 def check_same(stored: ConfigDict, config: ConfigDict, stage: str, folder: pathlib.Path) -> None:
@@ -60,7 +129,7 @@ def check_same(stored: ConfigDict, config: ConfigDict, stage: str, folder: pathl
       if field not in there or there[field] != value:
         raise UserError(
           f'config.{stage}.{name}.{field} is {value!r}, but {there[field] if field in there else None!r} in '
-          f'the stage {stage!r} of {folder}; give the same values as {folder / configs.FILE}'
+          f'the stage {stage!r} of {folder}; give the values that it was trained with'
         )
 
 
@@ -96,13 +165,3 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
         return sharding.replicate(source.load(), mesh)
 
   return {name: one(source) for name, source in experiment.frozen.items()}
-
-
-def steps(experiment: Experiment, workdir: pathlib.Path) -> dict[str, int | None]:
-  """Returns the training step of each network of an earlier stage that an experiment reads."""
-  found = {}
-  for name, source in experiment.frozen.items():
-    if isinstance(source, reads.FromStage):
-      folder = pathlib.Path(source.workdir) if source.workdir else workdir
-      found[name] = checkpoint.latest_step(folder / source.stage)
-  return found

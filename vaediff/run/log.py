@@ -37,17 +37,21 @@ class StageLog:
     stage: its name.
     start_step: steps done before; later lines in the files are dropped.
     num_steps: steps in all, for the progress bar and the time left.
+
+  Attributes:
+    logged: what the files hold of the step `start_step`; on process 0.
   """
 
   def __init__(self, folder: pathlib.Path, stage: str, start_step: int, num_steps: int):
     self._stage, self._num_steps, self._start_step = stage, num_steps, start_step
     self._active = jax.process_index() == 0
     self._start = time.monotonic()
+    self.logged: dict[str, float] = {}
     if not self._active:
       return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'metrics.jsonl'
-    _drop_lines_after(path, start_step)
+    self.logged = _drop_lines_after(path, start_step)
     self._file = open(path, 'a', encoding='utf-8')
     import tensorboardX  # not above: where PyTorch is installed it imports that, which takes seconds
 
@@ -176,15 +180,19 @@ def duration(seconds: float) -> str:
   return f'{hours}:{minutes:02d}:{seconds:02d}'
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+def _drop_lines_after(path: pathlib.Path, step: int) -> dict[str, float]:
+  """Drops the lines past a step, and what is no line; returns what the lines of that step hold."""
   if not path.exists():
-    return
-  kept = []
+    return {}
+  kept, logged = [], {}
   for line in path.read_text(encoding='utf-8').splitlines(keepends=True):
     try:
-      keep = line.endswith('\n') and json.loads(line)['step'] <= step
+      values = json.loads(line)
+      keep = line.endswith('\n') and values['step'] <= step
     except ValueError:
       keep = False  # cut off in the middle by a kill
     if keep:
       kept.append(line)
+      logged.update(values if values['step'] == step else {})
   files.write_text(path, ''.join(kept))
+  return logged

@@ -1,4 +1,8 @@
-"""The only loop. Reads from top to bottom: state, resume, compile, then step, log, evaluate, save."""
+"""The only loop. Reads from top to bottom: state, resume, compile, then step, log, save, evaluate.
+
+Every way out of it, be it an error, a bad step, SIGTERM or Ctrl-C, waits for the save under way. What is
+evaluated comes after the save of its step: a run that resumes there does it first.
+"""
 
 import collections
 import dataclasses
@@ -7,7 +11,7 @@ import json
 import pathlib
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +24,7 @@ from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
-from vaediff.run import best, checkpoint, draw, guard, log
+from vaediff.run import checkpoint, guard, log, review, same_run
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'
@@ -38,12 +42,13 @@ class Stage:
     config: the whole config; `config.<name>` is the stage's section.
     experiment: built from it.
     frozen: parameters of the networks of earlier stages.
-    frozen_steps: at which step each of them is; stored, so that a change is noticed.
+    frozen_ids: the id of each of them; stored, so that a change is noticed.
     train_source: images to train on.
     eval_source: images to evaluate on.
     extra: arrays read beside the training images, by the same index.
     mesh: the devices.
     measure: params by network -> the figure `train.best_measure`; not used where that is a validation metric.
+    measured_with: what that figure depends on beside the parameters, for the best checkpoint.
   """
 
   name: str
@@ -51,12 +56,13 @@ class Stage:
   config: ConfigDict
   experiment: Experiment
   frozen: dict[str, Params]
-  frozen_steps: dict[str, int]
+  frozen_ids: dict[str, str]
   train_source: sources.Source
   eval_source: sources.Source
   extra: dict[str, np.ndarray]
   mesh: Mesh
   measure: Callable[[dict[str, Params]], float] | None = None
+  measured_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
@@ -78,15 +84,36 @@ def train(stage: Stage) -> dict[str, Any]:
 
   Raises:
     UserError: when a metric is not finite (names step and metric), or a checkpoint cannot be saved or read.
+    Preempted: after SIGTERM or Ctrl-C, once the step is saved.
   """
   section = stage.config[stage.name]
-  num_steps, batch_size = section.train.num_steps, section.train.batch_size
   check_batch_size(section, stage.name, stage.mesh)
+  keep, check_arrays = section.train.keep_checkpoints, stage.config.checkpoints.check_arrays
+  checkpointer = checkpoint.Checkpointer(stage.folder, keep, check_arrays)
+  silence = stage.config.processes.silence_timeout_seconds
+  watchdog = distributed.Watchdog(silence, f'stage {stage.name}', checkpointer.kept)
+  preemption = distributed.Preemption()
+  try:
+    return train_with(stage, checkpointer, preemption)
+  except BaseException as error:
+    if not (isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1):  # peers may be lost
+      kept = checkpointer.kept()
+      if not isinstance(error, distributed.Preempted) and kept not in str(error):
+        log.say(f'stage {stage.name}: {kept}')
+    raise
+  finally:
+    preemption.close()
+    watchdog.close()
+
+
+def train_with(
+  stage: Stage, checkpointer: checkpoint.Checkpointer, preemption: distributed.Preemption
+) -> dict[str, Any]:
+  """Does what `train` says; whoever calls it waits for the save under way, however it ends."""
+  section = stage.config[stage.name]
+  num_steps, batch_size = section.train.num_steps, section.train.batch_size
 
   # State: born sharded, or restored ----------------------------------------------------------------
-  checkpointer = checkpoint.Checkpointer(stage.folder, section.train.keep_checkpoints)
-  watchdog = distributed.Watchdog(stage.config.processes.silence_timeout_seconds, f'stage {stage.name}')
-  preemption = distributed.Preemption()
   abstract = abstract_state(stage.experiment, stage.mesh, sharding.rules_of(stage.config.mesh))
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   run_key = jax.random.fold_in(jax.random.key(stage.config.seed), _number(stage.name))
@@ -99,7 +126,7 @@ def train(stage: Stage) -> dict[str, Any]:
     state = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)(state, frozen)
   else:
     state, stored = checkpointer.restore(abstract)
-    start_step, seconds_before, last = stored['data_position'], stored['seconds'], stored['last']
+    start_step, seconds_before, last = position_of(checkpointer, stored)
     log.say(f'{stage.name}: resuming at step {start_step} of {num_steps}')
 
   # Compile -----------------------------------------------------------------------------------------
@@ -116,13 +143,12 @@ def train(stage: Stage) -> dict[str, Any]:
     extra=stage.extra,
   )
   step_fn = make_steps(stage.experiment, section.train, where, replicated)
-  evaluate = Evaluator(stage, key_eval)
-  keeper = best.Best(stage.folder, section.train.best_measure) if section.train.best_measure else None
+  board = log.StageLog(stage.folder, stage.name, start_step, num_steps)
+  reviewer = review.Reviewer(stage, key_eval, board, start_step, last)
   key_train = sharding.replicate(key_train, stage.mesh)
 
   # The loop ----------------------------------------------------------------------------------------
-  board = log.StageLog(stage.folder, stage.name, start_step, num_steps)
-  watch = Watch(stage.name, watchdog)
+  watch = Watch(stage.name, checkpointer)
   profile = log.Profile(stage.folder, section.train.profile_steps)
   clock = log.Clock()
   started, last_step = time.monotonic(), start_step
@@ -134,10 +160,13 @@ def train(stage: Stage) -> dict[str, Any]:
       'seconds': seconds_before + time.monotonic() - started,
       'config': json.loads(stage.config.to_json()),
       'last': last,
-      'frozen': stage.frozen_steps,
+      'frozen': stage.frozen_ids,
+      same_run.DATA: {'train': stage.train_source.fingerprint, 'eval': stage.eval_source.fingerprint},
     }
 
   try:
+    if start_step:
+      reviewer(start_step, state, meta)  # where the run was ended between the save and this
     for step in range(start_step + 1, num_steps + 1):
       profile.before(step)
       with clock.waiting('input'):
@@ -159,40 +188,43 @@ def train(stage: Stage) -> dict[str, Any]:
         board.scalars(step, values)
         last.update(values)
         last_step = step
-      if step % section.train.eval_every_steps == 0 or is_last:
-        with clock.paused():
-          values = {f'val/{name}': value for name, value in evaluate(state).items()}
-        board.scalars(step, values)
-        last.update(values)
-      if keeper and (step % section.train.best_every_steps == 0 or is_last):
-        watch.drain()
-        with clock.paused():
-          value = evaluate.figure(state, keeper.measure)
-        board.scalars(step, {f'best/{keeper.measure}': value})
-        keeper.consider(step, state, meta(step), value)
-      if section.train.grid_every_steps and (step % section.train.grid_every_steps == 0 or is_last):
-        with clock.paused():
-          for name, picture in evaluate.grids(state).items():
-            board.picture(step, f'samples/{name}', picture)
       stopping = preemption.reached(step)
       if step % section.train.save_every_steps == 0 or is_last or stopping:
         watch.drain()  # never save a state that is not finite
         board.flush()
         with clock.waiting('checkpoint'):
           checkpointer.save(step, state, meta(step))
-      if stopping and not is_last:
+      if stopping:
         checkpointer.close()
-        raise distributed.Preempted(f'stage {stage.name} was stopped and saved at step {step} of {num_steps}')
+        text = f'stage {stage.name} was stopped and saved at step {step} of {num_steps}'
+        raise distributed.Preempted(text, preemption.status)
+      if reviewer.due(step):
+        watch.drain()  # nor one is evaluated
+        with clock.paused():
+          reviewer(step, state, meta)
     checkpointer.close()
-    if keeper:
-      keeper.close()
+    reviewer.close()
   finally:
+    reviewer.wait()
     profile.close()
     board.close()
-    preemption.close()
-    watchdog.close()
   seconds = seconds_before + time.monotonic() - started
   return write_summary(stage, num_steps, batch_size, seconds, last)
+
+
+def position_of(
+  checkpointer: checkpoint.Checkpointer, stored: dict[str, Any]
+) -> tuple[int, float, dict[str, float]]:
+  """Returns what is stored with a state: its step, the seconds trained, the last metrics.
+
+  Raises:
+    DamagedCheckpoint: when it is not there.
+  """
+  try:
+    return int(stored['data_position']), float(stored['seconds']), dict(stored['last'])
+  except (KeyError, TypeError, ValueError) as error:
+    folder = checkpointer.folder / str(checkpointer.latest_step())
+    raise checkpoint.damaged(folder, ValueError('its meta does not say where training was')) from error
 
 
 def check_batch_size(section: ConfigDict, stage: str, mesh: Mesh) -> None:
@@ -245,8 +277,8 @@ def make_step(experiment: Experiment, train: ConfigDict, where: Any, replicated:
 class Watch:
   """Stops the run when a step is bad, without waiting for the device at each step."""
 
-  def __init__(self, stage: str, watchdog: distributed.Watchdog):
-    self._stage, self._watchdog = stage, watchdog
+  def __init__(self, stage: str, checkpointer: checkpoint.Checkpointer):
+    self._stage, self._checkpointer = stage, checkpointer
     self._pending = collections.deque()
 
   def add(self, step: int, healthy: jax.Array, metrics: dict[str, jax.Array]) -> None:
@@ -262,71 +294,17 @@ class Watch:
 
   def _check(self, step: int, healthy: jax.Array, metrics: dict[str, jax.Array]) -> None:
     good = jax.device_get(healthy)
-    self._watchdog.beat(f'step {step}')
+    distributed.beat(f'step {step}')
     if good:
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = ', '.join(f'{name} = {value}' for name, value in values.items() if not np.isfinite(value))
     what = f'{bad} is not finite' if bad else f'loss = {values["loss"]:.5g} is a jump (train.spike_factor)'
     raise UserError(
-      f'stage {self._stage}, step {step}: {what}. The last checkpoint is from before it. Lower '
+      f'stage {self._stage}, step {step}: {what}. It was not saved; {self._checkpointer.kept()}. Lower '
       f"config.{self._stage}.optim.learning_rate, set optim.clip_norm, or train.on_bad_step='skip' to leave "
       'such updates out, and run again'
     )
-
-
-class Evaluator:
-  """Validation metrics and sample grids of a stage, each compiled once."""
-
-  def __init__(self, stage: Stage, key: jax.Array):
-    section = stage.config[stage.name]
-    self._stage = stage
-    self._where = sharding.batch_sharding(stage.mesh)
-    self._batch_size = sharding.round_up(min(section.train.batch_size, len(stage.eval_source)), stage.mesh)
-    self._limit, self._grid_images = section.train.eval_images, section.train.grid_images
-    self._key = sharding.replicate(key, stage.mesh)
-    self._eval_step = jax.jit(stage.experiment.eval_step, out_shardings=sharding.replicated(stage.mesh))
-    shape, source = stage.eval_source.image_shape, stage.eval_source
-    self._draw = draw.make_draw(stage.experiment, stage.mesh, stage.config.seed, shape, lambda: source)
-
-  def __call__(self, state: Any) -> dict[str, float]:
-    """Returns the metrics of the evaluation split, averaged over its examples."""
-    totals, count = collections.defaultdict(float), 0.0
-    total = min(self._limit or len(self._stage.eval_source), len(self._stage.eval_source))
-    batches = loader.eval_batches(
-      self._stage.eval_source,
-      batch_size=self._batch_size,
-      limit=self._limit,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      num_threads=self._stage.config.data.num_threads,
-      prefetch=self._stage.config.data.prefetch,
-    )
-    for index, batch in enumerate(batches):
-      weight = float(min(self._batch_size, total - index * self._batch_size))  # of all processes
-      key = jax.random.fold_in(self._key, index)
-      metrics = self._eval_step(
-        {**self._stage.frozen, **state.eval_params}, sharding.put_batch(batch, self._where), key
-      )
-      for name, value in jax.device_get(metrics).items():
-        totals[name] += float(value) * weight
-      count += weight
-    return {name: total / count for name, total in totals.items()}
-
-  def figure(self, state: Any, measure: str) -> float:
-    """Returns a validation metric ('val/loss') or what `Stage.measure` makes of the averaged parameters."""
-    if not measure.startswith('val/'):
-      return self._stage.measure(state.eval_params)
-    values = self(state)
-    if measure.removeprefix('val/') not in values:
-      valid = ', '.join(f'val/{name}' for name in values)
-      raise UserError(f'config.{self._stage.name}.train.best_measure is {measure!r}; metrics here: {valid}')
-    return values[measure.removeprefix('val/')]
-
-  def grids(self, state: Any) -> dict[str, np.ndarray]:
-    """Returns pictures of the first images of a fixed seed, by name."""
-    images = self._draw({**self._stage.frozen, **state.eval_params}, np.arange(self._grid_images))
-    return {name: draw.as_grid(value) for name, value in images.items()}
 
 
 def write_summary(
@@ -334,6 +312,7 @@ def write_summary(
 ) -> dict[str, Any]:
   """Writes and returns the stage's line of the final table."""
   summary = {
+    'id': checkpoint.identity_of(stage.folder),
     'stage': stage.name,
     'steps': num_steps,
     'seconds': seconds,
@@ -344,6 +323,25 @@ def write_summary(
     files.write_json(stage.folder / SUMMARY, summary)
   distributed.wait_for_all(f'{stage.name} is complete')  # the next stage looks for the file
   return summary
+
+
+def read_summary(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the summary of the checkpoint that a stage has; None where it is missing or of another.
+
+  It is derived from the training: whoever finds none finishes the stage again, which takes no step.
+  """
+  path = folder / SUMMARY
+  if not path.exists():
+    return None
+  try:
+    summary = files.read_json(path)
+    with files.reading(path):
+      whole = isinstance(summary['last'], dict) and summary['steps'] > 0 and summary['seconds'] >= 0
+      own = summary.get('id', checkpoint.identity_of(folder)) == checkpoint.identity_of(folder)
+  except files.Damaged as error:
+    log.say(str(error))
+    return None
+  return summary if whole and own else None
 
 
 def _number(text: str) -> int:

@@ -1,11 +1,13 @@
 """What is measured of a trained stage over the training images, for the stages that read it.
 
 A measurement is made once, when the stage is trained or when it is first read, and stored beside the stage's
-checkpoint. Its statistics scale an autoencoder's latents; a VAE's prior is what its codes are drawn from.
+checkpoint, by what it was made of. Its statistics scale an autoencoder's latents; a VAE's prior is what its
+codes are drawn from.
 """
 
+import dataclasses
+import json
 import pathlib
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,118 +17,175 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, reads
+from vaediff import experiments, files, identity, reads
 from vaediff.conditions import prior
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
-from vaediff.run import checkpoint, draw, log
+from vaediff.run import checkpoint, draw, log, same_run
 from vaediff.spaces.latents import LATENTS
 from vaediff.types import Read
 
 Arrays = dict[str, np.ndarray]
 STATISTICS = ('mean', 'std', 'min', 'max')
 """Of latents: float32 [channels], over images and positions."""
+MADE_OF = 'made_of'
+"""What a stored measurement was made of, as JSON, beside its arrays."""
 
 
-def load(source: reads.Measured, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> Arrays:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Of:
+  """The trained stage that is measured.
+
+  Attributes:
+    config: of the run that asks.
+    stage: its name.
+    folder: `<workdir>/<stage>`: measurements are stored there.
+    checkpoints: the folder whose latest checkpoint is measured: that one, or the stage's best.
+    mesh: the devices.
+  """
+
+  config: ConfigDict
+  stage: str
+  folder: pathlib.Path
+  checkpoints: pathlib.Path
+  mesh: Mesh
+
+
+def load(
+  source: reads.Measured,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  checkpoints: pathlib.Path | None = None,
+) -> Arrays:
   """Returns the arrays of a measurement, made first if need be.
+
+  Args:
+    source: names stage and measurement.
+    config: of the run that asks.
+    workdir: of that run.
+    mesh: the devices.
+    checkpoints: the folder whose latest checkpoint is measured, where that is not the stage's.
 
   Raises:
     UserError: when the stage is not trained, or the stored file is damaged.
   """
-  folder = pathlib.Path(source.workdir) if source.workdir else workdir
-  return BY_NAME[source.measurement](config, folder, source.stage, mesh)
+  folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+  of = Of(config=config, stage=source.stage, folder=folder, checkpoints=checkpoints or folder, mesh=mesh)
+  return BY_NAME[source.measurement](of)
 
 
 def ensure(
   experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh
 ) -> None:
   """Makes what later stages read of a stage that is trained, unless it is there."""
+  folder = workdir / stage
   for name in experiment.measures:
-    BY_NAME[name](config, workdir, stage, mesh)
+    BY_NAME[name](Of(config=config, stage=stage, folder=folder, checkpoints=folder, mesh=mesh))
 
 
-def latents(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> Arrays:
+def latents(of: Of) -> Arrays:
   """Returns `STATISTICS` of an autoencoder's latents, as a later stage draws them."""
-  path = workdir / stage / f'latents-step-{checkpoint.latest_step(workdir / stage)}.npz'
 
   def make() -> Arrays:
-    experiment, read = opened(config, workdir, stage, mesh)
-    source = sources.open_source(config.data, 'train')
-    log.say(f'{stage}: measuring the latents of {len(source)} training images')
-    found = moments_of_latents(experiment, read, source, config[stage].sample.batch_size, mesh, config.seed)
+    experiment, read = opened(of)
+    source = same_run.open_images(of.config, 'train', of.checkpoints)
+    log.say(f'{of.stage}: measuring the latents of {len(source)} training images')
+    size = of.config[of.stage].sample.batch_size
+    found = moments_of_latents(experiment, read, source, size, of.mesh, of.config.seed)
     for name in STATISTICS:
       log.say(f'  {name} per channel: {" ".join(f"{value:.4g}" for value in found[name][:16])}')
     return found
 
-  stored = stored_or_made(path, stage, make)
-  if not set(STATISTICS) <= stored.keys():
-    raise damaged(path, stage, f'it holds {", ".join(sorted(stored)) or "nothing"}')
+  stored = stored_or_made(of, LATENTS, {}, STATISTICS, make)
   return {name: stored[name] for name in STATISTICS}
 
 
-def fitted_prior(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> Arrays:
+def fitted_prior(of: Of) -> Arrays:
   """Returns the prior of a VAE's z that `<stage>.prior` describes; {} = N(0, I)."""
-  section = config[stage].prior
+  section = of.config[of.stage].prior
   if section.kind == 'normal':
     return {}
-  counts = '-'.join(map(str, section.num_components))
-  settings = f'{section.covariance}-{counts}-of-{section.num_encoded}-holdout-{section.holdout_fraction}'
-  step = checkpoint.latest_step(workdir / stage)
-  path = workdir / stage / f'prior-{settings}-seed-{config.seed}-step-{step}.npz'
 
   def make() -> Arrays:
-    experiment, read = opened(config, workdir, stage, mesh)
-    source = sources.open_source(config.data, 'train')
+    experiment, read = opened(of)
+    source = same_run.open_images(of.config, 'train', of.checkpoints)
     count = min(section.num_encoded, len(source))
+    counts = '-'.join(map(str, section.num_components))
     log.say(f'fitting a Gaussian mixture ({section.covariance}, {counts} components) to {count} latents')
-    z = drawn_codes(experiment, read, source, count, config[stage].sample.batch_size, mesh, config.seed)
-    arrays, scores = prior.fit(z, section, config.seed)
+    size = of.config[of.stage].sample.batch_size
+    z = drawn_codes(experiment, read, source, count, size, of.mesh, of.config.seed)
+    arrays, scores = prior.fit(z, section, of.config.seed)
     shown = ', '.join(f'{k}: {score:.2f}' for k, score in scores.items())
     log.say(f'held-out nats per latent by components: {shown}; {len(arrays["weights"])} used')
     return arrays
 
-  return stored_or_made(path, stage, make)
+  return stored_or_made(of, prior.PRIOR, section.to_dict(), prior.arrays_of(section), make)
 
 
-BY_NAME: dict[str, Callable[[ConfigDict, pathlib.Path, str, Mesh], Arrays]] = {
-  LATENTS: latents,
-  prior.PRIOR: fitted_prior,
-}
+BY_NAME: dict[str, Callable[[Of], Arrays]] = {LATENTS: latents, prior.PRIOR: fitted_prior}
 
 
-def stored_or_made(path: pathlib.Path, stage: str, make: Callable[[], Arrays]) -> Arrays:
-  """Returns the arrays of an npz file, which process 0 writes first where it is not there.
+def made_of(of: Of, settings: dict[str, Any]) -> dict[str, str]:
+  """Returns what a measurement is made of: the stage's checkpoint, the images that it saw, settings."""
+  images = checkpoint.load_meta(of.checkpoints).get(same_run.DATA, {})
+  return {
+    f'the network {of.stage!r}': checkpoint.identity_of(of.checkpoints),
+    'the training images': images.get('train', 'unknown'),
+    'the settings': identity.digest([settings, of.config.seed]),
+  }
+
+
+def stored_or_made(
+  of: Of, name: str, settings: dict[str, Any], arrays: tuple[str, ...], make: Callable[[], Arrays]
+) -> Arrays:
+  """Returns the arrays of a stored measurement, which is made and stored first where it is not there.
+
+  Where the folder cannot be written they are used without being stored, and that is said.
+
+  Args:
+    of: the stage that is measured.
+    name: of the measurement, and of its file, which has the digest of what it was made of.
+    settings: that it depends on.
+    arrays: the names that it must have.
+    make: measures.
 
   Raises:
-    UserError: when the file is damaged.
+    UserError: when the file is damaged, or was made of something else.
   """
+  wanted = made_of(of, settings)
+  path = of.folder / f'{name}-{identity.digest(wanted)}.npz'
   if not distributed.agree(path.exists()):
-    arrays = make()
+    made = make()
     if jax.process_index() == 0:
-      files.write_npz(path, arrays)
+      try:
+        files.write_npz(path, {**made, MADE_OF: json.dumps(wanted)})
+      except UserError as error:
+        log.say(f'{error}; what was measured is used and not stored')
     distributed.wait_for_all(f'wrote {path}')
-  try:
-    with np.load(path) as stored:
-      return {name: stored[name] for name in stored.files}
-  except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-    raise damaged(path, stage, error) from error
+    return made
+  stored = files.read_npz(path)
+  with files.reading(path):
+    made = json.loads(str(stored.pop(MADE_OF)))
+    missing = [item for item in arrays if item not in stored]
+    broken = [item for item, value in stored.items() if not np.all(np.isfinite(value))]
+    if missing or broken or not isinstance(made, dict):
+      what = f'{missing[0]} is missing' if missing else f'{(*broken, MADE_OF)[0]} is not what was measured'
+      raise ValueError(what)
+  identity.compare(str(path), made, wanted, files.REMOVE.capitalize())
+  return stored
 
 
-def damaged(path: pathlib.Path, stage: str, reason: object) -> UserError:
-  """Returns the error for a file of measurements that cannot be read."""
-  return UserError(f'{path} is damaged ({reason}); remove it, and it is made anew from {stage!r}')
-
-
-def opened(
-  config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh
-) -> tuple[Experiment, dict[str, Any]]:
+def opened(of: Of) -> tuple[Experiment, dict[str, Any]]:
   """Returns the experiment of a trained stage, and its own networks."""
-  experiment = experiments.build(config, stage)
+  experiment = experiments.build(of.config, of.stage)
+  check = of.config.checkpoints.check_arrays
   read = {
-    name: checkpoint.load_frozen(workdir / stage, name, checkpoint.abstract_params(model, mesh))
+    name: checkpoint.load_frozen(
+      of.checkpoints, name, checkpoint.abstract_params(model, of.mesh), check_arrays=check
+    )
     for name, model in experiment.networks.items()
   }
   return experiment, read

@@ -10,12 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments
+from vaediff import experiments, identity, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.machine import sharding
-from vaediff.run import best, checkpoint, draw, log
-from vaediff.run import config as configs
+from vaediff.run import best, checkpoint, digests, draw, log, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -31,20 +30,27 @@ class Trained:
     mesh: the devices.
 
   Raises:
-    UserError: when a checkpoint is missing, damaged or of another architecture.
+    UserError: when a checkpoint is missing, damaged, of another architecture or config, or when what it reads
+      was trained anew.
   """
 
   def __init__(self, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh):
     self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
-    stored = configs.read(workdir)
-    configs.check_same_run(config, stored, tuple(stored.stages), workdir)
-    self.experiment = experiments.build(config, stage)
     self.folder = checkpoint_folder(workdir / stage, self.settings.checkpoint)
+    same_run.check_stage(config, self.folder, stage)
+    self.experiment = experiments.build(config, stage)
+    frozen_networks.check_ids(self.experiment, workdir, self.folder)
+    check = config.checkpoints.check_arrays
     self.params = {
-      name: checkpoint.load_frozen(self.folder, name, checkpoint.abstract_params(model, mesh))
+      name: checkpoint.load_frozen(
+        self.folder, name, checkpoint.abstract_params(model, mesh), check_arrays=check
+      )
       for name, model in self.experiment.networks.items()
     }
-    self.read = {**frozen_networks.load(self.experiment, config, workdir, mesh), **self.params}
+    own = (stage, self.folder)
+    frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own)
+    self.read = {**frozen, **self.params}
+    self._ids = frozen_networks.ids(self.experiment, workdir)
     self._sources = {}
     self._prepare()
 
@@ -73,9 +79,32 @@ class Trained:
   @property
   def eval_source(self) -> sources.Source:
     """Images of the evaluation split."""
-    if 'eval' not in self._sources:
-      self._sources['eval'] = sources.open_source(self.config.data, 'eval')
-    return self._sources['eval']
+    return self.images('eval')
+
+  def images(self, split: str) -> sources.Source:
+    """Returns the images of a split, which are those that the stage was trained with.
+
+    Raises:
+      Stale: when they are others.
+    """
+    if split not in self._sources:
+      self._sources[split] = same_run.open_images(self.config, split, self.folder)
+    return self._sources[split]
+
+  @property
+  def made_of(self) -> dict[str, str]:
+    """What its images are made of: ids of networks and of what was measured, the digest of settings."""
+    measured = {
+      f'the measurement {name!r}': identity.digest(digests.of_parts(self.read[name]))
+      for name, source in self.experiment.frozen.items()
+      if isinstance(source, reads.Measured)
+    }
+    return {
+      f'the stage {self.stage!r}': checkpoint.identity_of(self.folder),
+      **{f'the network {name!r}': value for name, value in self._ids.items()},
+      **measured,
+      'the settings': identity.digest(self.settings.to_dict()),
+    }
 
   def eval_images(self, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first `count` images (uint8) and labels of the evaluation split."""

@@ -1,0 +1,160 @@
+"""What follows a step that is saved: validation, the best checkpoint, sample grids.
+
+A run that resumes at a step does first what was due there: it may have been ended before it came to it.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vaediff import identity
+from vaediff.data import loader
+from vaediff.errors import UserError
+from vaediff.machine import distributed, sharding
+from vaediff.run import best, draw, log
+
+
+class Reviewer:
+  """Does after each step what is due.
+
+  Args:
+    stage: `loop.Stage`.
+    key: of the evaluation.
+    board: where figures and pictures go.
+    start_step: of this process' training; what its log holds of that step is not logged again.
+    last: the latest metrics by name; it is updated.
+  """
+
+  def __init__(
+    self, stage: Any, key: jax.Array, board: log.StageLog, start_step: int, last: dict[str, float]
+  ):
+    section = stage.config[stage.name]
+    self._train, self._board, self._last = section.train, board, last
+    self._evaluate = Evaluator(stage, key)
+    self._start_step = start_step
+    self._keeper = None
+    if section.train.best_measure:
+      made_of = {**stage.measured_with, 'the settings of its samples': _of_samples(stage.config, stage.name)}
+      self._keeper = best.Best(
+        stage.folder, section.train.best_measure, made_of, start_step, stage.config.checkpoints.check_arrays
+      )
+
+  def due(self, step: int) -> bool:
+    """Returns whether anything is done after a step."""
+    return self._validates(step) or self._compares(step) or self._draws(step)
+
+  def __call__(self, step: int, state: Any, meta: Callable[[int], dict[str, Any]]) -> None:
+    """Does what is due after a step; `meta` returns what is stored with a state."""
+    if self._validates(step):
+      if self._was_logged(step, 'val/'):
+        self._last.update({name: x for name, x in self._board.logged.items() if name.startswith('val/')})
+      else:
+        values = {f'val/{name}': value for name, value in self._evaluate(state).items()}
+        self._board.scalars(step, values)
+        self._last.update(values)
+    if self._compares(step):  # again after a resume: the save may not have been finished
+      value = self._evaluate.figure(state, self._keeper.measure)
+      if not self._was_logged(step, 'best/'):
+        self._board.scalars(step, {f'best/{self._keeper.measure}': value})
+      self._keeper.consider(step, state, meta(step), value)
+    if self._draws(step):
+      for name, picture in self._evaluate.grids(state).items():
+        self._board.picture(step, f'samples/{name}', picture)
+
+  def _validates(self, step: int) -> bool:
+    return self._is_due(step, self._train.eval_every_steps)
+
+  def _compares(self, step: int) -> bool:
+    return self._keeper is not None and self._is_due(step, self._train.best_every_steps)
+
+  def _draws(self, step: int) -> bool:
+    return self._train.grid_every_steps > 0 and self._is_due(step, self._train.grid_every_steps)
+
+  def _is_due(self, step: int, every: int) -> bool:
+    return step % every == 0 or step == self._train.num_steps
+
+  def _was_logged(self, step: int, prefix: str) -> bool:
+    """Returns whether the run that was ended at this step has logged such figures of it."""
+    if step != self._start_step:
+      return False
+    found = any(name.startswith(prefix) for name in self._board.logged)
+    return distributed.agree(found or jax.process_index() > 0)  # the first process has the log
+
+  def wait(self) -> None:
+    """Waits for the save of the best under way, and says where it failed."""
+    if self._keeper:
+      self._keeper.kept()
+
+  def close(self) -> None:
+    """Waits for the save of the best."""
+    if self._keeper:
+      self._keeper.close()
+
+
+def _of_samples(config: Any, stage: str) -> str:
+  """Returns the digest of how a stage is sampled; how many images, and where they go, does not count."""
+  return identity.digest(
+    {
+      name: value
+      for name, value in config[stage].sample.to_dict().items()
+      if f'sample.{name}' not in ('sample.checkpoint', 'sample.num_images') and not name.startswith('save_')
+    }
+  )
+
+
+class Evaluator:
+  """Validation metrics and sample grids of a stage, each compiled once."""
+
+  def __init__(self, stage: Any, key: jax.Array):
+    section = stage.config[stage.name]
+    self._stage = stage
+    self._where = sharding.batch_sharding(stage.mesh)
+    self._batch_size = sharding.round_up(min(section.train.batch_size, len(stage.eval_source)), stage.mesh)
+    self._limit, self._grid_images = section.train.eval_images, section.train.grid_images
+    self._key = sharding.replicate(key, stage.mesh)
+    self._eval_step = jax.jit(stage.experiment.eval_step, out_shardings=sharding.replicated(stage.mesh))
+    shape, source = stage.eval_source.image_shape, stage.eval_source
+    self._draw = draw.make_draw(stage.experiment, stage.mesh, stage.config.seed, shape, lambda: source)
+
+  def __call__(self, state: Any) -> dict[str, float]:
+    """Returns the metrics of the evaluation split, averaged over its examples."""
+    totals, count = collections.defaultdict(float), 0.0
+    total = min(self._limit or len(self._stage.eval_source), len(self._stage.eval_source))
+    batches = loader.eval_batches(
+      self._stage.eval_source,
+      batch_size=self._batch_size,
+      limit=self._limit,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_threads=self._stage.config.data.num_threads,
+      prefetch=self._stage.config.data.prefetch,
+    )
+    for index, batch in enumerate(batches):
+      weight = float(min(self._batch_size, total - index * self._batch_size))  # of all processes
+      key = jax.random.fold_in(self._key, index)
+      metrics = self._eval_step(
+        {**self._stage.frozen, **state.eval_params}, sharding.put_batch(batch, self._where), key
+      )
+      distributed.beat(f'batch {index} of the evaluation')
+      for name, value in jax.device_get(metrics).items():
+        totals[name] += float(value) * weight
+      count += weight
+    return {name: total / count for name, total in totals.items()}
+
+  def figure(self, state: Any, measure: str) -> float:
+    """Returns a validation metric ('val/loss') or what `Stage.measure` makes of the averaged parameters."""
+    if not measure.startswith('val/'):
+      return self._stage.measure(state.eval_params)
+    values = self(state)
+    if measure.removeprefix('val/') not in values:
+      valid = ', '.join(f'val/{name}' for name in values)
+      raise UserError(f'config.{self._stage.name}.train.best_measure is {measure!r}; metrics here: {valid}')
+    return values[measure.removeprefix('val/')]
+
+  def grids(self, state: Any) -> dict[str, np.ndarray]:
+    """Returns pictures of the first images of a fixed seed, by name."""
+    images = self._draw({**self._stage.frozen, **state.eval_params}, np.arange(self._grid_images))
+    return {name: draw.as_grid(value) for name, value in images.items()}
