@@ -20,6 +20,8 @@ import numpy as np
 
 from vaediff.errors import UserError
 
+LONGEST = 300
+"""Characters of a reason."""
 REMOVE = 'remove it and run the same command again: it is made anew'
 """What to do about a damaged file that is derived from others."""
 
@@ -62,9 +64,16 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def reason(error: BaseException) -> str:
-  """Returns the first line of what the system or a library says, without a full stop."""
+  """Returns the first line of what the system or a library says, without a full stop.
+
+  Of a long one the words of the system, such as 'No space left on device', and its beginning.
+  """
   text = (error.strerror if isinstance(error, OSError) else '') or str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:300].rstrip('.')
+  line = text.splitlines()[0].rstrip('.')
+  if len(line) <= LONGEST:
+    return line
+  said = next((words for words in map(os.strerror, OF_THE_SYSTEM) if words in line), '')
+  return f'{said} ({line[:LONGEST]} ...)' if said else line[:LONGEST]
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -78,7 +78,7 @@ def sum_of(value: np.ndarray, first: tuple[int, ...] = ()) -> int:
 
 def _weighted(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
   """Returns the weighted sums over the last axis, modulo 2^64."""
-  return np.einsum('...i,i->...', words, weights, dtype=np.uint64, casting='unsafe')
+  return np.asarray(np.einsum('...i,i->...', words, weights, dtype=np.uint64, casting='unsafe'))
 
 
 def _weights(axis: int, first: int, count: int) -> np.ndarray:

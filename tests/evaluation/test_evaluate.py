@@ -194,7 +194,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(run):
   trained = Trained(config, run, 'refiner', sharding.make_mesh(config.mesh))
   assert sets.name_of(trained) == 'refiner-ddim-4-best'
   experiment = trained.experiment
-  measure = during_training.make_measure(
+  measure, _ = during_training.make_measure(
     config, 'refiner', experiment, trained.read, trained.eval_source, trained.mesh
   )
   assert measure(trained.params) == pytest.approx(values[step], rel=1e-4)
@@ -219,17 +219,24 @@ def test_best_needs_a_checkpoint_and_a_known_name(run):
 
 
 def test_keeping_the_best(tmp_path):
-  keeper = best.Best(tmp_path, 'recall_vgg16')
+  keeper = best.Best(tmp_path, 'recall_vgg16', {'samples': 'a'}, 0)
   state = {'a': jax.numpy.zeros(2)}
   assert keeper.consider(1, state, {}, 0.5) and not keeper.consider(2, state, {}, 0.5)
   assert not keeper.consider(3, state, {}, float('nan')) and keeper.consider(4, state, {}, 0.7)
   keeper.close()
   assert checkpoint.finished_steps(tmp_path / 'best' / 'checkpoints') == [4]
-  again = best.Best(tmp_path, 'recall_vgg16')
+  again = best.Best(tmp_path, 'recall_vgg16', {'samples': 'a'}, 1)
   assert again.value == 0.7 and not again.consider(4, state, {}, 0.7)
   again.close()
   with pytest.raises(UserError, match="holds the best checkpoint by 'recall_vgg16'"):
-    best.Best(tmp_path, 'fd_vgg16')
+    best.Best(tmp_path, 'fd_vgg16', {'samples': 'a'}, 1)
+  with pytest.raises(UserError, match='best checkpoint in .* was made of samples a, which is b now'):
+    best.Best(tmp_path, 'recall_vgg16', {'samples': 'b'}, 1)
+  anew = best.Best(tmp_path, 'recall_vgg16', {'samples': 'b'}, 0)  # of a training from its first step
+  assert anew.value is None and anew.consider(2, state, {}, 0.1)
+  anew.close()
+  assert checkpoint.finished_steps(tmp_path / 'best' / 'checkpoints') == [2]
+  assert checkpoint.finished_steps(tmp_path / 'earlier' / 'best' / 'checkpoints') == [4]
 
 
 def test_modes(run, capsys):

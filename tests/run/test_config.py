@@ -75,44 +75,6 @@ def test_stages_are_chosen_in_the_order_of_the_config():
     configs.stages_of(digits(), 'gan')
 
 
-def test_a_run_goes_on_with_what_does_not_change_results_only(tmp_path):
-  stored, now = digits(), digits()
-  now.refiner.train.log_every_steps = 100
-  now.refiner.sample.sampler = 'ddpm'
-  now.data.prefetch = 9
-  configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
-  now.vae.optim.learning_rate = 0.5
-  with pytest.raises(UserError, match=r'config.vae.optim.learning_rate is 0.003 there, 0.5 now'):
-    configs.check_same_run(now, stored, ('vae', 'refiner'), tmp_path)
-  now = digits()
-  now.refiner.train.num_steps = 100  # the learning rate decays to the last step: not a continuation
-  with pytest.raises(UserError, match='config.refiner.train.num_steps is 4 there, 100 now'):
-    configs.check_same_run(now, stored, ('refiner',), tmp_path)
-  configs.check_same_run(now, stored, (), tmp_path)  # nothing trained yet: nothing to protect
-
-
-def test_every_schedule_of_any_optimizer_counts_the_steps(tmp_path):
-  """Patterns, so that a new stage's second optimizer is no exception."""
-  stored, now = digits('matching,debug'), digits('matching,debug')
-  for config in (stored, now):
-    config.matching.optim_fake.schedule = 'linear'
-  now.matching.train.num_steps = 100
-  with pytest.raises(UserError, match='config.matching.train.num_steps is 4 there, 100 now'):
-    configs.check_same_run(now, stored, ('matching',), tmp_path)
-  assert configs.changes_over_training({'optim_of_tomorrow.schedule': 'cosine'})
-  assert configs.changes_over_training({'loss.reconstruction': 'weighted_learning'})
-  assert not configs.changes_over_training({'optim.schedule': 'constant', 'diffusion.schedule': 'cosine'})
-
-
-def test_classes_may_become_known_but_not_others(tmp_path):
-  stored, now = digits(), digits()
-  stored.data.num_classes = 0
-  configs.check_same_run(now, stored, ('vae',), tmp_path)
-  stored.data.num_classes = 9
-  with pytest.raises(UserError, match='config.data.num_classes is 9 there, 10 now'):
-    configs.check_same_run(now, stored, ('vae',), tmp_path)
-
-
 MISTAKES = [
   (
     ['--config.refiner.optim.learning_rat=1'],

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import pathlib
 import shutil
 import sys
@@ -19,7 +20,7 @@ from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation import during_training
 from vaediff.machine import sharding
-from vaediff.run import checkpoint, draw, guard, loop, measurements
+from vaediff.run import checkpoint, draw, guard, loop, measurements, review
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.trained import Trained
@@ -38,11 +39,11 @@ def mesh_of(config, devices=1):
   return sharding.make_mesh(config.mesh, jax.devices()[:devices])
 
 
-def store(config, workdir, stage, step=4):
+def store(config, workdir, stage, step=4, seed=0):
   """Stores a stage as `loop.train` would: parameters of step 0, said to be of another."""
-  state = jax.jit(guard.with_counts(experiments.build(config, stage).init))(jax.random.key(0))
+  state = jax.jit(guard.with_counts(experiments.build(config, stage).init))(jax.random.key(seed))
   checkpointer = checkpoint.Checkpointer(workdir / stage, 2)
-  checkpointer.save(step, state, {'stage': stage})
+  checkpointer.save(step, state, {'stage': stage, 'config': json.loads(config.to_json())})
   checkpointer.close()
 
 
@@ -77,12 +78,12 @@ def test_statistics_are_made_when_they_are_missing_and_then_read(untrained, run,
   config = digits(untrained, 'latent,debug')
   source = source_of(config, 'ddgan', 'latents')
   made = measurements.load(source, config, run, mesh_of(config))
-  assert files(run / 'autoencoder') == ['latents-step-4.npz']
+  (path,) = (run / 'autoencoder').glob('*.npz')
+  assert path.name.startswith('latents-')
   assert 'autoencoder: measuring the latents of 1500 training images' in capsys.readouterr().out
   assert set(made) == set(measurements.STATISTICS)
   assert all(value.shape == (2,) and value.dtype == np.float32 for value in made.values())
   assert (made['std'] > 0).all() and (made['min'] < made['mean']).all() and (made['mean'] < made['max']).all()
-  path = run / 'autoencoder' / 'latents-step-4.npz'
   before = path.stat().st_mtime_ns
   again = measurements.load(source, config, run, mesh_of(config))
   assert capsys.readouterr().out == '' and path.stat().st_mtime_ns == before
@@ -99,9 +100,12 @@ def test_statistics_of_a_newer_checkpoint_are_others(untrained, run):
   config = digits(untrained, 'latent,debug')
   source = source_of(config, 'ddgan', 'latents')
   measurements.load(source, config, run, mesh_of(config))
-  store(config, run, 'autoencoder', step=8)
+  store(config, run, 'autoencoder', step=8)  # the same parameters: the step is no identity
   measurements.load(source, config, run, mesh_of(config))
-  assert files(run / 'autoencoder') == ['latents-step-4.npz', 'latents-step-8.npz']
+  assert len(files(run / 'autoencoder', 'latents-*.npz')) == 1
+  store(config, run, 'autoencoder', step=12, seed=1)
+  measurements.load(source, config, run, mesh_of(config))
+  assert len(files(run / 'autoencoder', 'latents-*.npz')) == 2
 
 
 def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrained, run, capsys):
@@ -112,7 +116,7 @@ def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrai
   assert set(made) == {'weights', 'means', 'diag'} and made['means'].shape[1] == 16
   np.testing.assert_allclose(made['weights'].sum(), 1, rtol=1e-5)
   (name,) = files(run / 'vae')
-  assert name == 'prior-diag-1-2-of-64-holdout-0.1-seed-0-step-4.npz'
+  assert name.startswith('prior-')
   assert 'fitting a Gaussian mixture (diag, 1-2 components) to 64 latents' in capsys.readouterr().out
   for key, value in measurements.load(source, config, run, mesh_of(config)).items():
     np.testing.assert_array_equal(value, made[key])
@@ -120,7 +124,7 @@ def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrai
   config.vae.prior.update({'covariance': 'tied', 'num_components': (1,)})
   other = measurements.load(source, config, run, mesh_of(config))
   assert set(other) == {'weights', 'means', 'tied'} and other['tied'].shape == (16, 16)
-  assert files(run / 'vae') == [name, 'prior-tied-1-of-64-holdout-0.1-seed-0-step-4.npz']
+  assert len(files(run / 'vae')) == 2 and name in files(run / 'vae')
   config.vae.prior.kind = 'normal'
   assert measurements.load(source, config, run, mesh_of(config)) == {}
   assert len(files(run / 'vae')) == 2
@@ -132,7 +136,8 @@ def test_codes_to_fit_to_do_not_depend_on_batches_and_devices(untrained, run):
   codes = []
   for devices, size in ((1, 16), (1, 5), (8, 16)):
     mesh = mesh_of(config, devices)
-    experiment, read = measurements.opened(config, run, 'vae', mesh)
+    vae = measurements.Of(config=config, stage='vae', folder=run / 'vae', checkpoints=run / 'vae', mesh=mesh)
+    experiment, read = measurements.opened(vae)
     codes.append(measurements.drawn_codes(experiment, read, source, 20, size, mesh, 3))
   assert codes[0].shape == (20, 16) and codes[0].std() > 0.1
   for other in codes[1:]:
@@ -192,7 +197,7 @@ def test_a_damaged_file_is_named_with_what_to_do(untrained, run, stage, reader, 
   for content in (halved(whole), b'', b'not a zip', b'PK\x03\x04 cut off'):
     path.write_bytes(content)
     with pytest.raises(
-      UserError, match=f"{path} is damaged .*; remove it, and it is made anew from '{stage}'"
+      UserError, match=f'{path} is damaged .*; remove it and run the same command again: it is made anew'
     ):
       measurements.load(source, config, run, mesh)
     assert path.read_bytes() == content  # removing it is the user's
@@ -203,10 +208,19 @@ def test_a_damaged_file_is_named_with_what_to_do(untrained, run, stage, reader, 
 
 def test_a_file_that_lacks_statistics_is_damaged(untrained, run):
   config = digits(untrained, 'latent,debug')
-  path = run / 'autoencoder' / 'latents-step-4.npz'
-  np.savez(path, mean=np.zeros(2, np.float32))
-  with pytest.raises(UserError, match=f'{path} is damaged'):
-    measurements.load(source_of(config, 'ddgan', 'latents'), config, run, mesh_of(config))
+  source, mesh = source_of(config, 'ddgan', 'latents'), mesh_of(config)
+  measurements.load(source, config, run, mesh)
+  (path,) = (run / 'autoencoder').glob('*.npz')
+  with np.load(path) as stored:
+    whole = dict(stored)
+  for change in ({'std': None}, {'made_of': None}, {'mean': np.full(2, np.nan, np.float32)}):
+    changed = {name: value for name, value in {**whole, **change}.items() if value is not None}
+    np.savez(path, **changed)
+    with pytest.raises(UserError, match=f'{path} is damaged'):
+      measurements.load(source, config, run, mesh)
+  np.savez(path, **{**whole, 'made_of': json.dumps({"the network 'autoencoder'": 'another'})})
+  with pytest.raises(UserError, match=f"{path} was made of the network 'autoencoder' another, which is"):
+    measurements.load(source, config, run, mesh)
 
 
 # The same prior everywhere ------------------------------------------------------------------------
@@ -226,8 +240,8 @@ def test_the_prior_is_fitted_right_after_the_vae(opened):
   refiner = [path.stat().st_mtime_ns for path in (opened.workdir / 'refiner').rglob('*') if path.is_file()]
   assert (opened.workdir / 'vae' / loop.SUMMARY).stat().st_mtime_ns <= fitted <= min(refiner)
   with np.load(path) as stored:
-    assert set(stored.files) == set(opened.read['prior']) == {'weights', 'means', 'diag'}
-    for name in stored.files:
+    assert set(stored.files) - {'made_of'} == set(opened.read['prior']) == {'weights', 'means', 'diag'}
+    for name in opened.read['prior']:
       np.testing.assert_array_equal(opened.read['prior'][name], stored[name])
 
 
@@ -273,15 +287,18 @@ def loaded(opened):
 def test_the_best_measure_is_of_images_that_the_opened_stage_draws(readable, monkeypatch):
   seen, config = [], readable.config
   stream = types.SimpleNamespace(add=seen.append, finish=lambda: {})
-  monkeypatch.setattr(during_training.networks, 'load', lambda *arguments: (None, None))
+  extractor = types.SimpleNamespace(fingerprint='0f')
+  monkeypatch.setattr(during_training.networks, 'load', lambda *arguments: (extractor, None))
   features = types.SimpleNamespace(stream=lambda: stream)
   monkeypatch.setattr(during_training.networks, 'Features', lambda *arguments: features)
-  monkeypatch.setattr(during_training, 'reference', lambda *arguments: None)
+  real = types.SimpleNamespace(provenance={'images_sha256': '1e'})
+  monkeypatch.setattr(during_training, 'reference', lambda *arguments: real)
   monkeypatch.setattr(during_training.measures, 'of_features', lambda *arguments: {'fd_classifier': 2.5})
   config.refiner.train.update({'best_measure': 'fd_classifier', 'best_images': 6})
-  measure = during_training.make_measure(
+  measure, made_of = during_training.make_measure(
     config, 'refiner', readable.experiment, loaded(readable), readable.eval_source, readable.mesh
   )
+  assert set(made_of.values()) == {'0f', '1e', '6'}
   assert measure(readable.params) == 2.5
   images = readable.draw(np.arange(6))['x0']
   assert [len(part) for part in seen] == [4, 2]  # batches of the sampler
@@ -295,9 +312,9 @@ def test_the_grids_of_the_loop_are_of_images_that_the_opened_stage_draws(readabl
   config, mesh, frozen, source = opened.config, opened.mesh, loaded(opened), opened.eval_source
   stage = loop.Stage(
     name='refiner', folder=opened.workdir / 'refiner', config=config, experiment=opened.experiment,
-    frozen=frozen, frozen_steps={}, train_source=source, eval_source=source, extra={}, mesh=mesh,
+    frozen=frozen, frozen_ids={}, train_source=source, eval_source=source, extra={}, mesh=mesh,
   )  # fmt: skip
-  evaluator = loop.Evaluator(stage, jax.random.key(0))
+  evaluator = review.Evaluator(stage, jax.random.key(0))
   grids = evaluator.grids(types.SimpleNamespace(eval_params=opened.params))
   images = opened.draw(np.arange(config.refiner.train.grid_images), seed=config.seed)
   assert list(grids) == list(images) == ['x0_vae', 'x0']

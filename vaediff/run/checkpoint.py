@@ -7,10 +7,12 @@ the next run removes, never a step.
 """
 
 import copy
+import logging
 import pathlib
 import secrets
 from typing import Any
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -27,6 +29,17 @@ DAMAGED, EARLIER = 'damaged', 'earlier'
 """Folders of a stage for what was set aside."""
 ID, ARRAYS = 'id', 'arrays'
 """In `meta`: the id of the saved state, and the digests of its parts."""
+
+
+class _SaidHere(logging.Filter):
+  """Drops the tracebacks that Orbax logs of errors that it raises as well: here they become one message."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    quiet = absl.logging.get_verbosity() <= absl.logging.ERROR
+    return not (quiet and record.exc_info and 'orbax' in record.pathname)
+
+
+absl.logging.get_absl_logger().addFilter(_SaidHere())
 
 
 class DamagedCheckpoint(UserError):

@@ -14,13 +14,16 @@ AUTOENCODER = {
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns the config of a run of any version with this version's keys, changed in place.
+  """Returns the config of a run of any version with this version's keys, changed in place."""
+  if 'num_classes' not in config['data']:
+    _upgrade_stages(config)
+  config['data'].setdefault('check_fingerprint', True)
+  config.setdefault('checkpoints', {'check_arrays': True})
+  return config
 
-  Once every config had the sections of all stages, the refiner's experiment had that name, and a denoising
-  GAN had other words for its condition.
-  """
-  if 'num_classes' in config['data']:
-    return config
+
+def _upgrade_stages(config: dict[str, Any]) -> None:
+  """Once every config had the sections of all stages, and other names for an experiment and a condition."""
   config['data']['num_classes'] = 0  # unknown: such a run reads no label
   used = set(_used(config))
   for name in list(config):
@@ -34,7 +37,6 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     elif 'diffusion' in section and 'schedule' in section['diffusion']:  # a refiner or a student of one
       section |= {'space': 'pixel', 'conditions': {}, 'autoencoder': dict(AUTOENCODER)}
       section['sample']['guidance'] = ()
-  return config
 
 
 def _upgrade_gan(section: dict[str, Any]) -> None:

@@ -193,6 +193,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> dict[str, float]:
       keep = False  # cut off in the middle by a kill
     if keep:
       kept.append(line)
-      logged.update(values if values['step'] == step else {})
+      if values['step'] == step:
+        logged.update({name: value for name, value in values.items() if name not in ('stage', 'step')})
   files.write_text(path, ''.join(kept))
   return logged
