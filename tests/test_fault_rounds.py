@@ -270,6 +270,11 @@ FAULTS = {
 }
 
 
+OF_FILES = (
+  'truncated file', 'flipped bit', 'removed file', 'permission taken away', 'moved folder', 'VAE trained anew'
+)  # fmt: skip
+
+
 def mended(text, workdir):
   """Does what a refusal says, as a user would: removes the file or moves the folder that it names."""
   named = re.search(rf'error: .*?({re.escape(str(workdir))}\S*)', text)
@@ -332,6 +337,11 @@ def rounds(runner, count, seed):
   names = [name for _ in range(turns) for name in random.sample(sorted(FAULTS), len(FAULTS))]
   table, damaged_log = collections.defaultdict(collections.Counter), False
   for number, name in enumerate(names[:count]):
+    if name in OF_FILES and not runner.workdir.exists():  # a complete run, or one that was killed
+      if random.random() < 0.5:
+        shutil.copytree(undisturbed, runner.workdir)
+      else:
+        FAULTS['kill -9'](runner, runner.workdir)
     outcome = FAULTS[name](runner, runner.workdir)
     damaged_log |= 'metrics.jsonl' in outcome
     print(f'round {number}, {name}: {outcome}; {progress(runner.workdir)} lines')

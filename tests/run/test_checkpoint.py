@@ -1,5 +1,8 @@
 """Checkpoints: save, restore, partial loads, and what is said when one is damaged or does not fit."""
 
+import errno
+import json
+import random
 import shutil
 import subprocess
 
@@ -147,3 +150,126 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk):
   assert checkpoint.latest_step(small_disk) == 5
   after, _ = checkpoint.Checkpointer(small_disk, 2).restore(abstract(before))
   jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def flip(path, rng):
+  content = bytearray(path.read_bytes())
+  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+  path.write_bytes(content)
+
+
+def test_a_flipped_bit_gives_the_state_that_was_saved_or_is_damage(tmp_path):
+  """Anywhere in the files of the arrays; whoever turns the comparison off gets what is there."""
+  rng, noticed = random.Random(0), 0
+  saved(tmp_path / 'whole')
+  for number in range(40):
+    folder = tmp_path / str(number)
+    shutil.copytree(tmp_path / 'whole', folder)
+    state_files = folder / checkpoint.FOLDER / '5' / 'state'
+    flip(rng.choice(sorted(p for p in state_files.rglob('*') if p.is_file() and p.stat().st_size)), rng)
+    try:
+      after, _ = checkpoint.Checkpointer(folder, 2).restore(abstract(state()))
+    except checkpoint.DamagedCheckpoint as error:
+      noticed += 1
+      assert error.folder == folder / checkpoint.FOLDER / '5'
+    else:
+      jax.tree.map(np.testing.assert_array_equal, after, state())
+  assert noticed > 5
+
+
+def test_changed_arrays_are_damage_for_all_who_read_them(tmp_path):
+  saved(tmp_path)
+  path = tmp_path / checkpoint.FOLDER / '5' / 'meta' / 'metadata'
+  meta = json.loads(path.read_text())
+  meta['arrays']['networks/vae/ema_params'] = '0' * 16
+  path.write_text(json.dumps(meta))
+  params = abstract(state().networks['vae'].params)
+  message = 'the values of networks/vae/ema_params are not those that were saved'
+  with pytest.raises(checkpoint.DamagedCheckpoint, match=message):
+    checkpoint.load_frozen(tmp_path, 'vae', params)
+  with pytest.raises(checkpoint.DamagedCheckpoint, match=message):
+    checkpoint.Checkpointer(tmp_path, 2).restore(abstract(state()))
+  checkpoint.load_frozen(tmp_path, 'vae', params, check_arrays=False)
+  checkpoint.Checkpointer(tmp_path, 2, check_arrays=False).restore(abstract(state()))
+
+
+def test_an_id_is_of_the_arrays_and_not_of_the_moment(tmp_path):
+  for name in ('a', 'b'):
+    saved(tmp_path / name)
+  assert checkpoint.identity_of(tmp_path / 'a') == checkpoint.identity_of(tmp_path / 'b')
+  saved(tmp_path / 'c', average=False)
+  assert checkpoint.identity_of(tmp_path / 'c') != checkpoint.identity_of(tmp_path / 'a')
+  for name in ('d', 'e'):  # without digests every save has one of its own
+    checkpointer = checkpoint.Checkpointer(tmp_path / name, 2, check_arrays=False)
+    checkpointer.save(5, state(), {})
+    checkpointer.close()
+  assert checkpoint.identity_of(tmp_path / 'd') != checkpoint.identity_of(tmp_path / 'e')
+  assert checkpoint.identity_of(tmp_path / 'none') == ''
+
+
+def test_a_step_below_those_that_are_there_is_no_silent_success(tmp_path):
+  saved(tmp_path, step=5)
+  checkpointer = checkpoint.Checkpointer(tmp_path, 2)
+  with pytest.raises(UserError, match='holds step 5, so step 3 was not saved'):
+    checkpointer.save(3, state(step=3), {})
+
+
+SYSTEM = (
+  PermissionError(errno.EACCES, 'Permission denied'),
+  OSError(errno.EIO, 'Input/output error'),
+  MemoryError(),
+  ValueError('PERMISSION_DENIED: Error opening "x"'),
+  ValueError('UNAVAILABLE: the store is not there'),
+)
+
+
+@pytest.mark.parametrize('cause', SYSTEM, ids=lambda cause: type(cause).__name__ + str(cause)[:8])
+def test_what_the_system_refuses_is_no_damage(tmp_path, monkeypatch, cause):
+  saved(tmp_path)
+
+  def refuse(*arguments, **named):
+    raise RuntimeError('while reading') from cause
+
+  monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, 'restore', refuse)
+  with pytest.raises(checkpoint.UnreadableCheckpoint, match='cannot be read now: .*That is no damage'):
+    checkpoint.load_frozen(tmp_path, 'vae', abstract(state().networks['vae'].params))
+  checkpointer = checkpoint.Checkpointer(tmp_path, 2)
+  monkeypatch.setattr(checkpointer._manager, 'restore', refuse)
+  with pytest.raises(checkpoint.UnreadableCheckpoint, match='5 cannot be read now'):
+    checkpointer.restore(abstract(state()))
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
+  """Whatever the library makes of it: the files themselves are tried."""
+  saved(tmp_path)
+  victim = tmp_path / checkpoint.FOLDER / '5' / 'state' / '_METADATA'
+  real_open = open
+
+  def guarded(path, *arguments, **named):
+    if str(path) == str(victim):
+      raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+    return real_open(path, *arguments, **named)
+
+  def fails(*arguments, **named):
+    raise ValueError('something went wrong')
+
+  monkeypatch.setattr('builtins.open', guarded)
+  monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, 'metadata', fails)
+  with pytest.raises(checkpoint.UnreadableCheckpoint, match=f'{victim}: Permission denied'):
+    checkpoint.load_frozen(tmp_path, 'vae', abstract(state().networks['vae'].params))
+
+
+@pytest.mark.parametrize('meta', ['[]', 'null', '{"id": 3}', '{"arrays": 1}', '[' * 100_000])
+def test_a_meta_that_is_none_is_damage(tmp_path, meta):
+  saved(tmp_path)
+  (tmp_path / checkpoint.FOLDER / '5' / 'meta' / 'metadata').write_text(meta)
+  with pytest.raises(checkpoint.DamagedCheckpoint, match='5 cannot be read: '):
+    checkpoint.load_meta(tmp_path)
+
+
+def test_messages_are_not_nested(tmp_path):
+  saved(tmp_path)
+  shutil.rmtree(tmp_path / checkpoint.FOLDER / '5' / 'state')
+  with pytest.raises(checkpoint.DamagedCheckpoint) as caught:
+    checkpoint.Checkpointer(tmp_path, 2).restore(abstract(state()))
+  assert str(caught.value).count('cannot be read') == 1 and 'NoneType' not in str(caught.value)
