@@ -161,5 +161,6 @@ def idx_shape(file: pathlib.Path, num_axes: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _opened(file: pathlib.Path) -> Iterator[IO[bytes]]:
-  with files.reading(file, MEND), gzip.open(file) if file.suffix == '.gz' else open(file, 'rb') as stream:
+  opened = gzip.open if file.suffix == '.gz' else open
+  with files.reading(file, MEND), opened(file, 'rb') as stream:
     yield stream
