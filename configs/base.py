@@ -144,7 +144,9 @@ def data() -> ConfigDict:
       'num_classes': 0,  # labels are 0 .. num_classes - 1; 0 = none or unknown
       'crop': 'none',  # 'none' | 'center'
       'crop_size': 0,  # pixels; 0 = the shorter side
-      'resize': 'none',  # 'none' | 'pad' | 'nearest' | 'bilinear' | 'bicubic' | 'lanczos' | 'box'
+      # 'none' | 'pad' | 'nearest' | 'bilinear' | 'bicubic' | 'lanczos' | 'box'; what is not square is refused
+      # by a filter alone, and distorted by one after 'squash_', such as 'squash_bilinear'
+      'resize': 'none',
       'materialize': True,  # store once as memory-mapped uint8 arrays
       'num_threads': 2,  # reading threads per process
       'prefetch': 4,  # batches read ahead per process

@@ -2,7 +2,7 @@
 
     python -m vaediff.main --config=configs/celeba64.py
 
-Data: TFDS `celeb_a` (218x178), resized to 64x64 without a crop as in the official code
+Data: TFDS `celeb_a` (178 wide, 218 high), squashed to 64x64 without a crop as in the official code
 (arXiv:2201.00308); `:crop140` takes the centre 140 pixels instead. The two are not comparable.
 Attention at 4 pixels, as the official code has it in effect.
 
@@ -11,7 +11,7 @@ Hardware, hours and figures: not yet measured.
 
 from configs import base, parts, presets
 
-DATA = {'name': 'celeb_a', 'image_size': 64, 'resize': 'bilinear', 'eval_split': 'validation'}
+DATA = {'name': 'celeb_a', 'image_size': 64, 'resize': 'squash_bilinear', 'eval_split': 'validation'}
 
 
 def _vae(stage):
@@ -25,7 +25,7 @@ def _refiner(stage):
 
 
 def _crop140(run):
-  run.config.data.update({'crop': 'center', 'crop_size': 140})
+  run.config.data.update({'crop': 'center', 'crop_size': 140, 'resize': 'bilinear'})
 
 
 SIZES = {'vae': _vae, 'refiner': _refiner}

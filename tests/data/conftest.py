@@ -1,7 +1,12 @@
-"""The data section of a config, with every field, and a cache in the test's own folder."""
+"""The data section of a config, with every field, and a cache in the test's own folder; how it is refused."""
+
+import pathlib
 
 import ml_collections
 import pytest
+
+from vaediff.data.sources import open_source
+from vaediff.errors import UserError
 
 
 @pytest.fixture
@@ -33,3 +38,27 @@ def make_data(tmp_path):
     return data
 
   return make
+
+
+@pytest.fixture
+def refused():
+  """Returns refused(data, message, split) -> the message; opens it in both ways, and nothing may be left."""
+
+  def refused(data, message, split='train'):
+    for materialize in (True, False):
+      data.materialize = materialize
+      with pytest.raises(UserError, match=message) as raised:
+        open_source(data, split)
+      left = pathlib.Path(data.data_dir) / 'vaediff'
+      assert not left.is_dir() or not list(left.iterdir()), list(left.iterdir())
+    return str(raised.value)
+
+  return refused
+
+
+@pytest.fixture
+def make_slices(make_data):
+  """As `make_data`, of one list of images, three quarters of it to train."""
+  return lambda **changes: make_data(
+    **({'source': 'npz', 'train_split': 'train[:75%]', 'eval_split': 'train[75%:]'} | changes)
+  )

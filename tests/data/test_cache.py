@@ -33,7 +33,11 @@ def test_files_and_names(data):
       'eval-images.npy', 'eval-labels.npy', 'meta.json', 'train-images.npy', 'train-labels.npy'
   ]  # fmt: skip
   assert isinstance(source.images, np.memmap) and source.images.dtype == np.uint8
-  assert json.loads((folder / 'meta.json').read_text())['num_images'] == {'train': 30, 'eval': 10}
+  splits = json.loads((folder / 'meta.json').read_text())['splits']
+  assert {name: facts['shape'] for name, facts in splits.items()} == {
+    'train': [30, 8, 8, 3], 'eval': [10, 8, 8, 3]
+  }  # fmt: skip
+  assert splits['train']['fingerprint'] == source.fingerprint and splits['train']['dtype'] == 'uint8'
   assert type(source.read(np.array([1]))['image']) is np.ndarray
 
 
@@ -80,14 +84,14 @@ def test_interrupted_build_leaves_no_folder(data, monkeypatch):
   def interrupt(*args):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(cache.np, 'save', interrupt)  # After the first images were written.
+  monkeypatch.setattr(cache.arrays, 'digest_of', interrupt)  # After the first images were written.
   with pytest.raises(KeyboardInterrupt):
     open_source(data, 'train')
   assert folders(data) == []
 
 
 def _build_and_die(data):
-  cache.np.save = lambda *args: os._exit(9)
+  cache.arrays.digest_of = lambda *args: os._exit(9)
   open_source(data, 'train')
 
 
@@ -132,7 +136,7 @@ def test_damaged_folder_says_delete(data):
   (folder,) = folders(data)
   with open(folder / 'train-images.npy', 'rb+') as file:
     file.truncate(500)
-  with pytest.raises(UserError, match='delete it'):
+  with pytest.raises(UserError, match='train-images.npy.*delete its folder'):
     open_source(data, 'train')
 
 

@@ -56,13 +56,13 @@ def test_modes_become_rgb_or_grey(data, root):
   half.convert('P').save(root / 'palette.png', transparency=half.convert('P').getpixel((7, 0)))
   Image.fromarray(np.full((8, 8), 77 * 256, np.uint16)).save(root / 'deep.png')
   Image.new('1', (8, 8), 1).save(root / 'bits.bmp')
-  data.train_split = data.eval_split = 'train'
   found = {}
   for channels in (3, 1):
     data.channels, data.materialize = channels, False
-    source = open_source(data, 'train')
-    for i in range(len(source)):
-      found[source.reader.locate(i).split('/')[-1], channels] = source.read(np.array([i]))['image'][0]
+    for split in ('train', 'eval'):
+      source = open_source(data, split)
+      for i in range(len(source)):
+        found[source.reader.locate(i).split('/')[-1], channels] = source.read(np.array([i]))['image'][0]
   assert source.num_classes == 0 and len(found) == 12
   luma = round(0.299 * 40 + 0.587 * 80 + 0.114 * 120)
   for name, left, right in [
@@ -123,8 +123,9 @@ def test_orientation_is_upright(data, root):
   exif[0x0112] = 6  # Rotate by 90 degrees clockwise to show.
   for file in root.rglob('*.*'):
     file.unlink()
-  tall.save(root / 'photo.png', exif=exif)
-  data.train_split = data.eval_split = 'train'
+  for name in ('photo', 'again'):
+    tall.save(root / f'{name}.png', exif=exif)
+  data.train_split, data.eval_split = 'train[:1]', 'train[1:]'
   image = open_source(data, 'train').images[0]
   assert (image[:, 4:] == 0).all() and (image[:, :4] == 255).all()
 

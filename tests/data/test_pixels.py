@@ -20,6 +20,14 @@ def test_to_bytes_rounds_and_clips():
   )
 
 
+def test_finite_rows_finds_what_to_bytes_hides():
+  images = jnp.zeros((5, 2, 3, 1))
+  images = images.at[1, 1, 2, 0].set(jnp.nan).at[2, 0, 0, 0].set(jnp.inf).at[4, 1, 0, 0].set(-jnp.inf)
+  finite = jax.jit(pixels.finite_rows)(images)
+  assert finite.tolist() == [True, False, False, True, False]
+  assert pixels.finite_rows(images.astype(jnp.bfloat16)).tolist() == finite.tolist()
+
+
 def test_flip_mirrors_the_chosen_examples_only():
   images = jnp.arange(2 * 2 * 3, dtype=jnp.uint8).reshape(2, 2, 3, 1)
   flipped = pixels.flip(images, jnp.array([False, True]))

@@ -63,12 +63,31 @@ def test_crop_comes_before_resize(make_data):
   assert fitted.shape == (8, 8, 3) and (fitted == 200).all()
 
 
+@pytest.mark.parametrize('name', list(resize.FILTERS))
+def test_squash_resizes_both_sides_by_the_filter(make_data, name):
+  image = np.random.RandomState(0).randint(256, size=(24, 16, 3)).astype(np.uint8)
+  squashed = resize.fit(image, make_data(resize=f'squash_{name}'))
+  expected = np.asarray(Image.fromarray(image).resize((8, 8), resize.FILTERS[name]))
+  np.testing.assert_array_equal(squashed, expected)
+  square = image[:16]
+  np.testing.assert_array_equal(
+    resize.fit(square, make_data(resize=f'squash_{name}')), resize.fit(square, make_data(resize=name))
+  )
+
+
+def test_squash_by_a_box_is_the_mean_of_each_part(make_data):
+  image = np.random.RandomState(0).randint(256, size=(24, 16, 3)).astype(np.uint8)
+  means = image.reshape(8, 3, 8, 2, 3).mean((1, 3))
+  assert np.abs(resize.fit(image, make_data(resize='squash_box')) - means).max() <= 1
+
+
 @pytest.mark.parametrize(
   ('shape', 'changes', 'message'),
   [
     ((8, 8, 1), {}, 'data.channels=1'),
     ((9, 9, 3), {}, "data.resize='none'"),
-    ((9, 12, 3), {'resize': 'box'}, "data.crop='center'"),
+    ((9, 12, 3), {'resize': 'box'}, "data.crop='center', or to distort it data.resize='squash_box'"),
+    ((8, 8, 4), {}, 'images have 1 or 3'),
     ((9, 9, 3), {'resize': 'pad'}, 'only enlarges'),
     ((9, 9, 3), {'crop': 'center', 'crop_size': 10}, 'at most 9'),
   ],

@@ -40,5 +40,5 @@ def test_classes_can_be_told_by_colour(make_data):
 def test_unknown_values_name_the_field(make_data, field, value):
   data = make_data(**{field: value})
   for function in (lambda: open_source(data, 'train'), lambda: describe(data)):
-    with pytest.raises(UserError, match=f'data.{field}={value!r} must be'):
+    with pytest.raises(UserError, match=rf'data\.{field} .*{value!r}'):
       function()

@@ -1,13 +1,16 @@
 """Resized images on disk, made once: memory-mapped uint8 arrays that need no decoding.
 
-    <data_dir>/vaediff/<name>-<image_size>px-<crop>-<resize>-<fingerprint>/
+    <data_dir>/vaediff/<name>-<image_size>px-<crop>-<resize>-<key>/
         {train,eval}-{images,labels}.npy   meta.json
 
-The fingerprint covers everything that affects the bytes, so another setting or another file is
-another folder. A folder is written under another name and renamed when complete: whoever finds it
-may read it, whatever was killed meanwhile and however many processes build it at once.
+The key covers everything that affects the bytes, so another setting or another file is another folder. A
+folder is written under another name and renamed when complete: whoever finds it may read it, whatever was
+killed meanwhile and however many processes build it at once. meta.json has shape, type and digests of the
+arrays, which are compared when they are opened, and the fingerprint of each split: what its images are, by
+content.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -21,10 +24,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff.data.readers import Reader, read_fitted
+from vaediff import files, identity
+from vaediff.data import arrays, paths
+from vaediff.data.readers import Reader, check_readers, read_fitted
 from vaediff.errors import UserError
 
-FORMAT = 1  # Raise it when the same settings come to mean other bytes.
+FORMAT = 2  # Raise it when the same settings come to mean other bytes, or meta.json another form.
 FIELDS = (
   'source',
   'name',
@@ -36,19 +41,21 @@ FIELDS = (
   'crop_size',
   'resize',
 )
-DIGITS = 12  # Of the fingerprint, hexadecimal.
-CHUNK = 64  # Images per task of a thread.
+DIGITS = 12  # Of the key, hexadecimal.
 MAX_LISTED = 10  # Unusable images that an error names.
+META = 'meta.json'
 
 
 def data_root(data: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns where data sets lie: `data.data_dir`, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-  root = data.data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(root).expanduser()
+  if data.data_dir:
+    return paths.expand(data.data_dir, 'data.data_dir')
+  stored = os.environ.get('TFDS_DATA_DIR')
+  return paths.expand(stored or '~/tensorflow_datasets', '$TFDS_DATA_DIR' if stored else 'data.data_dir')
 
 
 def cache_prefix(data: ml_collections.ConfigDict) -> pathlib.Path:
-  """Returns the cache folder's path up to the fingerprint, which needs the data."""
+  """Returns the cache folder's path up to the key, which needs the data."""
   name = (data.name or data.source).replace('/', '_').replace(':', '_')
   crop = f'{data.crop}{data.crop_size or ""}'
   return data_root(data) / 'vaediff' / f'{name}-{data.image_size}px-{crop}-{data.resize}-'
@@ -56,11 +63,11 @@ def cache_prefix(data: ml_collections.ConfigDict) -> pathlib.Path:
 
 def is_stored(data: ml_collections.ConfigDict) -> bool:
   """Returns whether there is a copy with these settings; the files may have changed since."""
-  wanted = {field: data[field] for field in ('path', *FIELDS)}
+  wanted = {'format': FORMAT, 'data': {field: data[field] for field in ('path', *FIELDS)}}
   prefix = cache_prefix(data)
-  folders = prefix.parent.glob(f'{prefix.name}{"?" * DIGITS}')
+  folders = prefix.parent.glob(f'{glob.escape(prefix.name)}{"?" * DIGITS}')
   complete = [folder for folder in folders if (folder / 'train-images.npy').is_file()]
-  return any(json.loads((f / 'meta.json').read_text())['data'] == wanted for f in complete)
+  return any(wanted.items() <= files.read_json(f / META, _mend(f)).items() for f in complete)
 
 
 def ensure(
@@ -71,17 +78,20 @@ def ensure(
   """Returns the cache folder of these splits, after making it if it is not there.
 
   Without `data.materialize` every image is still decoded once, so that a broken one is found before
-  training and not in the middle of it, and only that this was done is stored.
+  training and not in the middle of it, and so that the fingerprint is known; no array is stored.
 
   Raises:
-    UserError: some images are broken or do not fit, or the folder cannot be written.
+    UserError: some images are broken or do not fit, the splits share images, or the folder cannot be written.
   """
   facts = {'format': FORMAT, 'materialize': data.materialize} | {f: data[f] for f in FIELDS}
   facts |= {split: reader.fingerprint() for split, reader in readers.items()}
   digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:DIGITS]
   folder = pathlib.Path(f'{cache_prefix(data)}{digest}')
-  if (folder / 'meta.json').is_file():
+  if paths.is_file(folder / META):
     return folder
+  if paths.is_folder(folder):
+    raise files.Damaged(f'{folder / META} is missing; {_mend(folder)}')
+  check_readers(readers, data)
   if data.source != 'image_folder':  # One set of images: settings that fit none fail at the first.
     for reader in readers.values():
       read_fitted(reader, data, 0)
@@ -91,25 +101,63 @@ def ensure(
     _build(temporary, data, readers, log)
     temporary.rename(folder)
   except OSError as error:
-    if not (folder / 'meta.json').is_file():  # Else another process was first: use its folder.
-      raise UserError(f"data.data_dir: cannot write '{folder}' ({error})") from error
+    if not (folder / META).is_file():  # Else another process was first: use its folder.
+      raise UserError(
+        f"data.data_dir: '{error.filename or folder}' cannot be written: {files.reason(error)}. Make room or"
+        ' name another folder; nothing was left there'
+      ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   return folder
+
+
+def read_meta(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the contents of meta.json.
+
+  Raises:
+    Damaged: it was changed after it was made.
+  """
+  meta = files.read_json(folder / META, _mend(folder))
+  with files.reading(folder / META, _mend(folder)):
+    found = identity.digest({name: value for name, value in meta.items() if name != 'digest'})
+    if found != meta['digest']:
+      raise ValueError(f'it was changed after it was made: its digest is {found} and not {meta["digest"]}')
+  return meta
 
 
 def load(folder: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
   """Returns images (memory-mapped), labels and the contents of meta.json of one split.
 
   Raises:
-    UserError: the folder was damaged after it was made.
+    Damaged: the folder was changed after it was made; the message says which file, and to delete the folder.
   """
-  try:
-    meta = json.loads((folder / 'meta.json').read_text())
-    images = np.load(folder / f'{split}-images.npy', mmap_mode='r')
-    return images, np.load(folder / f'{split}-labels.npy'), meta
-  except (OSError, ValueError) as error:
-    raise UserError(f"'{folder}' is damaged ({error}): delete it, it will be made again") from error
+  meta, mend = read_meta(folder), _mend(folder)
+  facts = meta['splits'][split]
+  count = facts['shape'][0]
+  images = arrays.open_array(
+    images_file(folder, split), tuple(facts['shape']), np.uint8, facts['images'], mend
+  )
+  labels = np.array(arrays.open_array(labels_file(folder, split), (count,), np.int32, facts['labels'], mend))
+  if labels.min() < 0 or labels.max() >= max(1, meta['num_classes']):
+    raise files.Damaged(
+      f'{labels_file(folder, split)} is damaged (labels in [{labels.min()}, {labels.max()}] of'
+      f' {meta["num_classes"]} classes); {mend}'
+    )
+  return images, labels, meta
+
+
+def images_file(folder: pathlib.Path, split: str) -> pathlib.Path:
+  """Returns where the images of a split are."""
+  return folder / f'{split}-images.npy'
+
+
+def labels_file(folder: pathlib.Path, split: str) -> pathlib.Path:
+  """Returns where the labels of a split are."""
+  return folder / f'{split}-labels.npy'
+
+
+def _mend(folder: pathlib.Path) -> str:
+  return f"delete its folder '{folder}': it is made again"
 
 
 def _build(
@@ -118,19 +166,11 @@ def _build(
   readers: Mapping[str, Reader],
   log: Callable[[str], None],
 ) -> None:
-  failures = []
+  failures, splits = [], {}
   for split, reader in readers.items():
-    count, size = len(reader), data.image_size
-    log(f'{"Writing" if data.materialize else "Checking"} {count} {split} images ({folder.parent}).')
-    images = None
-    if data.materialize:
-      images = np.lib.format.open_memmap(
-        folder / f'{split}-images.npy', 'w+', np.uint8, (count, size, size, data.channels)
-      )
-    labels = np.zeros(count, np.int32)
-    failures += _convert(reader, data, images, labels)
-    if data.materialize:
-      np.save(folder / f'{split}-labels.npy', labels)
+    log(f'{"Writing" if data.materialize else "Checking"} {len(reader)} {split} images ({folder.parent}).')
+    splits[split], wrong = _build_split(folder, split, data, reader)
+    failures += wrong
   if failures:
     more = len(failures) - MAX_LISTED
     listed = failures[:MAX_LISTED] + ([f'and {more} more'] if more > 0 else [])
@@ -139,33 +179,55 @@ def _build(
       ' mend or remove them:\n  ' + '\n  '.join(listed)
     )
   meta = {
+    'format': FORMAT,
     'label_names': max((reader.label_names for reader in readers.values()), key=len),
     'num_classes': max(reader.num_classes for reader in readers.values()),
-    'num_images': {split: len(reader) for split, reader in readers.items()},
+    'splits': splits,
     'data': {field: data[field] for field in ('path', *FIELDS)},
   }
-  (folder / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
+  meta['digest'] = identity.digest(meta)
+  (folder / META).write_text(json.dumps(meta, indent=2) + '\n')
+
+
+def _build_split(
+  folder: pathlib.Path, split: str, data: ml_collections.ConfigDict, reader: Reader
+) -> tuple[dict[str, Any], list[str]]:
+  """Writes what is stored of one split; returns what meta.json says of it, and what was wrong, in order."""
+  shape = (len(reader), data.image_size, data.image_size, data.channels)
+  labels = np.zeros(len(reader), np.int32)
+  if data.materialize:
+    with arrays.Writer(images_file(folder, split), shape, np.uint8) as writer:
+      parts, failures = _convert(reader, data, labels, writer.write)
+    with arrays.Writer(labels_file(folder, split), labels.shape, np.int32) as writer:
+      writer.write(0, labels)
+  else:
+    parts, failures = _convert(reader, data, labels, lambda first, rows: None)
+  digests = {'images': arrays.join(shape, np.uint8, parts), 'labels': arrays.digest_of(labels)}
+  fingerprint = arrays.of_split(**digests)
+  facts = {'count': len(reader), 'shape': shape, 'dtype': 'uint8', 'fingerprint': fingerprint, **digests}
+  return facts, failures
 
 
 def _convert(
   reader: Reader,
   data: ml_collections.ConfigDict,
-  images: np.ndarray | None,
   labels: np.ndarray,
-) -> list[str]:
-  """Fills `images` and `labels` and returns what was wrong, in order."""
+  write: Callable[[int, np.ndarray], None],
+) -> tuple[list[bytes], list[str]]:
+  """Fills `labels`, writes the images; returns the sha256 of each part, and what was wrong, in order."""
 
-  def convert(first: int) -> list[str]:
-    failures = []
-    for i in range(first, min(first + CHUNK, len(labels))):
+  def convert(first: int) -> tuple[bytes, list[str]]:
+    failures, part = [], hashlib.sha256()
+    for i in range(first, min(first + arrays.ROWS, len(labels))):
       try:
         image, labels[i] = read_fitted(reader, data, i)
       except UserError as error:
         failures.append(str(error))
       else:
-        if images is not None:
-          images[i] = image
-    return failures
+        part.update(np.ascontiguousarray(image))
+        write(i, image[None])
+    return part.digest(), failures
 
   with futures.ThreadPoolExecutor(max(1, data.num_threads)) as pool:
-    return [text for texts in pool.map(convert, range(0, len(labels), CHUNK)) for text in texts]
+    done = list(pool.map(convert, range(0, len(labels), arrays.ROWS)))
+  return [part for part, _ in done], [text for _, texts in done for text in texts]

@@ -4,16 +4,20 @@ Big-endian: two zero bytes, a type byte (8 = uint8), the number of axes, the len
 int32, then the values (LeCun, Cortes and Burges, The MNIST database).
 """
 
+import contextlib
 import functools
 import gzip
+import math
 import pathlib
-import zlib
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
 
 import ml_collections
 import numpy as np
 
-from vaediff.data.readers import Reader, parse_split, select, stamp
+from vaediff import files
+from vaediff.data import paths
+from vaediff.data.readers import Reader, Stretch, parse_split, select, stamps
 from vaediff.errors import UserError
 
 PREFIXES = {'train': 'train', 'test': 't10k'}
@@ -33,6 +37,8 @@ LABEL_NAMES = {
   ),
 }
 """Class names of well-known data sets, which the files themselves do not hold."""
+MEND = 'fetch it again'
+MOST_DEFLATED = 1032  # times: zlib makes nothing smaller
 
 
 class IdxReader(Reader):
@@ -46,7 +52,9 @@ class IdxReader(Reader):
       raise UserError(
         f'data.{self._field}={self._expression!r}: idx data sets have the splits {tuple(PREFIXES)}'
       )
-    folder = pathlib.Path(data.path).expanduser()
+    if not data.path:
+      raise UserError("data.path='' is no folder; data.source='idx' needs one with the four files")
+    folder = paths.expand(data.path, 'data.path')
     self._images_file = find_idx(folder, f'{PREFIXES[name]}-images-idx3-ubyte')
     self._labels_file = find_idx(folder, f'{PREFIXES[name]}-labels-idx1-ubyte')
     # The classes are those of the training labels, so that both splits agree on their number.
@@ -62,7 +70,7 @@ class IdxReader(Reader):
         ' labels: they belong to different data sets, fetch both again'
       )
     part = select(self._expression, self._field, len(images))
-    return images[part, :, :, None], labels[part]
+    return images[part.start : part.stop, :, :, None], labels[part.start : part.stop]
 
   @functools.cached_property
   def num_classes(self) -> int:
@@ -74,7 +82,12 @@ class IdxReader(Reader):
 
   def fingerprint(self) -> Any:
     """See `Reader`."""
-    return [stamp(file) for file in (self._images_file, self._labels_file, self._classes_file)]
+    return stamps([self._images_file, self._labels_file, self._classes_file])
+
+  def stretches(self) -> Sequence[Stretch]:
+    """See `Reader`."""
+    part = select(self._expression, self._field, idx_shape(self._images_file, 3)[0])
+    return [(str(self._images_file), part.start, part.stop)]
 
   def read(self, index: int) -> tuple[np.ndarray, int]:
     """See `Reader`."""
@@ -93,7 +106,7 @@ def find_idx(folder: pathlib.Path, name: str) -> pathlib.Path:
     UserError: neither is in the folder.
   """
   for file in (folder / name, folder / f'{name}.gz'):
-    if file.is_file():
+    if paths.is_file(file):
       return file
   raise UserError(
     f"data.path: no {name} or {name}.gz in '{folder}'; data.source='idx' needs the four files of an"
@@ -103,27 +116,51 @@ def find_idx(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_idx(file: pathlib.Path, num_axes: int) -> np.ndarray:
-  """Returns the uint8 array of an idx file.
+  """Returns the uint8 array of an idx file; raises as `idx_shape`, or when bytes are missing."""
+  shape = idx_shape(file, num_axes)
+  expected = math.prod(shape)
+  with _opened(file) as stream:
+    stream.seek(4 + 4 * num_axes)
+    content = stream.read(expected)
+    rest = sum(len(more) for more in iter(lambda: stream.read(2**20), b''))
+  if len(content) + rest != expected:
+    header = 4 + 4 * num_axes
+    raise files.Damaged(
+      f'{file} holds {header + len(content) + rest} bytes, but its header announces {header + expected}'
+      f' (shape {list(shape)}): it is truncated or damaged, {MEND}'
+    )
+  return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def idx_shape(file: pathlib.Path, num_axes: int) -> tuple[int, ...]:
+  """Returns the lengths of the axes of an idx file, from its header.
 
   Raises:
-    UserError: wrong magic number, or fewer or more bytes than the header announces.
+    UserError: it is another kind of file, empty, or its header is of no file of this size.
   """
-  try:
-    content = gzip.decompress(file.read_bytes()) if file.suffix == '.gz' else file.read_bytes()
-  except (OSError, EOFError, zlib.error) as error:
-    raise UserError(f'{file} cannot be read ({error}): fetch it again') from error
-  magic = bytes([0, 0, 8, num_axes])
-  if content[:4] != magic:
-    raise UserError(
-      f'{file} starts with 0x{content[:4].hex()}, but an idx file of {num_axes} uint8 axes with'
-      f' 0x{magic.hex()}: it is another kind of file, or damaged'
-    )
   header = 4 + 4 * num_axes
-  shape = np.frombuffer(content[4:header].ljust(header - 4, b'\0'), '>i4').tolist()
-  expected = header + int(np.prod(shape, dtype=np.int64))
-  if len(content) != expected:
-    raise UserError(
-      f'{file} holds {len(content)} bytes, but its header announces {expected} (shape {shape}):'
-      ' it is truncated or damaged, fetch it again'
+  with _opened(file) as stream:
+    start = stream.read(header)
+  magic = bytes([0, 0, 8, num_axes])
+  if start[:4] != magic:
+    raise files.Damaged(
+      f'{file} starts with 0x{start[:4].hex()}, but an idx file of {num_axes} uint8 axes with'
+      f' 0x{magic.hex()}: it is another kind of file, or damaged; {MEND}'
     )
-  return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+  if len(start) < header:
+    raise files.Damaged(f'{file} ends within its header, after {len(start)} bytes: it is truncated, {MEND}')
+  shape = tuple(np.frombuffer(start[4:], '>i4').tolist())
+  most = file.stat().st_size * (MOST_DEFLATED if file.suffix == '.gz' else 1)
+  if min(shape) < 1 or math.prod(shape) > most and math.prod(shape) > 2**28:
+    raise files.Damaged(
+      f'{file}: its header announces the shape {list(shape)}, which a file of {file.stat().st_size} bytes'
+      f' cannot hold: it is empty or damaged, {MEND}'
+    )
+  return shape
+
+
+@contextlib.contextmanager
+def _opened(file: pathlib.Path) -> Iterator[IO[bytes]]:
+  opened = gzip.open if file.suffix == '.gz' else open
+  with files.reading(file, MEND), opened(file, 'rb') as stream:
+    yield stream

@@ -7,7 +7,7 @@ example (`flip`), so that an image and the image it is conditioned on turn toget
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key, Shaped, UInt8
+from jaxtyping import Array, Bool, Float32, Key, Shaped, UInt8
 
 from vaediff.types import Batch, Image, Mask
 
@@ -20,9 +20,14 @@ def to_unit_range(
 
 
 def to_bytes(images: Image) -> UInt8[Array, 'batch height width channels']:
-  """Returns the nearest bytes of images in [-1, 1]; values outside are clipped, NaN becomes 0."""
+  """Returns the nearest bytes of images in [-1, 1]; others are clipped, NaN is 0 (see `finite_rows`)."""
   scaled = jnp.round((images.astype(jnp.float32) + 1.0) * 127.5)
   return jnp.nan_to_num(jnp.clip(scaled, 0.0, 255.0), nan=0.0).astype(jnp.uint8)
+
+
+def finite_rows(images: Image) -> Bool[Array, ' batch']:
+  """Returns of which images every pixel is finite: those of which `to_bytes` hides nothing."""
+  return jnp.isfinite(images).all((1, 2, 3))
 
 
 def random_flip(key: Key[Array, ''], batch_size: int) -> Mask:

@@ -6,15 +6,24 @@ pixels are read at the first use.
 """
 
 import abc
+import hashlib
+import itertools
 import pathlib
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
+from vaediff import files
 from vaediff.data.resize import fit
 from vaediff.errors import UserError
+
+MAX_CLASSES = 32_768  # Of labels: every measurement by class has a row for each; ImageNet-21k has 21,841.
+MAX_HASHED = 2**28  # Bytes of files that are told apart by content; larger ones by size and time.
+Stretch = tuple[str, int, int]
+"""A run of stored images: of which list or file, from, and up to without."""
 
 
 class Reader(abc.ABC):
@@ -30,7 +39,11 @@ class Reader(abc.ABC):
 
   @abc.abstractmethod
   def fingerprint(self) -> Any:
-    """Returns what tells these images from others, as JSON: versions, or files and their times."""
+    """Returns what tells these files from others, as JSON: versions, or their content, or their times."""
+
+  @abc.abstractmethod
+  def stretches(self) -> Sequence[Stretch]:
+    """Returns which of the stored images these are; those of another split of the same data set compare."""
 
   @abc.abstractmethod
   def read(self, index: int) -> tuple[np.ndarray, int]:
@@ -48,10 +61,42 @@ def read_fitted(reader: Reader, data: ml_collections.ConfigDict, index: int) -> 
     UserError: the image is broken or does not fit; the message says where it comes from.
   """
   image, label = reader.read(index)
+  if not 0 <= label < max(1, reader.num_classes):
+    raise UserError(
+      f'{reader.locate(index)}: its label is {label}, but this data set has {reader.num_classes} classes, 0'
+      f' to {reader.num_classes - 1}: mend the label, or use a split with labels'
+    )
   try:
     return fit(image, data), label
   except UserError as error:
     raise UserError(f'{reader.locate(index)}: {error}') from error
+
+
+def check_readers(readers: Mapping[str, Reader], data: ml_collections.ConfigDict) -> None:
+  """Does nothing where the splits share no image and have a sane number of classes.
+
+  Raises:
+    UserError: naming the config fields.
+  """
+  for reader in readers.values():
+    if reader.num_classes > MAX_CLASSES:
+      raise UserError(
+        f'data.path={data.path!r} (data.name={data.name!r}): the labels are of {reader.num_classes} classes,'
+        f' and may be of {MAX_CLASSES}; number the classes from 0 on, without gaps, or leave the labels out'
+      )
+  for (first, one), (second, other) in itertools.combinations(readers.items(), 2):
+    shared = sum(
+      max(0, min(stop, other_stop) - max(start, other_start))
+      for where, start, stop in one.stretches()
+      for there, other_start, other_stop in other.stretches()
+      if where == there
+    )
+    if shared:
+      fields = [f'data.{split}_split={data[f"{split}_split"]!r}' for split in (first, second)]
+      raise UserError(
+        f'{fields[0]} and {fields[1]} share {shared} images: what is measured on images of the training says'
+        " nothing of others. Use two splits, or slices such as 'train[:95%]' and 'train[95%:]'"
+      )
 
 
 def parse_split(expression: str, field: str) -> tuple[str, str, str]:
@@ -60,7 +105,7 @@ def parse_split(expression: str, field: str) -> tuple[str, str, str]:
   Raises:
     UserError: naming the config field, when the expression is malformed.
   """
-  match = re.fullmatch(r'(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?', expression)
+  match = re.fullmatch(r'(\w+)(?:\[(-?[0-9]{1,15}%?)?:(-?[0-9]{1,15}%?)?\])?', expression)
   if match is None:
     raise UserError(
       f"data.{field}={expression!r} is no split: write 'train', 'train[:95%]' or 'train[-500:]'"
@@ -75,18 +120,27 @@ def select(expression: str, field: str, count: int) -> range:
   'train[95%:]' share no example and leave none out.
 
   Raises:
-    UserError: naming the config field, when nothing is selected.
+    UserError: naming the config field, when nothing is selected, or a bound lies outside.
   """
 
   def position(text: str, default: int) -> int:
     if not text:
       return default
-    return round(int(text[:-1]) * count / 100) if text.endswith('%') else int(text)
+    value, most = (int(text[:-1]), 100) if text.endswith('%') else (int(text), count)
+    if abs(value) > most:
+      raise UserError(
+        f'data.{field}={expression!r}: {text} lies outside of the {count} images; write numbers from -{count}'
+        f' to {count}, or per cent from -100% to 100%'
+      )
+    return round(value * count / 100) if text.endswith('%') else value
 
   _, start, stop = parse_split(expression, field)
   positions = range(count)[position(start, 0) : position(stop, count)]
   if not positions:
-    raise UserError(f'data.{field}={expression!r} selects none of the {count} images')
+    raise UserError(
+      f'data.{field}={expression!r} selects none of the {count} images; write a slice that holds some, such'
+      " as 'train[:95%]'"
+    )
   return positions
 
 
@@ -108,7 +162,25 @@ def select_shuffled(expression: str, field: str, count: int) -> np.ndarray:
   return np.random.RandomState(0).permutation(count)[select(expression, field, count)]
 
 
-def stamp(file: pathlib.Path) -> list[Any]:
-  """Returns name, size in bytes and time of change of a file, which tell whether it changed."""
-  status = file.stat()
-  return [file.name, status.st_size, status.st_mtime_ns]
+def shuffled_stretch(expression: str, field: str, count: int) -> list[Stretch]:
+  """Returns which places of the shuffled list of `select_shuffled` a slice selects."""
+  positions = select(expression, field, count)
+  return [('train', positions.start, positions.stop)]
+
+
+def stamps(found: Sequence[pathlib.Path]) -> list[list[Any]]:
+  """Returns what tells files from others: names and content, or names, sizes and times of large ones.
+
+  Raises:
+    UserError: a file is gone, or the system does not let it be read.
+  """
+  stamped = []
+  for file in found:
+    with files.reading(file):
+      stamped.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+  if sum(size for _, size, _ in stamped) > MAX_HASHED:
+    return stamped
+  for row, file in zip(stamped, found, strict=True):
+    with files.reading(file), open(file, 'rb') as content:
+      row[1:] = [hashlib.file_digest(content, 'sha256').hexdigest()]
+  return stamped

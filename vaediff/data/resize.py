@@ -18,8 +18,11 @@ FILTERS = {
   'lanczos': Image.Resampling.LANCZOS,
   'box': Image.Resampling.BOX,
 }
+SQUASHES = {f'squash_{name}': name for name in FILTERS}
+"""Resize both sides by the filter, whatever their lengths: what is not square is distorted."""
 CROPS = ('none', 'center')
-RESIZES = ('none', 'pad', *FILTERS)
+RESIZES = ('none', 'pad', *FILTERS, *SQUASHES)
+CHANNELS = (1, 3)
 
 
 def fit(
@@ -30,16 +33,15 @@ def fit(
   Args:
     image: as stored.
     data: `crop` and `crop_size` (0 = the shorter side) choose a centred square; `resize` is 'none'
-      (the size must fit already), 'pad' (black, evenly; an odd pixel goes right and down) or one of
-      PIL's filters.
+      (the size must fit already), 'pad' (black, evenly; an odd pixel goes right and down), one of PIL's
+      filters (for squares), or 'squash_' and a filter (for any sides: the image is distorted).
 
   Raises:
     UserError: the image has other channels, is not square, or does not fit without another setting.
   """
   if image.shape[-1] != data.channels:
     raise UserError(
-      f'the image has {image.shape[-1]} channels, but data.channels={data.channels}: set'
-      f' data.channels={image.shape[-1]}'
+      f'the image has {image.shape[-1]} channels, but data.channels={data.channels}: {_mend(image)}'
     )
   if data.crop == 'center':
     image = center_crop(image, data.crop_size)
@@ -54,12 +56,23 @@ def fit(
       f" data.image_size={data.image_size} and data.resize='none': set data.resize to one of"
       f' {RESIZES[1:]}, or data.image_size to the size of the images'
     )
+  if data.resize in SQUASHES:
+    return resize(image, data.image_size, SQUASHES[data.resize])
   if height != width:
     raise UserError(
       f'the image is {width}x{height} (width x height), not square, and data.resize='
-      f"{data.resize!r} would distort it: set data.crop='center'"
+      f"{data.resize!r} is for squares: set data.crop='center', or to distort it"
+      f" data.resize='squash_{data.resize}'"
     )
   return resize(image, data.image_size, data.resize)
+
+
+def _mend(image: np.ndarray) -> str:
+  """Returns what to do about an image of other channels; it is accepted after that."""
+  channels = image.shape[-1]
+  if channels in CHANNELS:
+    return f'set data.channels={channels}'
+  return f'images have {" or ".join(map(str, CHANNELS))}; store them with one of these numbers of channels'
 
 
 def center_crop(
@@ -102,9 +115,9 @@ def pad(
 
 
 def resize(
-  image: UInt8[np.ndarray, 'side side channels'], size: int, name: str
+  image: UInt8[np.ndarray, 'height width channels'], size: int, name: str
 ) -> UInt8[np.ndarray, 'size size channels']:
-  """Returns the image resampled to `size` by PIL's filter `name`, antialiased when shrinking."""
+  """Returns the image resampled to a square by PIL's filter `name`, antialiased when shrinking."""
   grey = image.shape[-1] == 1
   picture = Image.fromarray(image[..., 0] if grey else np.ascontiguousarray(image))
   resized = np.asarray(picture.resize((size, size), FILTERS[name]))

@@ -8,7 +8,7 @@ from the `cache`, else they are decoded, cropped and resized whenever they are r
 """
 
 import dataclasses
-import pathlib
+import functools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -17,25 +17,30 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32, UInt8
 
-from vaediff.data import cache
+from vaediff import checks
+from vaediff.data import arrays, cache, paths
 from vaediff.data.folder import FolderReader
 from vaediff.data.idx import IdxReader
 from vaediff.data.npz import NpzReader
-from vaediff.data.readers import Reader, read_fitted
-from vaediff.data.resize import CROPS, RESIZES
+from vaediff.data.readers import MAX_CLASSES, Reader, read_fitted
+from vaediff.data.resize import CHANNELS, CROPS, RESIZES
 from vaediff.data.synthetic import COUNTS, NUM_CLASSES, synthetic_arrays
 from vaediff.errors import UserError
 
 SPLITS = ('train', 'eval')
 IMAGE, LABEL = 'image', 'label'
 """What a batch holds of each example."""
-CHOICES = {
-  'source': ('tfds', 'idx', 'image_folder', 'npz', 'synthetic'),
-  'channels': (1, 3),
-  'crop': CROPS,
-  'resize': RESIZES,
+BOUNDS = {
+  'source': checks.one_of(('tfds', 'idx', 'image_folder', 'npz', 'synthetic')),
+  'channels': checks.one_of(CHANNELS),
+  'crop': checks.one_of(CROPS),
+  'resize': checks.one_of(RESIZES),
+  'image_size': checks.between(1, 2**13),
+  'crop_size': checks.between(0, 2**16),
+  'num_classes': checks.between(0, MAX_CLASSES),
+  'num_threads': checks.between(0, 1024),
+  'prefetch': checks.between(0, 2**16),
 }
-MINIMA = {'image_size': 1, 'crop_size': 0, 'num_threads': 0, 'prefetch': 0}
 
 
 @runtime_checkable
@@ -48,6 +53,8 @@ class Source(Protocol):
   """One name per class; empty when the classes have no names."""
   num_classes: int
   """0 when the images have no labels."""
+  fingerprint: str
+  """What these images are: of all their bytes and labels, in order, wherever they come from."""
 
   def __len__(self) -> int: ...
 
@@ -69,11 +76,20 @@ class ArraySource:
   labels: Int32[np.ndarray, ' examples']
   label_names: tuple[str, ...]
   num_classes: int
+  known_fingerprint: str = ''
+  """'' = found when it is asked for."""
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """See `Source`."""
     return self.images.shape[1:]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """See `Source`."""
+    if self.known_fingerprint:
+      return self.known_fingerprint
+    return arrays.of_split(arrays.digest_of(self.images), arrays.digest_of(self.labels))
 
   def __len__(self) -> int:
     return len(self.images)
@@ -89,6 +105,8 @@ class DecodedSource:
 
   reader: Reader
   data: ml_collections.ConfigDict
+  fingerprint: str
+  """See `Source`; found in the one pass over all images that precedes (see `cache`)."""
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -148,20 +166,18 @@ def _open(data: ml_collections.ConfigDict, split: str, log: Callable[[str], None
     names = tuple(str(label) for label in range(NUM_CLASSES))
     return ArraySource(images=images, labels=labels, label_names=names, num_classes=NUM_CLASSES)
   readers = {name: _open_reader(data, name, log) for name in SPLITS}
+  folder = cache.ensure(data, readers, log)
   if data.materialize:
-    images, labels, meta = cache.load(cache.ensure(data, readers, log), split)
+    images, labels, meta = cache.load(folder, split)
     return ArraySource(
       images=images,
       labels=labels,
       label_names=tuple(meta['label_names']),
       num_classes=meta['num_classes'],
+      known_fingerprint=meta['splits'][split]['fingerprint'],
     )
-  if data.source == 'image_folder':
-    cache.ensure(data, readers, log)
-  source = DecodedSource(reader=readers[split], data=data)
-  # Settings that do not fit the images fail here, not in a thread of the loader.
-  read_fitted(source.reader, data, 0)
-  return source
+  fingerprint = cache.read_meta(folder)['splits'][split]['fingerprint']
+  return DecodedSource(reader=readers[split], data=data, fingerprint=fingerprint)
 
 
 def prepare(data: ml_collections.ConfigDict, log: Callable[[str], None] = print) -> None:
@@ -192,8 +208,8 @@ def describe(data: ml_collections.ConfigDict) -> str:
     place = cache.data_root(data) / data.name.split(':')[0]
     there = any(place.rglob('dataset_info.json'))
   else:
-    place = pathlib.Path(data.path).expanduser()
-    there = bool(data.path) and place.exists()
+    place = paths.expand(data.path, 'data.path')
+    there = bool(data.path) and paths.mode_of(place) != 0
   text = (
     f"{data.name or data.source} ({data.source}), '{data.train_split}' and '{data.eval_split}', at"
     f" {size}, from '{place}': {'there' if there else 'not there yet'}"
@@ -205,12 +221,10 @@ def describe(data: ml_collections.ConfigDict) -> str:
 
 
 def _check(data: ml_collections.ConfigDict) -> None:
-  for field, allowed in CHOICES.items():
-    if data[field] not in allowed:
-      raise UserError(f'data.{field}={data[field]!r} must be one of {allowed}')
-  for field, minimum in MINIMA.items():
-    if data[field] < minimum:
-      raise UserError(f'data.{field}={data[field]} must be at least {minimum}')
+  checks.check(data, BOUNDS, 'data.')
+  for field in ('name', 'path', 'data_dir'):
+    if '\0' in data[field]:
+      raise UserError(f'data.{field}={data[field]!r} holds a zero byte; write it without')
 
 
 def _open_reader(data: ml_collections.ConfigDict, split: str, log: Callable[[str], None]) -> Reader:

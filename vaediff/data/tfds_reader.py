@@ -2,16 +2,18 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
+from vaediff import files
+from vaediff.data import paths
 from vaediff.data.builders import OWN_BUILDERS, check_emoji_package
 from vaediff.data.cache import data_root
-from vaediff.data.readers import Reader
+from vaediff.data.readers import Reader, Stretch, stamps
 from vaediff.errors import UserError
 
 
@@ -22,9 +24,11 @@ class TfdsReader(Reader):
     field = f'{split}_split'
     self._name, self._expression = data.name, data[field]
     builder = open_builder(data, log)
+    self._mend = mend(data, builder)
     try:
       self._records = builder.as_data_source(split=self._expression)
       count = len(self._records)
+      self._parts = _parts(builder, self._expression)
     except NotImplementedError as error:
       state = 'is there, but in another format' if builder.is_prepared() else 'is not there yet'
       raise UserError(
@@ -36,8 +40,10 @@ class TfdsReader(Reader):
         f'data.{field}={self._expression!r} is no split of {data.name} ({error}); it has'
         f' {sorted(builder.info.splits)}'
       ) from error
-    if not count:
-      raise UserError(f'data.{field}={self._expression!r} selects no image of {data.name}')
+    if not count or any(part.take <= 0 for part in self._parts):
+      raise UserError(
+        f'data.{field}={self._expression!r} selects no image of {data.name}, or a part without one'
+      )
     features = builder.info.features
     label = features['label'] if 'label' in features else None
     self._has_labels = isinstance(label, tfds.features.ClassLabel)
@@ -53,12 +59,35 @@ class TfdsReader(Reader):
     # Shards tell apart two preparations of one version, as when a user's source files changed.
     splits = self._builder.info.splits
     shards = {name: [splits[name].num_bytes, list(splits[name].shard_lengths)] for name in splits}
-    return [self._builder.info.full_name, shards]
+    parts = sorted({pathlib.Path(part.filename) for part in self._parts})
+    for file in parts:
+      if not paths.is_file(file):
+        raise files.Damaged(f'{file} is missing; {self._mend}')
+    return [self._builder.info.full_name, shards, stamps(parts)]
+
+  def stretches(self) -> Sequence[Stretch]:
+    """See `Reader`."""
+    return [(part.filename, part.skip, part.skip + part.take) for part in self._parts]
 
   def read(self, index: int) -> tuple[np.ndarray, int]:
     """See `Reader`."""
-    example = self._records[index]
+    try:
+      example = self._records[index]
+    except Exception as error:  # Whatever the reader of records and the decoder of images raise.
+      file = self._file(index)
+      with files.reading(file, self._mend):
+        with open(file, 'rb') as content:  # What the system refuses is no damage.
+          content.read(1)
+        raise ValueError(f'image {index} of {self._expression}: {files.reason(error)}') from error
     return example['image'], int(example['label']) if self._has_labels else 0
+
+  def _file(self, index: int) -> pathlib.Path:
+    """Returns the file of an image."""
+    for part in self._parts:
+      if index < part.take:
+        return pathlib.Path(part.filename)
+      index -= part.take
+    return pathlib.Path(self._builder.data_dir)
 
   def locate(self, index: int) -> str:
     """See `Reader`."""
@@ -76,11 +105,11 @@ def open_builder(data: ml_collections.ConfigDict, log: Callable[[str], None]) ->
     return _build(data, root, log)
   try:
     return tfds.builder(data.name, data_dir=root)
-  except (ValueError, RuntimeError, ImportError, AssertionError) as error:
-    reason = str(error).splitlines()[0]
+  except Exception as error:  # Whatever its parsers of names, of JSON and of messages raise.
+    _check_stored(root / data.name.replace(':', '/'), mend_folder(data.name, root), error)
     raise UserError(
-      f'data.name={data.name!r} cannot be opened by TFDS ({reason}); write NAME or NAME/CONFIG as'
-      " in https://www.tensorflow.org/datasets/catalog, such as 'cifar10' or 'celeb_a_hq/256', or"
+      f'data.name={data.name!r} cannot be opened by TFDS ({files.reason(error)}); write NAME or NAME/CONFIG'
+      " as in https://www.tensorflow.org/datasets/catalog, such as 'cifar10' or 'celeb_a_hq/256', or"
       f' one of {tuple(OWN_BUILDERS)}'
     ) from error
 
@@ -89,7 +118,7 @@ def _build(
   data: ml_collections.ConfigDict, root: pathlib.Path, log: Callable[[str], None]
 ) -> tfds.core.DatasetBuilder:
   make = functools.partial(OWN_BUILDERS[data.name], data_dir=root, file_format='array_record')
-  builder = make()
+  builder = _made(make, data.name, root)
   if builder.is_prepared():
     return builder
   package = check_emoji_package(data.path) if data.name == 'noto_emoji' else None
@@ -98,13 +127,59 @@ def _build(
   tfds.disable_progress_bar()
   try:
     builder.download_and_prepare(download_config=config)
-  except PermissionError as error:
-    raise UserError(f"data.data_dir: cannot write to '{root}' ({error})") from error
-  except OSError:
+  except OSError as error:
     # TFDS writes to a folder of its own and renames it: another process may have been first.
-    if not make().is_prepared():
-      raise
-  return make()
+    if not _made(make, data.name, root).is_prepared():
+      raise UserError(
+        f"data.data_dir: '{error.filename or root}' cannot be written: {files.reason(error)}. Make room or"
+        ' name another folder'
+      ) from error
+  return _made(make, data.name, root)
+
+
+def _made(
+  make: Callable[[], tfds.core.DatasetBuilder], name: str, root: pathlib.Path
+) -> tfds.core.DatasetBuilder:
+  """Returns a builder of our own; it reads what is stored."""
+  try:
+    return make()
+  except Exception as error:  # Whatever its parsers raise of a damaged file.
+    _check_stored(root / name, mend_folder(name, root), error)
+    raise UserError(
+      f"data.data_dir: {name} cannot be opened in '{root}': {files.reason(error)}; {mend_folder(name, root)}"
+    ) from error
+
+
+def _check_stored(folder: pathlib.Path, remedy: str, error: Exception) -> None:
+  """Names the file that is to blame where TFDS cannot open what is stored; does nothing where none is there.
+
+  Raises:
+    Damaged: naming the file.
+    UserError: the system does not let it be read.
+  """
+  if not paths.is_folder(folder):
+    return
+  for file in sorted(folder.rglob('dataset_info.json')) + sorted(folder.rglob('features.json')):
+    files.read_json(file, remedy)
+  for file in sorted(folder.rglob('dataset_info.json')):
+    raise files.Damaged(f'{file} is damaged ({files.reason(error)}); {remedy}') from error
+
+
+def _parts(builder: tfds.core.DatasetBuilder, expression: str) -> list[Any]:
+  """Returns which images of which files a split selects; [] where TFDS makes them up (its own mock data)."""
+  splits = builder.info.splits
+  return list(splits[expression].file_instructions) if splits else []
+
+
+def mend(data: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder) -> str:
+  """Returns what to do about damaged records."""
+  return mend_folder(data.name, data_root(data), pathlib.Path(builder.data_dir))
+
+
+def mend_folder(name: str, root: pathlib.Path, folder: pathlib.Path | None = None) -> str:
+  """Returns what to do about a damaged file of a TFDS data set."""
+  again = 'it is built again' if name in OWN_BUILDERS else f'make it again. {how_to_get(name, root)}'
+  return f"delete its folder '{folder or root / name.replace(':', '/')}': {again}"
 
 
 def how_to_get(name: str, root: pathlib.Path) -> str:
