@@ -86,7 +86,7 @@ def check_any(settings: ConfigDict, rows: Sequence[Mapping[str, Any]], table: st
     reasons = '; '.join(dict.fromkeys(figure.missing for figure in figures))
     asked = [*settings.extractors, *([settings.lpips] if settings.lpips else [])]
     raise UserError(
-      f'no figure of {", ".join(asked) or "the stage"} could be made: {reasons}. The table with all others is '
+      f'no figure of {", ".join(asked) or "the stage"} could be made: {reasons}. The table with the rest is '
       f'{table}; config.evaluate.extractors and lpips name the networks'
     )
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import queue
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -136,6 +137,8 @@ class StageLog:
       why = 'see the error above'
     except OSError as error:
       why = files.reason(error)
+    with contextlib.suppress(queue.Full):
+      events._event_queue.put(object(), timeout=1)  # ends its thread, if that still runs
     events._event_queue.cancel_join_thread()  # else what is in it would be waited for at exit
     events._closed = True
     say(f'{self._events} is not complete: {why}')
