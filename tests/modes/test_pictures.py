@@ -12,9 +12,8 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from vaediff import files, main, modes
+from vaediff import main, modes
 from vaediff.errors import UserError
-from vaediff.evaluation import sweep as sweeps
 from vaediff.modes import evaluate, interpolate, pictures, reconstruct, restore, sample
 from vaediff.run import config as configs
 from vaediff.run import draw
@@ -309,47 +308,3 @@ def test_modes_that_write_nothing_refuse_another_folder(monkeypatch, mode):
 
 def test_there_is_such_a_flag():
   assert 'out' in flags.FLAGS and tuple(WRITING) == modes.WRITERS
-
-
-# Rows of a sweep on the disk ----------------------------------------------------------------------
-
-ROW = {
-  'N': 16,
-  'NFE': 2,
-  'seconds per image': 0.25,
-  'fd_classifier': sweeps.Figure(value=1.5, spread=0.25),
-  'kd_classifier': sweeps.Figure(missing='too few'),
-}
-
-
-def test_a_row_is_read_as_it_was_written(tmp_path):
-  path = tmp_path / 'a' / 'row.json'
-  assert sweeps.read_row(path) is None
-  sweeps.write_row(path, {'step': 3, 'settings': (1, 2)}, ROW, {'network vae': 'ab'})
-  assert sweeps.read_row(path) == ROW
-  stored = files.read_json(path)
-  assert stored['made_of'] == {'network vae': 'ab'} and stored['facts'] == {'step': 3, 'settings': [1, 2]}
-
-
-def test_every_damage_of_a_row_is_named(tmp_path):
-  """Whatever bit is flipped and wherever it is cut off: it is refused, or it says the same."""
-  path = tmp_path / 'row.json'
-  sweeps.write_row(path, {'step': 3}, ROW, {'network vae': 'ab'})
-  whole = path.read_bytes()
-  damages = [whole[:k] for k in range(0, len(whole) - 2, 7)]
-  damages += [whole[:k] + bytes([whole[k] ^ 1 << k % 7]) + whole[k + 1 :] for k in range(len(whole) - 1)]
-  damages += [b'[]', b'null', b'3', b'{}', b'{"figures": {}}', b'\xff', b'[' * 100_000]
-  refused = 0
-  for content in damages:
-    path.write_bytes(content)
-    try:
-      assert sweeps.read_row(path) == ROW, content
-    except files.Damaged as error:
-      assert str(path) in str(error) and 'remove it and run the same command again' in str(error)
-      refused += 1
-  assert refused > 0.8 * len(damages)
-
-
-def test_a_row_that_cannot_be_read_is_not_called_damaged(tmp_path):
-  with pytest.raises(UserError, match='cannot be read: Is a directory. The file was left as it is'):
-    sweeps.read_row(tmp_path)

@@ -32,7 +32,7 @@ from vaediff.evaluation.sets import (
   with_floors,
 )
 from vaediff.machine import distributed
-from vaediff.run import checkpoint, log
+from vaediff.run import checkpoint, draw, log
 from vaediff.run import config as configs
 from vaediff.run.trained import Trained
 
@@ -75,7 +75,7 @@ def sweep(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]
     path = folder / NAME / f'{digest}.json'
     known = read_row(path)
     if known is None:
-      known = measure(chosen, opened, real) | (compared.compare(chosen) if compared else {})
+      known = measure_or_say(chosen, opened, real, compared)
       if jax.process_index() == 0:
         write_row(path, facts, known, chosen.made_of)
       distributed.wait_for_all(f'wrote {path}')
@@ -190,6 +190,25 @@ def label(chosen: Trained) -> dict[str, Any]:
     'steps': columns.steps,
     'guidance': float(columns.guidance),
   }
+
+
+def measure_or_say(
+  chosen: Trained, opened: Networks, real: Real, teacher: against_teacher.Teacher | None
+) -> dict[str, Any]:
+  """Returns the figures of one row; where its images are not finite, that is why there are none.
+
+  So one setting that does not suit a network does not keep the others from being measured.
+  """
+  try:
+    return measure(chosen, opened, real) | (teacher.compare(chosen) if teacher else {})
+  except draw.NotFinite as error:
+    log.say(str(error))
+    names = [name for network in opened.features for name in measures.distance_names(network)]
+    return {
+      'N': chosen.config.evaluate.num_images,
+      'NFE': chosen.experiment.num_function_evaluations,
+      **dict.fromkeys(names, Figure(missing=str(error))),
+    }
 
 
 def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
