@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from vaediff.errors import UserError
 from vaediff.machine import distributed
-from vaediff.modes import MODES, SWEEPS
+from vaediff.modes import MODES, SWEEPS, WRITERS
 from vaediff.run import config as configs
 from vaediff.run import students
 
@@ -31,6 +31,7 @@ DISTRIBUTED = flags.DEFINE_enum(
 TOPOLOGY = flags.DEFINE_string(
   'topology', '', "With --mode=compile: slices, as 'v5e:4x4,v5e:16x16'; default config.compile.topology."
 )
+OUT = flags.DEFINE_string('out', '', f'With {"|".join(WRITERS)}: where to write; default the run folder.')
 SWEEP = flags.DEFINE_bool('sweep', False, 'With --mode=evaluate: over config.evaluate.sweep.')
 
 
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # --verbosity=0 shows what the libraries say
   if len(argv) > 1:
     raise UserError(f'unexpected argument {argv[1]!r}; options are written --name=value')
+  if OUT.value and MODE.value not in WRITERS:
+    raise UserError(f'--out goes with --mode={" or ".join(WRITERS)}, not with --mode={MODE.value}')
   if CONFIG.value is None:
     raise UserError('give --config=configs/<name>.py, or --workdir=<folder> of an earlier run')
   students.resolve(CONFIG.value)
@@ -51,7 +54,8 @@ def main(argv: list[str]) -> None:
   modes = SWEEPS if SWEEP.value else MODES
   if MODE.value not in modes:
     raise UserError(f'--sweep goes with --mode={" or ".join(SWEEPS)}, not with --mode={MODE.value}')
-  modes[MODE.value](configs.Run(CONFIG.value, workdir, configs.stages_of(CONFIG.value, STAGES.value)))
+  out = pathlib.Path(OUT.value) if OUT.value else None
+  modes[MODE.value](configs.Run(CONFIG.value, workdir, configs.stages_of(CONFIG.value, STAGES.value), out))
 
 
 def cli() -> None:
@@ -68,7 +72,7 @@ def cli() -> None:
     distributed.leave(str(missing), 2)
   except distributed.Preempted as error:
     print(f'preempted: {error}. Run the same command again to go on', file=sys.stderr)
-    sys.exit(distributed.PREEMPTED)
+    sys.exit(error.status)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise

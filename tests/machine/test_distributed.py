@@ -204,7 +204,8 @@ def test_two_processes_draw_the_images_of_one(tmp_path, trained, one_device):
   for name, picture in ours.items():
     assert np.abs(picture - theirs[name]).max() <= 1, name  # a byte may round the other way
   with np.load(one / 'samples.npz') as a, np.load(two / 'samples.npz') as b:
-    assert sorted(a) == sorted(b) == ['x0', 'x0_vae']
+    assert sorted(a) == sorted(b) == ['provenance', 'x0', 'x0_vae']
+    assert json.loads(str(a['provenance'])).keys() == json.loads(str(b['provenance'])).keys() != set()
     for index in range(5):
       assert np.array_equal(a['x0'][index, :, :, 0], theirs[f'samples/{index:06d}.png'])
   config.refiner.sample.num_images = 4

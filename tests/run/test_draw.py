@@ -14,6 +14,7 @@ import pytest
 
 from vaediff import experiments
 from vaediff.data import sources
+from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.machine import sharding
 from vaediff.run import draw
@@ -169,6 +170,41 @@ def test_images_are_not_opened_where_all_can_be_drawn():
   assert run({}, np.array([0, 100]))['a'].ravel().tolist() == bytes_of(0.0, 1.0)
   assert draw.observed_alone(OnlyDraws(), {}, (2, 2, 1)) == set()
   assert draw.observed_alone(Sources(), {}, (2, 2, 1)) == {'b'}
+
+
+class Broken(OnlyDraws):
+  """Image 'b' of index 3 is nan in one pixel, 'a' of index 5 infinite; 'c' is beyond bytes, but finite."""
+
+  def sample(self, read, given, keys):
+    index = jnp.round(given['a'] * 100)[:, None, None, None] * jnp.ones((1, 2, 2, 1))
+    pixel = jnp.zeros((2, 2, 1)).at[0, 1, 0].set(1.0)[None]
+    return {
+      'a': jnp.where(index == 5, jnp.inf, 0.0),
+      'b': jnp.where((index == 3) & (pixel == 1), jnp.nan, 0.0),
+      'c': 1e30 * jnp.ones_like(index),
+    }
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_images_that_are_not_finite_are_refused(devices):
+  run = draw.make_draw(
+    Broken(), mesh_of(devices), 7, (2, 2, 1), no_source, "stage 'refiner' (sampler ddim, num_steps 4)"
+  )
+  assert run({}, np.array([0, 1, 2, 4]))['b'].tolist() == np.full((4, 2, 2, 1), 128).tolist()
+  with pytest.raises(draw.NotFinite) as caught:
+    run({}, np.array([2, 3, 4, 5, 6]))
+  message = str(caught.value)
+  assert "stage 'refiner' (sampler ddim, num_steps 4): 2 of the 5 images" in message
+  assert 'the first is image 3 of seed 7' in message and 'checkpoint from before' in message
+  with pytest.raises(draw.NotFinite, match='1 of the 1 images .* the first is image 5 of seed 8'):
+    run({}, np.array([5]), seed=8)
+  assert issubclass(draw.NotFinite, UserError)
+
+
+def test_the_sampler_says_which_images_are_finite():
+  images, finite = jax.jit(draw.sampler(Broken()))({}, jnp.arange(8), {}, 0)
+  assert finite.tolist() == [True, True, True, False, True, False, True, True]
+  assert all(image.dtype == np.uint8 for image in images.values())
 
 
 def test_observe_takes_bytes_and_floats_and_any_number_of_images():

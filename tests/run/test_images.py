@@ -1,9 +1,12 @@
 """Pictures, interpolation and degradation against values worked out by hand."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vaediff import files
 from vaediff.data import pixels
@@ -55,6 +58,18 @@ def test_files_appear_whole(tmp_path):
   assert np.load(tmp_path / 'a.npz')['x0'].tolist() == [0, 1, 2, 3]
   left = {path.name for path in tmp_path.rglob('*') if path.is_file()}
   assert left == {'a.npz', 'a.png'}
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_picture_says_what_it_was_made_of(tmp_path, channels):
+  made_of = {'network vae': 'ab12', 'seed': '3', 'name': 'é ☃'}
+  picture = np.arange(16 * channels, dtype=np.uint8).reshape(4, 4, channels)
+  images.write_png(tmp_path / 'a.png', picture, made_of)
+  images.write_png(tmp_path / 'b.png', picture)
+  for name, text in (('a.png', {'vaediff': made_of}), ('b.png', {})):
+    with Image.open(tmp_path / name) as stored:
+      assert {key: json.loads(value) for key, value in stored.text.items()} == text
+      assert np.array_equal(np.asarray(stored).reshape(picture.shape), picture)
 
 
 def test_lerp_and_slerp_meet_their_ends_and_slerp_keeps_the_norm():

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff.data import sources
+from vaediff.errors import UserError
 from vaediff.evaluation import measures, networks
 from vaediff.evaluation.references import reference
 from vaediff.experiments.base import Experiment
@@ -33,6 +34,12 @@ def make_measure(
     return None, {}
   networks.check(config.evaluate)
   name = measures.network_of(train.best_measure)
+  least = measures.least_of(name, config.evaluate)[train.best_measure]
+  if train.best_images < least:
+    raise UserError(
+      f'config.{stage}.train.best_images must be at least {least} for train.best_measure = '
+      f'{train.best_measure!r}, got {train.best_images}'
+    )
   extractor, accuracy = networks.load(name, config, mesh)
   network = networks.Features(extractor, mesh, config.evaluate.batch_size, accuracy)
   known = reference(config, 'train', network)
@@ -47,7 +54,13 @@ def make_measure(
       images = run({**frozen, **params}, indices)
       fresh = min(size, train.best_images - int(indices[0]))
       stream.add(images[list(images)[-1]][:fresh])
-    return measures.of_features(name, stream.finish(), known, config.evaluate)[train.best_measure]
+    seen = stream.finish()
+    missing = measures.missing(name, seen['features'], known.features, config.evaluate)
+    if train.best_measure in missing:
+      raise UserError(
+        f'config.{stage}.train.best_measure = {train.best_measure!r}: {missing[train.best_measure]}'
+      )
+    return measures.of_features(name, seen, known, config.evaluate)[train.best_measure]
 
   made_of = {
     'the real images': str(known.provenance['images_sha256']),

@@ -1,34 +1,45 @@
 """`--mode=evaluate`: the figures of a trained stage as one table, in JSON, Markdown and plots."""
 
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from vaediff import files
 from vaediff.data import sources
-from vaediff.evaluation import likelihoods, networks, plots, report
+from vaediff.errors import UserError
+from vaediff.evaluation import likelihoods, measures, networks, plots, report
+from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
-from vaediff.evaluation.sets import FOLDER, Real, name_of, real_images, sample_rows
+from vaediff.evaluation.sets import DATA, FOLDER, Real, name_of, real_images, sample_rows
 from vaediff.run import checkpoint, log
 from vaediff.run.trained import Trained
 
 
-def evaluate(trained: Trained) -> dict[str, float]:
+def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
   """Prints the table of the stage; writes `evaluation/<name>.json`, `.md` and plots.
+
+  Args:
+    trained: the stage.
+    out: folder to write to; None = the run's.
 
   Returns:
     {}: all figures are in the table.
 
   Raises:
-    UserError: for a setting that is not allowed. What cannot be computed is said in the table.
+    UserError: for a setting that is not allowed. What cannot be computed is said in the table; where that is
+      every figure of the networks that the config names, it is an error once the table is written.
   """
   config, settings = trained.config, trained.config.evaluate
   for split in sources.SPLITS:
     trained.images(split)  # are those of its training
+  folder, name = (out or trained.workdir) / FOLDER, name_of(trained)
   opened = networks.open_networks(config, trained.mesh)
   real = real_images(config, opened)
-  rows = sample_rows(trained, opened, real)
+  rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
   model = {'': trained.stage, **likelihoods.figures(trained)}
   result = {
@@ -41,17 +52,59 @@ def evaluate(trained: Trained) -> dict[str, float]:
     'model': model,
     'missing': opened.missing,
     'settings': config[trained.stage].sample.to_dict(),
+    'notes': notes(opened, real, settings),
+    'made_of': trained.made_of,
   }
-  folder, name = trained.workdir / FOLDER, name_of(trained)
   text = as_text(result)
   for line in text.splitlines():
     log.say(line)
   if jax.process_index() == 0:
     report.write_json(folder / f'{name}.json', result)
     files.write_text(folder / f'{name}.md', as_text(result, markdown=True) + '\n')
-    plots.bars(folder / f'{name}.png', rows)
-  log.say(f'\nwrote {folder / name}.json, .md and .png')
+    drawn = plots.bars(folder / f'{name}.png', rows, trained.made_of)
+    log.say(f'\nwrote {folder / name}.json, .md{" and .png" if drawn else ""}')
+  check_any(settings, [*rows, *reconstructed, model], f'{folder / name}.md')
   return {}
+
+
+def wanted(settings: ConfigDict) -> set[str]:
+  """Returns the names of the figures of all networks that `config.evaluate` names."""
+  names = set()
+  for network in settings.extractors:
+    names |= {*measures.names_of(network), *(f'r{name}' for name in measures.distance_names(network))}
+  return names | ({settings.lpips, f'diversity_{settings.lpips}'} if settings.lpips else set())
+
+
+def check_any(settings: ConfigDict, rows: Sequence[Mapping[str, Any]], table: str) -> None:
+  """Raises UserError where no figure of the networks that are named could be made, whatever else could."""
+  names = wanted(settings)
+  figures = [
+    value
+    for row in rows
+    if row.get('set') != DATA
+    for name, value in row.items()
+    if isinstance(value, Figure) and (name in names or not names)
+  ]
+  if figures and all(figure.value is None for figure in figures):
+    reasons = '; '.join(dict.fromkeys(figure.missing for figure in figures))
+    asked = [*settings.extractors, *([settings.lpips] if settings.lpips else [])]
+    raise UserError(
+      f'no figure of {", ".join(asked) or "the stage"} could be made: {reasons}. The table with the rest is '
+      f'{table}; config.evaluate.extractors and lpips name the networks'
+    )
+
+
+def notes(opened: Networks, real: Real, settings: ConfigDict) -> list[str]:
+  """Returns what makes figures others than the settings say."""
+  found = []
+  for name in opened.features:
+    have = min(settings.num_images, settings.max_features, len(real.train[name].features))
+    if have < settings.kernel_subset_size:
+      found.append(
+        f'{measures.distance_names(name)[1]}: subsets hold at most {have} images, not the '
+        f'{settings.kernel_subset_size} of config.evaluate.kernel_subset_size: there are no more'
+      )
+  return found
 
 
 def header(trained: Trained) -> dict[str, Any]:
@@ -114,8 +167,10 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
   if len(result['model']) > 1:
     parts.append(shown(report.turned([result['model']], '')))
     parts.append(
-      'Bounds are over the evaluation split; ± is the standard error over images. elbo is in nats.'
+      'Bounds are over the first N images of the evaluation split; ± is the standard error over images. elbo '
+      'is in nats.'
     )
   rows = [*result['samples'], *result['reconstructions'], result['model']]
+  parts += [f'note: {line}' for line in result['notes']]
   parts += [f'not computed: {line}' for line in report.reasons(rows)]
   return '\n\n'.join(parts)

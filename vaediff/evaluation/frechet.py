@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float
 
+from vaediff.errors import UserError
+
 Features = Float[np.ndarray, '_ features']
 """Feature vectors; the sets of one call may have different sizes."""
 MAX_SVD = 4096
@@ -53,9 +55,9 @@ class Moments:
 
   @property
   def covariance(self) -> Float[np.ndarray, 'features features']:
-    """The unbiased covariance, float64 [d, d]; needs two vectors."""
+    """The unbiased covariance, float64 [d, d]; needs two vectors, one for each image."""
     if self.count < 2:
-      raise ValueError(f'a covariance needs at least 2 vectors, got {self.count}')
+      raise UserError(f'a covariance needs at least 2 vectors, got {self.count}: use more images')
     return self.scatter / (self.count - 1)
 
   @functools.cached_property
@@ -95,7 +97,7 @@ def frechet_distance_of(x: Features, y: Features) -> float:
   if min(len(x), len(y)) > dimensions or max(len(x), len(y)) > MAX_SVD:
     return frechet_distance(a, b)
   if min(len(x), len(y)) < 2:
-    raise ValueError(f'a covariance needs at least 2 vectors, got {len(x)} and {len(y)}')
+    raise UserError(f'a covariance needs at least 2 vectors, got {len(x)} and {len(y)}: use more images')
   product = (np.asarray(x, np.float64) - a.mean) @ (np.asarray(y, np.float64) - b.mean).T
   singular = np.linalg.svd(product, compute_uv=False)
   return _distance(a, b, singular.sum() / np.sqrt((len(x) - 1) * (len(y) - 1)))

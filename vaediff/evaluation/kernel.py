@@ -5,6 +5,11 @@ from jaxtyping import Float
 
 from vaediff.evaluation.frechet import Features
 
+SPLITS = 10
+"""Of the images, for the Inception Score."""
+LEAST_SCORED = 2 * SPLITS
+"""Images: a split of a single one has the score 1, whatever it shows."""
+
 
 def polynomial_kernel(x: Features, y: Features) -> Float[np.ndarray, 'rows columns']:
   """Returns (x . y / d + 1)^3 of every pair, the kernel of the KID (arXiv:1801.01401, section 4)."""
@@ -51,7 +56,7 @@ def kernel_distance(
   return float(np.mean(values)), float(error)
 
 
-def inception_score(logits: Features, num_splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: Features, num_splits: int = SPLITS) -> tuple[float, float]:
   """Returns mean and standard deviation over splits of exp E_x KL(p(y|x) || p(y)); from 1 to K classes.
 
   Salimans et al. 2016, arXiv:1606.03498, section 4. Consecutive splits of nearly equal size, as there.

@@ -1,6 +1,7 @@
 """Figures of a model rather than of its samples: variational bounds, and what of z is in use."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -41,26 +42,36 @@ def figures(trained: Trained) -> dict[str, Figure]:
     except UserError as error:
       found['bits_per_dimension'] = Figure(missing=str(error))
       continue
-    total = sum(terms.values())
-    error = float(total.std(ddof=1) / np.sqrt(len(total)))
     if experiment.likelihood == BYTES:
-      found['bits_per_dimension'] = Figure(
-        value=bits_per_dimension(float(total.mean()), dimensions),
-        spread=bits_per_dimension(error, dimensions),
-      )
-      for name, values in terms.items():
-        found[f'bits_per_dimension/{name}'] = Figure(
-          value=bits_per_dimension(float(values.mean()), dimensions)
-        )
+      unit = functools.partial(bits_per_dimension, dimensions=dimensions)
+      found |= of_terms('bits_per_dimension', terms, unit)
     else:
-      found['elbo'] = Figure(value=-float(total.mean()), spread=error)
-      for name, values in terms.items():
-        found[f'elbo/{name}'] = Figure(value=-float(values.mean()))
+      found |= of_terms('elbo', terms, lambda nats: -nats)
   if CODE in trained.experiment.inputs:
     count = min(settings.num_reconstructions, len(trained.eval_source))
-    seen = trained.observe(*trained.eval_images(count))
-    found['active_units'] = Figure(value=float(active_units(seen[CODE])))
-    found['latent_dim'] = Figure(value=float(seen[CODE].shape[1]))
+    code = trained.observe(*trained.eval_images(count))[CODE]
+    found['active_units'] = Figure(value=float(active_units(code)), n=count)
+    if count < 2 or not np.isfinite(code).all():
+      why = 'needs at least 2 images' if count < 2 else 'codes of evaluation images are not finite'
+      found['active_units'] = Figure(missing=why)
+    found['latent_dim'] = Figure(value=float(code.shape[1]))
+  return found
+
+
+def of_terms(name: str, terms: dict[str, np.ndarray], unit: Callable[[float], float]) -> dict[str, Figure]:
+  """Returns a bound and its terms, each a mean over images; `unit` turns nats into what is shown.
+
+  Where one is not finite there is no mean, and the figures say of how many images that is.
+  """
+  total = sum(terms.values())
+  bad = int(np.sum(~np.isfinite(total)))
+  if bad:
+    return {name: Figure(missing=f'it is not finite for {bad} of {len(total)} evaluation images')}
+  error = float(total.std(ddof=1) / np.sqrt(len(total))) if len(total) > 1 else None
+  spread = None if error is None else abs(unit(error))
+  found = {name: Figure(value=unit(float(total.mean())), spread=spread, n=len(total))}
+  for term, values in terms.items():
+    found[f'{name}/{term}'] = Figure(value=unit(float(values.mean())), n=len(total))
   return found
 
 

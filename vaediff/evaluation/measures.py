@@ -17,6 +17,8 @@ from vaediff.evaluation.networks import NAMES
 from vaediff.evaluation.references import Reference
 
 NEIGHBOURHOODS = ('precision', 'recall', 'density', 'coverage')
+FIELDS = 'config.evaluate.num_neighbours and max_features'
+"""What says how many images those are of, and how many they need."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Figure:
     spread: standard deviation over seeds (ddof 1); None for a single one.
     floor: what real images get at `floor_n` images; None where there is no such thing.
     floor_n: how many real images that was.
+    n: of how many images it is, where that is not the N of its row.
     missing: why there is no value.
   """
 
@@ -35,6 +38,7 @@ class Figure:
   spread: float | None = None
   floor: float | None = None
   floor_n: int | None = None
+  n: int | None = None
   missing: str = ''
 
 
@@ -65,10 +69,45 @@ def network_of(measure: str) -> str:
   raise UserError(f'train.best_measure is {measure!r}; valid: val/<metric of the stage>, {valid}, ...')
 
 
+def least_of(network: str, settings: ConfigDict) -> dict[str, int]:
+  """Returns how many images a figure needs at least, by figure of a network."""
+  least = dict.fromkeys(names_of(network), settings.num_neighbours + 1)
+  least |= dict.fromkeys(distance_names(network), 2)
+  return {name: kernel.LEAST_SCORED if name == 'is' else count for name, count in least.items()}
+
+
+def counts_of(network: str, count: int, settings: ConfigDict) -> dict[str, int]:
+  """Returns of how many of `count` images a figure is, by figure of a network."""
+  whole = (distance_names(network)[0], 'is')
+  return {name: count if name in whole else min(count, settings.max_features) for name in names_of(network)}
+
+
+def missing(network: str, features: Features, others: Features, settings: ConfigDict) -> dict[str, str]:
+  """Returns why figures of a network cannot be computed, by figure; {} where all can.
+
+  Args:
+    network: its name.
+    features: of the images.
+    others: of the real ones.
+    settings: `config.evaluate`.
+  """
+  if not (np.isfinite(features).all() and np.isfinite(others).all()):
+    return dict.fromkeys(names_of(network), f'what {network} sees in the images is not finite')
+  counts, counts_real = (counts_of(network, len(x), settings) for x in (features, others))
+  reasons = {}
+  for name, least in least_of(network, settings).items():
+    have, real = counts[name], least if name == 'is' else counts_real[name]
+    if min(have, real) < least:
+      why = f' ({FIELDS})' if name.split('_')[0] in NEIGHBOURHOODS else ''
+      compared = '' if name == 'is' else f', compared with {real}'
+      reasons[name] = f'needs at least {least} images{why}, there are {have}{compared}'
+  return reasons
+
+
 def of_features(
   network: str, seen: dict[str, np.ndarray], reference: Reference, settings: ConfigDict
 ) -> dict[str, float]:
-  """Returns all figures of a set of images from what a network saw in them.
+  """Returns the figures of a set of images from what a network saw in them, but for those `missing`.
 
   Args:
     network: its name.
@@ -78,11 +117,13 @@ def of_features(
   """
   features, most = seen['features'], settings.max_features
   values = distances(network, features, reference, settings)
-  if network == 'inception':
+  names = set(names_of(network)) - missing(network, features, reference.features, settings).keys()
+  if 'is' in names:
     values['is'], _ = kernel.inception_score(seen['logits'])
-  k = settings.num_neighbours
-  if min(len(features), len(reference.features)) > k:
-    near = precision_recall.precision_recall(reference.features[:most], features[:most], k)
+  if f'precision_{network}' in names:
+    near = precision_recall.precision_recall(
+      reference.features[:most], features[:most], settings.num_neighbours
+    )
     values |= {f'{name}_{network}': value for name, value in near.items()}
   return values
 
@@ -90,8 +131,10 @@ def of_features(
 def distances(
   network: str, features: Features, reference: Reference, settings: ConfigDict
 ) -> dict[str, float]:
-  """Returns Fréchet and kernel distance of feature vectors [n, d] to the reference."""
+  """Returns Fréchet and kernel distance of feature vectors [n, d] to the reference, unless `missing`."""
   fd, kd = distance_names(network)
+  if fd in missing(network, features, reference.features, settings):
+    return {}
   return {
     fd: frechet_to(features, reference),
     kd: kernel_to(features, reference.features, settings),
@@ -124,7 +167,7 @@ def floor(
   """Returns the distances that real images get at `count` images, and at how many they were taken.
 
   `count` held-out images against the training split. Where there are fewer, both are pooled, and `count`
-  images (at most half) drawn at random are compared with the others.
+  images (at most half) drawn at random are compared with the others. {} where that is too few.
   """
   if len(held_out) >= count:
     return distances(network, held_out[:count], reference, settings), count

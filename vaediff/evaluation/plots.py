@@ -1,5 +1,6 @@
 """Plots of an evaluation, as PNG files."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,12 +22,19 @@ MARKERS = 'osD^v'
 NUM_COLOURS = 10
 
 
-def bars(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Draws the Fréchet distances of every set of samples, one panel per network, with the floor as a line."""
+def bars(
+  path: pathlib.Path, rows: Sequence[Mapping[str, Any]], made_of: Mapping[str, str] | None = None
+) -> bool:
+  """Draws the Fréchet distances of every set of samples, one panel per network, with the floor as a line.
+
+  Returns:
+    False where there is none to draw; then there is no file, nor that of an earlier call.
+  """
   names = [name for name in rows[0] if name == 'fid' or name.startswith('fd_')]
   names = [name for name in names if any(has_value(row.get(name)) for row in rows)]
   if not names:
-    return
+    path.unlink(missing_ok=True)
+    return False
   plot, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False)
   for axis, name in zip(axes[0], names, strict=True):
     shown = [row for row in rows if has_value(row.get(name))]
@@ -38,14 +46,27 @@ def bars(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
       axis.legend()
     axis.set_title(name)
     axis.tick_params(axis='x', labelrotation=15, labelsize=8)
-  save(plot, path)
+  save(plot, path, made_of)
+  return True
 
 
-def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], measure: str, floor: float | None) -> None:
+def curves(
+  path: pathlib.Path,
+  rows: Sequence[Mapping[str, Any]],
+  measure: str,
+  floor: float | None,
+  made_of: Mapping[str, str] | None = None,
+) -> bool:
   """Draws the trade-off: a distance against network evaluations, and against seconds per image.
 
   One line per `line` of the rows (run, sampler, guidance), with the spread over seeds as error bars.
+
+  Returns:
+    False where there is none to draw; then there is no file, nor that of an earlier call.
   """
+  if not any(has_value(row.get(measure)) for row in rows):
+    path.unlink(missing_ok=True)
+    return False
   plot, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
   lines: dict[str, list[Mapping[str, Any]]] = {}
   for row in rows:
@@ -66,12 +87,15 @@ def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], measure: str, 
       axis.axhline(floor, color='black', linewidth=1, linestyle='--')
   axes[0].set_ylabel(measure)
   axes[1].legend(fontsize=8, loc='upper left', bbox_to_anchor=(1.02, 1.0))
-  save(plot, path)
+  save(plot, path, made_of)
+  return True
 
 
-def pairs(path: pathlib.Path, above: np.ndarray, below: np.ndarray) -> None:
+def pairs(
+  path: pathlib.Path, above: np.ndarray, below: np.ndarray, made_of: Mapping[str, str] | None = None
+) -> None:
   """Writes two rows of uint8 images as one picture."""
-  images.write_png(path, images.grid(np.concatenate([above, below]), len(above)))
+  images.write_png(path, images.grid(np.concatenate([above, below]), len(above)), made_of)
 
 
 def has_value(value: Any) -> bool:
@@ -79,9 +103,10 @@ def has_value(value: Any) -> bool:
   return isinstance(value, Figure) and value.value is not None
 
 
-def save(plot: Plot, path: pathlib.Path) -> None:
-  """Writes and closes a plot."""
+def save(plot: Plot, path: pathlib.Path, made_of: Mapping[str, str] | None) -> None:
+  """Writes and closes a plot, with what it was made of."""
   plot.tight_layout()
+  text = {images.MADE_OF: json.dumps(dict(made_of), sort_keys=True)} if made_of else {}
   with files.replacing(path) as temporary:
-    plot.savefig(temporary, format='png', dpi=120)
+    plot.savefig(temporary, format='png', dpi=120, metadata=text)
   plt.close(plot)

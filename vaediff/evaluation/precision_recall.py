@@ -12,6 +12,7 @@ CHUNK = 1024
 def squared_distances(x: Features, y: Features) -> Float[np.ndarray, 'rows columns']:
   """Returns |x_i - y_j|^2 of every pair, >= 0."""
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  x, y = x - y[0], y - y[0]  # of vectors that are all the same it is 0, not what rounding leaves
   squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None] - 2 * x @ y.T
   return np.maximum(squares, 0)
 

@@ -12,7 +12,7 @@ from vaediff.evaluation import measures, quality
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.evaluation.sets import Real, floors_at, title_of, with_floors
+from vaediff.evaluation.sets import Real, distances_of, floors_at, title_of, with_floors
 from vaediff.run import log
 from vaediff.run.trained import Trained
 
@@ -51,8 +51,8 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
         kept = held_out.features[:count]
         held_out = dataclasses.replace(held_out, moments=Moments.of(kept), features=kept)
       seen = streams[name][network].finish()['features']
-      values = measures.distances(network, seen, held_out, settings)
-      figures |= {f'r{key}': Figure(value=value) for key, value in values.items()}
+      found = distances_of(network, [seen], held_out, settings)
+      figures |= {f'r{key}': figure for key, figure in found.items()}
     floors_r = {f'r{key}': value for key, value in floors.items()}
     label = title_of(trained, name)
     rows.append({'set': f'{label} reconstructions', 'N': count, **with_floors(figures, floors_r)})

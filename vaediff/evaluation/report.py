@@ -13,13 +13,18 @@ Row = Mapping[str, Figure | str | int | float | None]
 
 
 def cell(value: Figure | str | int | float | None) -> str:
-  """Returns a value as a cell: '12.3 ± 0.4 (floor 1.2 at N = 800)', or a dash where there is none."""
+  """Returns a value as a cell: '12.3 ± 0.4 (floor 1.2 at N = 800)', or a dash where there is none.
+
+  A figure of another number of images than its row says which.
+  """
   if isinstance(value, Figure):
     if value.value is None:
       return '-'
     text = number(value.value)
     if value.spread is not None:
       text += f' ± {number(value.spread)}'
+    if value.n is not None:
+      text += f' (N = {value.n})'
     if value.floor is not None:
       text += f' (floor {number(value.floor)} at N = {value.floor_n})'
     return text

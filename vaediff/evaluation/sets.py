@@ -4,7 +4,9 @@ Only features and the first images of a seed are held. Samples are compared with
 """
 
 import dataclasses
+import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,8 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff.data import sources
+from vaediff.errors import UserError
 from vaediff.evaluation import measures, plots, precision_recall
+from vaediff.evaluation.frechet import Features, Moments
 from vaediff.evaluation.measures import Figure
+from vaediff.evaluation.networks import Features as Network
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.references import Reference, reference
 from vaediff.run import draw, log
@@ -23,6 +28,8 @@ FOLDER = 'evaluation'
 SHOWN = 8
 """Samples that are shown beside their nearest training images."""
 DATA = 'evaluation images'
+LONGEST = 200
+"""Bytes of `evaluate.name`: files whose names it begins must have one that a disk takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +58,35 @@ class Drawn:
 def real_images(config: ConfigDict, opened: Networks) -> Real:
   """Returns the statistics of both splits for every network, from the cache where they are there."""
   return Real(
-    train={name: reference(config, 'train', network) for name, network in opened.features.items()},
-    held_out={name: reference(config, 'eval', network) for name, network in opened.features.items()},
+    train={name: statistics(config, 'train', network) for name, network in opened.features.items()},
+    held_out={name: statistics(config, 'eval', network) for name, network in opened.features.items()},
   )
 
 
+def statistics(config: ConfigDict, split: str, network: Network) -> Reference:
+  """Returns the statistics of a split; of a single image, which has no covariance to keep, its features."""
+  source = sources.open_source(config.data, split)
+  if len(source) > 1:
+    return reference(config, split, network)
+  (seen,) = network.of_source(source, 1)
+  features = seen['features']
+  return Reference(moments=Moments.of(features), features=features, split=split, provenance={'n': 1})
+
+
 def name_of(trained: Trained) -> str:
-  """Returns `evaluate.name`, or one made of stage, sampler and number of steps."""
-  if trained.config.evaluate.name:
-    return trained.config.evaluate.name
+  """Returns `evaluate.name`, or one made of stage, sampler and number of steps.
+
+  Raises:
+    UserError: for a name that is no name of a file in the folder.
+  """
+  name = trained.config.evaluate.name
+  if name in ('.', '..') or any(sign in name for sign in '/\\\0\n') or len(name.encode()) > LONGEST:
+    raise UserError(
+      f'config.evaluate.name is {name!r}: it must be the name of a file, without a folder, of at most '
+      f'{LONGEST} bytes'
+    )
+  if name:
+    return name
   settings = trained.settings
   parts = [trained.stage]
   if 'sampler' in settings:
@@ -100,10 +127,11 @@ def draw_sets(trained: Trained, opened: Networks, seed: int, count: int, keep: i
   }
 
 
-def sample_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
+def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.Path) -> list[dict[str, Any]]:
   """Returns one row per kind of sample, with the spread over seeds, and one of the evaluation images.
 
   A stage whose samples need an image, as an autoencoder's do, has none of its own, only reconstructions.
+  `folder` is where pictures go.
   """
   settings, count = trained.config.evaluate, trained.config.evaluate.num_images
   keep = min(count, max(settings.num_memorisation, 2 * settings.num_diversity_pairs, SHOWN))
@@ -128,12 +156,12 @@ def sample_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str
         if shown_before
         else over(by_seed, name),
         **with_floors(figures, floors),
-        **of_images(trained, opened, first.first),
+        **of_images(trained, opened, first.first, count),
       }
     )
   rows.append(data_row(trained, opened, real, count, keep))
   if by_seed:
-    add_memorisation(trained, rows, {name: sets.first for name, sets in by_seed[0].items()}, keep)
+    add_memorisation(trained, rows, {name: sets.first for name, sets in by_seed[0].items()}, keep, folder)
   return rows
 
 
@@ -157,11 +185,48 @@ def figures_of(
     if network in opened.missing:
       figures |= {name: Figure(missing=opened.missing[network]) for name in measures.names_of(network)}
       continue
-    values = [
-      measures.of_features(network, drawn.seen[network], references[network], settings) for drawn in sets
-    ]
-    figures |= measures.over_seeds(values)
+    figures |= of_network(network, [drawn.seen[network] for drawn in sets], references[network], settings)
   return figures
+
+
+def of_network(
+  network: str, seen: list[dict[str, np.ndarray]], reference: Reference, settings: ConfigDict
+) -> dict[str, Figure]:
+  """Returns all figures of a network over sets of one size, in the order of the table; see `said`."""
+  values = [measures.of_features(network, each, reference, settings) for each in seen]
+  features = [each['features'] for each in seen]
+  return said(network, values, features, reference, settings, measures.names_of(network))
+
+
+def distances_of(
+  network: str, features: list[Features], reference: Reference, settings: ConfigDict
+) -> dict[str, Figure]:
+  """Returns the distances of a network over sets of one size; see `said`."""
+  values = [measures.distances(network, each, reference, settings) for each in features]
+  return said(network, values, features, reference, settings, measures.distance_names(network))
+
+
+def said(
+  network: str,
+  values: list[dict[str, float]],
+  features: list[Features],
+  reference: Reference,
+  settings: ConfigDict,
+  names: Sequence[str],
+) -> dict[str, Figure]:
+  """Returns figures over sets; one that cannot be computed says why, one of fewer images of how many."""
+  count, missing = len(features[0]), {}
+  for each in features:
+    missing |= measures.missing(network, each, reference.features, settings)
+  kept = [{name: value[name] for name in value if name not in missing} for value in values]
+  figures = measures.over_seeds(kept) | {name: Figure(missing=reason) for name, reason in missing.items()}
+  counts = measures.counts_of(network, count, settings)
+  return {name: of_fewer(figures[name], counts[name], count) for name in names}
+
+
+def of_fewer(figure: Figure, n: int, row_n: int) -> Figure:
+  """Returns a figure that says of how many images it is, where those are not as many as its row says."""
+  return figure if n == row_n or figure.value is None else dataclasses.replace(figure, n=n)
 
 
 def floors_at(count: int, real: Real, settings: ConfigDict) -> dict[str, tuple[float, int]]:
@@ -184,24 +249,26 @@ def with_floors(figures: dict[str, Figure], floors: dict[str, tuple[float, int]]
 
 
 def data_row(trained: Trained, opened: Networks, real: Real, count: int, keep: int) -> dict[str, Any]:
-  """Returns the row of the evaluation images: what a perfect sampler would get at that N."""
+  """Returns the row of the evaluation images: what a perfect sampler would get at that N.
+
+  Where features of fewer of them are kept, its N is their number.
+  """
   settings = trained.config.evaluate
+  count = min(count, len(trained.eval_source))
+  count = min([count, *(len(held_out.features) for held_out in real.held_out.values())])
   figures = {}
   for network, held_out in real.held_out.items():
     seen = {'features': held_out.features[:count]}
     if network == 'inception':
-      limit = min(count, len(trained.eval_source))
-      parts = opened.features[network].of_source(trained.eval_source, limit)
+      parts = opened.features[network].of_source(trained.eval_source, count)
       seen['logits'] = np.concatenate([part['logits'] for part in parts])
-    values = measures.of_features(network, seen, real.train[network], settings)
-    figures |= {name: Figure(value=value) for name, value in values.items()}
-  available = min(count, len(trained.eval_source))
-  image = trained.eval_source.read(np.arange(min(keep, available)))['image']
-  return {'set': DATA, 'N': available, **figures, **of_images(trained, opened, image)}
+    figures |= of_network(network, [seen], real.train[network], settings)
+  image = trained.eval_source.read(np.arange(min(keep, count)))['image']
+  return {'set': DATA, 'N': count, **figures, **of_images(trained, opened, image, count)}
 
 
-def of_images(trained: Trained, opened: Networks, image: np.ndarray) -> dict[str, Figure]:
-  """Returns the LPIPS diversity: the mean LPIPS of disjoint pairs of images of the set."""
+def of_images(trained: Trained, opened: Networks, image: np.ndarray, count: int) -> dict[str, Figure]:
+  """Returns the LPIPS diversity: the mean LPIPS of disjoint pairs of the first images of a set of `count`."""
   settings = trained.config.evaluate
   if not settings.lpips:
     return {}
@@ -212,11 +279,15 @@ def of_images(trained: Trained, opened: Networks, image: np.ndarray) -> dict[str
   if pairs < 1:
     return {name: Figure(missing='needs at least two images')}
   distances = opened.lpips(image[: 2 * pairs : 2], image[1 : 2 * pairs : 2])
-  return {name: Figure(value=float(distances.mean()))}
+  return {name: of_fewer(Figure(value=float(distances.mean())), 2 * pairs, count)}
 
 
 def add_memorisation(
-  trained: Trained, rows: list[dict[str, Any]], first: dict[str, np.ndarray], keep: int
+  trained: Trained,
+  rows: list[dict[str, Any]],
+  first: dict[str, np.ndarray],
+  keep: int,
+  folder: pathlib.Path,
 ) -> None:
   """Adds 'nearest_training_rmse' (pixels in [0, 1]) to the rows; writes the nearest images of the last set.
 
@@ -237,11 +308,12 @@ def add_memorisation(
   rmse = np.sqrt(nearest.squared / flat(sets[0]).shape[1])
   parts = np.split(np.arange(len(rmse)), np.cumsum([len(value) for value in sets])[:-1])
   for row, part in zip(rows, parts, strict=True):
-    row['nearest_training_rmse'] = Figure(value=float(rmse[part].mean()))
+    row['nearest_training_rmse'] = of_fewer(Figure(value=float(rmse[part].mean())), len(part), row['N'])
   shown = parts[-2][:SHOWN]
-  path = trained.workdir / FOLDER / f'{name_of(trained)}-nearest.png'
+  path = folder / f'{name_of(trained)}-nearest.png'
   if jax.process_index() == 0:
-    plots.pairs(path, sets[-2][: len(shown)], train.read(nearest.index[shown])['image'])
+    below = train.read(nearest.index[shown])['image']
+    plots.pairs(path, sets[-2][: len(shown)], below, trained.made_of)
     log.say(f'wrote {path}: samples, and under each the nearest training image')
 
 

@@ -15,31 +15,45 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import files
+from vaediff import files, identity
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher, measures, networks, plots, report
+from vaediff.evaluation.evaluate import check_any
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.evaluation.sets import FOLDER, Real, draw_sets, floors_at, real_images, with_floors
+from vaediff.evaluation.sets import (
+  FOLDER,
+  Real,
+  distances_of,
+  draw_sets,
+  floors_at,
+  real_images,
+  with_floors,
+)
 from vaediff.machine import distributed
 from vaediff.run import config as configs
-from vaediff.run import log
+from vaediff.run import draw, log
 from vaediff.run.trained import Trained
 
 NAME = 'sweep'
 
 
-def sweep(trained: Trained) -> dict[str, float]:
+def sweep(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
   """Prints the table; writes `evaluation/sweep.json`, `.md`, and a plot for each distance.
+
+  Args:
+    trained: the stage.
+    out: folder to write to, and to look for rows in; None = the run's.
 
   Returns:
     {}: all figures are in the table.
 
   Raises:
-    UserError: for a setting that is not allowed, a stage that draws in no steps, or a run of other data.
+    UserError: for a setting that is not allowed, a stage that draws in no steps, or a run of other data; and
+      once the table is written where no distance could be computed.
   """
-  config, folder = trained.config, trained.workdir / FOLDER
+  config, folder = trained.config, (out or trained.workdir) / FOLDER
   settings = config.evaluate.sweep
   stages = chosen_students(against_teacher.chain(trained), settings)
   teacher = None
@@ -50,7 +64,7 @@ def sweep(trained: Trained) -> dict[str, float]:
   opened = networks.open_networks(config, trained.mesh)
   real = real_images(config, opened)
   floors = floors_at(config.evaluate.num_images, real, config.evaluate)
-  rows = []
+  rows, made_of = [], []
   for number, (run, changes) in enumerate(points, start=1):
     chosen = run.with_settings(**changes)
     compared = teacher if run in stages else None
@@ -61,15 +75,18 @@ def sweep(trained: Trained) -> dict[str, float]:
     path = folder / NAME / f'{digest}.json'
     known = read_row(path)
     if known is None:
-      known = measure(chosen, opened, real) | (compared.compare(chosen) if compared else {})
+      known = measure_or_say(chosen, opened, real, compared)
       if jax.process_index() == 0:
-        report.write_json(path, {'facts': facts, 'figures': known})
+        write_row(path, facts, known, chosen.made_of)
+      distributed.wait_for_all(f'wrote {path}')
+    made_of.append(chosen.made_of)
     row = {**label(chosen), **{k: v for k, v in known.items() if not isinstance(v, Figure)}}
     row |= with_floors({k: v for k, v in known.items() if isinstance(v, Figure)}, floors)
     rows.append(row)
     shown = '  '.join(f'{name} {report.cell(value)}' for name, value in row.items() if name != 'line')
     log.say(f'{number}/{len(points)}  {shown}')
-  write(folder, rows, floors, opened)
+  write(folder, rows, floors, opened, made_of)
+  check_any(config.evaluate, rows, f'{folder / NAME}.md')
   return {}
 
 
@@ -166,39 +183,74 @@ def label(chosen: Trained) -> dict[str, Any]:
   }
 
 
+def measure_or_say(
+  chosen: Trained, opened: Networks, real: Real, teacher: against_teacher.Teacher | None
+) -> dict[str, Any]:
+  """Returns the figures of one row; where its images are not finite, that is why there are none.
+
+  So one setting that does not suit a network does not keep the others from being measured.
+  """
+  try:
+    return measure(chosen, opened, real) | (teacher.compare(chosen) if teacher else {})
+  except draw.NotFinite as error:
+    log.say(str(error))
+    names = [name for network in opened.features for name in measures.distance_names(network)]
+    return {
+      'N': chosen.config.evaluate.num_images,
+      'NFE': chosen.experiment.num_function_evaluations,
+      **dict.fromkeys(names, Figure(missing=str(error))),
+    }
+
+
 def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
   """Returns the figures of one row: distances over seeds, network evaluations, seconds per image."""
   settings = chosen.config.evaluate
-  values, seconds = [], []
+  seen, seconds = {name: [] for name in opened.features}, []
   for k in range(settings.num_seeds):
     sets = draw_sets(chosen, opened, chosen.settings.seed + k, settings.num_images, keep=1)
     drawn = sets[list(sets)[-1]]
     seconds.append(drawn.seconds_per_image)
-    figures = {}
-    for network, seen in drawn.seen.items():
-      figures |= measures.distances(network, seen['features'], real.train[network], settings)
-    values.append(figures)
-  return {
+    for network, features in drawn.seen.items():
+      seen[network].append(features['features'])
+  figures = {
     'N': settings.num_images,
     'NFE': chosen.experiment.num_function_evaluations,
     'seconds per image': sorted(seconds)[len(seconds) // 2],
-    **(measures.over_seeds(values) if values[0] else {}),
   }
+  for network in settings.extractors:
+    if network in opened.missing:
+      reason = Figure(missing=opened.missing[network])
+      figures |= dict.fromkeys(measures.distance_names(network), reason)
+    else:
+      figures |= distances_of(network, seen[network], real.train[network], settings)
+  return figures
+
+
+def write_row(
+  path: pathlib.Path, facts: dict[str, Any], figures: dict[str, Any], made_of: dict[str, str]
+) -> None:
+  """Writes the figures of a row, all that they depend on, and the digest by which damage is seen."""
+  content = report.to_json({'facts': facts, 'made_of': made_of, 'figures': figures})
+  content = json.loads(json.dumps(content, default=str))  # as it will be read
+  report.write_json(path, {**content, 'digest': identity.digest(content)})
 
 
 def read_row(path: pathlib.Path) -> dict[str, Any] | None:
   """Returns the figures of a row that was measured before, or None.
 
   Raises:
-    UserError: when the file is damaged.
+    UserError: when the file is damaged or cannot be read; names it, the reason, and what to do.
   """
   if not distributed.agree(path.exists()):
     return None
-  try:
-    stored = json.loads(path.read_text())['figures']
-    return {name: Figure(**value) if isinstance(value, dict) else value for name, value in stored.items()}
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path} is no readable row of a sweep ({error}); remove it and run again') from error
+  with files.reading(path):
+    stored = files.read_json(path)
+    content = {name: stored[name] for name in ('facts', 'made_of', 'figures')}
+    if stored['digest'] != identity.digest(content):
+      raise ValueError('its digest is that of another content')
+    return {
+      name: Figure(**value) if isinstance(value, dict) else value for name, value in stored['figures'].items()
+    }
 
 
 def write(
@@ -206,19 +258,22 @@ def write(
   rows: list[dict[str, Any]],
   floors: dict[str, tuple[float, int]],
   opened: Networks,
+  made_of: list[dict[str, str]],
 ) -> None:
   """Prints and writes the table, and one plot per distance."""
   shown = [{name: value for name, value in row.items() if name != 'line'} for row in rows]
   log.say('\n' + report.table(shown))
-  missing = [f'not computed: {name}: {reason}' for name, reason in opened.missing.items()]
+  missing = [f'not computed: {line}' for line in report.reasons(rows)]
   for line in missing:
     log.say(line)
   if jax.process_index() != 0:
     return
-  report.write_json(folder / f'{NAME}.json', {'rows': shown, 'missing': opened.missing})
+  report.write_json(folder / f'{NAME}.json', {'rows': shown, 'missing': opened.missing, 'made_of': made_of})
   text = '\n\n'.join([report.table(shown, markdown=True), *missing])
   files.write_text(folder / f'{NAME}.md', text + '\n')
-  for network in opened.features:
+  of_rows = {f'row {number}': json.dumps(row, sort_keys=True) for number, row in enumerate(made_of, start=1)}
+  for network in networks.NAMES:
     name = measures.distance_names(network)[0]
-    plots.curves(folder / f'{NAME}-{name}.png', rows, name, floors[name][0])
+    floor = floors[name][0] if name in floors else None
+    plots.curves(folder / f'{NAME}-{name}.png', rows, name, floor, of_rows)
   log.say(f'wrote {folder / NAME}.json, .md and plots')

@@ -31,3 +31,5 @@ MODES: dict[str, Mode] = {
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""
+WRITERS = ('sample', 'reconstruct', 'interpolate', 'restore', 'evaluate')
+"""Modes that write pictures or tables, into the run's folder or that of `--out`."""

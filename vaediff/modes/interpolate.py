@@ -1,5 +1,7 @@
 """Rows of images between two ends: in z, in x_T, between data images, and along an attribute."""
 
+import pathlib
+
 import numpy as np
 
 from vaediff.conditions.vae import CODE
@@ -13,15 +15,20 @@ from vaediff.run.trained import Trained, open_last, say_figures
 
 def mode(run: Run) -> None:
   """Interpolates with the last stage."""
-  say_figures(interpolate(open_last(run)))
+  out = pictures.out_of(run)
+  say_figures(interpolate(open_last(run), out))
 
 
-def interpolate(trained: Trained) -> dict[str, float]:
+def interpolate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
   """Writes `interpolation.png`; each row is one interpolation (VAE images above, refined below).
 
   The kinds, in order: between two z's of the prior with one x_T; between two x_T's (slerp) with one z;
   between two encoded images of the evaluation split; and from an encoded image along an attribute
   direction. A row shares the noise of every sampler step. Without latents only the x_T rows exist.
+
+  Args:
+    trained: the stage.
+    out: folder to write to; None = the run's.
   """
   settings = trained.config.interpolate
   if not kinds_of(trained.experiment):
@@ -35,7 +42,7 @@ def interpolate(trained: Trained) -> dict[str, float]:
   for kind in by_row[0]:
     for row, kinds in enumerate(by_row):
       rows += trained.draw(np.full(len(weights), row), kinds[kind]).values()
-  pictures.write_grid(trained, 'interpolation', np.concatenate(rows), settings.num_points)
+  pictures.write_grid(trained, 'interpolation', np.concatenate(rows), settings.num_points, out)
   return {'num_rows': float(settings.num_rows * len(by_row[0]))}
 
 

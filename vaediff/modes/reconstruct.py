@@ -1,5 +1,7 @@
 """`--mode=reconstruct`: images of the evaluation split, encoded and drawn again."""
 
+import pathlib
+
 import jax
 
 from vaediff.errors import UserError
@@ -12,13 +14,18 @@ from vaediff.run.trained import Trained, open_last, say_figures
 
 def mode(run: Run) -> None:
   """Reconstructs with the last stage and prints the errors."""
-  say_figures(reconstruct(open_last(run)))
+  out = pictures.out_of(run)
+  say_figures(reconstruct(open_last(run), out))
 
 
-def reconstruct(trained: Trained) -> dict[str, float]:
+def reconstruct(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
   """Encodes images of the evaluation split and draws them again from z.
 
   Writes `reconstructions.png`: data, VAE reconstruction and, for a refiner, refined image.
+
+  Args:
+    trained: the stage.
+    out: folder to write to; None = the run's.
 
   Returns:
     Mean squared error per pixel, pixels in [0, 1], of each kind of reconstruction.
@@ -35,5 +42,5 @@ def reconstruct(trained: Trained) -> dict[str, float]:
   key = jax.random.key(trained.settings.seed) if settings.posterior == 'sample' else None
   result = trained.draw_all(trained.observe(data, labels, key))
   shown = [value[:pictures.MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
-  pictures.write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4)
+  pictures.write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4, out)
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}

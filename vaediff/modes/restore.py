@@ -4,6 +4,8 @@ VAEDM (Pandey et al. 2021, arXiv:2201.00308v1), section 3.4: the refiner was tra
 images, so it is given a downsampled, noisy or holed one instead.
 """
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +23,18 @@ from vaediff.run.trained import Trained, open_last, say_figures
 
 def mode(run: Run) -> None:
   """Restores with the last stage and prints the PSNR."""
-  say_figures(restore(open_last(run)))
+  out = pictures.out_of(run)
+  say_figures(restore(open_last(run), out))
 
 
-def restore(trained: Trained) -> dict[str, float]:
+def restore(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
   """Degrades images of the evaluation split and refines them.
 
   Writes `restored-<task>.png`: data, degraded, restored.
+
+  Args:
+    trained: the stage.
+    out: folder to write to; None = the run's.
 
   Returns:
     PSNR in dB of the degraded and of the restored images.
@@ -46,7 +53,8 @@ def restore(trained: Trained) -> dict[str, float]:
   if known is not None:
     restored = np.where(known, data, restored)
   degraded = np.asarray(pixels.to_bytes(jnp.asarray(degraded)))
-  pictures.write_grid(trained, f'restored-{settings.task}', images.side_by_side(data, degraded, restored), 12)
+  shown = images.side_by_side(data, degraded, restored)
+  pictures.write_grid(trained, f'restored-{settings.task}', shown, 12, out)
   return {'psnr/degraded': psnr(data, degraded), 'psnr/restored': psnr(data, restored)}
 
 

@@ -79,11 +79,13 @@ class Run:
     config: complete and checked.
     workdir: the run's folder.
     stages: of `config.stages`, in their order.
+    out: folder for what the mode writes; None = the run's.
   """
 
   config: ConfigDict
   workdir: pathlib.Path
   stages: tuple[str, ...]
+  out: pathlib.Path | None = None
 
 
 def complete_argv(argv: list[str]) -> list[str]:

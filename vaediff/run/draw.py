@@ -8,12 +8,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vaediff.data import pixels, sources
+from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment, SampleKeys, sampling_keys
-from vaediff.machine import sharding
+from vaediff.machine import distributed, sharding
 from vaediff.run import images
 from vaediff.types import Given, Read
 
 HostArrays = dict[str, np.ndarray]
+
+
+class NotFinite(UserError):
+  """Drawn images that hold nan or infinity: as bytes they would pass for black or white ones."""
 
 
 def image_keys(seed: int | jax.Array, indices: jax.Array) -> SampleKeys:
@@ -21,16 +26,22 @@ def image_keys(seed: int | jax.Array, indices: jax.Array) -> SampleKeys:
   return sampling_keys(jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices))
 
 
-def sampler(experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
-  """Returns (read, indices, given, seed) -> images by name, as bytes: what draws, here and on other machines.
+def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+  """Returns (read, indices, given, seed) -> (images by name, finite): what draws, here and on other machines.
 
-  What is not given is drawn.
+  The images are bytes; `finite` [n] says of which every one was finite before it was made bytes of. What is
+  not given is drawn.
   """
 
-  def run(read: Read, indices: jax.Array, given: Given, seed: jax.Array) -> dict[str, jax.Array]:
+  def run(
+    read: Read, indices: jax.Array, given: Given, seed: jax.Array
+  ) -> tuple[dict[str, jax.Array], jax.Array]:
     keys = image_keys(seed, indices)
     drawn = experiment.sample(read, {**experiment.draw(read, keys, indices), **given}, keys)
-    return {name: pixels.to_bytes(image) for name, image in drawn.items()}
+    finite = jnp.ones(len(indices), bool)
+    for image in drawn.values():
+      finite &= jnp.isfinite(image).all(axis=tuple(range(1, image.ndim)))
+    return {name: pixels.to_bytes(image) for name, image in drawn.items()}, finite
 
   return run
 
@@ -68,12 +79,13 @@ def make_draw(
   seed: int,
   image_shape: tuple[int, int, int],
   source: Callable[[], sources.Source],
+  about: str = '',
 ) -> Callable[..., HostArrays]:
   """Returns draw(read, indices, given={}, seed=seed) -> uint8 images on the host, by name.
 
   Where what a sample starts from comes from: what is `given`, with one row per index; else what the stage
   draws; else what it observes of the images of `source`, in order. One compiled program serves every call of
-  the same size, whatever the seed.
+  the same size, whatever the seed. It raises NotFinite where an image is not.
 
   Args:
     experiment: that draws.
@@ -81,6 +93,7 @@ def make_draw(
     seed: of the images, where a call names none.
     image_shape: of the data, (height, width, channels).
     source: opens the images to observe; not called where all can be drawn.
+    about: the stage and how it draws, for messages.
   """
   where = sharding.batch_sharding(mesh)
   # every process gets all images: they are small beside what made them
@@ -106,12 +119,38 @@ def make_draw(
     given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in given.items()}
     chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
     number = jax.device_put(np.int32(seed), sharding.replicated(mesh))
-    result = jax.device_get(compiled(read, chosen, given, number))
+    result, finite = jax.device_get(compiled(read, chosen, given, number))
+    distributed.beat('a batch of images')
+    check_finite(finite[:count], indices, seed, about)
     # jit sorts the names; what an image was made from comes before it
     names = sorted(result, key=lambda name: (name == 'x0', name))
     return {name: result[name][:count] for name in names}
 
   return draw
+
+
+def check_finite(finite: np.ndarray, indices: np.ndarray, seed: int, about: str) -> None:
+  """Does nothing where all images are finite.
+
+  Args:
+    finite: of each image.
+    indices: the images.
+    seed: that they were drawn with.
+    about: the stage and how it draws.
+
+  Raises:
+    NotFinite: names the stage, how many are not, the first of them, and what to do.
+  """
+  bad = np.flatnonzero(~np.asarray(finite))
+  if not len(bad):
+    return
+  raise NotFinite(
+    f'{about or "the stage"}: {len(bad)} of the {len(finite)} images drawn at once are not finite, the first '
+    f'is image {indices[bad[0]]} of seed {seed}. They are not written: nan would be black. Either the '
+    "training has diverged (take a checkpoint from before: sample.checkpoint = 'best', or train anew with a "
+    'lower optim.learning_rate or optim.clip_norm), or these settings of the sampler do not suit it (another '
+    'sample.sampler, more sample.num_steps, a lower sample.guidance_weight)'
+  )
 
 
 def observed_alone(experiment: Experiment, read: Read, image_shape: tuple[int, int, int]) -> set[str]:

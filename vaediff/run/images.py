@@ -1,15 +1,20 @@
 """Pictures: grids of images, and their PNG files."""
 
+import json
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image as PilImage
+from PIL.PngImagePlugin import PngInfo
 
 from vaediff import files
 
 MIN_SIDE = 64
 """Images narrower than this are enlarged by a whole factor in grids, so that they can be seen."""
 GAP = 2
+MADE_OF = 'vaediff'
+"""Key of a PNG file's text that says what the picture was made of, as JSON."""
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
@@ -42,7 +47,11 @@ def side_by_side(*columns: np.ndarray) -> np.ndarray:
   return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
 
 
-def write_png(path: pathlib.Path, picture: np.ndarray) -> None:
-  """Writes a uint8 picture [height, width, 1 | 3]."""
+def write_png(path: pathlib.Path, picture: np.ndarray, made_of: Mapping[str, str] | None = None) -> None:
+  """Writes a uint8 picture [height, width, 1 | 3] and, as the text `MADE_OF`, what it was made of."""
+  text = PngInfo()
+  if made_of:
+    text.add_text(MADE_OF, json.dumps(dict(made_of), sort_keys=True))
+  image = PilImage.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
   with files.replacing(path) as temporary:
-    PilImage.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(temporary, 'PNG')
+    image.save(temporary, 'PNG', pnginfo=text)

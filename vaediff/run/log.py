@@ -1,14 +1,17 @@
 """Scalars and pictures of one stage: console, `metrics.jsonl` and TensorBoard. Process 0 only.
 
 `metrics.jsonl` holds one object per line, `{"stage": ..., "step": ..., "<metric>": value, ...}`. A resumed
-run drops the lines past its checkpoint before it writes them again, so none is repeated or lost.
+run drops the lines that it writes again, so none is repeated or lost: those past its checkpoint, and those of
+the evaluation at that step, which comes after the save. A line that is no such object stays as it is.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
 import pathlib
+import queue
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -29,17 +32,33 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """Turns an OSError inside into the message that names the file.
+
+  Raises:
+    UserError: names the file and the system's reason, such as a full disk.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {files.reason(error)}') from error
+
+
 class StageLog:
   """Writes one stage's metrics.
 
   Args:
     folder: `<workdir>/<stage>`.
     stage: its name.
-    start_step: steps done before; later lines in the files are dropped.
+    start_step: steps done before; later lines in the file are dropped.
     num_steps: steps in all, for the progress bar and the time left.
 
   Attributes:
-    logged: what the files hold of the step `start_step`; on process 0.
+    logged: what the file holds of the step `start_step`; on process 0.
+
+  Raises:
+    UserError: when a file cannot be read or written, here or later: names it and the reason.
   """
 
   def __init__(self, folder: pathlib.Path, stage: str, start_step: int, num_steps: int):
@@ -49,13 +68,16 @@ class StageLog:
     self.logged: dict[str, float] = {}
     if not self._active:
       return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'metrics.jsonl'
-    self.logged = _drop_lines_after(path, start_step)
-    self._file = open(path, 'a', encoding='utf-8')
+    self._path, self._events = folder / 'metrics.jsonl', folder / 'tensorboard'
+    with writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+    self.logged = _drop_lines_after(self._path, start_step)
+    with writing(self._path):
+      self._file = open(self._path, 'a', encoding='utf-8')
     import tensorboardX  # not above: where PyTorch is installed it imports that, which takes seconds
 
-    self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=start_step + 1)
+    with writing(self._events):
+      self._board = tensorboardX.SummaryWriter(str(self._events), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=start_step,
@@ -76,8 +98,10 @@ class StageLog:
       return
     # a skipped update leaves values that are not finite, which JSON does not know
     values = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-    self._file.write(json.dumps({'stage': self._stage, 'step': step, **values}) + '\n')
-    self._file.flush()
+    with writing(self._path):
+      self._file.write(json.dumps({'stage': self._stage, 'step': step, **values}) + '\n')
+      self._file.flush()
+    self._check_board()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
     say(self._line(step, values))
@@ -85,21 +109,44 @@ class StageLog:
   def picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a uint8 picture [height, width, channels] to TensorBoard."""
     if self._active:
+      self._check_board()
       self._board.add_image(name, picture, step, dataformats='HWC')
 
   def flush(self) -> None:
     """Makes everything written so far durable; called before a checkpoint is saved."""
     if self._active:
-      self._file.flush()
-      os.fsync(self._file.fileno())
-      self._board.flush()
+      with writing(self._path):
+        self._file.flush()
+        os.fsync(self._file.fileno())
+      self._check_board()
+      with writing(self._events):
+        self._board.flush()
 
   def close(self) -> None:
-    """Closes files and bar."""
-    if self._active:
-      self._bar.close()
+    """Closes files and bar. Raises nothing of a disk: every line of metrics is in its file already."""
+    if not self._active:
+      return
+    self._bar.close()
+    with contextlib.suppress(OSError):  # of a line that could not be written, which was said
       self._file.close()
-      self._board.close()
+    events = self._board.file_writer.event_writer
+    try:
+      if events._worker.is_alive():
+        self._board.close()
+        return
+      why = 'see the error above'
+    except OSError as error:
+      why = files.reason(error)
+    with contextlib.suppress(queue.Full):
+      events._event_queue.put(object(), timeout=1)  # ends its thread, if that still runs
+    events._event_queue.cancel_join_thread()  # else what is in it would be waited for at exit
+    events._closed = True
+    say(f'{self._events} is not complete: {why}')
+
+  def _check_board(self) -> None:
+    """Raises UserError where tensorboardX's thread has met an error: it would be waited for without end."""
+    if not self._board.file_writer.event_writer._worker.is_alive():
+      raise UserError(f'{self._events} could not be written: see the error above. Is the disk full?')
 
   def _line(self, step: int, values: Mapping[str, float]) -> str:
     seconds = time.monotonic() - self._start
@@ -180,20 +227,40 @@ def duration(seconds: float) -> str:
   return f'{hours}:{minutes:02d}:{seconds:02d}'
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> dict[str, float]:
-  """Drops the lines past a step, and what is no line; returns what the lines of that step hold."""
-  if not path.exists():
-    return {}
-  kept, logged = [], {}
-  for line in path.read_text(encoding='utf-8').splitlines(keepends=True):
-    try:
-      values = json.loads(line)
-      keep = line.endswith('\n') and values['step'] <= step
-    except ValueError:
-      keep = False  # cut off in the middle by a kill
-    if keep:
-      kept.append(line)
-      if values['step'] == step:
-        logged.update({name: value for name, value in values.items() if name not in ('stage', 'step')})
-  files.write_text(path, ''.join(kept))
+def _drop_lines_after(path: pathlib.Path, step: int) -> dict[str, Any]:
+  """Drops what a run that goes on after a step writes again, and a line that was cut off by a kill.
+
+  Returns what the lines of that step itself hold.
+  """
+  with files.reading(path):
+    if not path.exists():
+      return {}
+    if not path.is_file():
+      raise UserError(f'{path} is no file; move it away')
+    content = path.read_bytes()
+  kept, logged, foreign = [], {}, 0
+  for line in io.BytesIO(content):
+    entry = _entry(line)
+    if entry is None and line.endswith(b'\n'):
+      foreign += 1  # not ours to remove
+    elif entry is None or entry['step'] > step:
+      continue
+    elif entry['step'] == step:
+      logged.update({name: value for name, value in entry.items() if name not in ('stage', 'step')})
+    kept.append(line if line.endswith(b'\n') else line + b'\n')
+  if foreign:
+    say(f'{path}: {foreign} lines are no metrics of a step; they stay as they are')
+  changed = b''.join(kept)
+  if changed != content:
+    with files.replacing(path) as temporary:
+      temporary.write_bytes(changed)
   return logged
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+  """Returns the object of a line, None where it is no object with a step."""
+  try:
+    entry = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return entry if isinstance(entry, dict) and type(entry.get('step')) is int else None

@@ -206,6 +206,7 @@ def drawn_codes(
       x = jax.device_put(pixels.to_unit_range(jnp.asarray(image[rows])), where)
       fresh = min(size, len(image) - int(rows[0]))
       parts.append([part[:fresh] for part in jax.device_get(posterior(read, x))])
+      distributed.beat(f'{len(codes)} blocks of codes')
     mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
     noise = np.random.default_rng(seed + k).standard_normal(mean.shape, np.float32)
     codes.append(mean + np.exp(0.5 * logvar) * noise)
@@ -248,6 +249,7 @@ def moments_of_latents(
       rough = jax.device_get(moments(read, image, numbers, key, jnp.float32(0), count))
       shift = (rough['sum'] / (count * rough['positions'])).astype(np.float32)
     parts.append(jax.device_get(moments(read, image, numbers, key, shift.reshape(1, 1, 1, -1), count)))
+    distributed.beat(f'{len(parts)} batches of latents')
   number = total * float(parts[0]['positions'])
   mean = sum(part['sum'].astype(np.float64) for part in parts) / number
   square = sum(part['squares'].astype(np.float64) for part in parts) / number

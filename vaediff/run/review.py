@@ -56,13 +56,24 @@ class Reviewer:
         self._board.scalars(step, values)
         self._last.update(values)
     if self._compares(step):  # again after a resume: the save may not have been finished
-      value = self._evaluate.figure(state, self._keeper.measure)
+      value = self._measured(step, state)
       if not self._was_logged(step, 'best/'):
         self._board.scalars(step, {f'best/{self._keeper.measure}': value})
       self._keeper.consider(step, state, meta(step), value)
     if self._draws(step):
-      for name, picture in self._evaluate.grids(state).items():
-        self._board.picture(step, f'samples/{name}', picture)
+      try:
+        for name, picture in self._evaluate.grids(state).items():
+          self._board.picture(step, f'samples/{name}', picture)
+      except draw.NotFinite as error:
+        log.say(f'no sample grid of step {step}: {error}')
+
+  def _measured(self, step: int, state: Any) -> float:
+    """Returns the figure by which the best is kept; nan, never the best, of images that are not finite."""
+    try:
+      return self._evaluate.figure(state, self._keeper.measure)
+    except draw.NotFinite as error:
+      log.say(f'no {self._keeper.measure} of step {step}: {error}')
+      return float('nan')
 
   def _validates(self, step: int) -> bool:
     return self._is_due(step, self._train.eval_every_steps)
@@ -117,7 +128,9 @@ class Evaluator:
     self._key = sharding.replicate(key, stage.mesh)
     self._eval_step = jax.jit(stage.experiment.eval_step, out_shardings=sharding.replicated(stage.mesh))
     shape, source = stage.eval_source.image_shape, stage.eval_source
-    self._draw = draw.make_draw(stage.experiment, stage.mesh, stage.config.seed, shape, lambda: source)
+    self._draw = draw.make_draw(
+      stage.experiment, stage.mesh, stage.config.seed, shape, lambda: source, f'stage {stage.name!r}'
+    )
 
   def __call__(self, state: Any) -> dict[str, float]:
     """Returns the metrics of the evaluation split, averaged over its examples."""

@@ -58,9 +58,15 @@ class Trained:
     data = self.config.data
     shape = (data.image_size, data.image_size, data.channels)
     self._draw = draw.make_draw(
-      self.experiment, self.mesh, self.settings.seed, shape, lambda: self.eval_source
+      self.experiment, self.mesh, self.settings.seed, shape, lambda: self.eval_source, self._about()
     )
     self._observe = draw.make_observe(self.experiment, self.mesh)
+
+  def _about(self) -> str:
+    """Returns the stage and how it draws, for messages."""
+    shown = ('sampler', 'num_steps', 'guidance_weight', 'checkpoint')
+    settings = ', '.join(f'{name} {self.settings[name]}' for name in shown if name in self.settings)
+    return f'stage {self.stage!r} of {self.workdir} ({settings})'
 
   def with_settings(self, **changes: Any) -> 'Trained':
     """Returns the same networks with other values in the stage's `sample` section."""

@@ -1,0 +1,82 @@
+"""Rows of a sweep on the disk: read as they were written, or refused by name."""
+
+import importlib
+import pathlib
+import sys
+import types
+
+import pytest
+
+from vaediff import files
+from vaediff.errors import UserError
+from vaediff.evaluation import networks, report, sets, sweep
+from vaediff.evaluation.measures import Figure
+from vaediff.run import draw
+from vaediff.run import trained as opened
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+ROW = {
+  'N': 16,
+  'NFE': 2,
+  'seconds per image': 0.25,
+  'fd_classifier': Figure(value=1.5, spread=0.25),
+  'kd_classifier': Figure(missing='too few'),
+}
+
+
+def test_a_row_is_read_as_it_was_written(tmp_path):
+  path = tmp_path / 'a' / 'row.json'
+  assert sweep.read_row(path) is None
+  sweep.write_row(path, {'step': 3, 'settings': (1, 2)}, ROW, {'network vae': 'ab'})
+  assert sweep.read_row(path) == ROW
+  stored = files.read_json(path)
+  assert stored['made_of'] == {'network vae': 'ab'} and stored['facts'] == {'step': 3, 'settings': [1, 2]}
+
+
+def test_every_damage_of_a_row_is_named(tmp_path):
+  """Whatever bit is flipped and wherever it is cut off: it is refused, or it says the same."""
+  path = tmp_path / 'row.json'
+  sweep.write_row(path, {'step': 3}, ROW, {'network vae': 'ab'})
+  whole = path.read_bytes()
+  damages = [whole[:k] for k in range(0, len(whole) - 2, 7)]
+  damages += [whole[:k] + bytes([whole[k] ^ 1 << k % 7]) + whole[k + 1 :] for k in range(len(whole) - 1)]
+  damages += [b'[]', b'null', b'3', b'{}', b'{"figures": {}}', b'\xff', b'[' * 100_000]
+  refused = 0
+  for content in damages:
+    path.write_bytes(content)
+    try:
+      assert sweep.read_row(path) == ROW, content
+    except files.Damaged as error:
+      assert str(path) in str(error) and 'remove it and run the same command again' in str(error)
+      refused += 1
+  assert refused > 0.8 * len(damages)
+
+
+def test_a_row_that_cannot_be_read_is_not_called_damaged(tmp_path):
+  with pytest.raises(UserError, match='cannot be read: Is a directory. The file was left as it is'):
+    sweep.read_row(tmp_path)
+
+
+class Trained(opened.Trained):
+  """A stage whose images are never finite."""
+
+  def __init__(self):
+    self.config = importlib.import_module('configs.digits').get_config('debug')
+    self.experiment = types.SimpleNamespace(num_function_evaluations=2)
+
+
+def test_a_setting_whose_images_are_not_finite_is_a_row_with_a_reason(monkeypatch, tmp_path, capsys):
+  def fail(*_):
+    raise draw.NotFinite('3 of the 8 images are not finite')
+
+  monkeypatch.setattr(sweep, 'measure', fail)
+  known = networks.Networks(features={}, lpips=None, missing={})
+  known.features['classifier'] = None
+  row = sweep.measure_or_say(Trained(), known, sets.Real(train={}, held_out={}), None)
+  reason = Figure(missing='3 of the 8 images are not finite')
+  assert row == {'N': 16, 'NFE': 2, 'fd_classifier': reason, 'kd_classifier': reason}
+  assert '3 of the 8 images are not finite' in capsys.readouterr().out
+  sweep.write_row(tmp_path / 'row.json', {}, row, {})
+  assert sweep.read_row(tmp_path / 'row.json') == row
+  assert report.reasons([row]) == ['fd_classifier, kd_classifier: 3 of the 8 images are not finite']
