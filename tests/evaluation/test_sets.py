@@ -84,6 +84,9 @@ class Trained(opened.Trained):
     self.experiment = types.SimpleNamespace(titles={'x0': 'refined'}, num_function_evaluations=4)
     self.drawn_source, self._sources = drawn, {}
 
+  def images(self, split):
+    return sources.open_source(self.config.data, split)
+
   def draw(self, indices, given=None, seed=None):
     return {'x0': self.drawn_source.read(indices % len(self.drawn_source))['image']}
 

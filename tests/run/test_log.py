@@ -139,8 +139,8 @@ def test_a_whole_last_line_whose_end_was_cut_off_is_kept(tmp_path):
   assert path.read_bytes() == b''.join(LINES)
 
 
-def test_an_evaluation_that_is_done_again_is_dropped(tmp_path):
-  """It comes after the save of its step, so a run that goes on at that step repeats it; earlier ones stay."""
+def test_what_is_logged_of_the_step_to_go_on_from_stays_and_is_told(tmp_path):
+  """An evaluation comes after the save of its step: whoever goes on there must know whether it was done."""
   board = log.StageLog(tmp_path, 'vae', 0, 10)
   for step in (1, 2):
     board.scalars(step, {'loss': 1.0, 'images_per_second': 5.0})
@@ -149,7 +149,11 @@ def test_an_evaluation_that_is_done_again_is_dropped(tmp_path):
     board.scalars(step, {'best/fd_classifier': float('nan')})
   board.scalars(3, {'loss': 1.0})
   board.close()
-  log.StageLog(tmp_path, 'vae', 2, 10).close()
+  board = log.StageLog(tmp_path, 'vae', 2, 10)
+  board.close()
+  assert board.logged == {
+    'loss': 1.0, 'images_per_second': 5.0, 'val/loss': 2.0, 'val/mse': 1.0, 'best/fd_classifier': 3.0,
+  }  # fmt: skip
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert lines == [
     {'stage': 'vae', 'step': 1, 'loss': 1.0, 'images_per_second': 5.0},
@@ -157,6 +161,9 @@ def test_an_evaluation_that_is_done_again_is_dropped(tmp_path):
     {'stage': 'vae', 'step': 1, 'best/fd_classifier': 3.0},
     {'stage': 'vae', 'step': 1},
     {'stage': 'vae', 'step': 2, 'loss': 1.0, 'images_per_second': 5.0},
+    {'stage': 'vae', 'step': 2, 'val/loss': 2.0, 'val/mse': 1.0},
+    {'stage': 'vae', 'step': 2, 'best/fd_classifier': 3.0},
+    {'stage': 'vae', 'step': 2},
   ]
 
 

@@ -65,10 +65,17 @@ def reference(config: ConfigDict, split: str, network: Network) -> Reference:
       parts.append(Moments.of(batch['features']))
       if sum(map(len, kept)) < most:
         kept.append(batch['features'])
-    moments = frechet.merge_all(parts)
+    moments, features = frechet.merge_all(parts), np.concatenate(kept)[:most].astype(np.float32)
+    if not np.all(np.isfinite(features)):  # of broken weights: a reason in the table, and nothing to keep
+      return Reference(moments=moments, features=features, split=split, provenance=provenance)
     if jax.process_index() == 0:
-      write(path, moments, np.concatenate(kept)[:most], provenance)
+      try:
+        write(path, moments, features, provenance)
+      except UserError as error:
+        log.say(f'{error}; the statistics are used and not stored')
     distributed.wait_for_all(f'wrote {path}')
+    if not distributed.agree(path.exists()):
+      return Reference(moments=moments, features=features, split=split, provenance=provenance)
   return read(path, split, provenance)
 
 
