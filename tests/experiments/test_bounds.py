@@ -202,6 +202,7 @@ def test_the_section_of_another_experiment_is_refused(stage, other):
     ('refiner', 'vae.stage', 'refiner', 'vae.stage is .refiner., which is no VAE stage'),
     ('ddgan', 'autoencoder.stage', 'ddgan', 'autoencoder.stage is .ddgan., which is no autoencoder stage'),
     ('decoder', 'autoencoder.stage', 'decoder', 'autoencoder.stage is .decoder., which is no autoencoder'),
+    ('matching', 'sample.num_steps', 65, 'sample.num_steps must be <= 64, got 65'),
     ('matching', 'start_stage', 'matching', 'start_stage is .matching., which is no stage of this run'),
     ('matching', 'teacher.stage', 'vae', 'teacher.stage is .vae., which is no stage .* that can teach'),
     ('adversarial', 'teacher.stage', 'none', 'teacher.stage is .none., which is no stage .* that can teach'),

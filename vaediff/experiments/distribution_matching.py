@@ -37,8 +37,11 @@ from vaediff.models.heads import Heads
 from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.types import Batch, Image, Metrics, Params, Read, Rows, Time, Values
 
+MAX_STEPS = 64
+"""Of the student: all of them are part of the program of one update."""
 BOUNDS = {
   **BOUNDS_OF_GRID_STUDENT,
+  'sample.num_steps': bounds.whole(1, MAX_STEPS),
   'fake_updates': bounds.updates(1),
   'loss.min_time': bounds.number(0, 1),
   'loss.max_time': bounds.number(0, 1),
