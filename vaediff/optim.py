@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from vaediff import checks
+from vaediff.checks import Bound
 from vaediff.errors import UserError
 from vaediff.types import Params, Scalar
 
@@ -53,29 +55,45 @@ def learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
   elif config.schedule == 'linear':
     after = optax.linear_schedule(config.learning_rate, config.end_learning_rate, max(num_steps - warmup, 1))
   else:
-    raise UserError(f"optim.schedule must be 'constant', 'cosine' or 'linear', got {config.schedule!r}")
+    raise ValueError(f'no schedule of {SCHEDULES}: {config.schedule!r}')
   if warmup == 0:
     return after
   return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> Optimizer:
-  """Returns the optimizer that a stage's `optim` section describes."""
-  if not 0 <= config.ema_decay < 1:
-    raise UserError(f'optim.ema_decay must be in [0, 1), got {config.ema_decay}')
-  if config.learning_rate <= 0:
-    raise UserError(f'optim.learning_rate must be > 0, got {config.learning_rate}')
-  if not 0 <= config.end_learning_rate <= config.learning_rate:
+SCHEDULES = ('constant', 'cosine', 'linear')
+LARGEST = 1e30
+"""Near the end of float32: squares of what is much larger are not finite."""
+BOUNDS = {
+  'learning_rate': checks.inside_or_at(0, LARGEST),
+  'schedule': Bound(
+    lambda value: value in SCHEDULES,
+    lambda field, value: f"{field} must be 'constant', 'cosine' or 'linear', got {value!r}",
+  ),
+  'end_learning_rate': checks.between(0, LARGEST),
+  'warmup_steps': checks.between(0, 2**31 - 1),
+  'b1': checks.below_one(),
+  'b2': checks.below_one(),
+  'eps': checks.inside_or_at(0, 1),
+  'weight_decay': checks.between(0, LARGEST),
+  'clip_norm': checks.between(0, LARGEST),
+  'ema_decay': checks.below_one(),
+}
+"""Of a section that describes an optimizer."""
+
+
+def make_optimizer(config: ConfigDict, num_steps: int, name: str = 'optim') -> Optimizer:
+  """Returns the optimizer that a section of a stage describes.
+
+  Raises:
+    UserError: for a value that is not allowed; the message has the section's name.
+  """
+  checks.check(config, BOUNDS, f'{name}.')
+  if not config.end_learning_rate <= config.learning_rate:
     raise UserError(
-      'optim.end_learning_rate must be in [0, optim.learning_rate], got '
+      f'{name}.end_learning_rate must be in [0, {name}.learning_rate], got '
       f'{config.end_learning_rate} with learning_rate {config.learning_rate}'
     )
-  for field in ('b1', 'b2'):
-    if not 0 <= config[field] < 1:
-      raise UserError(f'optim.{field} must be in [0, 1), got {config[field]}')
-  for field in ('warmup_steps', 'clip_norm', 'weight_decay'):
-    if config[field] < 0:
-      raise UserError(f'optim.{field} must be >= 0, got {config[field]}')
   chain = []
   if config.clip_norm > 0:
     chain.append(clip_by_global_norm(config.clip_norm))

@@ -47,7 +47,7 @@ def section() -> ConfigDict:
     grid='uniform',  # of times: 'uniform' | 'quadratic' | 'karras'
     eta=0.0,  # ddim: 0 = deterministic, 1 = ancestral
     variance='large',  # ddpm: 'small' | 'large'
-    temperature=1.0,  # standard deviation of the starting noise
+    temperature=1.0,  # standard deviation of the starting noise, of pictures and figures; students have 1
     guidance_weight=0.0,  # classifier-free guidance, all conditions dropped; 0 = conditional network only
     guidance=(),  # ((condition, weight), ...): each one more term, that condition alone dropped
     t_start=1.0,  # below 1: start from x0_vae noised to this time

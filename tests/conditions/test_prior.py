@@ -75,8 +75,10 @@ def test_too_few_latents():
     ({'kind': 'uniform'}, r"prior.kind is 'uniform'; valid: normal, gmm"),
     ({'holdout_fraction': 1.0}, r'prior.holdout_fraction must be in \(0, 1\), got 1.0'),
     ({'num_encoded': 0}, 'prior.num_encoded must be >= 1, got 0'),
-    ({'num_components': ()}, r'prior.num_components must name counts >= 1, got \(\)'),
-    ({'num_components': (4, 0)}, r'prior.num_components must name counts >= 1, got \(4, 0\)'),
+    ({'num_components': ()}, r'prior.num_components must name counts >= 1.*, got \(\)'),
+    ({'num_components': (4, 0)}, r'prior.num_components must name counts >= 1.*, got \(4, 0\)'),
+    ({'num_components': (4, 1.5)}, r'prior.num_components must name counts >= 1, whole .*, got \(4, 1.5\)'),
+    ({'num_components': (float('nan'),)}, r'prior.num_components must name counts .* got \(nan,\)'),
   ],
 )
 def test_bad_settings_are_named(changes, message):

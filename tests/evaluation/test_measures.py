@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation import frechet, measures, references, report
+from vaediff.evaluation import frechet, measures, networks, references, report
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.references import Reference
@@ -45,11 +45,28 @@ def test_only_inception_gives_the_published_names():
     measures.network_of('FID')
 
 
+def test_every_figure_has_a_direction():
+  """Of what is in no table the worst was kept as the best: 'val/diversity_ratio', most collapsed."""
+  names = [name for network in measures.NAMES for name in measures.names_of(network)]
+  names += [f'r{name}' for network in measures.NAMES for name in measures.distance_names(network)]
+  names += ['mse', 'psnr', 'ssim', 'nearest_training_rmse', 'bits_per_dimension', 'elbo', 'active_units']
+  names += [*networks.LPIPS, *(f'diversity_{name}' for name in networks.LPIPS)]
+  names += ['rmse to teacher', 'diversity ratio']
+  assert {best.higher_is_better(name) for name in names} == {True, False}
+  for name in ('fidelity', 'FID', 'val/fid', 'loss', 'val/', '', 'foo_vgg16', 'val/diversity ratio'):
+    with pytest.raises(UserError, match=f"train.best_measure is '{name}', of which it is not known whether"):
+      best.higher_is_better(name)
+
+
 def test_what_is_better():
   for name in ('fid', 'fd_vgg16', 'kd_classifier', 'val/loss', 'mse'):
     assert not best.higher_is_better(name)
   for name in ('precision_vgg16', 'recall_inception', 'coverage_classifier', 'is', 'psnr', 'val/accuracy'):
     assert best.higher_is_better(name)
+  for name in ('val/diversity', 'val/diversity_ratio', 'diversity_lpips_vgg16'):
+    assert best.higher_is_better(name)
+  for name in ('val/loss/kl', 'val/mse_to_teacher', 'val/lpips_vgg16', 'rfd_classifier', 'lpips_alexnet'):
+    assert not best.higher_is_better(name)
 
 
 @pytest.mark.parametrize('kept', [None, 50])

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vaediff import experiments, spaces
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments import autoencoder, base
 from vaediff.machine import sharding
+from vaediff.models import codebook
 from vaediff.models.autoencoder import LAST_KERNEL
 from vaediff.run import frozen as frozen_networks
-from vaediff.run import measurements
+from vaediff.run import guard, measurements
 from vaediff.spaces import encoders
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
@@ -125,6 +127,88 @@ def test_one_device_equals_eight(vq):
   )
 
 
+def small(**changes):
+  """A VQ stage without noise of any kind, so that parts of a batch see what the whole sees."""
+  changes = {'model.channels': 4, 'model.codebook_size': 8, 'optim.ema_decay': 0.9, **changes}
+  return experiments.build(
+    digits('vq', **{f'autoencoder.{name}': value for name, value in changes.items()}), 'autoencoder'
+  )
+
+
+def test_codes_that_follow_the_gradient_are_averaged_like_every_parameter():
+  """They were overwritten by the codes themselves, one update behind."""
+  changes = {'loss.codebook': 'gradient', 'loss.adversarial_weight': 0.0, 'optim.learning_rate': 1e-2}
+  experiment = small(**changes)
+  states = [updates(experiment, 1)[0]]
+  for k in (1, 2):
+    states.append(updates(experiment, k + 1, states[-1], first=k)[0])
+  averages = [np.asarray(state.networks['autoencoder'].ema_params['codes']) for state in states]
+  codes = [np.asarray(state.networks['autoencoder'].params['codes']) for state in states]
+  for k in (1, 2):
+    np.testing.assert_allclose(averages[k], 0.9 * averages[k - 1] + 0.1 * codes[k], atol=1e-6)
+    assert np.abs(averages[k] - codes[k]).max() > 1e-3
+  # the average starts with the codes that the first batch gave, not with those of the initialisation
+  assert np.abs(averages[0] - codes[0]).max() < 0.02
+
+
+@pytest.fixture(scope='module')
+def split():
+  """The third update, of both players, of a batch in one part and in four: state and metrics."""
+  found = {}
+  for parts in (1, 4):
+    experiment = small(**{'train.microbatches': parts, 'loss.adversarial_start_step': 0})
+    found[parts] = updates(experiment, 1)
+  return found
+
+
+def test_the_adaptive_weight_of_a_split_batch_is_that_of_the_batch(split):
+  """A mean over parts of ratios of norms is another number."""
+  (_, [whole]), (_, [parts]) = split[1], split[4]
+  assert parts['adaptive_weight'] == pytest.approx(whole['adaptive_weight'], rel=1e-4)
+  for name in ('loss', 'grad_norm/autoencoder', 'loss/adversarial', 'loss/commitment'):
+    assert parts[name] == pytest.approx(whole[name], rel=1e-4), name
+  assert whole['adaptive_weight'] > 1.0
+
+
+def test_the_codebook_of_a_split_batch_is_that_of_the_batch(split):
+  (whole, [metrics]), (parts, [others]) = split[1], split[4]
+  for name in ('counts', 'sums'):
+    np.testing.assert_allclose(parts.extra['codebook'][name], whole.extra['codebook'][name], rtol=1e-5)
+  np.testing.assert_allclose(
+    *(state.networks['autoencoder'].params['codes'] for state in (whole, parts)), rtol=1e-5
+  )
+  for name in ('codebook/used', 'codebook/perplexity', 'codebook/dead'):
+    assert metrics[name] == others[name]
+
+
+def test_codes_start_at_vectors_in_the_first_update_that_counts():
+  """With on_bad_step = 'skip' and a bad first update they never did."""
+  experiment = small(**{'loss.adversarial_weight': 0.0})
+
+  def bad_at_first(state, frozen, batch, key):
+    after, metrics = experiment.train_step(state, frozen, batch, key)
+    return after, {**metrics, 'loss': jnp.where(state.step == 0, jnp.nan, metrics['loss'])}
+
+  policy = ConfigDict({'on_bad_step': 'skip', 'spike_factor': 0.0})
+  step = jax.jit(guard.guarded(bad_at_first, policy))
+  start = jax.jit(guard.with_counts(experiment.init))(jax.random.key(0))
+  skipped, _ = step(start, {}, {'image': images(8)}, jax.random.key(0))
+  params = start.networks['autoencoder'].params
+  np.testing.assert_array_equal(skipped.networks['autoencoder'].params['codes'], params['codes'])
+  assert int(skipped.step) == 1 and not bool(skipped.extra['codebook']['started'])
+  first, _ = step(skipped, {}, {'image': images(8)}, jax.random.key(1))
+  assert bool(first.extra['codebook']['started'])
+  z = encoders.encode(experiment.autoencoder, params, pixels.to_unit_range(jnp.asarray(images(8))), None)
+  known = codebook.data_init(z, jax.random.split(jax.random.split(jax.random.key(1), 4)[1])[0], 8)
+  known = codebook.ema_update(known, z, codebook.nearest(z, known.codes), 0.99)
+  alive = np.asarray(known.counts) >= 1.0
+  assert alive.any()
+  codes = np.asarray(first.networks['autoencoder'].params['codes'])
+  np.testing.assert_allclose(codes[alive], np.asarray(known.codes)[alive], rtol=1e-5)
+  second, _ = step(first, {}, {'image': images(8, 1)}, jax.random.key(2))
+  assert np.abs(np.asarray(second.networks['autoencoder'].params['codes']) - codes)[alive].max() < 0.1
+
+
 def test_the_last_kernel_is_the_decoders(vq):
   experiment, state, _ = vq
   params = state.networks['autoencoder'].params
@@ -210,6 +294,10 @@ def test_what_reads_latents_reads_their_statistics(tmp_path):
     ({'autoencoder.loss.perceptual': 'lpips_resnet'}, "LPIPS network 'resnet' is unknown"),
     ({'autoencoder.model.bottleneck': 'fsq'}, "model.bottleneck is 'fsq'; choose one of kl, none, vq"),
     ({'autoencoder.model.codebook_size': 4}, "codebook_size is 4; it must be 0 without 'vq'"),
+    (
+      {'autoencoder.model.bottleneck': 'vq', 'autoencoder.model.codebook_size': 512},
+      r'loss.restart_below is 1, but 512 codes .* share the 128 vectors of a batch',
+    ),
   ],
 )
 def test_bad_settings_are_named(changes, message):

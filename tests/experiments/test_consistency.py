@@ -61,7 +61,7 @@ def test_small_levels_are_taught_the_image_itself():
   state = experiment.init(jax.random.key(0))
   read = {'denoiser': state.networks['denoiser'].params}
   values = {'x0_vae': jnp.zeros_like(x0)}
-  losses = experiment.example_losses(read, x0, values, jax.random.key(1), jnp.int32(0), training=True)
+  losses = experiment.example_losses(read, {}, x0, values, jax.random.key(1), jnp.int32(0), training=True)
   # an untrained network says v = 0, so x0_hat = alpha y with y at the first time of the table
   schedule, first = experiment.student.denoiser.schedule, np.array(1 / 1000)
   alpha, sigma = schedule.alpha(first), schedule.sigma(first)

@@ -18,6 +18,7 @@ from vaediff import experiments
 from vaediff.diffusion import distillation, samplers, schedules
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher
+from vaediff.experiments import progressive
 from vaediff.machine.sharding import make_mesh
 from vaediff.modes import train
 from vaediff.optim import Optimizer
@@ -234,8 +235,8 @@ def test_examples_free_of_data_come_from_the_student_itself():
   read = {**frozen_of(experiment), 'denoiser': made(experiment.student.denoiser.model, 7)}
   x0, values = experiment.student.examples(read, {'image': image()}, jax.random.key(1), training=False)
   states = functools.partial(experiment.states, read, x0, values)
-  y, mixed, index, t = states(jax.random.key(2), data_free=True)
-  plain, same, _, _ = states(jax.random.key(2), data_free=False)
+  y, mixed, index, t = states(jax.random.key(2), experiment.marked({'image': image()})[progressive.FREE])
+  plain, same, _, _ = states(jax.random.key(2), None)
   np.testing.assert_array_equal(y[3:], plain[3:])
   given, mixed_in = values['x0_vae'], mixed['x0_vae']
   np.testing.assert_array_equal(mixed_in[3:], given[3:])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vaediff.errors import UserError
 from vaediff.models import codebook
 
 
@@ -63,6 +64,48 @@ def test_beta_is_on_the_commitment_term_and_each_loss_moves_one_side(rng):
   expected = np.zeros(codes.shape)
   np.add.at(expected, np.asarray(indices), -2.0 * difference / z.size)
   np.testing.assert_allclose(to_codes[1], expected, atol=1e-6)
+
+
+def test_the_nearest_code_is_found_far_from_zero(rng):
+  """Codes a thousand times as far from zero as from each other; squares alone are off in a third of them."""
+  codes, z = 1000.0 + rng.normal(size=(64, 3)), 1000.0 + rng.normal(size=(200, 3))
+  codes, z = np.float32(codes), np.float32(z)
+  exact = np.square(z[:, None].astype(np.float64) - codes[None]).sum(axis=-1)
+  found = np.asarray(codebook.nearest(jnp.asarray(z), jnp.asarray(codes)))
+  np.testing.assert_allclose(exact[np.arange(200), found], exact.min(axis=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('num_vectors', 'size', 'threshold'), [(64, 512, 1.0), (1023, 512, 1.0), (64, 512, 0.1)]
+)
+def test_more_codes_than_a_batch_can_feed_are_refused(num_vectors, size, threshold):
+  message = (
+    rf'loss.restart_below is {threshold:g}, but {size} codes \(model.codebook_size\) share the {num_vectors} '
+    rf'vectors .* lower it to {num_vectors / (2 * size):.3g} or less'
+  )
+  with pytest.raises(UserError, match=message):
+    codebook.check_restarts(num_vectors, size, threshold)
+
+
+def test_what_a_batch_can_feed_restarts_few_codes(rng):
+  """At the limit of what is allowed, and with codes that are used alike, hardly any start anew."""
+  size = 64
+  num_vectors = 2 * size
+  codebook.check_restarts(num_vectors, size, 1.0)
+  codebook.check_restarts(8, 1024, 0.0)
+
+  def step(state, key):
+    key_rows, key_restart = jax.random.split(key)
+    rows = jax.random.randint(key_rows, (num_vectors,), 0, size)
+    z = state.codes[rows]
+    updated = codebook.ema_update(state, z, rows)
+    dead = jnp.mean(updated.counts < 1.0)
+    return codebook.restart_dead(updated, z, key_restart), dead
+
+  start = codebook.init_codes(jax.random.key(0), size, 2)
+  start = start.replace(counts=2.0 * start.counts, sums=2.0 * start.sums)
+  _, dead = jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 300))
+  assert float(dead.mean()) < 0.01
 
 
 def test_initial_codes(key, rng):

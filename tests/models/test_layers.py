@@ -7,6 +7,8 @@ import pytest
 
 from vaediff.errors import UserError
 from vaediff.models import layers
+from vaediff.models.ncsnpp_blocks import AdaptiveGroupNorm
+from vaediff.models.uvit import ModulatedLayerNorm
 
 
 @pytest.mark.parametrize(
@@ -32,11 +34,71 @@ def test_group_norm_is_the_formula(key, epsilon):
   np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+def apply_group_norm(x):
+  params = {'scale': jnp.ones(x.shape[-1]), 'bias': jnp.zeros(x.shape[-1])}
+  return layers.GroupNorm(epsilon=1e-5).apply({'params': params}, x)
+
+
+def apply_adaptive(x):
+  module, style = AdaptiveGroupNorm(), jnp.zeros((x.shape[0], 4))
+  return module.apply(module.init(jax.random.key(0), x, style), x, style)
+
+
+def apply_layer_norm(x):
+  module, tokens, style = ModulatedLayerNorm(), x.reshape(x.shape[0], -1, x.shape[-1]), jnp.zeros((2, 4))
+  return module.apply(module.init(jax.random.key(0), tokens, style), tokens, style).reshape(x.shape)
+
+
+def normalised(x, norm):
+  """In float64; layer norm has a group for each pixel."""
+  x = np.asarray(x, np.float64)
+  grouped = x.reshape(*x.shape[:3], 16, 4)
+  axes = (3, 4) if norm is apply_layer_norm else (1, 2, 4)
+  mean, variance = grouped.mean(axis=axes, keepdims=True), grouped.var(axis=axes, keepdims=True)
+  epsilon = 1e-5 if norm is apply_group_norm else 1e-6
+  return ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape)
+
+
+NORMS = [apply_group_norm, apply_adaptive, apply_layer_norm]
+
+
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize(('ratio', 'tolerance'), [(0, 5e-6), (100, 2e-5), (-100, 2e-5), (1000, 1.5e-4)])
+def test_norms_are_exact_where_the_mean_is_many_deviations(key, norm, ratio, tolerance):
+  """As PyTorch's, 1e-5 and 7e-5; E[x^2] - E[x]^2 in float32 is off by 4e-3 and 0.4."""
+  x = ratio + jax.random.normal(key, (2, 8, 8, 64))
+  np.testing.assert_allclose(jax.jit(norm)(x), normalised(x, norm), atol=tolerance)
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_norms_of_bfloat16_are_those_of_its_numbers(key, norm):
+  x = (1000.0 + 8.0 * jax.random.normal(key, (2, 8, 8, 64))).astype(jnp.bfloat16)
+  y = jax.jit(norm)(x)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(y, np.float32), normalised(x, norm), atol=0.02)
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_the_gradient_of_a_norm_does_not_see_the_mean(key, norm):
+  key_x, key_weight = jax.random.split(key)
+  x, weight = (jax.random.normal(k, (2, 8, 8, 64)) for k in (key_x, key_weight))
+  slope = jax.jit(jax.grad(lambda x: jnp.sum(weight * norm(x))))
+  np.testing.assert_allclose(slope(x + 100.0), slope(x), atol=2e-3)
+
+
+def test_an_odd_pixel_in_the_middle_changes_no_statistics(key):
+  x = 1000.0 + jax.random.normal(key, (2, 8, 8, 64))
+  x = x.at[:, 4, 4].set(0.0)
+  np.testing.assert_allclose(
+    apply_group_norm(x), normalised(x, apply_group_norm), atol=1e-4, rtol=1e-4
+  )
+
+
 def test_group_norm_of_a_constant_is_its_bias():
   x = jnp.full((1, 4, 4, 8), 1000.1)
   params = {'scale': jnp.ones(8), 'bias': jnp.full(8, 0.5)}
   y = layers.GroupNorm(epsilon=1e-5).apply({'params': params}, x)
-  # The one-pass variance of 1000.1 is only as exact as float32's square of it.
+  # x and its mean are multiplied by 316, 1 / sqrt(epsilon), before they are subtracted.
   np.testing.assert_allclose(y, 0.5, atol=0.05)
 
 

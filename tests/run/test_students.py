@@ -106,6 +106,26 @@ def test_stages_of_another_run_are_read_there():
   assert config.refiner.vae.workdir == config.refiner.conditions.low.workdir == ''
 
 
+def test_a_student_does_not_draw_with_the_temperature_of_its_teachers_pictures():
+  config = resolved('distill,consistency,debug', **{'refiner.sample.temperature': 0.8})
+  for stage in ('distill_2', 'distill_1', 'consistency'):
+    assert config[stage].sample.temperature == 1.0
+  assert config.refiner.sample.temperature == 0.8
+
+
+def test_the_papers_temperature_is_that_of_pictures_alone():
+  """Figures, and the best checkpoint, are of temperature 1 unless the command line says otherwise."""
+  celeba = importlib.import_module('configs.celeba256')
+  assert celeba.get_config().refiner.sample.temperature == 1.0
+  assert celeba.get_config('folder').refiner.sample.temperature == 1.0
+  config = students.resolve(celeba.get_config('pictures,distill'))
+  assert config.refiner.sample.temperature == 0.8 and config.distill_1.sample.temperature == 1.0
+  for path in sorted((pathlib.Path(__file__).parent.parent.parent / 'configs').glob('*.py')):
+    if 'def get_config(' in path.read_text():
+      config = importlib.import_module(f'configs.{path.stem}').get_config()
+      assert all(config[stage].sample.get('temperature', 1.0) == 1.0 for stage in config.stages), path
+
+
 def test_guidance_is_distilled_into_a_student():
   config = resolved('guided,distill,debug', **{'refiner.sample.guidance': (('label', 2.0),)})
   assert config.distill_1.model.guidance_embedding and config.distill_1.sample.guidance_weight == 0.5

@@ -5,12 +5,15 @@ q(z | x) of training images, a mixture is fitted with scikit-learn, and the numb
 with the best log-likelihood on held-out latents. Draws are per image, so they come in no particular order.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
+from vaediff.checks import Bound
 from vaediff.errors import UserError
 from vaediff.types import Keys, Latent
 
@@ -46,7 +49,19 @@ def measured(stage: str, workdir: str) -> reads.Measured:
   return reads.Measured(stage=stage, workdir=workdir, measurement=PRIOR, neutral=dict)
 
 
+MAX_COMPONENTS = 100_000
+"""Of a mixture: more than there are latents to fit to."""
+
+
+def _is_count(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COMPONENTS
+
+
 BOUNDS = {
+  'prior.num_components': Bound(
+    lambda counts: isinstance(counts, tuple | list) and len(counts) > 0 and all(map(_is_count, counts)),
+    lambda field, counts: f'{field} must name counts >= 1, whole and at most {MAX_COMPONENTS}, got {counts!r}',
+  ),
   'prior.kind': checks.one_of(KINDS),
   'prior.covariance': checks.one_of(COVARIANCES),
   'prior.holdout_fraction': checks.inside(0, 1),
@@ -57,9 +72,6 @@ BOUNDS = {
 def check(section: ConfigDict) -> None:
   """Raises UserError where a VAE's section `prior` holds a value that is not allowed."""
   checks.check(section, BOUNDS)
-  counts = section.prior.num_components
-  if not counts or min(counts) < 1:
-    raise UserError(f'prior.num_components must name counts >= 1, got {counts}')
 
 
 def arrays_of(section: ConfigDict) -> tuple[str, ...]:

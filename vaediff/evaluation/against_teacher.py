@@ -52,26 +52,28 @@ class Teacher:
     self._count, self._seed = count, root.settings.seed
     self._images = {}
 
-  def images(self, weight: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the teacher's two sets of images under a guidance weight."""
-    if weight not in self._images:
-      root = self._root.with_settings(guidance_weight=weight)
+  def images(self, weight: float, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the teacher's two sets of images under a guidance weight, from noise of a temperature."""
+    if (weight, temperature) not in self._images:
+      root = self._root.with_settings(guidance_weight=weight, temperature=temperature)
       log.say(
         f'drawing {self._count} images of {root.stage} in {root.settings.num_steps} steps to compare with'
       )
-      self._images[weight] = pairs(root, self._count, self._seed)
-    return self._images[weight]
+      self._images[weight, temperature] = pairs(root, self._count, self._seed)
+    return self._images[weight, temperature]
 
   def compare(self, student: Trained) -> dict[str, float]:
     """Returns 'rmse to teacher', per pixel in [0, 1], and 'diversity ratio', student over teacher.
 
-    The teacher is guided as the student is, or as it was when it taught a student that reads no weight. The
-    diversity is the mean squared difference of two images of one code and two noises.
+    The teacher is guided as the student is, or as it was when it taught a student that reads no weight, and
+    starts from the same noise, of the student's temperature. The diversity is the mean squared difference of
+    two images of one code and two noises.
     """
     section = student.config[student.stage]
     chosen = self._root if 'teacher' in section and not section.model.guidance_embedding else student
     first, second = pairs(student, self._count, self._seed)
-    wanted, other = self.images(float(chosen.settings.guidance_weight))
+    weight, temperature = chosen.settings.guidance_weight, student.settings.temperature
+    wanted, other = self.images(float(weight), float(temperature))
     spread = float(np.mean((wanted - other) ** 2))
     return {
       'rmse to teacher': float(np.sqrt(np.mean((first - wanted) ** 2))),

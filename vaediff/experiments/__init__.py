@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
+from vaediff.experiments import bounds
 from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.base import Experiment
@@ -15,6 +16,8 @@ from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.vae import Vae
 
+SHARED = ('train.', 'sample.', 'conditions.')
+"""Parts of a section whose fields are not those of its experiment."""
 BY_NAME: dict[str, type[Experiment]] = {
   'vae': Vae,
   'diffusion': Diffusion,
@@ -27,6 +30,29 @@ BY_NAME: dict[str, type[Experiment]] = {
   'distribution_matching': DistributionMatching,
   'classifier': Classifier,
 }
+
+
+def check_fields(config: ConfigDict, stage: str) -> None:
+  """Raises UserError where a stage's section is that of another experiment than it names.
+
+  Also where its best checkpoint is to be kept by a metric that the experiment does not report.
+  """
+  section = config[stage]
+  experiment = BY_NAME[section.experiment]
+  if 'teacher' in section and 'model' not in section:
+    return  # not complete yet, which the experiment says
+  # all numbers of an experiment have bounds: one without is of another
+  foreign = [field for field in bounds.numeric_fields(section) if field not in experiment.bounds]
+  foreign = [field for field in foreign if not field.startswith(SHARED)]
+  if foreign:
+    raise UserError(
+      f'config.{stage}.experiment is {section.experiment!r}, which has no field {foreign[0]!r}: the section '
+      'is that of another experiment. Leave the experiment as it is, and choose stages by variants'
+    )
+  measure = section.train.best_measure
+  if measure.startswith('val/') and measure.removeprefix('val/') not in experiment.metrics:
+    valid = ', '.join(f'val/{name}' for name in experiment.metrics)
+    raise UserError(f'config.{stage}.train.best_measure is {measure!r}; metrics of this stage: {valid}')
 
 
 def build(config: ConfigDict, stage: str) -> Experiment:
@@ -42,8 +68,11 @@ def build(config: ConfigDict, stage: str) -> Experiment:
   if name not in BY_NAME:
     raise UserError(f'config.{stage}.experiment is {name!r}; valid: {", ".join(BY_NAME)}')
   try:
+    check_fields(config, stage)
     experiment = BY_NAME[name].from_config(config, stage)
   except UserError as error:
+    if str(error).startswith('config.'):
+      raise  # it has the whole name of the field
     raise UserError(f'config.{stage}: {error}') from error
   clash = experiment.networks.keys() & experiment.frozen.keys()
   if clash:

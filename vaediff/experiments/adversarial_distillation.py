@@ -31,7 +31,8 @@ from ml_collections import ConfigDict
 from vaediff import checks
 from vaediff.diffusion import gaussian, ladd
 from vaediff.errors import UserError
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
+from vaediff.experiments.grid_student import BOUNDS as BOUNDS_OF_GRID_STUDENT
 from vaediff.experiments.grid_student import (
   GridStudent,
   apart,
@@ -45,6 +46,18 @@ from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.types import Batch, Image, Metrics, Params, Read, Rows, Time, Values
 
 SAMPLERS = ('renoise', 'ddim')
+BOUNDS = {
+  **BOUNDS_OF_GRID_STUDENT,
+  'sample.sampler': checks.one_of(SAMPLERS),
+  'warmup.num_steps': bounds.updates(0),
+  'warmup.start_probabilities': bounds.probabilities(),
+  'loss.adversarial_weight': bounds.weight(above=True),
+  'loss.distillation_weight': bounds.weight(),
+  'loss.r1_gamma': bounds.weight(),
+  'loss.renoise_mean': bounds.level(),
+  'loss.renoise_std': bounds.spread(),
+  **bounds.optimizers('optim_discriminator'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +86,14 @@ class AdversarialDistillation(GridStudent):
   distillation_weight: float
   r1_gamma: float
 
+  bounds = BOUNDS
+
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'AdversarialDistillation':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
     shared = grid_parts(config, stage)
+    base.check(cls, config, stage)
     check(section)
     maps = [
       jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -90,7 +106,9 @@ class AdversarialDistillation(GridStudent):
         module=Heads(**section.discriminator.to_dict()),
         inputs=(jax.ShapeDtypeStruct((1,), jnp.float32), *maps),
       ),
-      optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
+      optimizer_discriminator=make_optimizer(
+        section.optim_discriminator, section.train.num_steps, 'optim_discriminator'
+      ),
       warmup_probabilities=tuple(section.warmup.start_probabilities) or shared['start_probabilities'],
       warmup_steps=section.warmup.num_steps,
     )
@@ -223,19 +241,8 @@ class AdversarialDistillation(GridStudent):
     }
 
 
-BOUNDS = {
-  'sample.sampler': checks.one_of(SAMPLERS),
-  'warmup.num_steps': checks.at_least(0),
-  'loss.adversarial_weight': checks.above(0),
-  'loss.distillation_weight': checks.at_least(0),
-  'loss.r1_gamma': checks.at_least(0),
-  'loss.renoise_std': checks.at_least(0),
-}
-
-
 def check(section: ConfigDict) -> None:
-  """Raises UserError for the first value of the stage's section that is not allowed."""
-  checks.check(section, BOUNDS)
+  """Raises UserError for fields of the stage's section that contradict each other."""
   check_probabilities('warmup.start_probabilities', section.warmup.start_probabilities, section)
   if section.optim_discriminator.ema_decay:
     raise UserError(

@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 from vaediff import checks, reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
 from vaediff.experiments.perceptual import Perceptual
-from vaediff.models import autoencoder as autoencoder_model
 from vaediff.models import codebook
+from vaediff.models.autoencoder import last_kernel, with_last_kernel
 from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
 from vaediff.optim import Optimizer, global_norm, make_optimizer
@@ -38,11 +38,18 @@ BOUNDS = {
   'loss.pixel': checks.one_of(('l1', 'l2')),
   'loss.codebook': checks.one_of(('ema', 'gradient')),
   'loss.codebook_decay': checks.below_one(),
-  'loss.kl_weight': checks.at_least(0),
-  'loss.commitment_weight': checks.at_least(0),
-  'loss.restart_below': checks.at_least(0),
-  'loss.adversarial_weight': checks.at_least(0),
-  'loss.adversarial_start_step': checks.at_least(0),
+  'loss.kl_weight': bounds.weight(),
+  'loss.commitment_weight': bounds.weight(),
+  'loss.restart_below': bounds.weight(),
+  'loss.adversarial_weight': bounds.weight(),
+  'loss.adversarial_start_step': bounds.updates(0),
+  'loss.perceptual_weight': bounds.weight(),
+  'model.latent_channels': bounds.whole(1, bounds.MAX_WIDTH),
+  'model.codebook_size': bounds.whole(0, 2**22),
+  **bounds.within('model', bounds.CONVOLUTIONAL),
+  'discriminator.channels': bounds.whole(1, bounds.MAX_WIDTH),
+  'discriminator.num_layers': bounds.whole(1, 16),
+  **bounds.optimizers('optim', 'optim_discriminator'),
 }
 
 
@@ -76,7 +83,11 @@ class Autoencoder(base.Experiment):
   def from_config(cls, config: ConfigDict, stage: str) -> 'Autoencoder':
     """Builds the experiment of `config.<stage>`."""
     section, size, channels = config[stage], config.data.image_size, config.data.channels
-    checks.check(section, BOUNDS)
+    base.check(cls, config, stage)
+    latent_shape = encoders.latent_shape(section.model, config.data)
+    if section.model.bottleneck == 'vq' and section.loss.codebook == 'ema':
+      vectors = section.train.batch_size * latent_shape[0] * latent_shape[1]
+      codebook.check_restarts(vectors, section.model.codebook_size, section.loss.restart_below)
     discriminator = None
     if section.loss.adversarial_weight > 0:
       discriminator = Model(
@@ -87,18 +98,22 @@ class Autoencoder(base.Experiment):
       autoencoder=encoders.autoencoder_model(section.model, config.data),
       discriminator=discriminator,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
-      optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
+      optimizer_discriminator=make_optimizer(
+        section.optim_discriminator, section.train.num_steps, 'optim_discriminator'
+      ),
       perceptual=Perceptual.of(
         section.loss.perceptual, section.loss.perceptual_weight, config.evaluate.weights_dir
       ),
       loss=section.loss.to_dict(),
       flip=section.train.flip,
       microbatches=section.train.microbatches,
-      latent_shape=encoders.latent_shape(section.model, config.data),
+      latent_shape=latent_shape,
     )
 
   reconstructs = True
+  bounds = BOUNDS
   measures = (LATENTS,)
+  metrics = {'loss': False, 'mse': False, **dict.fromkeys(('lpips_vgg16', 'lpips_alexnet'), False)}
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -126,7 +141,10 @@ class Autoencoder(base.Experiment):
     return ADVERSARIAL if self.discriminator and step >= self.loss['adversarial_start_step'] else ''
 
   def init(self, key: jax.Array) -> base.TrainState:
-    """Returns the state at step 0; averaged counts and sums of the codes are in `extra['codebook']`."""
+    """Returns the state at step 0.
+
+    In `extra['codebook']` are averaged counts and sums of the codes, and whether these have had their start.
+    """
     keys = dict(zip(('autoencoder', 'discriminator'), jax.random.split(key), strict=True))
     networks = {'autoencoder': base.init_network(self.autoencoder, self.optimizer, keys['autoencoder'])}
     if self.discriminator:
@@ -136,7 +154,8 @@ class Autoencoder(base.Experiment):
     extra = {}
     if self.has_codes:
       codes = networks['autoencoder'].params[encoders.CODES]
-      extra['codebook'] = {'counts': jnp.ones(codes.shape[0]), 'sums': jnp.copy(codes)}
+      counts = jnp.ones(codes.shape[0])
+      extra['codebook'] = {'counts': counts, 'sums': jnp.copy(codes), 'started': jnp.bool_(False)}
     return base.TrainState(step=jnp.int32(0), networks=networks, extra=extra)
 
   # Training ---------------------------------------------------------------------------------------
@@ -153,9 +172,12 @@ class Autoencoder(base.Experiment):
       network, book, metrics = self.move_codes(state, x, key_codes)
       extra = {**extra, 'codebook': book}
     judge = state.networks['discriminator'].params if kind == ADVERSARIAL else None
+    weight = None  # found with the loss, where one part is the whole batch
+    if judge is not None and self.loss['adaptive_weight'] and self.microbatches > 1:
+      weight = self.whole_batch_weight(network.params, judge, frozen, x, key_loss)
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.autoencoder_loss(params, judge, frozen, batch['x'], key)
+      return self.autoencoder_loss(params, judge, frozen, batch['x'], key, weight)
 
     grads, found = base.gradients(loss_fn, network.params, {'x': x}, key_loss, self.microbatches)
     metrics |= found | {'grad_norm/autoencoder': global_norm(grads)}
@@ -163,7 +185,7 @@ class Autoencoder(base.Experiment):
       codes = network.params[encoders.CODES]
     network = base.apply_gradients(network, grads, self.optimizer, state.step)
     if self.averages_codes:
-      network = with_codes(network, codes)
+      network = with_codes(network, codes, codes)
     networks = {**state.networks, 'autoencoder': network}
 
     if kind == ADVERSARIAL:
@@ -190,15 +212,19 @@ class Autoencoder(base.Experiment):
   ) -> tuple[base.Network, dict[str, Array], Metrics]:
     """Returns the network with its codes moved, their averages, and how much of the codebook is in use.
 
-    Before the first update the codes are vectors of the batch. With 'ema' they then follow the averages, and
-    dead ones start anew; with 'gradient' the loss moves them. Vectors are those of the whole global batch.
+    Before the first update the codes are vectors of the batch, and so is their average; an update that the
+    guard leaves out was none. With 'ema' codes then follow the averages, and dead ones start anew; with
+    'gradient' the loss moves them, and they are averaged like every parameter. Vectors are those of the whole
+    global batch.
     """
     network, book, settings = state.networks['autoencoder'], state.extra['codebook'], self.loss
     key_init, key_restart = jax.random.split(key)
     z = jax.lax.stop_gradient(encoders.encode(self.autoencoder, network.params, x, None))
-    known = codebook.Codebook(codes=network.params[encoders.CODES], **book)
-    size = known.codes.shape[0]
-    known = jax.lax.cond(state.step == 0, lambda: codebook.data_init(z, key_init, size), lambda: known)
+    known = codebook.Codebook(
+      codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums']
+    )
+    size, started = known.codes.shape[0], book['started']
+    known = jax.lax.cond(started, lambda: known, lambda: codebook.data_init(z, key_init, size))
     indices = codebook.nearest(z, known.codes)
     used, perplexity = codebook.usage(indices, size)
     metrics = {'codebook/used': used, 'codebook/perplexity': perplexity}
@@ -206,7 +232,11 @@ class Autoencoder(base.Experiment):
       known = codebook.ema_update(known, z, indices, settings['codebook_decay'])
       metrics['codebook/dead'] = jnp.mean(known.counts < settings['restart_below'])
       known = codebook.restart_dead(known, z, key_restart, settings['restart_below'])
-    return with_codes(network, known.codes), {'counts': known.counts, 'sums': known.sums}, metrics
+    average = known.codes
+    if network.ema_params is not None and not self.averages_codes:
+      average = jnp.where(started, network.ema_params[encoders.CODES], known.codes)
+    book = {'counts': known.counts, 'sums': known.sums, 'started': jnp.ones_like(started)}
+    return with_codes(network, known.codes, average), book, metrics
 
   def reconstruct(
     self, params: Params, x: Image, key: jax.Array | None
@@ -240,34 +270,60 @@ class Autoencoder(base.Experiment):
     frozen: Read,
     x: Image,
     key: jax.Array | None,
+    weight: jax.Array | None = None,
   ) -> tuple[jax.Array, Metrics]:
-    """Returns the autoencoder's loss, a mean over the batch, and its terms."""
+    """Returns the autoencoder's loss, a mean over the batch, and its terms.
+
+    Without a `weight` of the adversarial loss it is the adaptive one of these images, or 1.
+    """
     x_hat, features, terms = self.reconstruct(params, x, key)
-
-    def distance(x_hat: Image) -> jax.Array:
-      return jnp.mean(self.pixel_loss(x, x_hat)) + jnp.mean(self.perceptual(frozen, x, x_hat))
-
-    reconstruction = distance(x_hat)
+    reconstruction = self.distance(frozen, x, x_hat)
     factors = {'kl': self.loss['kl_weight'], 'commitment': self.loss['commitment_weight'], 'codebook': 1.0}
     loss = reconstruction + sum(factors[name] * value for name, value in terms.items())
     metrics = {'loss/reconstruction': reconstruction}
     metrics |= {f'loss/{name}': value for name, value in terms.items()}
     if judge is not None:
-      weight = jnp.float32(1.0)
-      if self.loss['adaptive_weight']:
-        kernel = last_kernel(params)
-        fixed = jax.lax.stop_gradient((params, features))
-
-        def image_of(kernel: Array) -> Image:
-          return self.autoencoder.apply(with_last_kernel(fixed[0], kernel), fixed[1], method='last_conv')
-
-        of_distance = jax.grad(lambda kernel: distance(image_of(kernel)))(kernel)
-        of_judge = jax.grad(lambda kernel: self.deception(judge, image_of(kernel)))(kernel)
-        weight = adversarial.adaptive_weight(of_distance, of_judge)
+      if weight is None and self.loss['adaptive_weight']:
+        fixed = (params, judge, frozen, x, features)
+        gradients = jax.grad(lambda kernels: self.at_last_kernel(*fixed, kernels))(two_kernels(params))
+        weight = adversarial.adaptive_weight(**gradients)
+      weight = jnp.float32(1.0) if weight is None else weight
       deception = self.deception(judge, x_hat)
       loss += self.loss['adversarial_weight'] * weight * deception
       metrics |= {'loss/adversarial': deception, 'adaptive_weight': weight}
     return loss, {'loss': loss, **metrics}
+
+  def whole_batch_weight(
+    self, params: Params, judge: Params, frozen: Read, x: Image, key: jax.Array
+  ) -> jax.Array:
+    """Returns the adaptive weight of a batch that is split into parts: of the gradients of the whole.
+
+    A ratio of norms is no mean over parts, so that they are passed through once more, forwards; with the same
+    key, part by part, as the loss: the images are the same.
+    """
+
+    def of_part(kernels: dict[str, Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+      _, features, _ = self.reconstruct(params, batch['x'], key)
+      return self.at_last_kernel(params, judge, frozen, batch['x'], features, kernels), {}
+
+    gradients, _ = base.gradients(of_part, two_kernels(params), {'x': x}, key, self.microbatches)
+    return adversarial.adaptive_weight(**gradients)
+
+  def at_last_kernel(
+    self, params: Params, judge: Params, frozen: Read, x: Image, features: Array, kernels: dict[str, Array]
+  ) -> jax.Array:
+    """Returns the distance with the one last kernel plus the deception with the other; both means."""
+    fixed = jax.lax.stop_gradient((params, features))
+
+    def image_of(kernel: Array) -> Image:
+      return self.autoencoder.apply(with_last_kernel(fixed[0], kernel), fixed[1], method='last_conv')
+
+    distance = self.distance(frozen, x, image_of(kernels['of_reconstruction']))
+    return distance + self.deception(judge, image_of(kernels['of_adversary']))
+
+  def distance(self, frozen: Read, x: Image, x_hat: Image) -> jax.Array:
+    """Returns pixel and perceptual loss, a mean over the batch."""
+    return jnp.mean(self.pixel_loss(x, x_hat)) + jnp.mean(self.perceptual(frozen, x, x_hat))
 
   def pixel_loss(self, x: Image, x_hat: Image) -> Float[Array, ' batch']:
     """Returns the mean absolute or squared error per image, pixels in [-1, 1]."""
@@ -317,27 +373,15 @@ class Autoencoder(base.Experiment):
     return {'x0': jnp.clip(images, -1.0, 1.0)}
 
 
-def with_codes(network: base.Network, codes: Array) -> base.Network:
-  """Returns the network, and its average, with these codes."""
-  average = network.ema_params
+def with_codes(network: base.Network, codes: Array, average: Array) -> base.Network:
+  """Returns the network with these codes, and its average, if there is one, with those."""
+  averaged = network.ema_params
   return network.replace(
     params={**network.params, encoders.CODES: codes},
-    ema_params=None if average is None else {**average, encoders.CODES: codes},
+    ema_params=None if averaged is None else {**averaged, encoders.CODES: average},
   )
 
 
-def last_kernel(params: Params) -> Array:
-  """Returns the kernel of the decoder's last convolution."""
-  for name in autoencoder_model.LAST_KERNEL:
-    params = params[name]
-  return params
-
-
-def with_last_kernel(params: Params, kernel: Array) -> Params:
-  """Returns the parameters with another last kernel."""
-
-  def replaced(tree: Params, path: tuple[str, ...]) -> Params:
-    inner = kernel if len(path) == 1 else replaced(tree[path[0]], path[1:])
-    return {**tree, path[0]: inner}
-
-  return replaced(params, autoencoder_model.LAST_KERNEL)
+def two_kernels(params: Params) -> dict[str, Array]:
+  """Returns the last kernel twice, for the two losses that `adversarial.adaptive_weight` compares."""
+  return dict.fromkeys(('of_reconstruction', 'of_adversary'), last_kernel(params))

@@ -1,4 +1,9 @@
-"""What an experiment is: hyperparameters and modules that turn into pure functions of arrays."""
+"""What an experiment is: hyperparameters and modules that turn into pure functions of arrays.
+
+Keys: one key is drawn from once, or split, or folded with numbers, and never two of these, for what is made
+of it in one way is not independent of what is made in another. The keys of samples are made by
+`sampling_keys` alone; whoever changes what a sample starts from hands it over as `given`, and makes no key.
+"""
 
 import abc
 import dataclasses
@@ -9,8 +14,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
 from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
 from vaediff.models.functional import Model
@@ -51,6 +57,11 @@ class TrainState:
   def eval_params(self) -> dict[str, Params]:
     """The parameters to evaluate and sample with, by network."""
     return {name: network.eval_params for name, network in self.networks.items()}
+
+
+def check(experiment: type['Experiment'], config: ConfigDict, stage: str) -> None:
+  """Raises UserError for the first field of a stage's section that is outside the experiment's bounds."""
+  checks.check(config[stage], experiment.bounds, f'config.{stage}: ')
 
 
 BYTES = 'mass of bytes'
@@ -115,6 +126,8 @@ class Experiment(abc.ABC):
     can_be_guided: conditions are dropped in training, so that a guidance weight above 0 is possible.
     likelihood: what its bound is of: `BYTES`, 'density of pixels in [0, 1]', or '' without one.
     measures: measurements of it that later stages read, of `vaediff.run.measurements`.
+    metrics: all that `eval_step` may report, and whether the largest value is the best.
+    bounds: of every number and name in its section but those that every stage has (`run.config`).
   """
 
   frozen: Mapping[str, reads.Reads] = {}
@@ -127,6 +140,8 @@ class Experiment(abc.ABC):
   can_be_guided = False
   likelihood = ''
   measures: tuple[str, ...] = ()
+  metrics: Mapping[str, bool] = {'loss': False}
+  bounds: checks.Bounds = {}
 
   @property
   @abc.abstractmethod

@@ -11,12 +11,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import checks
 from vaediff.data import pixels
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
 from vaediff.models import classifier as classifier_model
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.types import Batch, Labels, Metrics, Params, Read
+
+BOUNDS = {
+  'model.num_classes': bounds.whole(0, bounds.MAX_WIDTH),
+  'model.channels': bounds.whole(1, bounds.MAX_WIDTH),
+  'model.num_features': bounds.whole(1, bounds.MAX_WIDTH),
+  'model.dropout': checks.below_one(),
+  **bounds.optimizers('optim'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +42,13 @@ class Classifier(base.Experiment):
   optimizer: Optimizer
   microbatches: int
 
+  metrics = {'loss': False, 'accuracy': True}
+  bounds = BOUNDS
+
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Classifier':
     """Builds the experiment of `config.<stage>`."""
+    base.check(cls, config, stage)
     section, size, channels = config[stage], config.data.image_size, config.data.channels
     return cls(
       classifier=Model(

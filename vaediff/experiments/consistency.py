@@ -11,11 +11,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import checks
 from vaediff.diffusion import consistency, gaussian
 from vaediff.errors import UserError
+from vaediff.experiments import base, bounds
+from vaediff.experiments.diffusion import BOUNDS as BOUNDS_OF_DIFFUSION
 from vaediff.experiments.student import LossStudent, parts
-from vaediff.types import Read, Values
+from vaediff.types import Batch, Read, Values
+
+BOUNDS = {
+  **BOUNDS_OF_DIFFUSION,
+  'loss.q': bounds.number(1, bounds.MAX_WEIGHT, above=True),
+  'loss.level_mean': bounds.level(),
+  'loss.level_std': bounds.spread(),
+  'loss.huber': bounds.weight(),
+  'loss.double_every_steps': bounds.updates(0),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +46,13 @@ class Consistency(LossStudent):
   double_every_steps: int
   huber: float
 
+  bounds = BOUNDS
+
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Consistency':
     """Builds the experiment of `config.<stage>`."""
     section, shared = config[stage], parts(config, stage)
+    base.check(cls, config, stage)
     check(section)
     if shared['teacher'].prediction != 'v':
       raise UserError(
@@ -55,6 +68,7 @@ class Consistency(LossStudent):
   def example_losses(
     self,
     read: Read,
+    batch: Batch,
     y0: Array,
     values: Values,
     key: jax.Array,
@@ -63,7 +77,7 @@ class Consistency(LossStudent):
     training: bool,
   ) -> Float[Array, ' batch']:
     """Returns the loss of each example at one pair of levels."""
-    del training
+    del batch, training
     key_level, key_eps = jax.random.split(key)
     schedule = self.student.denoiser.schedule
     tau = consistency.sample_level(key_level, y0.shape[0], self.level_mean, self.level_std, schedule)
@@ -82,16 +96,7 @@ class Consistency(LossStudent):
     return consistency.loss(x0_hat, target, tau, self.huber)
 
 
-BOUNDS = {
-  'loss.q': checks.above(1),
-  'loss.level_std': checks.at_least(0),
-  'loss.huber': checks.at_least(0),
-  'loss.double_every_steps': checks.at_least(0),
-}
-
-
 def check(section: ConfigDict) -> None:
-  """Raises UserError for the first value of the stage's section that is not allowed."""
+  """Raises UserError for a student that maps no data to itself."""
   if section.diffusion.prediction != 'v':
     raise UserError(f"diffusion.prediction must be 'v', got {section.diffusion.prediction!r}")
-  checks.check(section, BOUNDS)

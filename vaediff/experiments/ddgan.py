@@ -29,7 +29,7 @@ from vaediff.conditions.vae import vae_condition
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial, few_steps
 from vaediff.errors import UserError
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
 from vaediff.models import ports
 from vaediff.models.discriminator import TimeDiscriminator
 from vaediff.models.functional import Model
@@ -48,8 +48,26 @@ BOUNDS = {
   'model.network': checks.one_of(GENERATORS),
   'diffusion.condition': checks.one_of(('none', 'formulation1')),
   'diffusion.x0_vae_source': checks.one_of(('sample', 'mean')),
-  'loss.r1_gamma': checks.at_least(0),
-  'loss.r1_every_steps': checks.at_least(1),
+  'diffusion.num_steps': bounds.calls(),
+  'diffusion.beta_min': bounds.number(0, 1000, above=True),
+  'diffusion.beta_max': bounds.number(0, 1000, above=True),
+  'loss.r1_gamma': bounds.weight(),
+  'loss.r1_every_steps': bounds.updates(1),
+  **bounds.within('model', bounds.CONVOLUTIONAL),
+  'model.latent_dim': bounds.whole(1, bounds.MAX_WIDTH),
+  'model.num_mapping_layers': bounds.whole(0, bounds.MAX_LEVELS),
+  'model.patch_size': bounds.whole(1, bounds.MAX_LEVELS),
+  'model.uvit.patch_size': bounds.whole(1, bounds.MAX_LEVELS),
+  'model.uvit.dim': bounds.whole(1, bounds.MAX_WIDTH),
+  'model.uvit.depth': bounds.whole(1, bounds.MAX_LEVELS),
+  'model.uvit.num_heads': bounds.whole(1, bounds.MAX_LEVELS),
+  'model.uvit.mlp_ratio': bounds.number(0, 100, above=True),
+  'discriminator.num_layers': bounds.whole(1, bounds.MAX_LEVELS),
+  'discriminator.channels': bounds.whole(1, bounds.MAX_WIDTH),
+  'discriminator.time_dim': bounds.whole(1, bounds.MAX_WIDTH),
+  'discriminator.group_size': bounds.whole(1, bounds.MAX_WIDTH),
+  'discriminator.init_scale': bounds.number(0, 100),
+  **bounds.optimizers('optim', 'optim_discriminator'),
 }
 
 
@@ -89,11 +107,13 @@ class Ddgan(base.InSpace):
   microbatches: int
   title: str
 
+  bounds = BOUNDS
+
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Ddgan':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
-    checks.check(section, BOUNDS)
+    base.check(cls, config, stage)
     check_section(section)
     space = make_space(config, stage, bounded=section.model.bounded)
     vae = vae_condition(config, stage, space)
@@ -106,12 +126,7 @@ class Ddgan(base.InSpace):
     settings = section.discriminator.to_dict()
     modules = [TimeDiscriminator(**{**settings, 'dtype': name}) for name in (settings['dtype'], 'float32')]
     discriminator, exact = (Model(module=m, inputs=(given, time, given, beside)) for m in modules)
-    rows = section.train.batch_size // section.train.microbatches
-    if rows % min(rows, modules[0].group_size):
-      raise UserError(
-        f'train.batch_size / train.microbatches is {rows}: it must be a multiple of '
-        f'discriminator.group_size, {modules[0].group_size}, or smaller'
-      )
+    check_groups(section.train, modules[0].group_size)
     return cls(
       generator=Model(
         module=build_generator(section, space.shape[-1]),
@@ -120,7 +135,9 @@ class Ddgan(base.InSpace):
       discriminator=discriminator,
       discriminator_float32=exact,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
-      optimizer_discriminator=make_optimizer(section.optim_discriminator, section.train.num_steps),
+      optimizer_discriminator=make_optimizer(
+        section.optim_discriminator, section.train.num_steps, 'optim_discriminator'
+      ),
       space=space,
       conditions=conditions,
       steps=few_steps.make_steps(
@@ -322,6 +339,20 @@ def build_generator(section: ConfigDict, channels: int) -> Any:
     ),
   }
   return builders[name]()
+
+
+def check_groups(train: ConfigDict, group_size: int) -> None:
+  """Raises UserError where the discriminator's groups do not fit into the parts that a batch is split into.
+
+  A part that is smaller than a group has smaller groups than the batch has, and another discriminator.
+  """
+  rows = train.batch_size // train.microbatches
+  smaller = rows < group_size and train.microbatches > 1
+  if smaller or rows % min(rows, group_size):
+    raise UserError(
+      f'train.batch_size / train.microbatches is {rows}: it must be a multiple of discriminator.group_size, '
+      f'{group_size}, or without microbatches smaller'
+    )
 
 
 def check_section(section: ConfigDict) -> None:

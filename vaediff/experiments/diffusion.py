@@ -20,7 +20,7 @@ from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
 from vaediff.diffusion import gaussian, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
 from vaediff.experiments.denoiser import Denoiser, Term
 from vaediff.models import ports
 from vaediff.models.functional import Model
@@ -31,6 +31,17 @@ from vaediff.types import Batch, Given, Keys, LatentMap, Metrics, Read, Values
 
 VARIANCES = ('small', 'large')
 CLIPS = ('static', 'dynamic', 'none')
+MAX_GUIDANCE = 1000
+"""Weights that are used are below 20."""
+
+
+def is_guidance(pair: Any) -> bool:
+  """Returns whether it is (name, number above -1)."""
+  if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+    return False
+  return bounds.number(-1, MAX_GUIDANCE, above=True).holds(pair[1])
+
+
 BOUNDS = {
   'diffusion.schedule': checks.one_of(schedules.SCHEDULES),
   'diffusion.prediction': checks.one_of(gaussian.PREDICTIONS),
@@ -42,12 +53,15 @@ BOUNDS = {
   'sample.grid': checks.one_of(samplers.GRIDS),
   'sample.variance': checks.one_of(VARIANCES),
   'sample.clip': checks.one_of(CLIPS),
-  'sample.num_steps': checks.at_least(1),
+  'sample.num_steps': bounds.calls(),
   'sample.t_start': checks.inside_or_at(0, 1),
   'sample.threshold_percentile': checks.inside_or_at(0, 100),
-  'sample.temperature': checks.at_least(0),
-  'sample.guidance_weight': checks.at_least(0),
+  'sample.temperature': bounds.spread(),
+  'sample.guidance_weight': bounds.number(0, MAX_GUIDANCE),
   'sample.eta': checks.between(0, 1),
+  **bounds.within('model', bounds.CONVOLUTIONAL),
+  'model.num_heads': bounds.whole(1, bounds.MAX_LEVELS),
+  **bounds.optimizers('optim'),
 }
 
 
@@ -73,11 +87,13 @@ class Diffusion(base.InSpace):
   settings: Mapping[str, Any]
   start_value: str
 
+  bounds = BOUNDS
+
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Diffusion':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
-    checks.check(section, BOUNDS)
+    base.check(Diffusion, config, stage)
     space = make_space(config, stage)
     conditions = make_conditions(config, stage, space)
     check_section(section, space, conditions)
@@ -137,12 +153,12 @@ class Diffusion(base.InSpace):
 
   def examples(self, read: Read, batch: Batch, key: jax.Array, *, training: bool) -> tuple[Array, Values]:
     """Returns y0, maps of the space, and the values beside them; in training with flips."""
-    key_flip, key_given = jax.random.split(key)
+    key_flip, key_given, key_map = jax.random.split(key, 3)
     batch = pixels.prepare(batch, key_flip if training and self.flip else None)
     x = batch['image']
     given = self.conditions.observe(read, batch, x, key_given, training=True)
     values = self.conditions.values(read, self.conditions.complete(read, given))
-    return self.space.encode(read, x, jax.random.fold_in(key_flip, 1)), values
+    return self.space.encode(read, x, key_map), values
 
   def train_step(
     self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
@@ -246,7 +262,7 @@ def make_terms(sample: ConfigDict, conditions: Conditions) -> tuple[Term, ...]:
   """
   pairs = [(conditions.droppable, sample.guidance_weight)] if sample.guidance_weight else []
   for pair in sample.guidance:
-    if len(pair) != 2 or pair[0] not in conditions.droppable or not pair[1] > -1:
+    if not is_guidance(pair) or pair[0] not in conditions.droppable:
       raise UserError(
         f'sample.guidance must be pairs (condition, weight > -1) of conditions that are dropped in training, '
         f'{", ".join(conditions.droppable) or "of which there are none"}; got {pair!r}'

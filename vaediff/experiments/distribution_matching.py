@@ -24,11 +24,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import checks, reads
+from vaediff import reads
 from vaediff.diffusion import adversarial, distribution_matching, gaussian, ladd, losses, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
 from vaediff.experiments.denoiser import DENOISER, Denoiser
+from vaediff.experiments.grid_student import BOUNDS as BOUNDS_OF_GRID_STUDENT
 from vaediff.experiments.grid_student import GridStudent, apart, beside, grid_parts
 from vaediff.experiments.student import SAME, TEACHER
 from vaediff.models.functional import Model
@@ -36,6 +37,18 @@ from vaediff.models.heads import Heads
 from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.types import Batch, Image, Metrics, Params, Read, Rows, Time, Values
 
+MAX_STEPS = 64
+"""Of the student: all of them are part of the program of one update."""
+BOUNDS = {
+  **BOUNDS_OF_GRID_STUDENT,
+  'sample.num_steps': bounds.whole(1, MAX_STEPS),
+  'fake_updates': bounds.updates(1),
+  'loss.min_time': bounds.number(0, 1),
+  'loss.max_time': bounds.number(0, 1),
+  'loss.adversarial_weight': bounds.weight(),
+  'loss.fake_adversarial_weight': bounds.weight(),
+  **bounds.optimizers('optim_fake'),
+}
 FAKE = 'fake_denoiser'
 """Name of the network that is trained on the student's images."""
 STUDENT = 'student'
@@ -68,10 +81,13 @@ class DistributionMatching(GridStudent):
   adversarial_weight: float
   fake_adversarial_weight: float
 
+  bounds = BOUNDS
+
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'DistributionMatching':
     """Builds the experiment of `config.<stage>`."""
     section, shared = config[stage], grid_parts(config, stage)
+    base.check(cls, config, stage)
     check(section)
     student, num_updates = shared['student'], max(1, section.train.num_steps // section.fake_updates)
     shared['student'] = dataclasses.replace(student, optimizer=make_optimizer(section.optim, num_updates))
@@ -84,7 +100,7 @@ class DistributionMatching(GridStudent):
         module=Heads(**section.discriminator.to_dict()),
         inputs=(jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *lowest), jnp.float32)),
       ),
-      optimizer_fake=make_optimizer(section.optim_fake, section.train.num_steps),
+      optimizer_fake=make_optimizer(section.optim_fake, section.train.num_steps, 'optim_fake'),
       fake_updates=section.fake_updates,
     )
 
@@ -139,13 +155,11 @@ class DistributionMatching(GridStudent):
     count, times = like.shape[0], self.start_times
     denoiser = self.student.denoiser
     denoise, schedule = denoiser.denoise(read, values), denoiser.schedule
-    y = jax.random.normal(key_eps, like.shape)
-    states = [y]
+    noises = [jax.random.normal(key, like.shape) for key in jax.random.split(key_eps, len(times))]
+    states = [noises[0]]
     for k, s in enumerate(times[1:], start=1):
-      x0_hat = denoise(y, jnp.full(count, times[k - 1]))
-      eps = jax.random.normal(jax.random.fold_in(key_eps, k), like.shape)
-      y = gaussian.q_sample(x0_hat, eps, jnp.full(count, s), schedule)
-      states.append(y)
+      x0_hat = denoise(states[-1], jnp.full(count, times[k - 1]))
+      states.append(gaussian.q_sample(x0_hat, noises[k], jnp.full(count, s), schedule))
     drawn = jax.random.choice(key_s, len(times), (count,), p=jnp.asarray(self.start_probabilities))
     y = jnp.take_along_axis(jnp.stack(states), drawn.reshape(1, count, *[1] * (like.ndim - 1)), axis=0)[0]
     return jax.lax.stop_gradient(y), jnp.asarray(times)[drawn]
@@ -256,11 +270,13 @@ def start_source(config: ConfigDict, stage: str, model: Model) -> reads.FromStag
   name = section.start_stage
   if not name:
     return None
-  known = name in config.stages and 'teacher' in config[name] and 'model' in config[name]
+  stages = tuple(config.stages)
+  before = stages[: stages.index(stage)] if stage in stages else stages
+  known = name in before and 'teacher' in config[name] and 'model' in config[name]
   if not known or config[name].model != section.model:
     raise UserError(
-      f'start_stage is {name!r}, which is no stage of this run with a student of the same network; name one '
-      f"of config.stages, or '' for the teacher"
+      f'start_stage is {name!r}, which is no stage of this run with a student of the same '
+      f"network that is trained before; name one of config.stages, or '' for the teacher"
     )
   for field in (*SAME, 'prediction'):
     if config[name].diffusion[field] != section.diffusion[field]:
@@ -271,21 +287,13 @@ def start_source(config: ConfigDict, stage: str, model: Model) -> reads.FromStag
   return reads.FromStage(stage=name, network=DENOISER, workdir='', model=model)
 
 
-BOUNDS = {
-  'fake_updates': checks.at_least(1),
-  'loss.adversarial_weight': checks.at_least(0),
-  'loss.fake_adversarial_weight': checks.at_least(0),
-}
-
-
 def check(section: ConfigDict) -> None:
-  """Raises UserError for the first value of the stage's section that is not allowed."""
+  """Raises UserError for fields of the stage's section that contradict each other."""
   if section.sample.sampler != 'renoise':
     raise UserError(
       f"sample.sampler must be 'renoise', on whose states the student is trained, got "
       f'{section.sample.sampler!r}'
     )
-  checks.check(section, BOUNDS)
   loss = section.loss
   if not 0 < loss.min_time < loss.max_time <= 1:
     raise UserError(

@@ -15,11 +15,21 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vaediff import checks
 from vaediff.diffusion import gaussian, ladd, losses, samplers
 from vaediff.errors import UserError
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
+from vaediff.experiments.diffusion import BOUNDS as BOUNDS_OF_DIFFUSION
 from vaediff.experiments.student import Student, parts
 from vaediff.types import Batch, Image, Metrics, Read, Rows, Time, Values
+
+BOUNDS = {
+  **BOUNDS_OF_DIFFUSION,
+  'teacher_calls': bounds.calls(),
+  'start_probabilities': bounds.probabilities(),
+  **bounds.within('discriminator', bounds.HEADS),
+}
+"""Of both experiments of this kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,8 @@ class GridStudent(Student):
   start_probabilities: tuple[float, ...]
   teacher_calls: int
   loss_weight: str
+
+  metrics = {'loss': False, 'diversity': True, 'diversity_ratio': True}
 
   def rows(self, read: Read, batch: Batch, key: jax.Array) -> Rows:
     """Returns 'x0', maps of the space, and their 'values', flipped together; not differentiated."""
@@ -106,6 +118,7 @@ def grid_parts(config: ConfigDict, stage: str) -> dict[str, Any]:
     UserError: as `student.parts`, and for the first value that is not allowed.
   """
   section, shared = config[stage], parts(config, stage)
+  checks.check(section, BOUNDS, f'config.{stage}: ')
   check(section)
   check_teacher(section, config[section.teacher.stage])
   num_steps = section.sample.num_steps
@@ -128,8 +141,6 @@ def check(section: ConfigDict) -> None:
       "(teacher.stage = 'distill_v', variant distill)"
     )
   check_probabilities('start_probabilities', section.start_probabilities, section)
-  if section.teacher_calls < 1:
-    raise UserError(f'teacher_calls must be >= 1, got {section.teacher_calls}')
 
 
 def check_probabilities(field: str, given: tuple[float, ...], section: ConfigDict) -> None:

@@ -14,13 +14,20 @@ from ml_collections import ConfigDict
 
 from vaediff import reads
 from vaediff.data import pixels
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
 from vaediff.experiments.perceptual import Perceptual
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import encoders
 from vaediff.spaces.latents import LATENTS
 from vaediff.types import Batch, Given, Image, Metrics, Params, Read
+
+BOUNDS = {
+  'model.channels': bounds.whole(1, bounds.MAX_WIDTH),
+  'model.num_blocks': bounds.whole(1, bounds.MAX_LEVELS),
+  'loss.perceptual_weight': bounds.weight(),
+  **bounds.optimizers('optim'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,7 @@ class LightDecoder(base.Experiment):
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'LightDecoder':
     """Builds the experiment of `config.<stage>`."""
+    base.check(cls, config, stage)
     section = config[stage]
     named = section.autoencoder
     source = encoders.autoencoder_of(config, named.stage, named.workdir, 'autoencoder.stage')
@@ -64,6 +72,8 @@ class LightDecoder(base.Experiment):
     )
 
   reconstructs = True
+  bounds = BOUNDS
+  metrics = dict.fromkeys(('loss', 'mse_to_teacher', 'mse', 'mse_of_teacher'), False)
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:

@@ -25,8 +25,31 @@ from vaediff import checks, reads
 from vaediff.conditions.weight import WEIGHT
 from vaediff.diffusion import distillation, gaussian, losses, schedules
 from vaediff.errors import UserError
+from vaediff.experiments import base, bounds
+from vaediff.experiments.diffusion import BOUNDS as BOUNDS_OF_DIFFUSION
+from vaediff.experiments.diffusion import MAX_GUIDANCE
 from vaediff.experiments.student import LossStudent, parts
-from vaediff.types import Read, Values
+from vaediff.types import Batch, Mask, Read, Values
+
+FREE = 'data_free'
+"""Name of the mark, beside the images, of examples that are free of data."""
+
+
+OWN_BOUNDS = {
+  'data_free_fraction': checks.below_one(),
+  'data_free_calls': bounds.calls(),
+  'guidance_weights': bounds.several(
+    bounds.number(0, MAX_GUIDANCE), f'numbers in 0 ... {MAX_GUIDANCE}, (least, most)', count=2
+  ),
+}
+BOUNDS = {**BOUNDS_OF_DIFFUSION, **OWN_BOUNDS, 'num_steps': bounds.whole(0, bounds.MAX_CALLS)}
+TEMPLATE_BOUNDS = {
+  **OWN_BOUNDS,
+  'from_steps': bounds.calls(),
+  'to_steps': bounds.calls(),
+  'last_train_steps': bounds.updates(0),
+}
+"""Of the section that halvings are made of (`vaediff.run.students`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,10 +70,13 @@ class Progressive(LossStudent):
   data_free_calls: int
   guidance_weights: tuple[float, float] | tuple[()]
 
+  bounds = BOUNDS
+
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Progressive':
     """Builds the experiment of `config.<stage>`."""
     section, shared = config[stage], parts(config, stage)
+    base.check(cls, config, stage)
     check(section)
     if section.num_steps:
       distillation.halving(shared['student'].denoiser.schedule, section.num_steps)  # checks them
@@ -88,24 +114,38 @@ class Progressive(LossStudent):
     return index, read['steps']['time'][index]
 
   def states(
-    self, read: Read, y0: Array, values: Values, key: jax.Array, *, data_free: bool
+    self, read: Read, y0: Array, values: Values, key: jax.Array, free: Mask | None
   ) -> tuple[jax.Array, Values, jax.Array | None, jax.Array]:
-    """Returns y, values, step and time of each example; the first ones are free of data."""
+    """Returns y, values, step and time of each example; those that are `free`, at the front, without data."""
     key_t, key_eps, key_w, key_given, key_noise = jax.random.split(key, 5)
     count = y0.shape[0]
     index, t = self.times(read, key_t, count)
     y = gaussian.q_sample(y0, jax.random.normal(key_eps, y0.shape), t, self.student.denoiser.schedule)
-    free = max(1, round(self.data_free_fraction * count)) if data_free and self.data_free_fraction else 0
-    if free:
-      drawn = self.drawn_values(read, key_given, free)
-      values = jax.tree.map(lambda new, old: jnp.concatenate([new, old[free:]]), drawn, values)
+    # as many as the part of a batch with most of them has: others make one that is not read
+    most = 0 if free is None else -(-self.num_free(count * self.microbatches) // self.microbatches)
+
+    def in_front(new: Array, old: Array) -> Array:
+      chosen = jnp.where(gaussian.per_example(free[:most], new), new, old[:most])
+      return jnp.concatenate([chosen, old[most:]])
+
+    if most:
+      values = jax.tree.map(in_front, self.drawn_values(read, key_given, most), values)
     if self.guidance_weights:
       low, high = self.guidance_weights
       values = {**values, WEIGHT: jax.random.uniform(key_w, (count,), minval=low, maxval=high)}
-    if free:
-      arrived = self.arrive(read, values, index[:free], key_noise, y[:free].shape)
-      y = jnp.concatenate([arrived, y[free:]])
+    if most:
+      y = in_front(self.arrive(read, values, index[:most], key_noise, y[:most].shape), y)
     return y, values, index, t
+
+  def num_free(self, batch_size: int) -> int:
+    """Returns how many examples of a whole batch are free of data: at least one, where any are."""
+    return max(1, round(self.data_free_fraction * batch_size)) if self.data_free_fraction else 0
+
+  def marked(self, batch: Batch) -> Batch:
+    """Returns the batch with a mark on its first examples, which are the first of its parts too."""
+    count = batch['image'].shape[0]
+    free = self.num_free(count)
+    return {**batch, FREE: jnp.arange(count) < free} if free else batch
 
   def arrive(
     self, read: Read, values: Values, index: jax.Array, key: jax.Array, shape: tuple[int, ...]
@@ -133,6 +173,7 @@ class Progressive(LossStudent):
   def example_losses(
     self,
     read: Read,
+    batch: Batch,
     y0: Array,
     values: Values,
     key: jax.Array,
@@ -142,7 +183,8 @@ class Progressive(LossStudent):
   ) -> Float[Array, ' batch']:
     """Returns the weighted squared error of each example; in training a share of them is free of data."""
     del step
-    y, values, index, t = jax.lax.stop_gradient(self.states(read, y0, values, key, data_free=training))
+    free = batch[FREE] if training and FREE in batch else None
+    y, values, index, t = jax.lax.stop_gradient(self.states(read, y0, values, key, free))
     wanted = jax.lax.stop_gradient(self.target(read, y, values, index, t))
     denoiser = self.student.denoiser
     output = denoiser.output(read, y, t, values)
@@ -152,23 +194,15 @@ class Progressive(LossStudent):
     )
 
 
-BOUNDS = {
-  'num_steps': checks.at_least(0),
-  'data_free_fraction': checks.below_one(),
-  'data_free_calls': checks.at_least(1),
-}
-
-
 def check(section: ConfigDict) -> None:
-  """Raises UserError for the first value of the stage's section that is not allowed."""
+  """Raises UserError for fields of the stage's section that contradict each other."""
   if section.diffusion.prediction == 'eps':
     raise UserError("prediction is 'eps'; a student of few steps must predict 'v' or 'x0'")
-  checks.check(section, BOUNDS)
   if section.data_free_fraction and not section.num_steps:
     raise UserError('data_free_fraction needs a halving (num_steps > 0): it starts from the grid')
   if section.model.guidance_embedding:
     weights = section.guidance_weights
-    if len(weights) != 2 or not 0 <= weights[0] <= weights[1]:
+    if not weights[0] <= weights[1]:
       raise UserError(f'guidance_weights must be (least, most) with 0 <= least <= most, got {weights}')
     if section.diffusion.condition_dropout == 0:
       raise UserError('a guided student needs a teacher trained with diffusion.condition_dropout > 0, got 0')

@@ -29,6 +29,8 @@ EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation', 'distri
 TEACHERS = ('diffusion', *EXPERIMENTS)
 SAME = ('schedule', 'condition', 'z_conditioning')
 """Fields of `diffusion` in which a student cannot differ from its teacher."""
+FIRST_INDEX = 2**20
+"""Below it are the indices that samples drawn in training begin at: many times the number of classes."""
 TEACHER = 'teacher'
 """The frozen network's name in `read`."""
 
@@ -109,19 +111,29 @@ class Student(base.InSpace):
     return self.student.maps(read, given, keys)
 
   def drawn_values(self, read: Read, key: jax.Array, count: int) -> Values:
-    """Returns the values of conditions that are drawn of nothing, as in sampling."""
-    conditions = self.conditions
-    given = conditions.draw(read, jax.random.split(key, count), jnp.arange(count))
+    """Returns the values of conditions that are drawn of nothing, as in sampling.
+
+    They are those of samples anywhere in a long row: of conditions that come in turn, as classes do, `count`
+    that are not the same at every update.
+    """
+    conditions, keys = self.conditions, jax.random.split(key, count + 1)
+    first = jax.random.randint(keys[count], (), 0, FIRST_INDEX)
+    given = conditions.draw(read, keys[:count], first + jnp.arange(count))
     return conditions.values(read, conditions.complete(read, given))
 
 
 class LossStudent(Student, abc.ABC):
   """A student that one update of one loss trains: it has `example_losses`."""
 
+  def marked(self, batch: Batch) -> Batch:
+    """Returns a whole batch, before it is split into parts, with what is decided of it as a whole."""
+    return batch
+
   @abc.abstractmethod
   def example_losses(
     self,
     read: Read,
+    batch: Batch,
     y0: Array,
     values: Values,
     key: jax.Array,
@@ -129,7 +141,7 @@ class LossStudent(Student, abc.ABC):
     *,
     training: bool,
   ) -> Float[Array, ' batch']:
-    """Returns the loss of each example after `step` updates."""
+    """Returns the loss of each example after `step` updates; in training `batch` is part of a marked one."""
 
   def train_step(
     self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
@@ -142,12 +154,12 @@ class LossStudent(Student, abc.ABC):
       read = {**frozen, name: params}
       key_example, key_loss = jax.random.split(key)
       y0, values = self.student.examples(read, batch, key_example, training=True)
-      each = self.example_losses(read, y0, values, key_loss, state.step, training=True)
+      each = self.example_losses(read, batch, y0, values, key_loss, state.step, training=True)
       loss = jnp.mean(each)
       return loss, {'loss': loss}
 
     params = state.networks[name].params
-    grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
+    grads, metrics = base.gradients(loss_fn, params, self.marked(batch), key, self.microbatches)
     state, norms = base.update_one(state, name, grads, self.student.optimizer)
     return state, {**metrics, **norms}
 
@@ -155,7 +167,7 @@ class LossStudent(Student, abc.ABC):
     """Returns the loss of the first update, on images as they are."""
     key_example, key_loss = jax.random.split(key)
     y0, values = self.student.examples(read, batch, key_example, training=False)
-    each = self.example_losses(read, y0, values, key_loss, jnp.int32(0), training=False)
+    each = self.example_losses(read, batch, y0, values, key_loss, jnp.int32(0), training=False)
     return {'loss': base.masked_mean(each, batch['mask'])}
 
 
@@ -166,6 +178,10 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
     UserError: when the teacher is no stage that can teach, or one of another formulation or schedule.
   """
   section = config[stage]
+  if 'teacher' not in section:
+    raise UserError(
+      f'experiment is {section.experiment!r}, which has a teacher; the section {stage!r} names none'
+    )
   if 'model' not in section:
     raise UserError('it lacks what its teacher gives it; call vaediff.run.students.resolve(config) first')
   named = section.teacher

@@ -20,7 +20,7 @@ from vaediff.conditions import prior
 from vaediff.conditions.vae import CODE, IMAGE
 from vaediff.data import pixels
 from vaediff.diffusion import losses
-from vaediff.experiments import base
+from vaediff.experiments import base, bounds
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import encoders
@@ -28,7 +28,11 @@ from vaediff.types import Batch, Given, Image, Keys, Latent, Metrics, Params, Re
 
 BOUNDS = {
   'loss.reduction': checks.one_of(('sum', 'mean')),
-  'loss.beta': checks.at_least(0),
+  'loss.beta': bounds.weight(),
+  'model.latent_dim': bounds.whole(1, bounds.MAX_WIDTH),
+  **prior.BOUNDS,
+  'prior.num_encoded': bounds.updates(1),
+  **bounds.optimizers('optim'),
 }
 
 
@@ -58,14 +62,15 @@ class Vae(base.Experiment):
 
   titles = {IMAGE: 'VAE'}
   reconstructs = True
+  bounds = BOUNDS
   measures = (prior.PRIOR,)
+  metrics = {'loss': False, 'loss/reconstruction': False, 'loss/kl': False, 'mse': False}
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Vae':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
-    checks.check(section, BOUNDS)
-    prior.check(section)
+    base.check(cls, config, stage)
     return cls(
       vae=encoders.vae_model(section.model, config.data),
       optimizer=make_optimizer(section.optim, section.train.num_steps),

@@ -24,7 +24,7 @@ from vaediff.errors import UserError
 from vaediff.models import codebook, layers
 from vaediff.models.autoencoder_blocks import VARIANT, Decoder, DecoderBody, Encoder, Features
 from vaediff.models.unet_blocks import BlockOptions
-from vaediff.types import Image, LatentMap
+from vaediff.types import Image, LatentMap, Params
 
 BOTTLENECKS = ('kl', 'none', 'vq')
 # Bounds of the log variance: outside them its exponential is of no use in float32.
@@ -181,6 +181,23 @@ class Autoencoder(nn.Module):
           f'model.attention_resolutions names {resolution}, which never occurs; the maps have sides '
           f'{", ".join(map(str, sides))}. These are resolutions, not downsampling rates.'
         )
+
+
+def last_kernel(params: Params) -> Array:
+  """Returns the kernel of the decoder's last convolution."""
+  for name in LAST_KERNEL:
+    params = params[name]
+  return params
+
+
+def with_last_kernel(params: Params, kernel: Array) -> Params:
+  """Returns the parameters with another last kernel."""
+
+  def replaced(tree: Params, path: tuple[str, ...]) -> Params:
+    inner = kernel if len(path) == 1 else replaced(tree[path[0]], path[1:])
+    return {**tree, path[0]: inner}
+
+  return replaced(params, LAST_KERNEL)
 
 
 class LightBlock(nn.Module):

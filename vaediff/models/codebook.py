@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key
 
+from vaediff.errors import UserError
 from vaediff.types import Scalar
 
 # Distances are found for this many codes at a time: with all of a large codebook at once they would be the
@@ -75,9 +76,13 @@ def nearest(z: Vectors, codes: Codes) -> Indices:
   """Returns for each vector the index of the code with the least squared distance; the first of equals.
 
   |z - e|^2 = |z|^2 - 2 z.e + |e|^2. The first term is the same for all codes and is left out, which
-  changes no index and keeps the small differences between the others exact.
+  changes no index and keeps the small differences between the others exact. The codes' mean is taken from
+  both, for the same reason: where it is a thousand times the distance of two codes, rounding hides what the
+  squares differ by. Of the mean 8 bits are enough, and subtracting them rounds nothing.
   """
-  flat, codes = _flat(z), jax.lax.stop_gradient(codes).astype(jnp.float32)
+  codes = jax.lax.stop_gradient(codes).astype(jnp.float32)
+  centre = jax.lax.reduce_precision(codes.mean(axis=0, keepdims=True), exponent_bits=8, mantissa_bits=7)
+  flat, codes = _flat(z) - centre, codes - centre
   if codes.shape[0] <= CHUNK:
     _, indices = _nearest_in(flat, codes)
     return indices.reshape(z.shape[:-1])
@@ -155,7 +160,8 @@ def restart_dead(state: Codebook, z: Vectors, key: Key[Array, ''], threshold: fl
   """Returns the codebook with every code whose count is below `threshold` at a random vector of z.
 
   Its count is 1 again and its sum the vector. The counts of all codes add up to the vectors in a batch, so a
-  batch should hold several times `threshold` vectors per code; else most codes restart at every step.
+  batch should hold several times `threshold` vectors per code; else most codes restart at every step
+  (`check_restarts`).
   """
   flat = _flat(z)
   rows = jax.random.randint(key, state.counts.shape, 0, flat.shape[0])
@@ -163,6 +169,22 @@ def restart_dead(state: Codebook, z: Vectors, key: Key[Array, ''], threshold: fl
   return jax.tree.map(
     lambda new, old: jnp.where(dead.reshape(-1, *[1] * (old.ndim - 1)), new, old), fresh, state
   )
+
+
+def check_restarts(num_vectors: int, size: int, threshold: float) -> None:
+  """Raises UserError where codes would restart for want of vectors, and not because they are not used.
+
+  In the long run the counts of all codes add up to the vectors in a batch. With fewer than `threshold` per
+  code some must be below it at every update, however evenly the codes are used; with twice as many a code is
+  one that is used half as often as the others, or less.
+  """
+  if num_vectors < 2 * threshold * size:
+    raise UserError(
+      f'loss.restart_below is {threshold:g}, but {size} codes (model.codebook_size) share the {num_vectors} '
+      f'vectors of a batch, {num_vectors / size:.3g} each: most codes would start anew at every update. A '
+      f'batch needs twice loss.restart_below vectors per code: lower it to {num_vectors / (2 * size):.3g} or '
+      'less (0 = none start anew), take a larger train.batch_size, or fewer codes'
+    )
 
 
 def usage(indices: Indices, size: int) -> tuple[Scalar, Scalar]:

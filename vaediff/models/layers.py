@@ -95,7 +95,6 @@ class GroupNorm(nn.Module):
   """Group normalisation (Wu and He 2018, 1803.08494, eqs. 1-3) with a learned scale and bias.
 
   Statistics and the affine map are float32 whatever the input's type, which the output has too.
-  The variance is E[x^2] - E[x]^2, so that one pass over x suffices.
 
   Attributes:
     epsilon: added to the variance.
@@ -108,23 +107,44 @@ class GroupNorm(nn.Module):
     self, x: Float[Array, 'batch height width channels']
   ) -> Float[Array, 'batch height width channels']:
     """Returns x with zero mean and unit variance in each group of channels, scaled and shifted."""
-    batch, height, width, channels = x.shape
+    channels = x.shape[-1]
     gamma = self.param('scale', nn.initializers.ones, (channels,))
     beta = self.param('bias', nn.initializers.zeros, (channels,))
-    groups = num_groups(channels)
-    size = height * width * (channels // groups)
-    values = x.astype(jnp.float32)
+    return group_norm(x, gamma[None], beta[None], self.epsilon)
 
-    def group_mean(per_channel):
-      mean = per_channel.reshape(batch, groups, -1).sum(axis=-1) / size
-      return jnp.repeat(mean, channels // groups, axis=-1)
 
-    mean = group_mean(values.sum(axis=(1, 2)))
-    variance = group_mean(jnp.square(values).sum(axis=(1, 2))) - jnp.square(mean)
-    # Rounding can take the difference of two equal numbers below zero.
-    scale = gamma[None] * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
-    shift = beta[None] - mean * scale
-    return (values * scale[:, None, None, :] + shift[:, None, None, :]).astype(x.dtype)
+def group_norm(
+  x: Float[Array, 'batch height width channels'],
+  gamma: Float[Array, '#batch channels'],
+  beta: Float[Array, '#batch channels'],
+  epsilon: float,
+) -> Float[Array, 'batch height width channels']:
+  """Returns gamma (x - mean) / sqrt(variance + epsilon) + beta, mean and variance those of each group.
+
+  One pass over x suffices for E[d^2] - E[d]^2 where d is x less a number near its mean. Of x itself the
+  difference is lost to rounding where the mean is a hundred deviations, and is below zero at a thousand. The
+  number is the mean over the group's channels of the pixel in the middle; whatever it is, the variance is the
+  same, so that it has no gradient. It is made first: compilers would make it again at every pixel.
+  """
+  batch, height, width, channels = x.shape
+  groups = num_groups(channels)
+  in_group = channels // groups
+  values = x.astype(jnp.float32)
+
+  def group_mean(per_channel: Array, size: int) -> Array:
+    mean = per_channel.reshape(batch, groups, -1).sum(axis=-1) / size
+    return jnp.repeat(mean, in_group, axis=-1)
+
+  near = jax.lax.stop_gradient(group_mean(values[:, height // 2, width // 2], in_group))
+  near = jax.lax.optimization_barrier(near)
+  difference = values - near[:, None, None, :]
+  mean = group_mean(difference.sum(axis=(1, 2)), height * width * in_group)
+  squares = group_mean(jnp.square(difference).sum(axis=(1, 2)), height * width * in_group)
+  # Rounding can take the difference of two equal numbers below zero.
+  variance = jnp.maximum(squares - jnp.square(mean), 0.0)
+  scale = gamma * jax.lax.rsqrt(variance + epsilon)
+  shift = beta - (near + mean) * scale
+  return (values * scale[:, None, None, :] + shift[:, None, None, :]).astype(x.dtype)
 
 
 def sinusoidal_embedding(

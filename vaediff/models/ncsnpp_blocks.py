@@ -135,25 +135,12 @@ class AdaptiveGroupNorm(nn.Module):
   @nn.compact
   def __call__(self, x: FeatureMap, style: Style) -> FeatureMap:
     """Returns gamma(style) * normalised x + beta(style)."""
-    batch, height, width, channels = x.shape
+    channels = x.shape[-1]
     affine = nn.Dense(
       2 * channels, kernel_init=fan_average(1.0), bias_init=_ones_then_zeros, dtype=jnp.float32, name='style'
     )(style)
     gamma, beta = jnp.split(affine, 2, axis=-1)
-    groups = layers.num_groups(channels)
-    size = height * width * (channels // groups)
-    values = x.astype(jnp.float32)
-
-    def group_mean(per_channel):
-      mean = per_channel.reshape(batch, groups, -1).sum(axis=-1) / size
-      return jnp.repeat(mean, channels // groups, axis=-1)
-
-    mean = group_mean(values.sum(axis=(1, 2)))
-    # Rounding can take the difference of two equal numbers below zero.
-    variance = jnp.maximum(group_mean(jnp.square(values).sum(axis=(1, 2))) - jnp.square(mean), 0.0)
-    scale = gamma * jax.lax.rsqrt(variance + GROUP_NORM_EPSILON)
-    shift = beta - mean * scale
-    return (values * scale[:, None, None, :] + shift[:, None, None, :]).astype(x.dtype)
+    return layers.group_norm(x, gamma, beta, GROUP_NORM_EPSILON)
 
 
 def _ones_then_zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:

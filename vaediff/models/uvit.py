@@ -47,6 +47,11 @@ class BlockOptions:
   dtype: Any
 
 
+def layer_norm(**options: Any) -> nn.LayerNorm:
+  """Returns layer normalisation in float32; Flax's default, E[x^2] - E[x]^2, is lost to rounding."""
+  return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, **options)
+
+
 class ModulatedLayerNorm(nn.Module):
   """Layer normalisation (Ba et al. 2016, 1607.06450, eq. 4) whose gain and bias are linear in the style.
 
@@ -58,7 +63,7 @@ class ModulatedLayerNorm(nn.Module):
     """Returns gamma(style) x_normalised + beta(style)."""
     modulation = layers.dense(2 * x.shape[-1], name='modulation', dtype=jnp.float32, zero_init=True)(style)
     gain, bias = jnp.split(modulation[:, None, :], 2, axis=-1)
-    h = nn.LayerNorm(epsilon=NORM_EPSILON, use_scale=False, use_bias=False, dtype=jnp.float32)(x)
+    h = layer_norm(use_scale=False, use_bias=False)(x)
     return ((1.0 + gain) * h + bias).astype(x.dtype)
 
 
@@ -170,7 +175,7 @@ class UVit(nn.Module):
     h = jnp.concatenate([time[:, None, :], patches.reshape(batch, rows * columns, self.dim)], axis=1)
     position = self.param('position', position_init, (1 + rows * columns, self.dim))
     h = self._blocks(h + position[None].astype(dtype), style)
-    h = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name='norm_out')(h[:, 1:]).astype(dtype)
+    h = layer_norm(name='norm_out')(h[:, 1:]).astype(dtype)
     h = layers.dense(self.patch_size**2 * self.out_channels, name='pixels', dtype=dtype)(h)
     h = unfold_patches(h.reshape(batch, rows, columns, -1), self.patch_size)
     h = layers.conv3x3(self.out_channels, name='conv_out', dtype=jnp.float32)(h.astype(jnp.float32))

@@ -9,10 +9,12 @@ import re
 
 from vaediff.errors import UserError
 
+LARGEST, LARGEST_WIDTH = 4096, 2**16
+"""Of a block string's numbers, and of channels: a million layers are a slip, and a hang."""
 GRAMMAR = (
   'allowed: RxN (N residual blocks at resolution R), R (one block), RdK (block, then average '
   'pooling by K >= 2), RuK (nearest upsampling by K >= 2), AtB (1x1 convolution from the '
-  'channels of A to those of B)'
+  f'channels of A to those of B); no number above {LARGEST}'
 )
 _TOKEN = re.compile(r'(?P<resolution>[1-9]\d*)(?:(?P<kind>[xdut])(?P<value>[1-9]\d*))?')
 _CHANNEL = re.compile(r'(?P<resolution>[1-9]\d*):(?P<channels>[1-9]\d*)')
@@ -77,7 +79,8 @@ def parse_blocks(text: str, *, field: str) -> tuple[Step, ...]:
   for token in (part.strip() for part in text.split(',')):
     match = _TOKEN.fullmatch(token)
     resampling = match is not None and match['kind'] in ('d', 'u')
-    if match is None or (resampling and int(match['value']) < 2):
+    numbers = [int(match[name] or 1) for name in ('resolution', 'value')] if match else []
+    if match is None or max(numbers) > LARGEST or (resampling and numbers[1] < 2):
       raise UserError(f"{field}: '{token}' is not a step; {GRAMMAR}.")
     steps.append(
       Step(
@@ -100,8 +103,11 @@ def parse_channels(text: str, *, field: str) -> dict[int, int]:
   channels = {}
   for entry in (part.strip() for part in text.split(',')):
     match = _CHANNEL.fullmatch(entry)
-    if match is None or int(match['channels']) < 2:
-      raise UserError(f"{field}: '{entry}' is not an entry; allowed: R:C, resolution and channels, C >= 2.")
+    if match is None or not 2 <= int(match['channels']) <= LARGEST_WIDTH:
+      raise UserError(
+        f"{field}: '{entry}' is not an entry; allowed: R:C, resolution and channels, C >= 2 and at most "
+        f'{LARGEST_WIDTH}.'
+      )
     resolution = int(match['resolution'])
     if resolution in channels:
       raise UserError(f"{field}: '{entry}' gives resolution {resolution} a second time; keep one.")

@@ -4,20 +4,66 @@ import math
 import pathlib
 from typing import Any
 
-from vaediff import identity
+from vaediff import experiments, identity
 from vaediff.errors import UserError
 from vaediff.run import checkpoint, log
 
 FOLDER = 'best'
 MADE_OF = 'made_of'
 """In its `meta`: what its value depends on beside the parameters."""
-HIGHER_IS_BETTER = ('precision', 'recall', 'density', 'coverage', 'is', 'psnr', 'ssim', 'val/accuracy')
-"""Names, or what comes before '_<network>' in them; of everything else the lowest is the best."""
+VALIDATION = 'val/'
+"""What the names of an experiment's own metrics begin with."""
+HIGHEST = {
+  'is': True,
+  'psnr': True,
+  'ssim': True,
+  'fid': False,
+  'kid': False,
+  'rfid': False,
+  'rkid': False,
+  'mse': False,
+  'lpips_vgg16': False,
+  'lpips_alexnet': False,
+  'bits_per_dimension': False,
+  'elbo': True,
+  'active_units': True,
+  'nearest_training_rmse': True,
+  'rmse to teacher': False,
+  'diversity ratio': True,
+}
+"""Whether the largest value of a figure is its best, by name."""
+HIGHEST_OF = {
+  'fd': False,
+  'kd': False,
+  'rfd': False,
+  'rkd': False,
+  'precision': True,
+  'recall': True,
+  'density': True,
+  'coverage': True,
+  'diversity': True,
+}
+"""The same of figures on a network, '<name>_<network>'."""
 
 
 def higher_is_better(measure: str) -> bool:
-  """Returns whether the largest value of a figure is its best."""
-  return measure in HIGHER_IS_BETTER or measure.split('_')[0] in HIGHER_IS_BETTER
+  """Returns whether the largest value of a figure or of a validation metric is its best.
+
+  Raises:
+    UserError: for a name that is in no table: the worst would be kept as the best.
+  """
+  if measure.startswith(VALIDATION):
+    known = {name: best for one in experiments.BY_NAME.values() for name, best in one.metrics.items()}
+    name = measure.removeprefix(VALIDATION)
+  else:
+    name, _, network = measure.partition('_')
+    known, name = (HIGHEST_OF, name) if network and name in HIGHEST_OF else (HIGHEST, measure)
+  if name not in known:
+    raise UserError(
+      f'train.best_measure is {measure!r}, of which it is not known whether high or low is good; known: '
+      f'{", ".join(sorted(known))}'
+    )
+  return known[name]
 
 
 class Best:
@@ -31,8 +77,8 @@ class Best:
     check_arrays: see `checkpoint.Checkpointer`.
 
   Raises:
-    UserError: when the folder holds a checkpoint kept by another figure, or by one that was made of something
-      else.
+    UserError: for an unknown figure, or when the folder holds a checkpoint kept by another figure, or one
+      that was made of something else.
   """
 
   def __init__(
@@ -44,6 +90,7 @@ class Best:
     check_arrays: bool = True,
   ):
     self.measure, self._made_of = measure, dict(made_of)
+    self._sign = -1 if higher_is_better(measure) else 1
     folder = stage_folder / FOLDER
     self.value = None
     if start_step == 0 and checkpoint.latest_step(folder) is not None:
@@ -67,7 +114,7 @@ class Best:
     A value that is not finite is never the best. A resumed run meets the same values again, and they are
     no better than themselves.
     """
-    sign = -1 if higher_is_better(self.measure) else 1
+    sign = self._sign
     if not math.isfinite(value) or (self.value is not None and sign * value >= sign * self.value):
       return False
     facts = {**meta, 'measure': self.measure, 'value': value, MADE_OF: self._made_of}

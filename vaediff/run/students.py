@@ -12,7 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vaediff import checks
 from vaediff.errors import UserError
+from vaediff.experiments import progressive
 
 MATCHED = {False: 'v', True: 'guided'}
 """What is appended to the name of the stage before the others, without and with guidance."""
@@ -51,6 +53,7 @@ def _is_template(section: ConfigDict) -> bool:
 def _halvings(config: ConfigDict, stage: str) -> list[str]:
   """Adds one section per halving, and one before them where the teacher predicts eps or is guided."""
   section = config[stage]
+  checks.check(section, progressive.TEMPLATE_BOUNDS, f'config.{stage}.')
   first, last, guided = section.from_steps, section.to_steps, section.guided
   counts = [first]
   while counts[-1] > last and counts[-1] % 2 == 0:
@@ -161,6 +164,7 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
     'guidance_weight': weight,
     'guidance': (),
     't_start': 1.0,
+    'temperature': 1.0,  # a student is taught from noise of unit deviation
   }
   section['sample'] = {**section['sample'], 'num_steps': num_steps}
   over = {
