@@ -21,6 +21,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from vaediff import places
 from vaediff.data.readers import Reader, read_fitted
 from vaediff.errors import UserError
 
@@ -43,8 +44,13 @@ MAX_LISTED = 10  # Unusable images that an error names.
 
 def data_root(data: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns where data sets lie: `data.data_dir`, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-  root = data.data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(root).expanduser()
+  for root, meant in (
+    (data.data_dir, 'config.data.data_dir'),
+    (os.environ.get('TFDS_DATA_DIR'), 'TFDS_DATA_DIR'),
+  ):
+    if root:
+      return places.expanded(root, meant)
+  return places.home('config.data.data_dir, or TFDS_DATA_DIR') / 'tensorflow_datasets'
 
 
 def cache_prefix(data: ml_collections.ConfigDict) -> pathlib.Path:

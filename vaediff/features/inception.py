@@ -19,6 +19,7 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Float
 
+from vaediff import places
 from vaediff.errors import UserError
 from vaediff.features.extractor import Extractor, to_rgb
 from vaediff.types import ImageBytes, Params
@@ -305,7 +306,7 @@ def load(path: str, resize: str) -> Extractor:
       'Inception weights not given, they come from you: set config.evaluate.inception_weights to the'
       f' published {PUBLISHED} or a safetensors file converted from it'
     )
-  state = _read(pathlib.Path(path).expanduser())
+  state = _read(places.expanded(path, 'config.evaluate.inception_weights'))
 
   def apply(params: Params, image: ImageBytes) -> dict[str, Any]:
     return InceptionV3().apply({'params': params}, RESIZES[resize](image))
