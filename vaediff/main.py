@@ -20,7 +20,7 @@ from vaediff import files, places
 from vaediff.errors import UserError
 from vaediff.machine import distributed
 from vaediff.modes import MODES, SWEEPS, checked
-from vaediff.run import command_line, students, values
+from vaediff.run import command_line
 from vaediff.run import config as configs
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, as configs/digits.py:debug.')
@@ -64,10 +64,7 @@ def asked_for(argv: list[str]) -> configs.Run:
     raise UserError('give --config=configs/<name>.py, or --workdir=<folder> of an earlier run')
   if SWEEP.value and MODE.value not in SWEEPS:
     raise UserError(f'--sweep goes with --mode={" or ".join(SWEEPS)}, not with --mode={MODE.value}')
-  configs.check_stages(config)
-  students.resolve(config)
-  configs.validate(config)
-  values.expand(config)
+  checked.complete(config)
   if TOPOLOGY.value:
     config.compile.topology = TOPOLOGY.value
   if not WORKDIR.value and not config.name:

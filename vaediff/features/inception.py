@@ -23,7 +23,7 @@ from vaediff import places
 from vaediff.errors import UserError
 from vaediff.features.extractor import Extractor, to_rgb
 from vaediff.types import ImageBytes, Params
-from vaediff.weights import tensors, torch_file
+from vaediff.weights import published, tensors, torch_file
 
 PUBLISHED = 'pt_inception-2015-12-05-6726825d.pth'
 SIDE = 299
@@ -225,6 +225,9 @@ def convert(state: Mapping[str, np.ndarray]) -> Params:
       raise UserError(f'Inception weights lack {name!r}, of shape {shape}: {hint}')
     if np.shape(state[name]) != shape:
       raise UserError(f'Inception weights: {name!r} has shape {np.shape(state[name])}, not {shape}: {hint}')
+    if state[name].dtype.kind != 'f':
+      raise UserError(f'Inception weights: {name!r} is {state[name].dtype.name}, not of floats: {hint}')
+    published.check_finite(state[name], name, 'inception')
   for name in state:
     if name not in shapes:
       raise UserError(f'Inception weights hold {name!r}, which the network does not have: {hint}')

@@ -73,6 +73,7 @@ def start(module: str) -> None:
   """
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)  # imports take seconds, and a trace of them says nothing
+  open_streams()
   try:
     restart_with_huge_pages(module)
     set_environment()
@@ -80,6 +81,19 @@ def start(module: str) -> None:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def open_streams() -> None:
+  """Gives a process that was started without output or errors a place that takes them and keeps nothing.
+
+  Otherwise the next file that is opened would be taken for the output.
+  """
+  for number, name in ((1, 'stdout'), (2, 'stderr')):
+    if getattr(sys, name) is None:
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      if nowhere != number:
+        os.dup2(nowhere, number)
+      setattr(sys, name, open(number, 'w', encoding='utf-8', closefd=False))  # noqa: SIM115
 
 
 def interrupted(number: int, frame: object) -> NoReturn:

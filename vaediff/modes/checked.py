@@ -4,6 +4,7 @@ Bounds of single fields are tables, `vaediff.run.config` and those of each exper
 """
 
 import pathlib
+import traceback
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
 from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, sharding
-from vaediff.run import checkpoint, students
+from vaediff.run import checkpoint, students, values
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -25,6 +26,19 @@ TRAINS = ('train', 'benchmark')
 """Modes that run train steps on the devices that are here."""
 
 
+def complete(config: ConfigDict) -> None:
+  """Makes a config whole, in place: students have all that their teachers give them, `~` is the home folder.
+
+  Raises:
+    UserError: for the first value that no run could use.
+  """
+  configs.check_stages(config)
+  values.check(config)  # sections that students are made of are gone afterwards
+  students.resolve(config)
+  configs.validate(config)
+  values.expand(config)
+
+
 def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   """Returns the experiments of all stages of a config that could run, by stage.
 
@@ -32,7 +46,7 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   that need not have them, and which returns {}.
 
   Args:
-    run: a config that `students.resolve` has made whole, its folder, and the stages that are chosen.
+    run: a config that `complete` has made whole, its folder, and the stages that are chosen.
     mode: what is done with them.
 
   Raises:
@@ -51,7 +65,7 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   sharding.rules_of(config.mesh)
   if mode == 'prepare':
     return {}
-  built = {stage: experiments.build(config, stage) for stage in config.stages}
+  built = {stage: build(config, stage) for stage in config.stages}
   if mode in ('describe', 'compile'):
     return built  # of devices that are not here
   mesh = sharding.make_mesh(config.mesh)
@@ -67,6 +81,20 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   if mode == 'restore':
     check_factor(config)
   return built
+
+
+def build(config: ConfigDict, stage: str) -> Experiment:
+  """Returns the experiment of a stage; raises UserError where its section is one of another experiment."""
+  try:
+    return experiments.build(config, stage)
+  except (AttributeError, KeyError) as error:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_locals.get('self') is not config[stage]:
+      raise
+    raise UserError(
+      f'config.{stage} has only the keys {", ".join(config[stage])}, and its experiment '
+      f'{config[stage].experiment!r} reads another: the section is that of another experiment'
+    ) from error
 
 
 def check_seeds(config: ConfigDict) -> None:
@@ -108,7 +136,7 @@ def check_classifier(config: ConfigDict, mesh: Mesh) -> None:
     config.classifier.model.num_classes = max(config.data.num_classes, 2)
     config.stages = (CLASSIFIER,)
   configs.validate(config)
-  experiments.build(config, CLASSIFIER)
+  build(config, CLASSIFIER)
   training.check_batch_size(config.classifier, CLASSIFIER, mesh)
 
 

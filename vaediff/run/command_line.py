@@ -93,9 +93,12 @@ def parse_flags(argv: list[str]) -> list[str]:
   """
   try:
     rest = flags.FLAGS(argv)
-    if flags.FLAGS['config'].value is not None:
-      flags.FLAGS['config'].value.keys()  # a file that could not be loaded fails at its first use
-      _need_config(flags.FLAGS['config'].value)
+    value = flags.FLAGS['config'].value
+    if value is None and not _given(argv, 'config'):
+      return rest
+    if not isinstance(value, config_flags.config_flags._ErrorConfig):
+      _need_config(value)
+    value.keys()  # a file that could not be loaded fails at its first use
     return rest
   except (KeyboardInterrupt, GeneratorExit):
     raise
@@ -105,9 +108,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _need_config(value: object) -> None:
   if not isinstance(value, ConfigDict):
+    what = 'None' if value is None else f'a {type(value).__name__}'
     raise UserError(
-      f'get_config of the config file returns a {type(value).__name__}; it must return a ConfigDict, as '
-      'configs.base.make does'
+      f'get_config of the config file returns {what}; it must return a ConfigDict, as configs.base.make does'
     )
 
 
@@ -142,7 +145,7 @@ def _why(raised: BaseException, last_file: str, argument: str) -> str:
   path, _, variant = argument.partition(':')
   text = str(raised).strip() or 'no message'
   if isinstance(raised, SyntaxError):
-    return f'{raised.filename or path} is no Python program: {raised.msg}, line {raised.lineno}'
+    return f'{raised.filename or path} is no Python program: {raised.msg}, line {raised.lineno or 1}'
   if isinstance(raised, AttributeError) and "no attribute 'get_config'" in text:
     return f'{path} has no function get_config. {EXAMPLE}'
   if isinstance(raised, TypeError) and re.match(r'get_config\(\) (takes|missing)', text):
@@ -178,10 +181,9 @@ def _of_flags(error: BaseException, argv: list[str]) -> BaseException:
 
 
 def _cannot_load(value: object, error: BaseException) -> UserError:
-  if value is None or isinstance(error, OSError):
-    if not isinstance(error, OSError):
-      return UserError(f'get_config of the config file returns None; it must return a ConfigDict. {EXAMPLE}')
-    return UserError(f'the config file cannot be loaded: {str(error).splitlines()[-1].strip()}. {EXAMPLE}')
+  if isinstance(error, OSError):
+    why = str(error).splitlines()[-1].strip().rstrip('.')
+    return UserError(f'the config file cannot be loaded: {why}. {EXAMPLE}')
   try:
     _need_config(value)
   except UserError as wrong:

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 """The folder of `configs`, where the project is installed from its source."""
 
 
-def leaves(section: Mapping[str, Any], prefix: str = 'config') -> Iterator[tuple[str, Any]]:
+def leaves(section: Mapping[str, Any] | ConfigDict, prefix: str = 'config') -> Iterator[tuple[str, Any]]:
   """Yields the full name and the value of every field; elements of tuples by their number, as `config.x[0]`.
 
   Raises:
@@ -142,8 +142,17 @@ def _defaults(stored: dict[str, Any]) -> dict[str, Any]:
     if isinstance(section, dict) and 'experiment' in section:
       kind = section['experiment'] if isinstance(section['experiment'], str) else ''
       own = by_experiment[kind] if kind in by_experiment else {'experiment': ''}
-      found[name] = {**(by_experiment['diffusion'] if 'teacher' in section else {}), **own}
+      found[name] = _over(by_experiment['diffusion'] if 'teacher' in section else {}, own)
   return found
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+  """Returns sections laid over others, as a student's over its teacher's."""
+  both = {
+    key: _over(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+    for key, value in above.items()
+  }
+  return {**below, **both}
 
 
 def _first_wrong(value: Any, default: Any, name: str) -> tuple[str, Any, str] | None:
