@@ -9,7 +9,7 @@
 # --through WORD...  puts these words before `python`; for launchers that start it elsewhere or several times.
 # PYTHON             the interpreter (python).
 #
-# Not run again: status 0; 2 (the user has something to mend); 126 and 127 (nothing could be started); and any
+# Not run again: status 0; 2 (the user has something to mend); 130 (interrupted); 126 and 127 (nothing could be started); and any
 # status once this script got SIGTERM, SIGINT or SIGHUP. Those reach the command as SIGTERM, upon which it saves
 # a checkpoint. The exit status is that of the last run.
 #
@@ -106,12 +106,13 @@ for ((round = 1; ; round++)); do
   case $result in
     0) exit 0 ;;
     2 | 126 | 127) meaning='nothing that another run could mend' ;;
+    130) meaning='interrupted' ;;
     75) meaning='preempted; a checkpoint is saved' ;;
     76) meaning='another process was lost' ;;
     *) meaning='it failed' ;;
   esac
   echo "launch/run.sh: exit status $result ($meaning)" >&2
-  case $result in 2 | 126 | 127) exit "$result" ;; esac
+  case $result in 2 | 126 | 127 | 130) exit "$result" ;; esac
   if ((signals)); then exit "$result"; fi
   if ((round > retries)); then
     echo "launch/run.sh: giving up after $round runs; the same command goes on where they stopped" >&2

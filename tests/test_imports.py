@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / 'vaediff'
 ROOMS = (
-  ('errors', 'types', 'checks', 'files', 'identity'),
+  ('errors', 'types', 'checks', 'files', 'identity', 'places'),
   ('machine', 'data', 'models', 'diffusion', 'weights', 'optim'),
   ('features', 'reads'),
   ('spaces',),
@@ -24,6 +24,7 @@ GROUND = {
   'files': ('errors',),
   'identity': ('errors',),
   'machine': ('errors', 'types'),
+  'places': ('errors',),
 }
 """What little is imported within or from the ground, beyond the order."""
 ONLY_IN = {

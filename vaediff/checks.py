@@ -4,6 +4,7 @@ Every bound is an interval or a set of names, and nan is in none. Rules across f
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -29,10 +30,27 @@ Bounds = Mapping[str, Bound]
 """By field, with dots: 'optim.learning_rate'."""
 
 
+LONGEST_NAME = 200
+"""Bytes; file systems allow 255, and endings are appended."""
+
+
 def one_of(names: Collection[Any]) -> Bound:
   """Returns the bound of a field that is one of some names."""
-  shown = ', '.join(map(str, names))
+  names = tuple(names)  # in a dict or set what cannot be hashed would be no answer
+  shown = ', '.join(repr(name) if name == '' else str(name) for name in names)
   return Bound(lambda value: value in names, lambda field, value: f'{field} is {value!r}; valid: {shown}')
+
+
+def count(least: int) -> Bound:
+  """Returns the bound of a whole number in [least, 2^31): what is counted in steps, images or rows."""
+  return Bound(
+    lambda value: _is_number(value) and least <= value < 2**31,
+    lambda field, value: (
+      f'{field} must be below 2^31, got {value}'
+      if _is_number(value) and value >= 2**31 and value != float('inf')
+      else f'{field} must be >= {least}, got {value}'
+    ),
+  )
 
 
 def at_least(least: int | float) -> Bound:
@@ -75,11 +93,46 @@ def inside(least: int | float, most: int | float) -> Bound:
   return _number(lambda value: least < value < most, f'in ({least}, {most})')
 
 
+def file_name(or_empty: bool = False) -> Bound:
+  """Returns the bound of what becomes the name of one file or folder, in the folder where it belongs."""
+
+  def holds(value: Any) -> bool:
+    if not isinstance(value, str) or value in ('', '.', '..'):
+      return or_empty and value == ''
+    return not set(value) & {'/', '\\', '\0'} and value.isprintable() and len(value.encode()) <= LONGEST_NAME
+
+  empty = ', or empty' if or_empty else ''
+  return Bound(
+    holds,
+    lambda field, value: (
+      f'{field} is {value!r}; it names files of the run, so that it must be at most {LONGEST_NAME} letters, '
+      f'digits and signs without / or \\, and not . or ..{empty}'
+    ),
+  )
+
+
+def each(bound: Bound) -> Bound:
+  """Returns the bound of a tuple whose every element is within a bound."""
+  return Bound(
+    lambda value: isinstance(value, tuple | list) and all(map(bound.holds, value)),
+    lambda field, value: (
+      bound.says(f'an element of {field} = {value}', next(item for item in value if not bound.holds(item)))
+      if isinstance(value, tuple | list)
+      else f'{field} must be a tuple, as (1, 2), got {value!r}'
+    ),
+  )
+
+
 def _number(holds: Callable[[Any], bool], allowed: str) -> Bound:
   return Bound(
-    lambda value: value == value and abs(value) != float('inf') and holds(value),
+    lambda value: _is_number(value) and abs(value) != float('inf') and holds(value),
     lambda field, value: f'{field} must be {allowed}, got {value}',
   )
+
+
+def _is_number(value: Any) -> bool:
+  """Returns whether it is a number and not nan; a truth value is none."""
+  return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
 
 
 def check(section: ConfigDict, bounds: Bounds, prefix: str = '') -> None:

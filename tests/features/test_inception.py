@@ -441,7 +441,7 @@ def test_load_errors(tmp_path):
     inception.load(str(tmp_path / 'net.npz'), 'tf1')
   with pytest.raises(UserError, match='net.safetensors does not exist'):
     inception.load(str(tmp_path / 'net.safetensors'), 'tf1')
-  with pytest.raises(UserError, match='net.pth cannot be read'):
+  with pytest.raises(UserError, match='net.pth does not exist'):
     inception.load(str(tmp_path / 'net.pth'), 'tf1')
   published = tmp_path / inception.PUBLISHED
   published.write_bytes(b'not it')

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from vaediff.errors import UserError
+from vaediff.run import command_line
 from vaediff.run import config as configs
 
 pytestmark = pytest.mark.xdist_group('config')  # one worker: the tests share what is dear
@@ -30,10 +31,10 @@ def test_round_trip_through_the_run_folder(tmp_path):
 
 
 def test_workdir_alone_names_the_stored_config():
-  argv = configs.complete_argv(['main', '--workdir=runs/x', '--mode=sample'])
+  argv = command_line.complete_argv(['main', '--workdir=runs/x', '--mode=sample'])
   assert argv[1].endswith('stored_config.py:runs/x') and argv[1].startswith('--config=')
   given = ['main', '--config=configs/digits.py', '--workdir=runs/x']
-  assert configs.complete_argv(given) == given
+  assert command_line.complete_argv(given) == given
 
 
 def test_variants_join_and_unknown_one_lists_the_valid_ones():
@@ -174,15 +175,15 @@ def test_a_stored_config_without_a_newer_key(tmp_path):
 
 
 def test_an_error_that_is_no_missing_key_stays_what_it_is(tmp_path):
-  argv = configs.complete_argv(['main', f'--workdir={tmp_path}'])
+  argv = command_line.complete_argv(['main', f'--workdir={tmp_path}'])
   for wrong in (lambda: None.nothing, lambda: {}['nothing']):
     with pytest.raises((AttributeError, KeyError)) as caught:
       wrong()
-    assert configs.missing_key(caught.value, argv) is None
+    assert command_line.missing_key(caught.value, argv) is None
   with pytest.raises(AttributeError) as caught:
     _ = digits().nothing
-  assert configs.missing_key(caught.value, ['main', '--config=configs/digits.py']) is None
-  assert "has no key 'nothing'" in str(configs.missing_key(caught.value, argv))
+  assert command_line.missing_key(caught.value, ['main', '--config=configs/digits.py']) is None
+  assert "has no key 'nothing'" in str(command_line.missing_key(caught.value, argv))
 
 
 def test_missing_config_file_and_missing_run(tmp_path):

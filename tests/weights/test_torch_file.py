@@ -293,10 +293,10 @@ def test_other_files(write, tmp_path):
     archive.writestr('picture.png', b'')
   with pytest.raises(UserError, match='without data.pkl'):
     torch_file.read(write(file.getvalue()))
-  for path in (tmp_path / 'absent.pth', tmp_path):
-    with pytest.raises(UserError, match='cannot be read'):
+  for path, message in ((tmp_path / 'absent.pth', 'does not exist'), (tmp_path, 'is a folder')):
+    with pytest.raises(UserError, match=message):
       torch_file.read(path)
-    with pytest.raises(UserError, match='cannot be read'):
+    with pytest.raises(UserError, match=message):
       torch_file.sha256_of(path)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff import files, identity
+from vaediff import files, identity, places
 from vaediff.data import arrays, paths
 from vaediff.data.readers import Reader, check_readers, read_fitted
 from vaediff.errors import UserError
@@ -48,10 +48,13 @@ META = 'meta.json'
 
 def data_root(data: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns where data sets lie: `data.data_dir`, or $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-  if data.data_dir:
-    return paths.expand(data.data_dir, 'data.data_dir')
-  stored = os.environ.get('TFDS_DATA_DIR')
-  return paths.expand(stored or '~/tensorflow_datasets', '$TFDS_DATA_DIR' if stored else 'data.data_dir')
+  for root, meant in (
+    (data.data_dir, 'config.data.data_dir'),
+    (os.environ.get('TFDS_DATA_DIR'), 'TFDS_DATA_DIR'),
+  ):
+    if root:
+      return places.expanded(root, meant)
+  return places.home('config.data.data_dir, or TFDS_DATA_DIR') / 'tensorflow_datasets'
 
 
 def cache_prefix(data: ml_collections.ConfigDict) -> pathlib.Path:

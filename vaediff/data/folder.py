@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
 
+from vaediff import places
 from vaediff.data import paths
 from vaediff.data.readers import Reader, Stretch, select_shuffled, shuffled_stretch
 from vaediff.data.resize import on_white
@@ -35,7 +36,7 @@ class FolderReader(Reader):
   """
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
-    self._root = paths.expand(data.path, 'data.path')
+    self._root = places.expanded(data.path, 'data.path')
     self._channels = data.channels
     stamps = list_images(self._root, data.path)
     files = sorted(stamps)

@@ -15,7 +15,7 @@ from typing import IO, Any
 import ml_collections
 import numpy as np
 
-from vaediff import files
+from vaediff import files, places
 from vaediff.data import paths
 from vaediff.data.readers import Reader, Stretch, parse_split, select, stamps
 from vaediff.errors import UserError
@@ -54,7 +54,7 @@ class IdxReader(Reader):
       )
     if not data.path:
       raise UserError("data.path='' is no folder; data.source='idx' needs one with the four files")
-    folder = paths.expand(data.path, 'data.path')
+    folder = places.expanded(data.path, 'data.path')
     self._images_file = find_idx(folder, f'{PREFIXES[name]}-images-idx3-ubyte')
     self._labels_file = find_idx(folder, f'{PREFIXES[name]}-labels-idx1-ubyte')
     # The classes are those of the training labels, so that both splits agree on their number.

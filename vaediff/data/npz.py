@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff import files
+from vaediff import files, places
 from vaediff.data import arrays, paths
 from vaediff.data.readers import Reader, Stretch, parse_split, select_shuffled, shuffled_stretch, stamps
 from vaediff.data.resize import CHANNELS
@@ -29,7 +29,7 @@ class NpzReader(Reader):
   label_names: tuple[str, ...] = ()
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
-    self._file = paths.expand(data.path, 'data.path')
+    self._file = places.expanded(data.path, 'data.path')
     self._field = f'{split}_split'
     self._expression = data[self._field]
     parse_split(self._expression, self._field)

@@ -1,4 +1,4 @@
-"""Paths as a user wrote them: the home folder put in, and a message for whatever the system says of them."""
+"""What lies at a path that a user named, and a message for whatever the system says of it."""
 
 import os
 import pathlib
@@ -6,23 +6,6 @@ import stat
 
 from vaediff.errors import UserError
 from vaediff.files import reason
-
-
-def expand(text: str, field: str) -> pathlib.Path:
-  """Returns a path with `~` and `~name` put in.
-
-  Raises:
-    UserError: naming the field, when there is no such home folder, or the text cannot be a path.
-  """
-  try:
-    path = pathlib.Path(text).expanduser()
-  except RuntimeError as error:
-    raise UserError(
-      f'{field}={text!r}: the home folder is not known ({reason(error)}); write the whole path, from / on'
-    ) from error
-  if '\0' in text:
-    raise UserError(f'{field}={text!r} holds a zero byte, which no path can; write the path without it')
-  return path
 
 
 def is_file(path: pathlib.Path) -> bool:

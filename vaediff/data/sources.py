@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32, UInt8
 
-from vaediff import checks
+from vaediff import checks, places
 from vaediff.data import arrays, cache, paths
 from vaediff.data.folder import FolderReader
 from vaediff.data.idx import IdxReader
@@ -208,7 +208,7 @@ def describe(data: ml_collections.ConfigDict) -> str:
     place = cache.data_root(data) / data.name.split(':')[0]
     there = any(place.rglob('dataset_info.json'))
   else:
-    place = paths.expand(data.path, 'data.path')
+    place = places.expanded(data.path, 'data.path')
     there = bool(data.path) and paths.mode_of(place) != 0
   text = (
     f"{data.name or data.source} ({data.source}), '{data.train_split}' and '{data.eval_split}', at"

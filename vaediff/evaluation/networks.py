@@ -1,7 +1,6 @@
 """The feature networks that a config names, opened: uint8 images in, feature vectors on the host out."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 
 import jax
@@ -9,7 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vaediff import checks, places
 from vaediff.data import sources
+from vaediff.diffusion import samplers
 from vaediff.errors import UserError
 from vaediff.evaluation import own_classifier
 from vaediff.features import inception, mobilenet, vgg
@@ -21,6 +22,31 @@ NAMES = ('inception', 'mobilenetv2', 'vgg16', 'classifier')
 PUBLISHED = {'mobilenetv2': 'mobilenetv2', 'vgg16': 'lpips_vgg16'}
 """Name of the file of weights of a network that `prepare` fetches."""
 LPIPS = ('lpips_vgg16', 'lpips_alexnet')
+BOUNDS = {
+  'name': checks.file_name(or_empty=True),
+  'extractors': checks.each(checks.one_of(NAMES)),
+  'lpips': checks.one_of(('', *LPIPS)),
+  'inception_resize': checks.one_of(inception.RESIZES),
+  'num_images': checks.count(2),
+  'num_seeds': checks.count(1),
+  'num_reconstructions': checks.count(2),
+  'batch_size': checks.count(1),
+  'max_features': checks.count(10),
+  'num_neighbours': checks.count(1),
+  'kernel_subsets': checks.count(1),
+  'kernel_subset_size': checks.count(2),
+  'num_diversity_pairs': checks.count(1),
+  'num_memorisation': checks.count(0),
+  'num_bound': checks.count(0),
+  'num_bound_times': checks.count(1),
+  'sweep.samplers': checks.each(checks.one_of(samplers.SAMPLERS)),
+  'sweep.num_steps': checks.each(checks.count(1)),
+  'sweep.guidance_weights': checks.each(checks.at_least(0)),
+  'sweep.teacher_steps': checks.count(1),
+  'sweep.num_compared': checks.count(1),
+  'sweep.student_steps': checks.each(checks.count(0)),
+}
+"""Of the section `evaluate`."""
 
 
 class Features:
@@ -189,7 +215,7 @@ def prepare(config: ConfigDict, say: Callable[[str], None]) -> None:
   for name in dict.fromkeys([*wanted, *([settings.lpips] if settings.lpips else [])]):
     say(f'weights of {name}: {published.prepare(name, folder, say)}')
   if 'inception' in settings.extractors and settings.inception_weights.endswith('.pth'):
-    source = pathlib.Path(settings.inception_weights)
+    source = places.expanded(settings.inception_weights, 'config.evaluate.inception_weights')
     target = folder / f'{source.stem}.safetensors'
     if not target.exists():
       inception.convert_file(source, target)
@@ -198,28 +224,4 @@ def prepare(config: ConfigDict, say: Callable[[str], None]) -> None:
 
 def check(settings: ConfigDict) -> None:
   """Raises UserError where the section `evaluate` holds a value that is not allowed."""
-  for name in settings.extractors:
-    if name not in NAMES:
-      raise UserError(f'config.evaluate.extractors names {name!r}; valid: {", ".join(NAMES)}')
-  if settings.lpips and settings.lpips not in LPIPS:
-    raise UserError(f"config.evaluate.lpips is {settings.lpips!r}; valid: '', {', '.join(LPIPS)}")
-  if settings.inception_resize not in inception.RESIZES:
-    valid = ', '.join(inception.RESIZES)
-    raise UserError(f'config.evaluate.inception_resize is {settings.inception_resize!r}; valid: {valid}')
-  least = {
-    'num_images': 2,
-    'num_seeds': 1,
-    'num_reconstructions': 2,
-    'batch_size': 1,
-    'max_features': 10,
-    'num_neighbours': 1,
-    'kernel_subsets': 1,
-    'kernel_subset_size': 2,
-    'num_diversity_pairs': 1,
-    'num_memorisation': 0,
-    'num_bound': 0,
-    'num_bound_times': 1,
-  }
-  for field, bound in least.items():
-    if settings[field] < bound:
-      raise UserError(f'config.evaluate.{field} must be >= {bound}, got {settings[field]}')
+  checks.check(settings, BOUNDS, 'config.evaluate.')

@@ -19,10 +19,11 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Float
 
+from vaediff import places
 from vaediff.errors import UserError
 from vaediff.features.extractor import Extractor, to_rgb
 from vaediff.types import ImageBytes, Params
-from vaediff.weights import tensors, torch_file
+from vaediff.weights import published, tensors, torch_file
 
 PUBLISHED = 'pt_inception-2015-12-05-6726825d.pth'
 SIDE = 299
@@ -224,6 +225,9 @@ def convert(state: Mapping[str, np.ndarray]) -> Params:
       raise UserError(f'Inception weights lack {name!r}, of shape {shape}: {hint}')
     if np.shape(state[name]) != shape:
       raise UserError(f'Inception weights: {name!r} has shape {np.shape(state[name])}, not {shape}: {hint}')
+    if state[name].dtype.kind != 'f':
+      raise UserError(f'Inception weights: {name!r} is {state[name].dtype.name}, not of floats: {hint}')
+    published.check_finite(state[name], name, 'inception')
   for name in state:
     if name not in shapes:
       raise UserError(f'Inception weights hold {name!r}, which the network does not have: {hint}')
@@ -305,7 +309,7 @@ def load(path: str, resize: str) -> Extractor:
       'Inception weights not given, they come from you: set config.evaluate.inception_weights to the'
       f' published {PUBLISHED} or a safetensors file converted from it'
     )
-  state = _read(pathlib.Path(path).expanduser())
+  state = _read(places.expanded(path, 'config.evaluate.inception_weights'))
 
   def apply(params: Params, image: ImageBytes) -> dict[str, Any]:
     return InceptionV3().apply({'params': params}, RESIZES[resize](image))

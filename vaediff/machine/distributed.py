@@ -1,16 +1,17 @@
 """One job of many processes: joining, preemption, and not waiting for ever. The engine is `jax.distributed`.
 
 Exit statuses, for launchers: 0 finished; 2 the user has something to mend; 75 preempted, a checkpoint is
-saved; 76 another process is lost, or nothing moved for too long; 130 stopped by Ctrl-C. After 75 and 76 the
-same command is worth starting again by itself.
+saved; 76 another process is lost, or nothing moved for too long; 130 stopped by Ctrl-C; 1 a mistake of the
+program, with its trace. After 75 and 76 the same command is worth starting again by itself.
 """
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -51,56 +52,117 @@ def join(mode: str, config: ConfigDict, environment: Mapping[str, str] = os.envi
     UserError: for variables that are incomplete. When the others do not come in time, the process ends with
       the status `LOST`.
   """
+  if mode == 'off':
+    return
   arguments = arguments_from(environment)
-  if mode == 'off' or (mode == 'auto' and arguments is None):
+  if mode == 'auto' and arguments is None:
     return
   try:
-    jax.distributed.initialize(
-      **(arguments or {}),
-      initialization_timeout=config.join_timeout_seconds,
-      heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
-    )
-  except ValueError as error:
+    with _or_leave(config.join_timeout_seconds, arguments or {}):
+      jax.distributed.initialize(
+        **(arguments or {}),
+        initialization_timeout=config.join_timeout_seconds + GRACE_SECONDS,
+        heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+      )
+  except (ValueError, KeyError, IndexError) as error:
     raise UserError(
-      f'--distributed={mode}, but no other processes are known ({str(error).splitlines()[0]}). Set '
+      f'--distributed={mode}, but no other processes are known ({_first_line(error)}). Set '
       'JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each of them, or use '
       '--distributed=off for one process by itself'
     ) from error
   except RuntimeError as error:  # a time-out: the others may be on their way, so the job may be started again
-    leave(
-      f'the processes of this job did not find each other: {str(error).splitlines()[0]}. Check that the port '
-      'of JAX_COORDINATOR_ADDRESS can be reached (config.processes.join_timeout_seconds)'
-    )
+    leave(_not_found(arguments or {}, _first_line(error)))
+
+
+GRACE_SECONDS = 60
+"""JAX ends the process with a trace of C++ when its own time is over: ours comes before it."""
+
+
+@contextlib.contextmanager
+def _or_leave(seconds: int, arguments: Mapping[str, Any]) -> Iterator[None]:
+  """Ends the process with a message and the status `LOST` when what is inside takes longer."""
+  timer = threading.Timer(seconds, leave, [_not_found(arguments, f'{seconds} seconds are over')])
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def _not_found(arguments: Mapping[str, Any], why: str) -> str:
+  address = arguments['coordinator_address'] if 'coordinator_address' in arguments else ''
+  at = f' at {address}' if address else ''
+  return (
+    f'the processes of this job did not find each other{at}: {why}. Check that all of them run, and that '
+    'host '
+    'and port of JAX_COORDINATOR_ADDRESS can be reached (config.processes.join_timeout_seconds)'
+  )
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def arguments_from(environment: Mapping[str, str]) -> dict[str, Any] | None:
   """Returns the arguments for `jax.distributed.initialize`, or None when this process is alone.
 
   Raises:
-    UserError: for variables that are incomplete or no numbers.
+    UserError: for variables that are incomplete, no numbers, or no address.
   """
   address = environment.get('JAX_COORDINATOR_ADDRESS', '')
   if address:
+    _check_address(address)
     count = _number(environment, 'JAX_NUM_PROCESSES')
     own = 'JAX_PROCESS_ID' if environment.get('JAX_PROCESS_ID') else 'JOB_COMPLETION_INDEX'
     process = _number(environment, own, 'JAX_PROCESS_ID')
     if not 0 <= process < count:
       raise UserError(f'{own}={process} must be in 0..{count - 1}: JAX_NUM_PROCESSES is {count}')
     return {'coordinator_address': address, 'num_processes': count, 'process_id': process}
-  if int(environment.get('SLURM_NTASKS') or 1) > 1 and environment.get('SLURM_PROCID'):
+  if _of_slurm(environment, 'SLURM_NTASKS', 1) > 1 and environment.get('SLURM_PROCID'):
+    if _of_slurm(environment, 'SLURM_PROCID', 0) >= _of_slurm(environment, 'SLURM_NTASKS', 1):
+      raise UserError(
+        f'SLURM_PROCID={environment["SLURM_PROCID"]} must be below '
+        f'SLURM_NTASKS={environment["SLURM_NTASKS"]}; '
+        'use --distributed=off for one process by itself'
+      )
     tasks_here = (environment.get('SLURM_STEP_TASKS_PER_NODE') or '').split('(')[0].split(',')[0]
-    gpus = environment.get('SLURM_GPUS_ON_NODE')
+    gpus = _of_slurm(environment, 'SLURM_GPUS_ON_NODE', 0)
     if tasks_here == '1' and gpus:  # JAX would take one GPU per task, whatever a task may see
-      return {'local_device_ids': list(range(int(gpus)))}
+      return {'local_device_ids': list(range(gpus))}
     return {}
   if len((environment.get('TPU_WORKER_HOSTNAMES') or '').split(',')) > 1:
     return {}
   return None
 
 
+def _check_address(address: str) -> None:
+  """Raises UserError unless it is a host, as a name, a number or [an IPv6 number], and a port."""
+  match = re.fullmatch(r'(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.%]+\]):(\d{1,5})', address)
+  if not match or not 1 <= int(match.group(1)) <= 65535:
+    raise UserError(
+      f'JAX_COORDINATOR_ADDRESS is {address!r}; write host:port with a port in 1..65535, as '
+      '10.0.0.1:8476, or '
+      'unset it for one process by itself'
+    )
+
+
+def _of_slurm(environment: Mapping[str, str], name: str, default: int) -> int:
+  text = environment.get(name, '')
+  if not text:
+    return default
+  if not re.fullmatch(r'[0-9]{1,9}', text):
+    raise UserError(
+      f"Slurm's variable {name} is {text!r}; a number is needed. Start the program with srun, unset the "
+      'variable, '
+      'or use --distributed=off for one process by itself'
+    )
+  return int(text)
+
+
 def _number(environment: Mapping[str, str], name: str, instead: str = '') -> int:
   text = environment.get(name, '')
-  if not text.isdigit():
+  if not re.fullmatch(r'[0-9]{1,9}', text):
     raise UserError(
       f'JAX_COORDINATOR_ADDRESS is set, so {instead or name} must be a number too; it is {text!r}'
     )
@@ -218,10 +280,10 @@ PATIENCE = 30.0
 
 def leave(message: str, status: int = LOST) -> NoReturn:
   """Ends the process with a message; one of many at once, since an orderly exit would wait for its peers."""
-  with contextlib.suppress(OSError):  # where the log is on a full disk, leaving comes first
+  with contextlib.suppress(OSError, ValueError):  # where the log is full or closed, leaving comes first
     print(f'error: {message}', file=sys.stderr, flush=True)
   if status != LOST and not jax.distributed.is_initialized():
     sys.exit(status)
-  with contextlib.suppress(OSError):
+  with contextlib.suppress(OSError, ValueError, AttributeError):
     sys.stdout.flush()
   os._exit(status)

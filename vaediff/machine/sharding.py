@@ -3,6 +3,7 @@
 Axes: `data` splits the batch, `fsdp` splits the batch and the state. Never pmap.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -34,10 +35,10 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
   rest = [axis for axis, size in sizes.items() if size == -1]
   if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f'config.mesh sizes must be >= 1, at most one of them -1 (the rest); got {sizes}')
-  known = int(np.prod([size for size in sizes.values() if size != -1]))
+  known = math.prod(size for size in sizes.values() if size != -1)
   if rest:
     sizes[rest[0]] = len(devices) // known
-  if int(np.prod(list(sizes.values()))) != len(devices):
+  if math.prod(sizes.values()) != len(devices):
     asked = ', '.join(f'{axis}={config[axis]}' for axis in AXES)
     raise UserError(
       f'config.mesh ({asked}) does not divide the {len(devices)} devices here: the sizes must multiply to '
@@ -80,12 +81,15 @@ def rules_of(config: ConfigDict) -> Rules:
   """
   rules = []
   for rule in config.rules:
-    if len(rule) != 2:
-      raise UserError(f'config.mesh.rules holds {rule!r}; a rule is a pair (regex, spec)')
-    pattern, text = rule
+    pair = rule if isinstance(rule, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+      raise UserError(
+        f"config.mesh.rules holds {rule!r}; a rule is a pair of texts (regex, spec), as ('kernel', 'fsdp')"
+      )
+    pattern, text = pair
     try:
       re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
       raise UserError(f'config.mesh.rules holds {pattern!r}, which is no regex: {error}') from error
     if text in ('replicated', FSDP):
       rules.append((pattern, FSDP if text == FSDP else PartitionSpec()))

@@ -1,4 +1,4 @@
-"""Configs: load from the command line or from a run, check, store.
+"""Configs: load from a run, check, store.
 
 A config is an `ml_collections.ConfigDict`; every key is declared in `configs/base.py` or, by experiment, in
 `configs/stages`. Overrides read `--config.refiner.optim.learning_rate=1e-4`. A run stores its config as
@@ -7,65 +7,69 @@ A config is an `ml_collections.ConfigDict`; every key is declared in `configs/ba
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import os
 import pathlib
-import re
-import runpy
-import sys
-import traceback
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from vaediff import checks, files
 from vaediff.errors import UserError
-from vaediff.run import earlier
+from vaediff.run import earlier, values
 
 FILE = 'config.json'
-STORED = pathlib.Path(__file__).with_name('stored_config.py')
-"""The config file that stands for the config of a run."""
 BOUNDS = {
-  'data.image_size': checks.at_least(1),
-  'data.channels': checks.at_least(1),
-  'data.num_classes': checks.at_least(0),
-  'data.crop_size': checks.at_least(0),
-  'data.num_threads': checks.at_least(0),
-  'data.prefetch': checks.at_least(1),
-  'processes.join_timeout_seconds': checks.at_least(1),
-  'processes.heartbeat_timeout_seconds': checks.at_least(1),
-  'processes.silence_timeout_seconds': checks.at_least(0),
+  'name': checks.file_name(or_empty=True),
   'seed': checks.seed(),
-  'reconstruct.num_images': checks.at_least(1),
-  'interpolate.num_encoded': checks.at_least(4),
-  'interpolate.num_points': checks.at_least(2),
-  'interpolate.num_rows': checks.at_least(1),
-  'restore.num_images': checks.at_least(1),
-  'benchmark.num_repeats': checks.at_least(1),
-  'benchmark.sample_batch_size': checks.at_least(1),
-  'benchmark.num_warmups': checks.at_least(1),
-  'benchmark.num_sample_repeats': checks.at_least(1),
+  'data.image_size': checks.count(1),
+  'data.channels': checks.count(1),
+  'data.num_classes': checks.count(0),
+  'data.crop_size': checks.count(0),
+  'data.num_threads': checks.count(0),
+  'data.prefetch': checks.count(1),
+  'processes.join_timeout_seconds': checks.count(1),
+  'processes.heartbeat_timeout_seconds': checks.count(1),
+  'processes.silence_timeout_seconds': checks.at_least(0),
+  'reconstruct.num_images': checks.count(1),
+  'reconstruct.posterior': checks.one_of(('mean', 'sample')),
+  'interpolate.num_encoded': checks.count(4),
+  'interpolate.num_points': checks.count(2),
+  'interpolate.num_rows': checks.count(1),
+  'interpolate.from_label': checks.count(0),
+  'interpolate.to_label': checks.count(0),
+  'restore.task': checks.one_of(('super_resolution', 'denoise', 'inpaint')),
+  'restore.num_images': checks.count(1),
+  'restore.factor': checks.count(2),
+  'restore.noise_std': checks.above(0),
+  'restore.hole_fraction': checks.inside(0, 1),
+  'compile.effort': checks.between(-1, 1),
+  'benchmark.num_repeats': checks.count(1),
+  'benchmark.sample_batch_size': checks.count(1),
+  'benchmark.num_warmups': checks.count(1),
+  'benchmark.num_sample_repeats': checks.count(1),
+  'benchmark.matmul_size': checks.count(1),
 }
-"""Of every config."""
+"""Of every config; those of its section `evaluate`: `vaediff.evaluation.networks`."""
 STAGE_BOUNDS = {
-  'train.num_steps': checks.at_least(1),
-  'train.batch_size': checks.at_least(1),
-  'train.microbatches': checks.at_least(1),
-  'train.log_every_steps': checks.at_least(1),
-  'train.save_every_steps': checks.at_least(1),
-  'train.eval_every_steps': checks.at_least(1),
-  'train.grid_every_steps': checks.at_least(0),
-  'train.grid_images': checks.at_least(1),
-  'train.eval_images': checks.at_least(0),
-  'train.keep_checkpoints': checks.at_least(1),
+  'train.num_steps': checks.count(1),
+  'train.batch_size': checks.count(1),
+  'train.microbatches': checks.count(1),
+  'train.log_every_steps': checks.count(1),
+  'train.save_every_steps': checks.count(1),
+  'train.eval_every_steps': checks.count(1),
+  'train.grid_every_steps': checks.count(0),
+  'train.grid_images': checks.count(1),
+  'train.eval_images': checks.count(0),
+  'train.keep_checkpoints': checks.count(1),
   'train.on_bad_step': checks.one_of(('stop', 'skip')),
   'train.spike_factor': checks.zero_or_above(1),
-  'train.best_every_steps': checks.at_least(1),
-  'train.best_images': checks.at_least(1),
-  'sample.num_images': checks.at_least(1),
-  'sample.batch_size': checks.at_least(1),
+  'train.profile_steps': checks.each(checks.count(1)),
+  'train.best_every_steps': checks.count(1),
+  'train.best_images': checks.count(1),
+  'sample.checkpoint': checks.one_of(('latest', 'best')),
+  'sample.num_images': checks.count(1),
+  'sample.batch_size': checks.count(1),
   'sample.seed': checks.seed(),
 }
 """Of every stage; those of one experiment are its own (`experiments.build`)."""
@@ -88,104 +92,6 @@ class Run:
   out: pathlib.Path | None = None
 
 
-def complete_argv(argv: list[str]) -> list[str]:
-  """Returns the arguments with `--config` filled in from `--workdir` where it is not given.
-
-  Also lets config files import their neighbours (`from configs import base`) from any working directory.
-  """
-  given = _given(argv, 'config')
-  if given:
-    root = str(pathlib.Path(given[-1].split(':')[0]).resolve().parent.parent)
-    if root not in sys.path:
-      sys.path.insert(0, root)
-    return argv
-  workdirs = _given(argv, 'workdir')
-  if not workdirs:
-    return argv
-  return [argv[0], f'--config={STORED}:{workdirs[-1]}', *argv[1:]]
-
-
-def _given(argv: list[str], flag: str) -> list[str]:
-  """Returns the values of `--flag=value` and of `--flag value`."""
-  after = [value for arg, value in zip(argv, argv[1:], strict=False) if arg == f'--{flag}']
-  return [arg.split('=', 1)[1] for arg in argv if arg.startswith(f'--{flag}=')] + after
-
-
-def stored_file(argv: list[str]) -> pathlib.Path | None:
-  """Returns the `config.json` that arguments of `complete_argv` stand for; None where they name a config."""
-  workdirs = [arg.partition(f'{STORED}:')[2] for arg in argv if arg.startswith(f'--config={STORED}:')]
-  return pathlib.Path(workdirs[0]) / FILE if workdirs else None
-
-
-def missing_key(error: AttributeError | KeyError, argv: list[str]) -> UserError | None:
-  """Returns the error for a key that this version reads and a stored config does not have, or None.
-
-  None where no config raised the error, or the config is not one that a run stored.
-  """
-  stored, frames = stored_file(argv), traceback.extract_tb(error.__traceback__)
-  if stored is None or frames[-1].filename != inspect.getfile(ConfigDict):
-    return None
-  return UserError(
-    f'the stored config {stored} has no key {_key_of(error)!r}: the run is of an earlier version. Add the '
-    'key to that file, in the section and with the default that it has in configs, or pass '
-    '--config=configs/<name>.py'
-  )
-
-
-def _key_of(error: AttributeError | KeyError) -> str:
-  """Returns the first word of what ml_collections says: the name of the key."""
-  words = re.search(r'\w+', str(error.args[0]))
-  return words.group() if words else str(error)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses absl flags and config overrides; returns what is left.
-
-  Raises:
-    UserError: for an unknown flag or config key (says which comes near), a value of the wrong type, or a
-      config file that cannot be loaded.
-  """
-  try:
-    rest = flags.FLAGS(argv)
-    if flags.FLAGS['config'].value is not None:
-      flags.FLAGS['config'].value.keys()  # a file that could not be loaded fails at its first use
-    return rest
-  except flags.Error as error:
-    text = str(error).replace('flag --', '--', 1)
-    if 'Traceback' in text:  # raised inside get_config: its own message is the last line
-      text = text.strip().splitlines()[-1].split(': ', 1)[-1]
-    raise UserError(text) from error
-  except (AttributeError, KeyError) as error:
-    name = _key_of(error)
-    argument = next((arg for arg in argv if name in arg), name)
-    near = re.search(r'Did you mean "\w+"', str(error.args[0]))
-    hint = f'{near.group()}? ' if near else ''
-    hint = (argument.startswith(f'--config.{name}.') and _no_such_stage(name, argv)) or hint
-    stored = stored_file(argv)
-    newer = f'. A run of an earlier version lacks newer keys: add them to {stored}' if stored else ''
-    raise UserError(
-      f'{argument}: the config has no key {name!r}. {hint}Keys are declared in configs/base.py and, by '
-      f'experiment, in configs/stages{newer}'
-    ) from error
-  except OSError as error:
-    raise UserError(
-      f'the config file cannot be loaded: {str(error).splitlines()[-1].strip()}. Give the path of a file, as '
-      '--config=configs/digits.py, or with variants --config=configs/digits.py:z,debug'
-    ) from error
-
-
-def _no_such_stage(name: str, argv: list[str]) -> str:
-  """Returns what to do about a stage that runs can have and this one has not; '' for what is no stage."""
-  files = sys.modules.get('configs.base')  # imported by the config file that is asked for, never from here
-  if files is None or name not in files.known.BY_NAME:
-    return ''
-  variants = files.variants_with(name)
-  others = f' Variants with it: {", ".join(variants)}.' if variants else ''
-  path, _, variant = _given(argv, 'config')[-1].partition(':')
-  stages = ', '.join(runpy.run_path(path)['get_config'](variant).stages)
-  return f'This run has no stage {name!r}; its stages are {stages}.{others} '
-
-
 def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   """Returns the config stored in a run, by this version or an earlier one.
 
@@ -197,15 +103,34 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   path = pathlib.Path(workdir) / FILE
   if path.exists():
     mend = 'where the run has checkpoints, remove it: it is made again from what they hold'
-    stored = files.read_json(path, mend)
+    with files.reading(path, mend):
+      stored = parse(path.read_text(encoding='utf-8'))
   else:
     stored = _newest_in_checkpoints(path.parent)
   if stored is None:
     raise UserError(f'{path} does not exist: give --config, or the --workdir of a run that was started')
+  values.check_types(stored, path)
   try:
     return from_stored(stored)
   except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
     raise UserError(f'{path} is not a stored config: {files.reason(error)}') from error
+
+
+def parse(text: str) -> Any:
+  """Returns the value of a JSON text.
+
+  Raises:
+    ValueError: for what is no JSON, or has a key twice in one section.
+  """
+
+  def section(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+      raise ValueError(f'it has the key {twice!r} twice in one section; remove one of them')
+    return dict(pairs)
+
+  return json.loads(text, object_pairs_hook=section)
 
 
 def from_stored(stored: Any) -> ConfigDict:
@@ -260,18 +185,54 @@ def stages_of(config: ConfigDict, chosen: str = '') -> tuple[str, ...]:
   return tuple(name for name in config.stages if name in names)
 
 
+def check_stages(config: ConfigDict) -> None:
+  """Raises UserError unless `config.stages` names sections of stages, each once."""
+  if not isinstance(config, ConfigDict) or 'stages' not in config:
+    raise UserError('the config names no stages; a config file makes one with configs.base.make')
+  stages = config.stages
+  if not isinstance(stages, tuple | list) or not all(isinstance(stage, str) for stage in stages):
+    raise UserError(f"config.stages must be a tuple of names, as ('vae', 'refiner'), got {stages!r}")
+  if not stages:
+    raise UserError('config.stages is empty; name at least one stage')
+  if len(set(stages)) != len(stages):
+    raise UserError(f'config.stages names a stage twice: {stages}')
+  known = ', '.join(name for name, value in config.items() if _is_stage(value)) or 'none'
+  for stage in stages:
+    if stage not in config:
+      raise UserError(f'config.stages names {stage!r}, which has no section in the config; stages: {known}')
+    if not _is_stage(config[stage]):
+      raise UserError(f'config.stages names {stage!r}, which is no stage; stages: {known}')
+
+
+def _is_stage(section: Any) -> bool:
+  return isinstance(section, ConfigDict) and 'experiment' in section
+
+
 def validate(config: ConfigDict) -> None:
   """Raises UserError for the first value that no run could use: names field, value and bound.
 
-  Values that belong to one experiment are checked where it is built (`experiments.build`).
+  Values that belong to one experiment are checked where it is built (`experiments.build`), rules across
+  stages and modes in `vaediff.modes.checked`.
   """
-  if not config.stages:
-    raise UserError('config.stages is empty; name at least one stage')
-  if len(set(config.stages)) != len(config.stages):
-    raise UserError(f'config.stages names a stage twice: {config.stages}')
+  check_stages(config)
+  _check(config, BOUNDS, 'config.')
   for stage in config.stages:
-    if stage not in config:
-      raise UserError(f'config.stages names {stage!r}, which has no section in the config')
-  checks.check(config, BOUNDS, 'config.')
-  for stage in config.stages:
-    checks.check(config[stage], STAGE_BOUNDS, f'config.{stage}.')
+    _check(config[stage], STAGE_BOUNDS, f'config.{stage}.')
+    checks.check(ConfigDict({'stage': stage}), {'stage': checks.file_name()}, 'a name in config.stages, ')
+    steps = config[stage].train.profile_steps
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+      raise UserError(
+        f'config.{stage}.train.profile_steps must be () or (first, last) with 1 <= first <= last, got {steps}'
+      )
+  values.check(config)
+
+
+def _check(section: ConfigDict, bounds: checks.Bounds, prefix: str) -> None:
+  """Checks a table, once it is clear that what should be a section is one."""
+  for field in bounds:
+    inside, name = section, prefix
+    for part in field.split('.')[:-1]:
+      inside, name = inside[part], f'{name}{part}.'
+      if not isinstance(inside, ConfigDict):
+        raise UserError(f'{name[:-1]} must be a section, got {inside!r}')
+  checks.check(section, bounds, prefix)

@@ -21,6 +21,9 @@ MATCHED = {False: 'v', True: 'guided'}
 OWN_TRAINING = ('experiment', 'optim*', 'train', 'loss')
 """Patterns of what a student does not take over of the first teacher's section: how that was trained."""
 
+MOST_STEPS = 2**20
+"""Of the first teacher of a chain of halvings: each is one step of a table, and one stage more."""
+
 
 def resolve(config: ConfigDict) -> ConfigDict:
   """Returns the config, changed in place: its `stages` are all trainable. Changes nothing the second time.
@@ -42,7 +45,30 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for name in [name for name, value in config.items() if isinstance(value, ConfigDict)]:
       if _is_template(config[name]):
         del config[name]  # an override would change nothing any more
+  for stage in config.stages:
+    check_chain(config, stage)
   return config
+
+
+def check_chain(config: ConfigDict, stage: str) -> None:
+  """Raises UserError where the teachers of a stage, each its student's, do not end with one that has none."""
+  chain = [stage]
+  while isinstance(config[chain[-1]], ConfigDict) and 'teacher' in config[chain[-1]]:
+    named = config[chain[-1]].teacher
+    if not isinstance(named, ConfigDict) or not {'stage', 'workdir'} <= set(named):
+      raise UserError(f'config.{chain[-1]}.teacher must have a stage and a workdir, got {named!r}')
+    if named.stage in chain:
+      shown = ' -> '.join([*chain, named.stage])
+      raise UserError(
+        f'config.{chain[-1]}.teacher.stage is {named.stage!r}: these stages would teach each other in a '
+        'circle, '
+        f'{shown}. One of them needs a teacher that has none, as refiner'
+      )
+    if named.stage not in config or not isinstance(config[named.stage], ConfigDict):
+      raise UserError(
+        f'config.{chain[-1]}.teacher.stage is {named.stage!r}, which has no section in the config'
+      )
+    chain.append(named.stage)
 
 
 def _is_template(section: ConfigDict) -> bool:
@@ -55,10 +81,15 @@ def _halvings(config: ConfigDict, stage: str) -> list[str]:
   section = config[stage]
   checks.check(section, progressive.TEMPLATE_BOUNDS, f'config.{stage}.')
   first, last, guided = section.from_steps, section.to_steps, section.guided
+  if not 2 <= first <= MOST_STEPS or last < 1:
+    raise UserError(
+      f'config.{stage}.from_steps is {first} and {stage}.to_steps is {last}; they must be numbers with '
+      f'1 <= to_steps < from_steps <= {MOST_STEPS}'
+    )
   counts = [first]
   while counts[-1] > last and counts[-1] % 2 == 0:
     counts.append(counts[-1] // 2)
-  if last < 1 or counts[-1] != last or len(counts) == 1:
+  if counts[-1] != last or len(counts) == 1:
     raise UserError(
       f'config.{stage}.from_steps is {first}, which is not {stage}.to_steps = {last} times 2, 4, 8, ...'
     )
@@ -139,6 +170,7 @@ def _is_diffusion(section: ConfigDict) -> bool:
 
 def _first_teacher(config: ConfigDict, stage: str) -> ConfigDict:
   """Returns the section that the chain of teachers begins with: it has no fields of students."""
+  check_chain(config, stage)
   section = config[stage]
   while 'teacher' in section:
     section = config[section.teacher.stage]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vaediff import files
 from vaediff.errors import UserError
 from vaediff.weights import tensors, torch_file
 
@@ -83,9 +84,9 @@ def read_pickle(content: bytes) -> dict[str, Any]:
   """
   try:
     return ArrayUnpickler(io.BytesIO(content)).load()
-  except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError) as error:
-    if isinstance(error, UserError):
-      raise
+  except UserError:
+    raise
+  except Exception as error:  # bytes that are no pickle can raise anything
     raise UserError(f'the pickle of weights is damaged ({error}): fetch the package again') from error
 
 
@@ -101,6 +102,15 @@ def read_lpips(content: bytes, network: str, layers: tuple[str, ...]) -> Tensors
     `<layer>.kernel` [height, width, in, out], `<layer>.bias` [out] and `lin<i>.weight` [channels].
   """
   tree = read_pickle(content)
+  try:
+    return _lpips_tensors(tree, network, layers)
+  except (KeyError, TypeError, AttributeError, IndexError) as error:
+    raise UserError(
+      f'the pickle of weights has no part {error} of {network}: fetch the package again'
+    ) from error
+
+
+def _lpips_tensors(tree: Any, network: str, layers: tuple[str, ...]) -> Tensors:
   found = {}
   for index, layer in enumerate(layers):
     for part in ('kernel', 'bias'):
@@ -178,8 +188,8 @@ def prepare(name: str, folder: pathlib.Path, say: Callable[[str], None]) -> path
     found = sibling.read(member_bytes(content, sibling))
     try:
       tensors.save(path, found, metadata)
-    except OSError as error:
-      raise UserError(f'{path} cannot be written ({error}): choose another folder of weights') from error
+    except UserError as error:
+      raise UserError(f'{error}. Choose another folder of weights, config.evaluate.weights_dir') from error
     say(f'wrote {path}')
   return target
 
@@ -191,11 +201,13 @@ def require(name: str, folder: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     UserError: they were not prepared, or the file is damaged.
   """
   path = folder / f'{name}.safetensors'
+  if path.exists() and not path.is_file():
+    raise UserError(f'{path} is no file; move it away and run --mode=prepare with the same config')
   if not path.is_file():
     raise UserError(f'weights of {name} are not in {folder}: run --mode=prepare with the same config first')
   try:
     return tensors.load(path)
-  except UserError as error:
+  except files.Damaged as error:
     raise UserError(f'{error}; delete it and run --mode=prepare with the same config again') from error
 
 
@@ -222,7 +234,16 @@ def check(
         f'weights of {network}: tensor {key!r} is not one of its {len(shapes)}:'
         ' these weights belong to another network'
       )
+    check_finite(state[key], key, network)
   return {key: np.asarray(state[key], np.float32) for key in shapes}
+
+
+def check_finite(value: np.ndarray, key: str, network: str) -> None:
+  """Raises UserError where a tensor of weights holds nan or inf: every figure made with it would be nan."""
+  if not np.isfinite(value.astype(np.float32)).all():
+    raise UserError(
+      f'weights of {network}: tensor {key!r} holds values that are not finite: fetch the file again'
+    )
 
 
 def archive_bytes(source: Source, folder: pathlib.Path, say: Callable[[str], None]) -> bytes:
@@ -230,7 +251,8 @@ def archive_bytes(source: Source, folder: pathlib.Path, say: Callable[[str], Non
   file = folder / source.archive
   if file.is_file():
     say(f'reading {file}')
-    content = file.read_bytes()
+    with files.reading(file, 'fetch it again'):
+      content = file.read_bytes()
   else:
     say(f'downloading {source.requirement}')
     content = download(source, folder)

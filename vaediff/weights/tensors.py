@@ -9,17 +9,17 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from vaediff import files
+from vaediff import files, places
 from vaediff.errors import UserError
 
 
 def folder(weights_dir: str = '') -> pathlib.Path:
   """Returns where weights are kept: `weights_dir`, or $VAEDIFF_WEIGHTS, or ~/.cache/vaediff/weights."""
-  chosen = weights_dir or os.environ.get('VAEDIFF_WEIGHTS', '')
-  if chosen:
-    return pathlib.Path(chosen).expanduser()
-  cache = os.environ.get('XDG_CACHE_HOME', '')
-  return (pathlib.Path(cache) if cache else pathlib.Path.home() / '.cache') / 'vaediff' / 'weights'
+  if weights_dir:
+    return places.expanded(weights_dir, 'config.evaluate.weights_dir')
+  if os.environ.get('VAEDIFF_WEIGHTS', ''):
+    return places.expanded(os.environ['VAEDIFF_WEIGHTS'], 'VAEDIFF_WEIGHTS')
+  return places.cache('config.evaluate.weights_dir, or VAEDIFF_WEIGHTS') / 'vaediff' / 'weights'
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
@@ -50,10 +50,11 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   Raises:
     UserError: when the file is missing or damaged.
   """
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-  except FileNotFoundError as error:
-    raise UserError(f'{path} does not exist') from error
-  except safetensors.SafetensorError as error:
-    raise UserError(f'{path} is not a readable safetensors file: {error}') from error
+  if path.is_dir():
+    raise UserError(f'{path} is a folder, not a safetensors file')
+  with files.reading(path, 'fetch or convert it again'):
+    try:
+      with safetensors.safe_open(path, framework='numpy') as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+      raise files.Damaged(f'{path} is not a readable safetensors file: {error}') from error

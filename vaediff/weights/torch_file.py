@@ -9,19 +9,26 @@ in a row followed by the storages, each led by its length.
 import collections
 import hashlib
 import io
+import math
 import pathlib
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from vaediff import files
 from vaediff.errors import UserError
 
+AGAIN = 'fetch it again'
+MOST_AXES = 16
+MOST_UNPACKED = 32
+"""Times the size of a file that its members may have together: torch.save compresses nothing."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 ZIP_MAGIC = b'PK\x03\x04'
 STORAGE_TYPES = {
@@ -46,10 +53,10 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     UserError: when the file is missing, damaged, not written by PyTorch, no state dict, or names anything
       that tensors do not need (nothing of the kind is run).
   """
-  try:
+  if path.is_dir():
+    raise UserError(f'{path} is a folder, not a file of torch.save')
+  with files.reading(path, AGAIN):
     content = path.read_bytes()
-  except OSError as error:
-    raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
   found, storages = _read_zip(path, content) if content[:4] == ZIP_MAGIC else _read_legacy(path, content)
   if not isinstance(found, Mapping):
     raise UserError(
@@ -61,7 +68,8 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       f'{path} holds no tensors, only {sorted(map(str, found))[:5]}: if the state dict is one of these,'
       ' save it alone'
     )
-  return {str(name): _to_array(path, str(name), value, storages) for name, value in tensors.items()}
+  with files.reading(path, AGAIN):  # sizes and places are whatever the file says
+    return {str(name): _to_array(path, str(name), value, storages) for name, value in tensors.items()}
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -70,11 +78,10 @@ def sha256_of(path: pathlib.Path) -> str:
   Raises:
     UserError: when the file cannot be read.
   """
-  try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-  except OSError as error:
-    raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
+  if path.is_dir():
+    raise UserError(f'{path} is a folder, not a file of weights')
+  with files.reading(path, AGAIN), path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def check_named_hash(path: pathlib.Path) -> None:
@@ -191,6 +198,12 @@ def _read_zip(path: pathlib.Path, content: bytes) -> tuple[Any, dict[str, bytes]
       )
       if folder is None:
         raise UserError(f'{path} is a zip archive without data.pkl: not a file of torch.save')
+      unpacked = sum(member.file_size for member in archive.infolist())
+      if unpacked > MOST_UNPACKED * len(content):
+        raise UserError(
+          f'{path} would grow from {len(content)} to {unpacked} bytes: it is no file of torch.save, do not '
+          'use it'
+        )
       order = archive.read(f'{folder}byteorder') if f'{folder}byteorder' in names else b'little'
       if order != b'little':
         raise UserError(
@@ -199,7 +212,10 @@ def _read_zip(path: pathlib.Path, content: bytes) -> tuple[Any, dict[str, bytes]
       unpickler = _Unpickler(path, io.BytesIO(archive.read(f'{folder}data.pkl')))
       found = _unpickle(unpickler, path)
       return found, {key: archive.read(f'{folder}data/{key}') for key in unpickler.dtypes}
-  except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+  except UserError:
+    raise
+  except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError, OSError,
+          ValueError, MemoryError) as error:  # fmt: skip
     raise UserError(f'{path} is truncated or damaged ({error}): fetch it again') from error
 
 
@@ -230,6 +246,11 @@ def _read_legacy(path: pathlib.Path, content: bytes) -> tuple[Any, dict[str, byt
 def _to_array(path: pathlib.Path, name: str, tensor: _Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
   """Returns a tensor's elements in order, of a layout of their own."""
   storage, offset, shape, strides = tensor
+  if math.prod(shape) > max(storage.numel, 1) or len(shape) > MOST_AXES:
+    raise UserError(
+      f'{path}: {name} has the shape {str(shape)[:100]}, more elements than its storage of {storage.numel}; '
+      'save a state dict of plain tensors, without expand()'
+    )
   last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
   size = storage.dtype.itemsize
   content = memoryview(storages.get(storage.key, b''))[storage.first * size :][: storage.numel * size]
@@ -240,4 +261,6 @@ def _to_array(path: pathlib.Path, name: str, tensor: _Tensor, storages: Mapping[
   if 0 in shape:
     return np.zeros(shape, storage.dtype)
   flat = np.frombuffer(content, storage.dtype)[offset:]
-  return np.lib.stride_tricks.as_strided(flat, shape, [stride * size for stride in strides]).copy()
+  return np.lib.stride_tricks.as_strided(
+    flat, shape, [stride * size if length > 1 else 0 for length, stride in zip(shape, strides, strict=True)]
+  ).copy()
