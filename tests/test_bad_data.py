@@ -5,6 +5,7 @@ No JAX program is needed. `main` prints a UserError and ends with status 2.
 
 import gzip
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -404,3 +405,22 @@ def test_full_disk_while_the_digits_are_built(built, tmp_path, monkeypatch):
   data = ml_collections.ConfigDict(built[1] | {'data_dir': str(tmp_path / 'new')})
   with pytest.raises(UserError, match="data.data_dir: '/some/file' cannot be written: No space left"):
     open_source(data, 'train')
+
+
+@pytest.mark.parametrize('train', [str(2**40), str(2**60), '1501', '-5', ''])
+def test_counts_of_tfds_that_are_wrong(stored, train):
+  """No room is made for images that are not there."""
+  data, folder = stored
+  info = json.loads((folder / 'dataset_info.json').read_text())
+  (split,) = (split for split in info['splits'] if split['name'] == 'train')
+  split['shardLengths'] = [train] if train else []
+  (folder / 'dataset_info.json').write_text(json.dumps(info))
+  refused(data, f"{folder}.*delete its folder '{folder}': it is built again")
+
+
+def test_tfds_without_its_info(stored):
+  data, folder = stored
+  (folder / 'dataset_info.json').unlink()
+  refused(
+    data, f"'{folder}' has no dataset_info.json with splits that hold images; delete its folder '{folder}'"
+  )

@@ -151,3 +151,26 @@ def test_emoji_package_missing(emoji, package, missing, tmp_path):
     emoji.path = ''
   with pytest.raises(UserError, match='npm pack emoji-datasource-google(?s:.*)tar -xzf'):
     open_source(emoji, 'train')
+
+
+DAMAGES = {
+  'emoji.json': [b'', b'{', b'[3]', b'[{}]', b'\xff', b'{"a": 1}', b'[{"has_img_google": true, "image": 3}]'],
+  'img/google/64/1f003.png': [b'', b'hello', b'\x89PNG\r\n\x1a\n'],
+}
+
+
+@pytest.mark.parametrize(('name', 'content'), [(n, content) for n, all in DAMAGES.items() for content in all])
+def test_damaged_emoji_package(emoji, package, name, content):
+  (package / name).write_bytes(content)
+  with pytest.raises(UserError, match=f'(?s){package / name} is damaged.*npm pack emoji-datasource-google'):
+    open_source(emoji, 'train')
+
+
+def test_emoji_of_another_size_or_category(emoji, package):
+  Image.new('RGB', (32, 32)).save(package / 'img' / 'google' / '64' / '1f003.png')
+  with pytest.raises(UserError, match='1f003.png is damaged .it is 32x32 and not 64x64'):
+    open_source(emoji, 'train')
+  text = (package / 'emoji.json').read_text()
+  (package / 'emoji.json').write_text(text.replace('Flags', 'Flogs'))
+  with pytest.raises(UserError, match="emoji.json is damaged .the category 'Flogs' is none of"):
+    open_source(emoji, 'train')

@@ -166,3 +166,20 @@ def test_prepare_and_describe(data):
   assert 'not made yet' in describe(data)
   os.remove(data.path)
   assert 'not there yet' in describe(data)
+
+
+def test_describe_leaves_out_a_changed_folder(data):
+  """It is named when it is opened; another one with the same settings may be whole."""
+  open_source(data, 'train')
+  (folder,) = folders(data)
+  assert 'not made yet' not in describe(data)
+  for content in ('', '[]', '{}'):
+    (folder / 'meta.json').write_text(content)
+    assert 'not made yet' in describe(data)
+
+
+def test_more_classes_than_the_config_says_writes_nothing(data):
+  data.num_classes = 2
+  with pytest.raises(UserError, match='data.num_classes is 2, but the labels of these images are of 3'):
+    open_source(data, 'train')
+  assert not (cache.data_root(data) / 'vaediff').exists()

@@ -14,6 +14,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vaediff import files
+from vaediff.data import arrays, paths
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 
@@ -106,24 +108,27 @@ class NotoEmoji(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(package, split) for split in ('train', 'test')}
 
   def _generate_examples(self, package: pathlib.Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    groups: dict[bytes, str] = {}  # Picture of a base emoji -> the first code that shows it.
-    for base in json.loads((package / 'emoji.json').read_text()):
-      if not base['has_img_google']:
-        continue
-      picture = _emoji_file(package, base).read_bytes()
-      if emoji_split(groups.setdefault(picture, base['unified'])) != split:
-        continue
-      variants = {'': base, **base.get('skin_variations', {})}
-      for tones, variant in variants.items():
-        if variant['has_img_google']:
-          yield (
-            variant['unified'],
-            {
-              'image': on_white(Image.open(_emoji_file(package, variant))),
-              'label': base['category'],
-              'caption': emoji_caption(base['name'], tones),
-            },
-          )
+    with files.reading(package / 'emoji.json', EMOJI_HOW_TO):
+      groups: dict[bytes, str] = {}  # Picture of a base emoji -> the first code that shows it.
+      for base in json.loads((package / 'emoji.json').read_text(encoding='utf-8')):
+        if not base['has_img_google']:
+          continue
+        picture = _emoji_file(package, base).read_bytes()
+        if emoji_split(groups.setdefault(picture, base['unified'])) != split:
+          continue
+        if base['category'] not in EMOJI_CATEGORIES:
+          raise ValueError(f'the category {base["category"]!r} is none of {EMOJI_CATEGORIES}')
+        variants = {'': base, **base.get('skin_variations', {})}
+        for tones, variant in variants.items():
+          if variant['has_img_google']:
+            yield (
+              variant['unified'],
+              {
+                'image': _emoji_image(_emoji_file(package, variant)),
+                'label': base['category'],
+                'caption': emoji_caption(base['name'], tones),
+              },
+            )
 
 
 def emoji_split(unified: str) -> str:
@@ -143,9 +148,9 @@ def check_emoji_package(path: str) -> pathlib.Path:
   Raises:
     UserError: it lacks emoji.json or the images; the message says how to get them.
   """
-  package = pathlib.Path(path).expanduser()
+  package = paths.expand(path, 'data.path')
   for needed in ('emoji.json', 'img/google/64'):
-    if not path or not (package / needed).exists():
+    if not path or not paths.mode_of(package / needed):
       raise UserError(
         f'data.path={path!r} has no {needed}; noto_emoji is built from the npm package'
         f' emoji-datasource-google. {EMOJI_HOW_TO}'
@@ -158,6 +163,13 @@ def _emoji_file(package: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
   if not file.is_file():
     raise UserError(f'{file} is named in emoji.json but missing. {EMOJI_HOW_TO}')
   return file
+
+
+def _emoji_image(file: pathlib.Path) -> Image.Image:
+  with files.reading(file, EMOJI_HOW_TO), arrays.parsing(), Image.open(file, formats=('PNG',)) as image:
+    if image.size != (64, 64):
+      raise ValueError(f'it is {image.width}x{image.height} and not 64x64')
+    return on_white(image)
 
 
 OWN_BUILDERS = {'digits': Digits, 'noto_emoji': NotoEmoji}

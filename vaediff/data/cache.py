@@ -10,6 +10,7 @@ arrays, which are compared when they are opened, and the fingerprint of each spl
 content.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -70,7 +71,11 @@ def is_stored(data: ml_collections.ConfigDict) -> bool:
   prefix = cache_prefix(data)
   folders = prefix.parent.glob(f'{glob.escape(prefix.name)}{"?" * DIGITS}')
   complete = [folder for folder in folders if (folder / 'train-images.npy').is_file()]
-  return any(wanted.items() <= files.read_json(f / META, _mend(f)).items() for f in complete)
+  for folder in complete:
+    with contextlib.suppress(UserError):  # One that was changed is named when it is opened, if it ever is.
+      if wanted.items() <= read_meta(folder).items():
+        return True
+  return False
 
 
 def ensure(
@@ -97,7 +102,8 @@ def ensure(
   check_readers(readers, data)
   if data.source != 'image_folder':  # One set of images: settings that fit none fail at the first.
     for reader in readers.values():
-      read_fitted(reader, data, 0)
+      for index in (0, len(reader) - 1):  # The last: a wrong count, before room is made for so many.
+        read_fitted(reader, data, index)
   temporary = folder.with_name(f'{folder.name}.incomplete-{uuid.uuid4().hex}')
   try:
     temporary.mkdir(parents=True)

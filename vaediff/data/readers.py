@@ -79,6 +79,7 @@ def check_readers(readers: Mapping[str, Reader], data: ml_collections.ConfigDict
     UserError: naming the config fields.
   """
   for reader in readers.values():
+    check_classes(reader.num_classes, data)
     if reader.num_classes > MAX_CLASSES:
       raise UserError(
         f'data.path={data.path!r} (data.name={data.name!r}): the labels are of {reader.num_classes} classes,'
@@ -97,6 +98,15 @@ def check_readers(readers: Mapping[str, Reader], data: ml_collections.ConfigDict
         f'{fields[0]} and {fields[1]} share {shared} images: what is measured on images of the training says'
         " nothing of others. Use two splits, or slices such as 'train[:95%]' and 'train[95%:]'"
       )
+
+
+def check_classes(known: int, data: ml_collections.ConfigDict) -> None:
+  """Raises UserError where the labels are of more classes than the config says."""
+  if 0 < data.num_classes < known:
+    raise UserError(
+      f'data.num_classes is {data.num_classes}, but the labels of these images are of {known} classes; set it'
+      f' to {known}, or to 0 where no label is read'
+    )
 
 
 def parse_split(expression: str, field: str) -> tuple[str, str, str]:

@@ -22,7 +22,7 @@ from vaediff.data import arrays, cache, paths
 from vaediff.data.folder import FolderReader
 from vaediff.data.idx import IdxReader
 from vaediff.data.npz import NpzReader
-from vaediff.data.readers import MAX_CLASSES, Reader, read_fitted
+from vaediff.data.readers import MAX_CLASSES, Reader, check_classes, read_fitted
 from vaediff.data.resize import CHANNELS, CROPS, RESIZES
 from vaediff.data.synthetic import COUNTS, NUM_CLASSES, synthetic_arrays
 from vaediff.errors import UserError
@@ -148,11 +148,7 @@ def open_source(
       broken, or do not fit the settings.
   """
   source = _open(data, split, log)
-  if 0 < data.num_classes < source.num_classes:
-    raise UserError(
-      f'data.num_classes is {data.num_classes}, but the labels of these images are of {source.num_classes} '
-      f'classes; set it to {source.num_classes}, or to 0 where no label is read'
-    )
+  check_classes(source.num_classes, data)
   return source
 
 

@@ -36,6 +36,11 @@ class TfdsReader(Reader):
         f' {builder.data_dir} {state}. {how_to_get(data.name, data_root(data))}'
       ) from error
     except (ValueError, KeyError, AssertionError) as error:
+      counts = [split.num_examples for split in builder.info.splits.values()]
+      if not builder.is_prepared() or min(counts, default=0) < 1:
+        raise files.Damaged(
+          f"'{builder.data_dir}' has no dataset_info.json with splits that hold images; {self._mend}"
+        ) from error
       raise UserError(
         f'data.{field}={self._expression!r} is no split of {data.name} ({error}); it has'
         f' {sorted(builder.info.splits)}'
