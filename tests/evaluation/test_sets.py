@@ -159,9 +159,7 @@ def test_the_row_of_the_evaluation_images_is_of_as_many_as_there_are(tmp_path, m
 @pytest.mark.parametrize('constant', [False, True])
 def test_whatever_the_numbers_are(tmp_path, monkeypatch, numbers, changes, missing, constant):
   train, held_out, drawn = (source(k, count, constant) for k, count in enumerate(numbers))
-  rows = rows_of(
-    tmp_path, monkeypatch, train, held_out, drawn, num_images=len(drawn.images), **changes
-  )
+  rows = rows_of(tmp_path, monkeypatch, train, held_out, drawn, num_images=len(drawn.images), **changes)
   for row, kinds in zip(('refined samples', 'evaluation images'), missing, strict=True):
     near = {f'{name}_{of}' for name in measures.NEIGHBOURHOODS for of in ('inception', 'classifier')}
     compared = near | {'fid', 'kid', 'fd_classifier', 'kd_classifier'}
