@@ -12,7 +12,6 @@ import os
 import pathlib
 import socket
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -116,8 +115,7 @@ def reading(path: pathlib.Path, mend: str = REMOVE) -> Iterator[None]:
     if isinstance(error, OSError) and error.errno is None:  # numpy's and zipfile's own, of malformed content
       raise Damaged(f'{path} is damaged ({reason(error)}); {mend}') from error
     raise UserError(f'{path} cannot be read: {reason(error)}. The file was left as it is') from error
-  except (ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, NotImplementedError,
-          RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+  except Exception as error:  # parsers raise almost anything of malformed bytes
     raise Damaged(f'{path} is damaged ({reason(error)}); {mend}') from error
 
 

@@ -18,6 +18,8 @@ MadeOf = Mapping[str, str]
 """By name of a source, such as 'network vae' or 'training images', its id."""
 DIGITS = 16
 """Of an id, hexadecimal."""
+SEAL = 'digest'
+"""In a JSON object: the digest of all else in it."""
 
 
 class Stale(UserError):
@@ -28,6 +30,26 @@ def digest(value: Any) -> str:
   """Returns the digest of a value that JSON can hold; the order of keys does not matter."""
   text = json.dumps(value, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a JSON object holds, as it will be read, and under `SEAL` the digest of that."""
+  plain = json.loads(json.dumps(content, default=str))
+  return {**plain, SEAL: digest(plain)}
+
+
+def unsealed(stored: Any) -> dict[str, Any]:
+  """Returns what a sealed JSON object holds, without its digest.
+
+  Raises:
+    ValueError: when it is none, or was changed after it was written.
+  """
+  if not isinstance(stored, dict) or SEAL not in stored:
+    raise ValueError('it does not hold what was written there')
+  content = {name: value for name, value in stored.items() if name != SEAL}
+  if digest(content) != stored[SEAL]:
+    raise ValueError('it was changed after it was written: its digest is that of another content')
+  return content
 
 
 def of_parts(parts: Iterable[bytes]) -> str:

@@ -60,7 +60,9 @@ def _is_count(value: Any) -> bool:
 BOUNDS = {
   'prior.num_components': Bound(
     lambda counts: isinstance(counts, tuple | list) and len(counts) > 0 and all(map(_is_count, counts)),
-    lambda field, counts: f'{field} must name counts >= 1, whole and at most {MAX_COMPONENTS}, got {counts!r}',
+    lambda field, counts: (
+      f'{field} must name counts >= 1, whole and at most {MAX_COMPONENTS}, got {counts!r}'
+    ),
   ),
   'prior.kind': checks.one_of(KINDS),
   'prior.covariance': checks.one_of(COVARIANCES),

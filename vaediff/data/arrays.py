@@ -40,17 +40,6 @@ def of_split(images: str, labels: str) -> str:
   return identity.digest({'images': images, 'labels': labels})
 
 
-@contextlib.contextmanager
-def parsing() -> Iterator[None]:
-  """Turns whatever a parser raises of malformed bytes into ValueError, for `files.reading`."""
-  try:
-    yield
-  except (UserError, OSError, MemoryError):
-    raise
-  except Exception as error:
-    raise ValueError(files.reason(error)) from error
-
-
 def digest_of_file(path: pathlib.Path) -> str:
   """Returns the digest of a .npy file, of what is on disk now; raises as `files.reading`."""
   with files.reading(path):
@@ -135,8 +124,7 @@ class Writer:
 
 
 def _map(path: pathlib.Path) -> np.memmap:
-  with parsing():
-    array = np.load(path, mmap_mode='r', allow_pickle=False)
+  array = np.load(path, mmap_mode='r', allow_pickle=False)
   if not isinstance(array, np.memmap) or not array.ndim or not array.flags.c_contiguous:
     raise ValueError('it is no .npy file of rows, one after the other')
   return array

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vaediff import files
-from vaediff.data import arrays, paths
+from vaediff.data import paths
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 
@@ -166,7 +166,7 @@ def _emoji_file(package: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
 
 
 def _emoji_image(file: pathlib.Path) -> Image.Image:
-  with files.reading(file, EMOJI_HOW_TO), arrays.parsing(), Image.open(file, formats=('PNG',)) as image:
+  with files.reading(file, EMOJI_HOW_TO), Image.open(file, formats=('PNG',)) as image:
     if image.size != (64, 64):
       raise ValueError(f'it is {image.width}x{image.height} and not 64x64')
     return on_white(image)

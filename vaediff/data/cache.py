@@ -128,9 +128,7 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
   """
   meta = files.read_json(folder / META, _mend(folder))
   with files.reading(folder / META, _mend(folder)):
-    found = identity.digest({name: value for name, value in meta.items() if name != 'digest'})
-    if found != meta['digest']:
-      raise ValueError(f'it was changed after it was made: its digest is {found} and not {meta["digest"]}')
+    identity.unsealed(meta)
   return meta
 
 
@@ -194,7 +192,7 @@ def _build(
     'splits': splits,
     'data': {field: data[field] for field in ('path', *FIELDS)},
   }
-  meta['digest'] = identity.digest(meta)
+  meta = identity.sealed(meta)
   (folder / META).write_text(json.dumps(meta, indent=2) + '\n')
 
 

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from vaediff import files, places
-from vaediff.data import arrays, paths
+from vaediff.data import paths
 from vaediff.data.readers import Reader, Stretch, parse_split, select_shuffled, shuffled_stretch, stamps
 from vaediff.data.resize import CHANNELS
 from vaediff.errors import UserError
@@ -78,7 +78,7 @@ def load_npz(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
   Raises:
     UserError: the file is damaged, has no images under a known name, or not as uint8.
   """
-  with files.reading(file, MEND), arrays.parsing(), zipfile.ZipFile(file) as archive:
+  with files.reading(file, MEND), zipfile.ZipFile(file) as archive:
     found = {name.removesuffix('.npy'): name for name in archive.namelist()}
     key = _image_key(file, found)
     shape, dtype = _header(file, archive, found[key])
@@ -101,7 +101,7 @@ def load_npz(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def count_npz(file: pathlib.Path) -> int:
   """Returns how many images an npz file holds, from its header; raises as `load_npz`."""
-  with files.reading(file, MEND), arrays.parsing(), zipfile.ZipFile(file) as archive:
+  with files.reading(file, MEND), zipfile.ZipFile(file) as archive:
     found = {name.removesuffix('.npy'): name for name in archive.namelist()}
     return _header(file, archive, found[_image_key(file, found)])[0][0]
 

@@ -231,8 +231,7 @@ def write_row(
 ) -> None:
   """Writes the figures of a row, all that they depend on, and the digest by which damage is seen."""
   content = report.to_json({'facts': facts, 'made_of': made_of, 'figures': figures})
-  content = json.loads(json.dumps(content, default=str))  # as it will be read
-  report.write_json(path, {**content, 'digest': identity.digest(content)})
+  report.write_json(path, identity.sealed(content))
 
 
 def read_row(path: pathlib.Path) -> dict[str, Any] | None:
@@ -244,13 +243,8 @@ def read_row(path: pathlib.Path) -> dict[str, Any] | None:
   if not distributed.agree(path.exists()):
     return None
   with files.reading(path):
-    stored = files.read_json(path)
-    content = {name: stored[name] for name in ('facts', 'made_of', 'figures')}
-    if stored['digest'] != identity.digest(content):
-      raise ValueError('its digest is that of another content')
-    return {
-      name: Figure(**value) if isinstance(value, dict) else value for name, value in stored['figures'].items()
-    }
+    figures = identity.unsealed(files.read_json(path))['figures']
+    return {name: Figure(**value) if isinstance(value, dict) else value for name, value in figures.items()}
 
 
 def write(

@@ -16,7 +16,7 @@ from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
-from vaediff.modes import interpolate, reconstruct, sample
+from vaediff.modes import checked, interpolate, reconstruct, sample
 from vaediff.run import checkpoint, log, loop, measurements, same_run
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
@@ -58,7 +58,7 @@ def run_stages_once(
   """Does what `run_stages` says, as long as every checkpoint can be read."""
   started = time.monotonic()
   mesh = sharding.make_mesh(config.mesh)
-  built = {stage: experiments.build(config, stage) for stage in config.stages}
+  built = checked.check(Run(config, workdir, stages))
   # networks check their own fields
   shapes = [jax.eval_shape(built[stage].init, jax.random.key(0)) for stage in config.stages]
   sharding.check_rules(shapes, sharding.rules_of(config.mesh))
@@ -177,7 +177,7 @@ def first_images(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Me
   if interpolate.kinds_of(trained.experiment):
     interpolate.interpolate(trained)
   if jax.process_index() == 0:
-    files.write_json(path, {'made_of': made_of, 'figures': figures})
+    files.write_json(path, identity.sealed({'made_of': made_of, 'figures': figures}))
   return figures
 
 
@@ -186,10 +186,12 @@ def stored_figures(path: pathlib.Path, made_of: identity.MadeOf) -> dict[str, fl
   if not path.exists():
     return None
   try:
-    stored = files.read_json(path)
     with files.reading(path):
-      same = 'made_of' in stored and stored['made_of'] == made_of
-      return {name: float(value) for name, value in stored['figures'].items()} if same else None
+      stored = files.read_json(path)
+      if 'figures' not in stored:  # of an earlier version, which did not say what they were made of
+        return None
+      stored = identity.unsealed(stored)
+      return stored['figures'] if stored['made_of'] == made_of else None
   except files.Damaged as error:
     log.say(str(error))
     return None

@@ -6,7 +6,6 @@ of, data position, seconds trained). Saving is asynchronous; an unfinished save 
 the next run removes, never a step.
 """
 
-import copy
 import logging
 import pathlib
 import secrets
@@ -98,7 +97,7 @@ class Checkpointer:
     """
     arrays = digests.of_parts(state) if self._check_arrays else {}
     own = identity.digest(arrays) if arrays else secrets.token_hex(identity.DIGITS // 2)
-    meta = {**copy.deepcopy(meta), ID: own, ARRAYS: arrays}
+    meta = identity.sealed({**meta, ID: own, ARRAYS: arrays})
     try:
       before, self._saving = self._saving, step
       saved = self._manager.save(
@@ -263,10 +262,12 @@ def load_meta(stage_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check_meta(folder: pathlib.Path, meta: Any) -> None:
-  """Raises DamagedCheckpoint for a `meta` that is no JSON object, or whose digests are none."""
-  wrong = not isinstance(meta, dict) or not isinstance(meta.get(ARRAYS, {}), dict)
-  if wrong or not isinstance(meta.get(ID, ''), str):
-    raise damaged(folder, ValueError('its meta is not what is saved with a state'))
+  """Raises DamagedCheckpoint for a `meta` that is not what was saved; an earlier version did not seal it."""
+  try:
+    if not isinstance(meta, dict) or {ID, ARRAYS, identity.SEAL} & meta.keys():
+      identity.unsealed(meta)
+  except ValueError as error:
+    raise damaged(folder, ValueError(f'its meta: {error}')) from error
 
 
 def identity_of(stage_folder: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import files
+from vaediff import files, identity
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
@@ -320,7 +320,7 @@ def write_summary(
     'last': last,
   }
   if jax.process_index() == 0:
-    files.write_json(stage.folder / SUMMARY, summary)
+    files.write_json(stage.folder / SUMMARY, identity.sealed(summary))
   distributed.wait_for_all(f'{stage.name} is complete')  # the next stage looks for the file
   return summary
 
@@ -334,14 +334,15 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   try:
-    summary = files.read_json(path)
     with files.reading(path):
-      whole = isinstance(summary['last'], dict) and summary['steps'] > 0 and summary['seconds'] >= 0
-      own = summary.get('id', checkpoint.identity_of(folder)) == checkpoint.identity_of(folder)
+      summary = files.read_json(path)
+      if 'id' in summary or identity.SEAL in summary:  # an earlier version had neither
+        summary = identity.unsealed(summary)
+      own = checkpoint.identity_of(folder)
+      return summary if summary.get('id', own) == own else None
   except files.Damaged as error:
     log.say(str(error))
     return None
-  return summary if whole and own else None
 
 
 def _number(text: str) -> int:

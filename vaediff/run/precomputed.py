@@ -56,7 +56,7 @@ def precomputed(
       write(temporary, experiment, frozen, source, config[stage].train.batch_size, mesh)
       if jax.process_index() == 0:
         kept = {name: arrays.digest_of_file(temporary / f'{name}.npy') for name in experiment.stored}
-        files.write_json(temporary / FACTS, {'made_of': made_of, 'arrays': kept})
+        files.write_json(temporary / FACTS, identity.sealed({'made_of': made_of, 'arrays': kept}))
         os.replace(temporary, folder)
     except OSError as error:
       raise UserError(f'{folder} cannot be written: {files.reason(error)}') from error
@@ -71,8 +71,8 @@ def read(
 ) -> dict[str, np.ndarray]:
   """Returns the arrays of a folder, memory-mapped; what they were made of, and their bytes, are compared."""
   mend = f'remove the folder {folder}: it is made again'
-  facts = files.read_json(folder / FACTS, mend)
   with files.reading(folder / FACTS, mend):
+    facts = identity.unsealed(files.read_json(folder / FACTS, mend))
     identity.compare(str(folder), facts['made_of'], made_of, mend.capitalize())
     return {
       name: arrays.open_array(
