@@ -78,7 +78,7 @@ def safetensors_of(header, body=bytes(16)):
 
 
 def one(dtype, shape, end=16):
-  return '{"w":{"dtype":"%s","shape":%s,"data_offsets":[0,%d]}}' % (dtype, shape, end)
+  return f'{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,{end}]}}}}'
 
 
 GOOD = Rebuild('FloatStorage', (2, 2), (2, 1))
