@@ -9,8 +9,8 @@
 # --through WORD...  puts these words before `python`; for launchers that start it elsewhere or several times.
 # PYTHON             the interpreter (python).
 #
-# Not run again: status 0; 2 (the user has something to mend); 130 (interrupted); 126 and 127 (nothing could be started); and any
-# status once this script got SIGTERM, SIGINT or SIGHUP. Those reach the command as SIGTERM, upon which it saves
+# Not run again: status 0; 2 (the user has something to mend); 130 (interrupted); 126 and 127 (nothing could be
+# started); and any status once this script got SIGTERM, SIGINT or SIGHUP. Those reach the command as SIGTERM, upon which it saves
 # a checkpoint. The exit status is that of the last run.
 #
 # Keeps to bash 3.2, which macOS has.

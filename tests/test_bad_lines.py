@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (one case a line)
 """Command lines, config files and edited `config.json` that cannot be: one message, status 2, nothing written.
 
 The package is imported once; each line is a process forked from there, as `test_config.py` does it.

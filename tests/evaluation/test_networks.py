@@ -89,7 +89,7 @@ def test_what_is_not_there_says_why(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'extractors': ('resnet',)}, "config.evaluate.extractors names 'resnet'; valid: inception"),
+    ({'extractors': ('resnet',)}, "config.evaluate.extractors = .* is 'resnet'; valid: inception"),
     ({'lpips': 'squeeze'}, "config.evaluate.lpips is 'squeeze'; valid: ''"),
     ({'inception_resize': 'clean'}, "config.evaluate.inception_resize is 'clean'; valid: pytorch, tf1"),
     ({'num_images': 1}, 'config.evaluate.num_images must be >= 2, got 1'),
