@@ -15,7 +15,7 @@ from vaediff.errors import UserError
 from vaediff.evaluation import own_classifier
 from vaediff.features import inception, mobilenet, vgg
 from vaediff.features.extractor import Extractor
-from vaediff.machine import sharding
+from vaediff.machine import distributed, sharding
 from vaediff.weights import published, tensors
 
 NAMES = ('inception', 'mobilenetv2', 'vgg16', 'classifier')
@@ -92,6 +92,7 @@ class Features:
   def _batch(self, image: np.ndarray) -> dict[str, np.ndarray]:
     rows = np.minimum(np.arange(self._size), len(image) - 1)
     result = jax.device_get(self._run(self._params, jax.device_put(image[rows], self._where)))
+    distributed.beat(f'a batch of features ({self.name})')
     return {name: value[: len(image)] for name, value in result.items()}
 
 

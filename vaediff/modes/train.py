@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, identity, reads
+from vaediff import files, identity, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
