@@ -231,7 +231,7 @@ def test_an_edited_config_is_named_by_its_key(tmp_path, edit, message):
 
 def test_a_key_that_stands_twice_is_named():
   with pytest.raises(ValueError, match="the key 'seed' twice"):
-    configs.from_json('{"seed": 1, "data": {}, "seed": 2}')
+    configs.parse('{"seed": 1, "data": {}, "seed": 2}')
 
 
 # Whole programs ------------------------------------------------------------------------------------

@@ -148,6 +148,15 @@ def said_by_the_system(error: BaseException | None) -> str:
   return ''
 
 
+def first_forbidden(folder: pathlib.Path) -> str:
+  """Returns the first file or folder under a folder that may not be read; '' where all may. Opens none."""
+  for root, names, paths in os.walk(folder):
+    for path in (os.path.join(root, name) for name in (*names, *paths)):
+      if os.access(path, os.F_OK) and not os.access(path, os.R_OK):
+        return path
+  return '' if os.access(folder, os.R_OK) or not os.access(folder, os.F_OK) else str(folder)
+
+
 def first_unreadable(folder: pathlib.Path) -> str:
   """Returns which file of a folder the system does not let be read, and why; '' where all can be."""
 

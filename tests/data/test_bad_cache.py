@@ -33,14 +33,14 @@ def test_home_of_nobody(make_slices, source):
   splits = {'train_split': 'train', 'eval_split': 'test'} if source == 'idx' else {}
   data = make_slices(source=source, path='~no_such_user/a', **splits)
   for use in (open_source, lambda data, _: describe(data), lambda data, _: prepare(data)):
-    with pytest.raises(UserError, match="data.path='~no_such_user/a'.*write the whole path"):
+    with pytest.raises(UserError, match="data.path is '~no_such_user/a'.*give the whole path"):
       use(data, 'train')
 
 
 def test_no_home(make_slices, tmp_path, monkeypatch):
   np.savez(tmp_path / 'a.npz', images=IMAGES)
   monkeypatch.setattr(pathlib.Path, 'expanduser', lambda path: (_ for _ in ()).throw(RuntimeError('no home')))
-  with pytest.raises(UserError, match='data.path.*the home folder is not known'):
+  with pytest.raises(UserError, match='data.path.*the home folder of this user is not known'):
     open_source(make_slices(path='~/a.npz'), 'train')
 
 

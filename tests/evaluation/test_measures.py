@@ -142,7 +142,7 @@ def test_statistics_of_another_kind_are_never_mixed(tmp_path, field, value):
 def test_damaged_statistics(tmp_path, content):
   path = tmp_path / 'stats.npz'
   path.write_bytes(content)
-  with pytest.raises(UserError, match='no readable file of statistics'):
+  with pytest.raises(UserError, match='stats.npz is damaged .*remove it and run'):
     references.read(path, 'train', PROVENANCE)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from vaediff import identity
 from vaediff.errors import UserError
 from vaediff.experiments.base import Network, TrainState
 from vaediff.run import checkpoint
@@ -181,8 +182,9 @@ def test_changed_arrays_are_damage_for_all_who_read_them(tmp_path):
   saved(tmp_path)
   path = tmp_path / checkpoint.FOLDER / '5' / 'meta' / 'metadata'
   meta = json.loads(path.read_text())
+  meta = identity.unsealed(meta)
   meta['arrays']['networks/vae/ema_params'] = '0' * 16
-  path.write_text(json.dumps(meta))
+  path.write_text(json.dumps(identity.sealed(meta)))
   params = abstract(state().networks['vae'].params)
   message = 'the values of networks/vae/ema_params are not those that were saved'
   with pytest.raises(checkpoint.DamagedCheckpoint, match=message):

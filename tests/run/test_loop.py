@@ -176,7 +176,7 @@ def copied(trained, tmp_path):
 def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device, trained):
   config, workdir = copied(trained, tmp_path)
   stages = tuple(config.stages)
-  first = [json.loads((workdir / stage / loop.SUMMARY).read_text()) for stage in stages]
+  first = [loop.read_summary(workdir / stage) for stage in stages]
   times = {
     path: path.stat().st_mtime_ns
     for path in workdir.rglob('*')

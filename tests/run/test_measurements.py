@@ -286,13 +286,14 @@ def loaded(opened):
 
 def test_the_best_measure_is_of_images_that_the_opened_stage_draws(readable, monkeypatch):
   seen, config = [], readable.config
-  stream = types.SimpleNamespace(add=seen.append, finish=lambda: {})
+  stream = types.SimpleNamespace(add=seen.append, finish=lambda: {'features': np.zeros((6, 2))})
   extractor = types.SimpleNamespace(fingerprint='0f')
   monkeypatch.setattr(during_training.networks, 'load', lambda *arguments: (extractor, None))
   features = types.SimpleNamespace(stream=lambda: stream)
   monkeypatch.setattr(during_training.networks, 'Features', lambda *arguments: features)
-  real = types.SimpleNamespace(provenance={'images_sha256': '1e'})
+  real = types.SimpleNamespace(provenance={'images_sha256': '1e'}, features=np.zeros((6, 2)))
   monkeypatch.setattr(during_training, 'reference', lambda *arguments: real)
+  monkeypatch.setattr(during_training.measures, 'missing', lambda *arguments: {})
   monkeypatch.setattr(during_training.measures, 'of_features', lambda *arguments: {'fd_classifier': 2.5})
   config.refiner.train.update({'best_measure': 'fd_classifier', 'best_images': 6})
   measure, made_of = during_training.make_measure(

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vaediff import files
+from vaediff import files, places
 from vaediff.data import paths
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
@@ -148,7 +148,7 @@ def check_emoji_package(path: str) -> pathlib.Path:
   Raises:
     UserError: it lacks emoji.json or the images; the message says how to get them.
   """
-  package = paths.expand(path, 'data.path')
+  package = places.expanded(path, 'data.path')
   for needed in ('emoji.json', 'img/google/64'):
     if not path or not paths.mode_of(package / needed):
       raise UserError(

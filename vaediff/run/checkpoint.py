@@ -141,6 +141,7 @@ class Checkpointer:
     folder = self.folder / str(step)
     failure, restored = None, None
     try:
+      check_allowed(folder)
       _check_structure(folder, abstract_state)
       restored = self._manager.restore(
         step,
@@ -211,6 +212,7 @@ def load_frozen(
     UserError: when there is no checkpoint, it is damaged, or it holds another architecture.
   """
   folder = latest_folder(stage_folder, field)
+  check_allowed(folder)
   stored = stored_shapes(folder)
   averaged = any(path.startswith(f'networks/{network}/ema_params/') for path in stored)
   name = 'ema_params' if averaged else 'params'
@@ -259,6 +261,13 @@ def load_meta(stage_folder: pathlib.Path) -> dict[str, Any]:
     raise unreadable(folder, error) from error
   check_meta(folder, meta)
   return meta
+
+
+def check_allowed(folder: pathlib.Path) -> None:
+  """Raises UnreadableCheckpoint where a file of a checkpoint may not be read: libraries say it at length."""
+  forbidden = files.first_forbidden(folder)
+  if forbidden:
+    raise UnreadableCheckpoint(folder, f'{forbidden}: Permission denied')
 
 
 def check_meta(folder: pathlib.Path, meta: Any) -> None:
