@@ -127,7 +127,7 @@ def test_images_that_are_not_finite_stop_no_training(tmp_path, no_pictures, monk
 
 
 def test_every_sign_of_life_counts():
-  watchdog = distributed.Watchdog(1000, 'a stage', lambda: 'step 7 is kept')
+  watchdog = distributed.Watchdog(1000.0, 'a stage', lambda: 'step 7 is kept')
   try:
     watchdog._silence = 999.0
     distributed.beat('a batch of images')
@@ -148,9 +148,9 @@ def test_an_edited_config_json_is_not_what_was_trained(tmp_path, no_pictures):
   stored['vae']['loss']['beta'] = 50.0
   path.write_text(json.dumps(stored))
   with pytest.raises(
-    UserError, match='config.vae.loss.beta is 1.0 there, 50.0 now.* remove it: it is a copy'
+    UserError, match='config.vae.loss.beta is .* there, 50.0 now.* remove it: it is a copy'
   ):
     train.run_stages(configs.read(run), run, ('vae',))
   path.unlink()
-  assert configs.read(run).vae.loss.beta == 1.0
+  assert configs.read(run).vae.loss.beta == digits(tmp_path).vae.loss.beta
   assert jax.process_count() == 1

@@ -26,6 +26,8 @@ from vaediff.types import Params
 FOLDER = 'checkpoints'
 DAMAGED, EARLIER = 'damaged', 'earlier'
 """Folders of a stage for what was set aside."""
+OF_STEP = 'step-'
+"""What the id of a checkpoint of an earlier version begins with: they had none of their own."""
 ID, ARRAYS = 'id', 'arrays'
 """In `meta`: the id of the saved state, and the digests of its parts."""
 
@@ -285,7 +287,7 @@ def identity_of(stage_folder: pathlib.Path) -> str:
   Checkpoints of an earlier version have none of their own: it is their step.
   """
   step = latest_step(stage_folder)
-  return '' if step is None else load_meta(stage_folder).get(ID, f'step-{step}')
+  return '' if step is None else load_meta(stage_folder).get(ID, f'{OF_STEP}{step}')
 
 
 def compare_arrays(folder: pathlib.Path, tree: Any, meta: dict[str, Any]) -> None:

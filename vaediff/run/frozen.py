@@ -102,7 +102,10 @@ def earlier_ids(stored: Any) -> dict[str, str]:
   """Returns the ids that a checkpoint holds of what it reads; an earlier version stored steps instead."""
   if not isinstance(stored, Mapping):
     return {}
-  return {name: f'step-{value}' if isinstance(value, int) else str(value) for name, value in stored.items()}
+  of_step = checkpoint.OF_STEP
+  return {
+    name: f'{of_step}{value}' if isinstance(value, int) else str(value) for name, value in stored.items()
+  }
 
 
 def field_of(config: ConfigDict, source: reads.FromStage | reads.Measured) -> str:

@@ -335,11 +335,11 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
   try:
     with files.reading(path):
-      summary = files.read_json(path)
-      if 'id' in summary or identity.SEAL in summary:  # an earlier version had neither
-        summary = identity.unsealed(summary)
-      own = checkpoint.identity_of(folder)
-      return summary if summary.get('id', own) == own else None
+      summary, own = files.read_json(path), checkpoint.identity_of(folder)
+      if own.startswith(checkpoint.OF_STEP):  # of an earlier version, which did not seal it
+        return summary if isinstance(summary['last'], dict) and summary['steps'] > 0 else None
+      summary = identity.unsealed(summary)
+      return summary if summary['id'] == own else None
   except files.Damaged as error:
     log.say(str(error))
     return None
