@@ -21,6 +21,8 @@ from vaediff.errors import UserError
 
 LONGEST = 300
 """Characters of a reason."""
+LOCK = '.lock'
+"""Name of the file of a lock."""
 REMOVE = 'remove it and run the same command again: it is made anew'
 """What to do about a damaged file that is derived from others."""
 
@@ -179,14 +181,14 @@ def lock(folder: pathlib.Path, what: str, *, wait: bool = False) -> Iterator[boo
   """Holds a folder for this process; the system releases it with the process.
 
   Args:
-    folder: made if it is not there; the lock is its file `.lock`, which says who holds it.
+    folder: made if it is not there; the lock is its file `LOCK`, which says who holds it.
     what: is done with the folder, for the message to others.
     wait: for the one who holds it; else that is an error. Gives whether it had to wait.
 
   Raises:
     UserError: when another process holds it: names host and process. Or the folder cannot be written.
   """
-  path, waited = folder / '.lock', False
+  path, waited = folder / LOCK, False
   try:
     folder.mkdir(parents=True, exist_ok=True)
     file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 (held until the end of the block)

@@ -23,8 +23,6 @@ MAX_RECONSTRUCTIONS = 32
 """Most images in the grid of reconstructions; the figures are over all of them."""
 DIGITS = 6
 """Least, of the number that names an image's file."""
-LOCK = '.lock'
-"""Name of the file of a lock (`files.lock`)."""
 
 
 def out_of(run: Run, below: str = '') -> pathlib.Path:
@@ -37,10 +35,7 @@ def out_of(run: Run, below: str = '') -> pathlib.Path:
   Raises:
     UserError: names the folder, the system's reason, and what to do.
   """
-  try:
-    out = run.out.expanduser() if run.out else run.workdir
-  except RuntimeError as error:
-    raise UserError(f'--out={run.out}: no home folder is known for ~; write the whole path') from error
+  out = run.out or run.workdir
   folder = out / below
   try:
     if not run.out and not out.exists():
@@ -101,7 +96,7 @@ def whole_set(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       if first:  # where it failed the old images are where they were, or are put back by the next call
         shutil.rmtree(fresh, ignore_errors=True)
         with contextlib.suppress(OSError):
-          (work / LOCK).unlink()
+          (work / files.LOCK).unlink()
           work.rmdir()
     distributed.wait_for_all(f'wrote {folder}')
 
