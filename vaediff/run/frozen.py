@@ -87,6 +87,10 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
     Stale: when a network that it reads was trained anew, or published weights are others.
   """
   meta = checkpoint.load_meta(stage_folder)
+  for source in experiment.frozen.values():
+    if isinstance(source, reads.FromStage) and source.workdir:  # a run that may have been moved
+      stored = same_run.stored_config(stage_folder)
+      checkpoint.latest_folder(pathlib.Path(source.workdir) / source.stage, field_of(stored, source))
   now, begun = ids(experiment, workdir), earlier_ids(meta.get('frozen', {}))
   if checkpoint.ID not in meta:  # of an earlier version, which stored networks only, and their steps
     now = {name: value for name, value in now.items() if name in begun}
@@ -118,7 +122,7 @@ def field_of(config: ConfigDict, source: reads.FromStage | reads.Measured) -> st
       elif name == 'workdir' and value == source.workdir:
         yield f'{prefix}{name}'
 
-  return next(fields(config, ''), 'workdir')
+  return next(fields(config, ''), '<stage>...workdir')
 
 
 def check_same(stored: ConfigDict, config: ConfigDict, stage: str, folder: pathlib.Path) -> None:
