@@ -15,6 +15,8 @@ class Pixels(Space):
   shape: tuple[int, int, int]
   bound: float | None = 1.0
 
+  is_isometric = True
+
   @property
   def is_data(self) -> bool:
     """They are."""
