@@ -212,7 +212,7 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
       rows.append({'change of': NAMES[name], 'by': step, **figures, 'low share': share})
   log.say(
     f'mean change of the image over {len(pairs)} pairs, pixels in [0, 1]; low: radial frequency up to '
-    f'{settings.cutoff:g} of the highest along an axis ({settings.cutoff / 2:g} cycles per pixel), high: above'
+    f'{settings.cutoff:g} of the highest along an axis, {settings.cutoff / 2:g} cycles per pixel; high: above'
   )
   log.say(report.table(rows))
   if jax.process_index() == 0:

@@ -184,9 +184,7 @@ def write_grid(
   write_picture(trained, name, images.grid(value, min(columns, len(value))), out)
 
 
-def write_picture(
-  trained: Trained, name: str, picture: np.ndarray, out: pathlib.Path | None = None
-) -> None:
+def write_picture(trained: Trained, name: str, picture: np.ndarray, out: pathlib.Path | None = None) -> None:
   """Writes a uint8 picture [height, width, channels] as PNG, and says so."""
   path = path_of(trained, name, out=out)
   if jax.process_index() == 0:

@@ -73,8 +73,8 @@ def through_noise(trained: Trained, out: pathlib.Path | None = None) -> dict[str
 
   With what the conditions see in the images, so that x_T holds the rest. Prints a row for each of
   `reconstruct.num_steps`: the error of the round trip, and mean and deviation of x_T, which are 0 and 1 where
-  it is noise like that of samples. Writes `reconstructions-noise.png`: data, and the images again by number of
-  steps; and `reconstructions-noise.json`.
+  it is noise like that of samples. Writes `reconstructions-noise.png`, data and the images again by number
+  of steps, and `reconstructions-noise.json`.
 
   Args:
     trained: the stage.
@@ -89,7 +89,7 @@ def through_noise(trained: Trained, out: pathlib.Path | None = None) -> dict[str
   settings, diffusion = trained.config.reconstruct, trained.experiment.diffusion
   if diffusion is None:
     raise UserError(
-      "config.reconstruct.through = 'noise' needs a diffusion, whose samples a denoiser makes of noise; stage "
+      "config.reconstruct.through = 'noise' needs a diffusion, whose samples are made of noise; stage "
       f"{trained.stage!r} is none. Choose another with --stages, or set reconstruct.through = ''"
     )
   data, labels = trained.eval_images(settings.num_images)

@@ -32,8 +32,8 @@ ALL = 'all'
 CONSISTENT = 'consistent'
 MAX_PSNR = 58.92
 """dB, of images that differ by nothing but rounding to bytes; equal ones count as such."""
-DATA, BEFORE, AFTER = 'data', 'as given', 'restored'
-"""Titles of what is shown."""
+AFTER = 'restored'
+"""Title of the first sample."""
 DEGRADING = 2**32 - 1
 """In place of the index of an image: of the keys by which images are degraded."""
 Observed = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -65,7 +65,7 @@ def restore(trained: Trained, out: pathlib.Path | None = None) -> dict[str, floa
   for degradation in tasks_of(trained):
     x0 = pixels.to_unit_range(jnp.asarray(data))
     observed = observe(degradation, x0, trained.settings.seed)
-    shown = {BEFORE: as_bytes(observed[0])}
+    shown = {DEGRADED: as_bytes(observed[0])}
     shown |= restored(trained, degradation, observed, labels)
     for name, value in shown.items():
       found = figures_of(opened, data, value)
