@@ -134,6 +134,12 @@ def test_a_held_sample_has_the_data_s_range_and_the_network_s_null_space(name, t
   assert np.isfinite(seen).all()
 
 
+def test_what_a_denoiser_says_beside_x0_hat_stays():
+  held = restoration.consistent(lambda y, t: (y, 2 * y), lambda x: x + 1)
+  x0_hat, beside = held(jnp.ones((1, 2)), jnp.ones(1))
+  assert x0_hat.tolist() == [[2, 2]] and beside.tolist() == [[2, 2]]
+
+
 def test_holding_in_every_step_moves_the_rest_too():
   """With correlated pixels the given ones tell the network about the hole: the posterior mean is closer."""
   size, count = 8, 64

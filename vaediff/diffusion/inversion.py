@@ -18,16 +18,18 @@ from jaxtyping import Array, Float
 from vaediff.diffusion.flows import ode_coefficients
 from vaediff.diffusion.gaussian import Denoise
 from vaediff.diffusion.restoration import time_of_level
-from vaediff.diffusion.samplers import KARRAS_LEVEL_MIN, sample_ddim, time_grid
+from vaediff.diffusion.samplers import sample_ddim, time_grid
 from vaediff.diffusion.schedules import Schedule
 from vaediff.types import Keys
 
 State = Float[Array, 'batch *shape']
+LOWEST_LEVEL = 0.002
+"""sigma / alpha of t_low in continuous time, that of the Karras grid."""
 
 
 def lowest_time(schedule: Schedule) -> float:
   """Returns t_low, at which images are taken for states."""
-  return 1 / schedule.train_steps if schedule.train_steps else time_of_level(schedule, KARRAS_LEVEL_MIN)
+  return 1 / schedule.train_steps if schedule.train_steps else time_of_level(schedule, LOWEST_LEVEL)
 
 
 def invert(

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from vaediff.diffusion.gaussian import Denoise
 from vaediff.diffusion.schedules import Schedule
 from vaediff.errors import UserError
-from vaediff.types import Image, Keys, Time
+from vaediff.types import Image, Keys
 
 TASKS = ('super_resolution', 'inpaint', 'colourise', 'denoise')
 HOLES = ('center', 'random')
@@ -141,10 +141,14 @@ class Degradation:
 def consistent(
   denoise: Denoise, agree: Callable[[Float[Array, 'batch *shape']], Float[Array, 'batch *shape']]
 ) -> Denoise:
-  """Returns the denoiser whose x0_hat agrees with the data; `agree` makes it so."""
+  """Returns the denoiser whose x0_hat agrees with the data; `agree` makes it so.
 
-  def held(y: Float[Array, 'batch *shape'], t: Time) -> Float[Array, 'batch *shape']:
-    return agree(denoise(y, t))
+  What a denoiser returns behind its x0_hat, as some samplers ask for, stays as it is.
+  """
+
+  def held(y, t):
+    found = denoise(y, t)
+    return (agree(found[0]), *found[1:]) if isinstance(found, tuple) else agree(found)
 
   return held
 

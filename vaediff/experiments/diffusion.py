@@ -197,7 +197,11 @@ class Diffusion(base.InSpace):
     """Returns maps of the space after the sampler's steps from the given noise."""
     values = self.conditions.values(read, given)
     y = self.initial(values, given)
-    return self.steps(self.denoiser.denoise(read, values), y, keys.sampler, self.settings['t_start'])
+    return self.steps(self.reading(read, values), y, keys.sampler, self.settings['t_start'])
+
+  def reading(self, read: Read, values: Values) -> gaussian.Denoise:
+    """Returns the denoiser that the sampler calls."""
+    return self.denoiser.denoise(read, values)
 
   def initial(self, values: Values, given: Given) -> LatentMap:
     """Returns the state at `sample.t_start`: the given noise, or what it starts from with it."""

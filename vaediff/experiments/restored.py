@@ -54,6 +54,8 @@ class Restored(Diffusion):
   is_held: bool
   level_scale: float = 1.0
 
+  makers = ()  # no other stage's sample has a part in it
+
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
     """Returns nothing: it is the degraded image that is looked at, and that is given."""
     del read, batch, x, key
@@ -92,7 +94,7 @@ class Restored(Diffusion):
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps whose images agree with the data; noise is removed from where the noisy image is."""
     values = self.conditions.values(read, given)
-    denoise, t_start = self.denoiser.denoise(read, values), self.settings['t_start']
+    denoise, t_start = self.reading(read, values), self.settings['t_start']
     if not self.is_held:
       return self.steps(denoise, self.initial(values, given), keys.sampler, t_start)
     if not self.degradation.is_linear:

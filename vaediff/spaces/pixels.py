@@ -15,12 +15,15 @@ class Pixels(Space):
   shape: tuple[int, int, int]
   bound: float | None = 1.0
 
-  is_isometric = True
-
   @property
   def is_data(self) -> bool:
     """They are."""
     return True
+
+  @property
+  def is_isometric(self) -> bool:
+    """Where they are the images themselves."""
+    return self.is_data
 
   def encode(self, read: Read, x: Image, key: jax.Array | None) -> LatentMap:
     """Returns x."""
