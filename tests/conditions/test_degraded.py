@@ -111,10 +111,8 @@ def test_a_train_step_reads_it_and_the_gradient_reaches_it():
     assert float(jnp.abs(gradient[name][1:]).max()) == 0  # image 0 depends on its own alone
   batch = {'image': np.round((np.asarray(images(8)) + 1) * 127.5).astype(np.uint8)}
   step = jax.jit(lambda state, batch, key: experiment.train_step(state, {}, batch, key))
-  after, metrics = step(state, batch, jax.random.key(1))
-  assert np.isfinite(metrics['loss'])
-  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, after.networks['denoiser'].params)
-  assert max(jax.tree.leaves(moved)) > 0
+  _, metrics = step(state, batch, jax.random.key(1))
+  assert np.isfinite(metrics['loss']) and metrics['grad_norm/denoiser'] > 0
 
 
 def test_a_sample_is_made_on_the_degraded_image_that_is_given():

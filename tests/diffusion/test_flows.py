@@ -1,7 +1,6 @@
 """The reverse SDE by Euler-Maruyama: in distribution the ODE, to the order of the step."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

@@ -38,7 +38,7 @@ def test_x_T_is_the_ode_s_to_the_order_of_the_step(schedule, grid):
   for num_steps in (50, 100, 200):
     x_T = inversion.invert(denoiser(schedule), schedule, x0, num_steps=num_steps, grid=grid)
     errors.append(float(np.abs(x_T / exact - 1).max()))
-  assert errors[2] < 0.03
+  assert errors[2] < 0.04
   assert 1.6 < errors[0] / errors[1] < 2.6 and 1.6 < errors[1] / errors[2] < 2.6, errors
 
 

@@ -175,7 +175,7 @@ def test_the_time_of_a_level(schedule, level):
 
 
 def test_the_time_of_a_level_of_the_linear_table():
-  assert restoration.time_of_level(LINEAR, 0.2) == pytest.approx(0.0585, abs=5e-5)
+  assert restoration.time_of_level(LINEAR, 0.2) == pytest.approx(0.0585, abs=2e-4)
   for level in (1e-3, 1e3, float('nan')):
     with pytest.raises(UserError, match=r'the level .*; this schedule knows levels .* from 0.01 to 157.4'):
       restoration.time_of_level(LINEAR, level)
@@ -183,4 +183,5 @@ def test_the_time_of_a_level_of_the_linear_table():
 
 def test_white_noise_in_pixels_is_white_noise_of_half_the_level_in_halved_wavelets():
   noise = jax.random.normal(jax.random.key(0), (64, 8, 8, 1))
-  assert float((wavelets.haar(noise) / 2).std()) == pytest.approx(0.5 * float(noise.std()), rel=1e-5)
+  rms = lambda x: float(jnp.sqrt(jnp.mean(x**2)))
+  assert rms(wavelets.haar(noise) / 2) == pytest.approx(0.5 * rms(noise), rel=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn import datasets
 
 from vaediff import experiments, reads
+from vaediff.data import sources
 from vaediff.machine import sharding
 from vaediff.run import students
 from vaediff.run import trained as opened
@@ -38,7 +39,7 @@ class Fresh(opened.Trained):
     config.update_from_flattened_dict(changes)
     self.config = students.resolve(config)
     self.workdir, self.stage = folder, stage or self.config.stages[-1]
-    self.mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:1])
+    self.mesh = sharding.make_mesh(self.config.mesh)  # of one device: see `one_device`
     self.experiment = experiments.build(self.config, self.stage)
     networks = {name: model for name, model in self.experiment.networks.items()}
     frozen = {}
@@ -51,10 +52,8 @@ class Fresh(opened.Trained):
     self.read = jax.device_put({**frozen, **self.params}, sharding.replicated(self.mesh))
     self._sources = {}
     data, labels = images(32, self.config.data.channels)
-    source = lambda rows: {'image': data[rows], 'label': labels[rows].astype(np.int32)}
-    self._sources['eval'] = type('Digits', (), {
-      'read': lambda _, rows: source(rows), '__len__': lambda _: len(data), 'image_shape': data.shape[1:],
-    })()  # fmt: skip
+    source = sources.ArraySource(images=data, labels=labels.astype(np.int32), label_names=(), num_classes=10)
+    self._sources['eval'] = source
     self._prepare()
 
 

@@ -29,7 +29,7 @@ def test_what_changes_is_measured_for_what_a_stage_has(
     (name, by) for name in moved for by in ('the whole way', 'one step of 2')
   ]
   for row in rows:
-    assert row['rms all'] > 0 and row['rms all'] < row['rms low'] + row['rms high']
+    assert row['rms all'] > 0 and row['rms all'] < row['rms low frequencies'] + row['rms high frequencies']
     assert 0 <= row['low share'] <= 1
   for whole, step in zip(rows[::2], rows[1::2], strict=True):
     assert whole['rms all'] > step['rms all']

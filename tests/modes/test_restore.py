@@ -12,6 +12,7 @@ from PIL import Image
 
 from vaediff.diffusion import restoration
 from vaediff.errors import UserError
+from vaediff.evaluation import networks
 from vaediff.experiments import restored as restoring
 from vaediff.experiments.base import sampling_keys
 from vaediff.modes import restore
@@ -43,7 +44,7 @@ def drawn_maps(trained, one, labels=None, count=4):
   """Images of the maps before they are clipped to what bytes hold, and what was known."""
   data, labels = trained.eval_images(count)
   x0 = jnp.asarray(data / 127.5 - 1, jnp.float32)
-  degraded, measured, known = restore.observe(one, x0, 0)
+  degraded, measured, known = map(jnp.asarray, restore.observe(one, x0, 0))
   drawn = restoring.restored(
     trained.experiment.diffusion, one, fill_rounds=1, is_held=True, start_at_level=True
   )
@@ -173,7 +174,7 @@ def test_colours_are_restored_where_there_are_any(tmp_path, one_device, monkeypa
 
 
 def test_the_figures_are_means_over_images_and_equal_ones_count_as_rounded():
-  opened = type('Opened', (), {'lpips': None})
+  opened = networks.Networks(features={}, lpips=None, missing={})
   data = np.zeros((2, 4, 4, 1), np.uint8)
   value = data.copy()
   value[1] += 51  # an error of 0.2: 13.98 dB

@@ -111,7 +111,7 @@ class Degradation:
       return jnp.broadcast_to(x.mean(axis=-1, keepdims=True), x.shape)
     raise ValueError(f'{self.task} has no projection')
 
-  def small(self, x: Image) -> Image:
+  def small(self, x: Image) -> Array:
     """Returns the means over blocks of `factor` x `factor` pixels."""
     count, height, width, channels = x.shape
     blocks = x.reshape(count, height // self.factor, self.factor, width // self.factor, self.factor, channels)
@@ -154,7 +154,7 @@ def consistent(
 
 
 def time_of_level(schedule: Schedule, level: float) -> float:
-  """Returns the time t at which sigma_t / alpha_t is `level`: 0.0585 for 0.2 and the linear table.
+  """Returns the time t at which sigma_t / alpha_t is `level`: 0.0584 for 0.2 and the linear table.
 
   Raises:
     UserError: for a level that no time of the schedule has.

@@ -14,7 +14,7 @@ from vaediff import files
 from vaediff.conditions.vae import CODE
 from vaediff.errors import UserError
 from vaediff.evaluation import report
-from vaediff.evaluation.frequencies import rms_by_band
+from vaediff.evaluation.frequencies import LOW, rms_by_band
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.modes import pictures
 from vaediff.run import images, log
@@ -197,7 +197,7 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
   check(trained)
   pairs = np.arange(settings.num_pairs)
   both = [trained.drawn(2 * pairs + end, trained.settings.seed) for end in (0, 1)]
-  base = trained.draw_all(both[0])['x0']
+  base = own_image(trained.draw_all(both[0]))
   part, rows = 1 / (settings.num_points - 1), []
   for name in sorted(kinds_of(trained.experiment) & both[0].keys(), key=(CODE, NOISE).index):
     between = lerp if name == CODE else slerp
@@ -205,10 +205,10 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
       weights = np.array([weight], np.float32)
       ends = zip(both[0][name], both[1][name], strict=True)
       moved = np.stack([between(a, b, weights)[0] for a, b in ends])
-      image = trained.draw_all({**both[0], name: moved})['x0']
+      image = own_image(trained.draw_all({**both[0], name: moved}))
       of_pairs = rms_by_band(base, image, settings.cutoff)
       figures = {f'rms {band}': float(value.mean()) for band, value in of_pairs.items()}
-      share = float(np.mean(of_pairs['low'] ** 2) / max(np.mean(of_pairs['all'] ** 2), 1e-12))
+      share = float(np.mean(of_pairs[LOW] ** 2) / max(np.mean(of_pairs['all'] ** 2), 1e-12))
       rows.append({'change of': NAMES[name], 'by': step, **figures, 'low share': share})
   log.say(
     f'mean change of the image over {len(pairs)} pairs, pixels in [0, 1]; low: radial frequency up to '
@@ -223,9 +223,14 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
       'rows': rows,
       'made_of': trained.made_of,
     }
-    files.write_json(path, stored, indent=2)
+    files.write_json(path, stored)
     log.say(f'wrote {path}')
   return rows
+
+
+def own_image(drawn: HostArrays) -> np.ndarray:
+  """Returns of what a stage draws what it makes itself: the last."""
+  return drawn[list(drawn)[-1]]
 
 
 def lerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -116,5 +116,5 @@ def through_noise(trained: Trained, out: pathlib.Path | None = None) -> dict[str
   pictures.write_grid(trained, 'reconstructions-noise', picture, len(shown) * 2, out)
   if jax.process_index() == 0:
     path = pictures.path_of(trained, 'reconstructions-noise', 'json', out)
-    files.write_json(path, {'num_images': len(data), 'rows': rows, 'made_of': trained.made_of}, indent=2)
+    files.write_json(path, {'num_images': len(data), 'rows': rows, 'made_of': trained.made_of})
   return {f'{name}/{row["steps"]}': row[name] for row in rows for name in row if name != 'steps'}

@@ -80,7 +80,7 @@ def restore(trained: Trained, out: pathlib.Path | None = None) -> dict[str, floa
   if jax.process_index() == 0:
     path = pictures.path_of(trained, 'restored', 'json', out)
     stored = {'num_images': len(data), 'figures': figures, 'made_of': trained.made_of}
-    files.write_json(path, stored, indent=2)
+    files.write_json(path, stored)
   return figures
 
 
