@@ -133,7 +133,8 @@ def test_all_tasks_are_measured_printed_and_drawn(tmp_path, one_device, monkeypa
   figures = restore.restore(trained)
   tasks = ('super_resolution', 'inpaint', 'denoise')
   names = ('degraded', 'restored', 'mean of 2')
-  assert set(figures) == {f'psnr/{task}/{name}' for task in tasks for name in names}  # too small for SSIM
+  wanted = {f'psnr/{task}/{name}' for task in tasks for name in names}  # too small for SSIM
+  assert set(figures) == wanted - {'psnr/denoise/mean of 2'}  # DDIM draws nothing: there is one sample
   assert all(0 < value < 60 for value in figures.values())
   text = '\n'.join(lines)
   assert 'colourise is left out: the images of this data set are grey' in text

@@ -188,16 +188,18 @@ def observe(degradation: Degradation, x0: jax.Array, seed: int) -> Observed:
 def restored(
   trained: Trained, degradation: Degradation, observed: Observed, labels: np.ndarray
 ) -> HostArrays:
-  """Returns the first sample of each image as 'restored' and, of several, their mean; bytes."""
+  """Returns the first sample of each image as 'restored' and, of several that differ, their mean; bytes."""
   count, samples = trained.config.restore.num_samples, []
   drawn, given = by_method(trained, degradation, observed, labels)
   for number in range(count):
     value = drawn.draw_all(given, first=number * len(labels))['x0']
     if degradation.task == 'inpaint':  # to the byte: the sample holds it but for rounding
       value = np.where(observed[2] > 0, as_bytes(observed[1]), value)
+    if number == 1 and np.array_equal(value, samples[0]):
+      break  # nothing is drawn: a deterministic sampler that starts from the noisy image
     samples.append(value)
   shown = {AFTER: samples[0]}
-  if count > 1:
+  if len(samples) > 1:
     mean = np.mean(samples, axis=0, dtype=np.float32)
     shown[f'mean of {count}'] = np.round(mean).astype(np.uint8)
   return shown
