@@ -162,7 +162,7 @@ def test_holding_in_every_step_moves_the_rest_too():
   run = jax.jit(
     lambda d, y: samplers.sample_ddim(d, LINEAR, y, keys_of(count), num_steps=50), static_argnums=0
   )
-  error = lambda x: float(jnp.sqrt(jnp.sum(((agree(x) - x0) ** 2)) / jnp.sum(1 - known)))
+  error = lambda x: float(jnp.sqrt(jnp.sum((agree(x) - x0) ** 2) / jnp.sum(1 - known)))
   held, pasted = error(run(restoration.consistent(denoise, agree), y)), error(run(denoise, y))
   assert held < 0.7 * pasted, (held, pasted)
 
