@@ -97,6 +97,8 @@ def default() -> ConfigDict:
     {
       'num_images': 64,  # images of the evaluation split; the grid shows the first 32
       'posterior': 'mean',  # 'mean' | 'sample': which z of q(z | x)
+      'through': '',  # '' = what the conditions see in an image, such as z | 'noise' = the x_T it is made of
+      'num_steps': (10, 25, 50, 100),  # through noise: DDIM steps there, and as many back; a row each
     }
   )
   config.interpolate = ConfigDict(
@@ -106,12 +108,19 @@ def default() -> ConfigDict:
       'from_label': 0,  # attribute direction: mean z of to_label minus mean z of from_label
       'to_label': 1,
       'num_encoded': 1024,  # most images encoded for the class means
+      'num_pairs': 64,  # pairs of z and of x_T whose change of the image is measured; 0 = none
+      'cutoff': 0.25,  # low frequencies: up to this radius, over that of the highest along an axis
     }
   )
   config.restore = ConfigDict(
     {
-      'task': 'super_resolution',  # 'super_resolution' | 'denoise' | 'inpaint'
-      'num_images': 16,
+      'task': 'all',  # 'all' | 'super_resolution' | 'inpaint' | 'colourise' | 'denoise'
+      # 'consistent': every step keeps what the degraded image says
+      # 'condition': the degraded image takes the place of the VAE's
+      'method': 'consistent',
+      'num_images': 256,  # most images of the evaluation split
+      'num_samples': 4,  # of each image; beside the first one their mean is shown and measured
+      'fill_rounds': 5,  # what is not known is first filled by a VAE so often: encode, decode, put in
       'factor': 2,  # super_resolution: box-downsampled by this factor
       'noise_std': 0.2,  # denoise: standard deviation, in units of the range [-1, 1]
       'hole_fraction': 0.5,  # inpaint: side of the square hole over the side of the image
@@ -258,8 +267,9 @@ def _debug_training(section: ConfigDict) -> None:
 
 def _debug_modes(config: ConfigDict) -> None:
   config.reconstruct.num_images = 4
-  config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32})
-  config.restore.num_images = 4
+  config.reconstruct.num_steps = (2, 4)
+  config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2})
+  config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
   config.benchmark.update(
     {
       'num_repeats': 2,

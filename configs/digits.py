@@ -135,6 +135,7 @@ SIZES = {
   'ddgan': _ddgan,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
+  'restore': lambda section: section.update({'num_images': 297}),
   'classifier': lambda section: section.train.update({'num_steps': 1000}),
 }
 OWN = {'wavelet': gan_small.wavelet, 'latent': gan_small.latent, 'free': gan_small.free}

@@ -187,5 +187,5 @@ def test_explore(execute, trained):
   errors = [part for part in sum(outputs, []) if part['output_type'] == 'error']
   assert not errors, errors
   assert [pictures(part) for part in outputs] == [1] * 4  # directions, classes, interpolation, restoration
-  assert "'psnr/restored'" in json.dumps(outputs[-1])
+  assert "'psnr/super_resolution/restored'" in json.dumps(outputs[-1])
   assert (execute.workdir / 'restored-super_resolution.png').exists()

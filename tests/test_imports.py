@@ -121,7 +121,9 @@ def test_imports_run_one_way():
   assert len(done) > 20
 
 
-NAMES = ('x0_vae', 'z', 'label', 'latents', 'tokens', 'codes', 'low', 'control', 'embedding')
+NAMES = (
+  'x0_vae', 'z', 'label', 'latents', 'tokens', 'codes', 'low', 'control', 'embedding', 'degraded', 'known',
+)  # fmt: skip
 """Of inputs and values that belong to one condition or one space."""
 ABOUT_ONE_INPUT = ('modes/interpolate.py', 'modes/restore.py', 'evaluation/likelihoods.py')
 """Files that are about a code or an image that is given; they take its name from the condition's file."""

@@ -42,7 +42,8 @@ def section() -> ConfigDict:
   config.optim = parts.optim(2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999)
   config.train = parts.train(500_000, 128)
   config.sample = parts.sample(
-    sampler='ddim',  # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m' | for students 'renoise' | 'there_and_back'
+    # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m' | 'euler_maruyama' | for students 'renoise' | 'there_and_back'
+    sampler='ddim',
     num_steps=50,
     grid='uniform',  # of times: 'uniform' | 'quadratic' | 'karras'
     eta=0.0,  # ddim: 0 = deterministic, 1 = ancestral
@@ -195,6 +196,26 @@ def label(run: Run) -> None:
   run.edit('refiner', _label)
 
 
+def _restoration(refiner: ConfigDict) -> None:
+  with refiner.conditions.unlocked():
+    refiner.conditions.degraded = ConfigDict(
+      {
+        'task': 'inpaint',  # what is learned: 'super_resolution' | 'inpaint' | 'colourise' | 'denoise'
+        'factor': 2,  # super_resolution: box-downsampled by this factor
+        'noise_std': 0.2,  # denoise: standard deviation, in units of the range [-1, 1]
+        'hole_fraction': 0.5,  # inpaint: side of the square hole over the side of the image
+        'hole': 'center',  # inpaint: 'center' | 'random', at another place of each image
+        'dropout': 0.0,  # probability, per example, of the learned null
+      }
+    )
+
+
+def restoration(run: Run) -> None:
+  """The U-Net reads a degraded image, and no VAE: it learns to restore (VAEDM, appendix D)."""
+  unconditional(run)
+  run.edit('refiner', _restoration)
+
+
 def latent_diffusion(run: Run) -> None:
   """Diffusion in the latents of an autoencoder, scaled to unit deviation, on what the refiner reads."""
   refiner = run.section('refiner')
@@ -218,6 +239,7 @@ VARIANTS = {
   'z': z,
   'guided': guided,
   'label': label,
+  'restoration': restoration,
   'latent_diffusion': latent_diffusion,
   'wavelet_diffusion': wavelet_diffusion,
 }

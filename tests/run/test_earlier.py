@@ -33,6 +33,11 @@ def test_an_earlier_config_is_read_as_one_of_today(run):
   assert read.data.num_classes == 0  # it was not said
   with expected.unlocked():
     expected.data.num_classes = 0
+  # modes do what they did before, until they are told otherwise
+  assert (read.restore.method, read.restore.num_samples, read.reconstruct.through) == ('condition', 1, '')
+  for mode in ('restore', 'reconstruct', 'interpolate'):
+    assert set(read[mode]) == set(expected[mode])
+    expected[mode].update(read[mode])
   assert read == expected
   assert read.is_locked
 

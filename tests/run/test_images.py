@@ -1,18 +1,15 @@
-"""Pictures, interpolation and degradation against values worked out by hand."""
+"""Pictures and interpolation against values worked out by hand."""
 
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from vaediff import files
 from vaediff.data import pixels
-from vaediff.errors import UserError
 from vaediff.evaluation import quality
-from vaediff.modes import restore
 from vaediff.modes.interpolate import lerp, slerp
 from vaediff.run import images
 
@@ -30,6 +27,20 @@ def test_grid_places_images_row_by_row_and_enlarges_small_ones():
 def test_side_by_side_takes_turns():
   a, b = np.zeros((3, 2, 2, 1)), np.ones((3, 2, 2, 1))
   assert images.side_by_side(a, b)[:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_texts_stand_beside_the_rows_of_a_grid_that_stays_as_it_is():
+  picture = images.grid(np.full((6, 8, 8, 3), 128, np.uint8), 3)
+  height, width, _ = picture.shape
+  labelled = images.beside_rows(picture, ['first row\nfrom', ''], ['', 'a long text to the right'])
+  assert labelled.shape[0] == height and labelled.shape[2] == 3
+  dark = (labelled < 100).any(axis=2)
+  places = range(labelled.shape[1] - width)
+  (left,) = (x for x in places if np.array_equal(labelled[:, x : x + width], picture))
+  half = height // 2
+  assert dark[:half, :left].sum() > 30 and not dark[half:, :left].any()
+  assert dark[half:, left + width :].sum() > 30 and not dark[:half, left + width :].any()
+  assert not dark[:, -4:].any()  # no text is cut off
 
 
 def test_groups_are_rows_of_images_that_take_turns():
@@ -82,47 +93,6 @@ def test_lerp_and_slerp_meet_their_ends_and_slerp_keeps_the_norm():
   assert slerp(a, b, weights)[2].std() == pytest.approx(1.0, abs=0.03)
   quarter = slerp(np.array([1.0, 0.0]), np.array([0.0, 1.0]), weights)
   np.testing.assert_allclose(quarter[2], [0.5**0.5, 0.5**0.5])
-
-
-def settings(**changes):
-  return ConfigDict({'task': 'denoise', 'factor': 2, 'noise_std': 0.1, 'hole_fraction': 0.5, **changes})
-
-
-def test_super_resolution_keeps_block_means_of_a_flat_image_and_loses_detail():
-  flat = np.full((1, 8, 8, 1), 0.3, np.float32)
-  np.testing.assert_allclose(restore.degrade(flat, settings(task='super_resolution'), 0)[0], flat, atol=1e-6)
-  checker = np.indices((8, 8)).sum(0)[None, :, :, None] % 2 * 2.0 - 1
-  degraded, known = restore.degrade(checker.astype(np.float32), settings(task='super_resolution'), 0)
-  np.testing.assert_allclose(degraded, 0.0, atol=1e-6)  # every 2x2 block of it has mean 0
-  assert known is None
-
-
-def test_denoise_adds_noise_of_the_given_deviation_by_seed():
-  x0 = np.zeros((16, 32, 32, 1), np.float32)
-  first, again, other = (restore.degrade(x0, settings(), seed)[0] for seed in (1, 1, 2))
-  assert first.std() == pytest.approx(0.1, rel=0.02)
-  assert np.array_equal(first, again) and not np.array_equal(first, other)
-
-
-def test_inpaint_holes_the_middle_quarter():
-  x0 = np.ones((2, 8, 8, 3), np.float32)
-  degraded, known = restore.degrade(x0, settings(task='inpaint'), 0)
-  assert known.sum() == 64 - 16 and not known[0, 2:6, 2:6].any()
-  assert np.all(degraded[:, 2:6, 2:6] == 0) and degraded.sum() == 2 * 3 * 48
-
-
-@pytest.mark.parametrize(
-  ('changes', 'message'),
-  [
-    ({'task': 'sharpen'}, "task is 'sharpen'; valid: super_resolution, denoise, inpaint"),
-    ({'task': 'super_resolution', 'factor': 3}, 'factor must be >= 2 and divide the image size 8, got 3'),
-    ({'noise_std': 0.0}, 'noise_std must be > 0, got 0.0'),
-    ({'task': 'inpaint', 'hole_fraction': 1.0}, r'hole_fraction must be in \(0, 1\), got 1.0'),
-  ],
-)
-def test_bad_restoration_settings(changes, message):
-  with pytest.raises(UserError, match=message):
-    restore.degrade(np.zeros((1, 8, 8, 1), np.float32), settings(**changes), 0)
 
 
 def test_figures():

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from vaediff.conditions.base import Condition, Conditions
+from vaediff.conditions.degraded import DEGRADED, degraded_condition
 from vaediff.conditions.label import LABEL, label_condition
 from vaediff.conditions.vae import vae_condition
 from vaediff.conditions.weight import Weight
 from vaediff.errors import UserError
 from vaediff.spaces import Space
 
-BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {LABEL: label_condition}
+BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
+  LABEL: label_condition,
+  DEGRADED: degraded_condition,
+}
 """By section of `config.<stage>.conditions`: (config, stage, space) -> the condition."""
 
 

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vaediff.diffusion.flows import Column, Times, ode_coefficients, sde_coefficients
 from vaediff.diffusion.gaussian import Denoise, posterior_coefficients
 from vaediff.diffusion.schedules import Schedule
 from vaediff.errors import UserError
@@ -47,8 +48,6 @@ from vaediff.types import Keys
 
 State = Float[Array, 'batch *shape']
 Trajectory = Float[Array, 'times batch *shape']
-Times = Float[np.ndarray, ' times']
-Column = Float[np.ndarray, ' rows']
 
 KARRAS_RHO = 7.0
 KARRAS_LEVEL_MIN = 0.002
@@ -181,20 +180,6 @@ def _run(
   if not trajectory:
     return x0
   return x0, jnp.concatenate([y[None], states[np.flatnonzero(table.advance)]])
-
-
-def ode_coefficients(schedule: Schedule, times: Times) -> tuple[Column, Column]:
-  """Returns (keep, current) of the Euler steps of d(y / sigma) / d(alpha / sigma) = x0_hat.
-
-  The probability-flow ODE (Song et al. 2021, arXiv:2011.13456), finite at t = 1; its Euler step is
-  DDIM.
-  """
-  alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-  keep = sigma[1:] / sigma[:-1]
-  current = alpha[1:] - alpha[:-1] * keep
-  if times[-1] == 0:
-    keep[-1], current[-1] = 0.0, 1.0
-  return keep, current
 
 
 def _steps(
@@ -358,6 +343,13 @@ def sample_there_and_back(schedule: Schedule, times: Times) -> _Table:
   return _steps(times, keep, current, noise=noise)
 
 
+@_sampler
+def sample_euler_maruyama(schedule: Schedule, times: Times) -> _Table:
+  """Returns a sample of the reverse SDE by the Euler-Maruyama method; see `flows.sde_coefficients`."""
+  keep, current, noise = sde_coefficients(schedule, times)
+  return _steps(times, keep, current, noise=noise)
+
+
 SAMPLERS = {
   'ddpm': sample_ddpm,
   'ddim': sample_ddim,
@@ -365,6 +357,7 @@ SAMPLERS = {
   'dpmpp_2m': sample_dpmpp_2m,
   'renoise': sample_renoise,
   'there_and_back': sample_there_and_back,
+  'euler_maruyama': sample_euler_maruyama,
 }
 
 

@@ -122,6 +122,7 @@ class Experiment(abc.ABC):
     titles: of the images that it draws beside, or before, its own, for tables.
     num_groups: its samples come in so many kinds, in turn; 0 = in none.
     reconstructs: what it observes of an image is enough to draw that image again.
+    diffusion: the `experiments.diffusion.Diffusion` that draws its samples step by step; None = none does.
     num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
     can_be_guided: conditions are dropped in training, so that a guidance weight above 0 is possible.
     likelihood: what its bound is of: `BYTES`, 'density of pixels in [0, 1]', or '' without one.
@@ -136,6 +137,7 @@ class Experiment(abc.ABC):
   titles: Mapping[str, str] = {}
   num_groups = 0
   reconstructs = False
+  diffusion: Any = None
   num_function_evaluations = 0
   can_be_guided = False
   likelihood = ''

@@ -113,6 +113,11 @@ class Diffusion(base.InSpace):
     return self.denoiser.conditions
 
   @property
+  def diffusion(self) -> 'Diffusion':
+    """Itself."""
+    return self
+
+  @property
   def networks(self) -> Mapping[str, Model]:
     """The one network of this stage."""
     return {self.denoiser.network: self.denoiser.model}
@@ -190,21 +195,33 @@ class Diffusion(base.InSpace):
 
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps of the space after the sampler's steps from the given noise."""
-    settings = self.settings
     values = self.conditions.values(read, given)
-    y = settings['temperature'] * given[base.NOISE]
-    if settings['t_start'] < 1:
-      t = jnp.full(y.shape[0], settings['t_start'])
+    y = self.initial(values, given)
+    return self.steps(self.reading(read, values), y, keys.sampler, self.settings['t_start'])
+
+  def reading(self, read: Read, values: Values) -> gaussian.Denoise:
+    """Returns the denoiser that the sampler calls."""
+    return self.denoiser.denoise(read, values)
+
+  def initial(self, values: Values, given: Given) -> LatentMap:
+    """Returns the state at `sample.t_start`: the given noise, or what it starts from with it."""
+    y = self.settings['temperature'] * given[base.NOISE]
+    if self.settings['t_start'] < 1:
+      t = jnp.full(y.shape[0], self.settings['t_start'])
       y = gaussian.q_sample(values[self.start_value], y, t, self.denoiser.schedule)
-    sampler = settings['sampler']
+    return y
+
+  def steps(self, denoise: gaussian.Denoise, y: LatentMap, keys: Keys, t_start: float) -> LatentMap:
+    """Returns the maps that the configured sampler comes to from the state y at `t_start`."""
+    settings, sampler = self.settings, self.settings['sampler']
     return samplers.get_sampler(sampler)(
-      self.denoiser.denoise(read, values),
+      denoise,
       self.denoiser.schedule,
       y,
-      keys.sampler,
+      keys,
       num_steps=settings['num_steps'],
       grid=settings['grid'],
-      t_start=settings['t_start'],
+      t_start=t_start,
       **{name: settings[name] for name in samplers.options(sampler)},
     )
 

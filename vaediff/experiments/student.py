@@ -57,6 +57,11 @@ class Student(base.InSpace):
     return self.student.microbatches
 
   @property
+  def diffusion(self) -> Diffusion:
+    """The student."""
+    return self.student
+
+  @property
   def networks(self) -> Mapping[str, Model]:
     """The one network of this stage."""
     return self.student.networks

@@ -197,5 +197,5 @@ def check_labels(config: ConfigDict) -> None:
 def check_factor(config: ConfigDict) -> None:
   """Raises UserError where images cannot be made smaller by `restore.factor`."""
   factor, size = config.restore.factor, config.data.image_size
-  if config.restore.task == 'super_resolution' and (factor < 2 or size % factor):
+  if config.restore.task in ('all', 'super_resolution') and (factor < 2 or size % factor):
     raise UserError(f'config.restore.factor must be >= 2 and divide the image size {size}, got {factor}')

@@ -176,7 +176,12 @@ def write_grid(
   trained: Trained, name: str, value: np.ndarray, columns: int, out: pathlib.Path | None = None
 ) -> None:
   """Writes a PNG grid of uint8 images, row by row, and says so."""
+  write_picture(trained, name, images.grid(value, min(columns, len(value))), out)
+
+
+def write_picture(trained: Trained, name: str, picture: np.ndarray, out: pathlib.Path | None = None) -> None:
+  """Writes a uint8 picture [height, width, channels] as PNG, and says so."""
   path = path_of(trained, name, out=out)
   if jax.process_index() == 0:
-    images.write_png(path, images.grid(value, min(columns, len(value))), trained.made_of)
+    images.write_png(path, picture, trained.made_of)
   log.say(f'wrote {path}')

@@ -1,13 +1,22 @@
-"""`--mode=reconstruct`: images of the evaluation split, encoded and drawn again."""
+"""`--mode=reconstruct`: images of the evaluation split, encoded and drawn again.
+
+Through what the conditions see in them, such as a VAE's z, or through the noise x_T that they are made of.
+"""
 
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from vaediff import files
+from vaediff.data import pixels
 from vaediff.errors import UserError
-from vaediff.evaluation.quality import mse
+from vaediff.evaluation import report
+from vaediff.evaluation.quality import mse, psnr
+from vaediff.experiments import restored as restoring
 from vaediff.modes import pictures
-from vaediff.run import images
+from vaediff.run import images, log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last, say_figures
 
@@ -15,7 +24,11 @@ from vaediff.run.trained import Trained, open_last, say_figures
 def mode(run: Run) -> None:
   """Reconstructs with the last stage and prints the errors."""
   out = pictures.out_of(run)
-  say_figures(reconstruct(open_last(run), out))
+  trained = open_last(run)
+  if run.config.reconstruct.through == 'noise':
+    through_noise(trained, out)
+  else:
+    say_figures(reconstruct(trained, out))
 
 
 def reconstruct(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
@@ -30,17 +43,78 @@ def reconstruct(trained: Trained, out: pathlib.Path | None = None) -> dict[str, 
   Returns:
     Mean squared error per pixel, pixels in [0, 1], of each kind of reconstruction.
   """
-  settings = trained.config.reconstruct
-  if settings.posterior not in ('mean', 'sample'):
-    raise UserError(f"config.reconstruct.posterior must be 'mean' or 'sample', got {settings.posterior!r}")
   if not trained.experiment.reconstructs:
     raise UserError(
       f'--mode=reconstruct needs a stage that encodes images; stage {trained.stage!r} was trained '
-      "without a VAE (diffusion.condition = 'none'). Use --mode=sample, or another stage with --stages"
+      "without a VAE (diffusion.condition = 'none'). Set config.reconstruct.through = 'noise', use "
+      '--mode=sample, or name another stage with --stages'
     )
-  data, labels = trained.eval_images(settings.num_images)
-  key = jax.random.key(trained.settings.seed) if settings.posterior == 'sample' else None
-  result = trained.draw_all(trained.observe(data, labels, key))
-  shown = [value[:pictures.MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
+  data, labels = trained.eval_images(trained.config.reconstruct.num_images)
+  result = trained.draw_all(trained.observe(data, labels, key_of(trained)))
+  shown = [value[: pictures.MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
   pictures.write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4, out)
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}
+
+
+def key_of(trained: Trained) -> jax.Array | None:
+  """Returns the key that conditions are observed with; None for the mean of what could be seen.
+
+  Raises:
+    UserError: for a posterior that is neither.
+  """
+  posterior = trained.config.reconstruct.posterior
+  if posterior not in ('mean', 'sample'):
+    raise UserError(f"config.reconstruct.posterior must be 'mean' or 'sample', got {posterior!r}")
+  return jax.random.key(trained.settings.seed) if posterior == 'sample' else None
+
+
+def through_noise(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
+  """Finds the noise x_T of images of the evaluation split by DDIM inversion, and draws them again from it.
+
+  With what the conditions see in the images, so that x_T holds the rest. Prints a row for each of
+  `reconstruct.num_steps`: the error of the round trip, and mean and deviation of x_T, which are 0 and 1 where
+  it is noise like that of samples. Writes `reconstructions-noise.png`, data and the images again by number
+  of steps, and `reconstructions-noise.json`.
+
+  Args:
+    trained: the stage.
+    out: folder to write to; None = the run's.
+
+  Returns:
+    The figures as '<figure>/<steps>'.
+
+  Raises:
+    UserError: for a stage that makes no samples of noise step by step.
+  """
+  settings, diffusion = trained.config.reconstruct, trained.experiment.diffusion
+  if diffusion is None:
+    raise UserError(
+      "config.reconstruct.through = 'noise' needs a diffusion, whose samples are made of noise; stage "
+      f"{trained.stage!r} is none. Choose another with --stages, or set reconstruct.through = ''"
+    )
+  data, labels = trained.eval_images(settings.num_images)
+  x0 = np.asarray(pixels.to_unit_range(jnp.asarray(data)))
+  given = {**trained.observe(data, labels, key_of(trained)), restoring.ORIGINAL: x0}
+  rows, shown = [], [data]
+  for num_steps in settings.num_steps:
+    result = trained.with_experiment(restoring.through_noise(diffusion, num_steps)).draw_all(given)
+    noise = (result[restoring.LATENT_NOISE] / 127.5 - 1) * restoring.NOISE_BOUND
+    again = result['x0']
+    rows.append(
+      {
+        'steps': num_steps,
+        'mse': mse(data, again),
+        'psnr': psnr(data, again),
+        'mean of x_T': float(noise.mean()),
+        'deviation of x_T': float(noise.std()),
+      }
+    )
+    shown.append(again)
+  log.say(f'{len(data)} images of the evaluation split, x0 -> x_T -> x0 by DDIM, stage {trained.stage!r}')
+  log.say(report.table(rows))
+  picture = images.side_by_side(*(value[: pictures.MAX_RECONSTRUCTIONS] for value in shown))
+  pictures.write_grid(trained, 'reconstructions-noise', picture, len(shown) * 2, out)
+  if jax.process_index() == 0:
+    path = pictures.path_of(trained, 'reconstructions-noise', 'json', out)
+    files.write_json(path, {'num_images': len(data), 'rows': rows, 'made_of': trained.made_of})
+  return {f'{name}/{row["steps"]}': row[name] for row in rows for name in row if name != 'steps'}

@@ -15,7 +15,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vaediff import checks, files
+from vaediff.diffusion.restoration import TASKS
 from vaediff.errors import UserError
+from vaediff.experiments import bounds
 from vaediff.run import earlier, values
 
 FILE = 'config.json'
@@ -33,13 +35,20 @@ BOUNDS = {
   'processes.silence_timeout_seconds': checks.at_least(0),
   'reconstruct.num_images': checks.count(1),
   'reconstruct.posterior': checks.one_of(('mean', 'sample')),
+  'reconstruct.through': checks.one_of(('', 'noise')),
+  'reconstruct.num_steps': bounds.several(bounds.calls(), 'whole numbers in 1 ... 100000'),
   'interpolate.num_encoded': checks.count(4),
   'interpolate.num_points': checks.count(2),
   'interpolate.num_rows': checks.count(1),
   'interpolate.from_label': checks.count(0),
   'interpolate.to_label': checks.count(0),
-  'restore.task': checks.one_of(('super_resolution', 'denoise', 'inpaint')),
+  'interpolate.num_pairs': checks.count(0),
+  'interpolate.cutoff': checks.inside(0, 1),
+  'restore.task': checks.one_of(('all', *TASKS)),
+  'restore.method': checks.one_of(('consistent', 'condition')),
   'restore.num_images': checks.count(1),
+  'restore.num_samples': checks.count(1),
+  'restore.fill_rounds': checks.count(0),
   'restore.factor': checks.count(2),
   'restore.noise_std': checks.above(0),
   'restore.hole_fraction': checks.inside(0, 1),

@@ -11,6 +11,12 @@ AUTOENCODER = {
   'decoder_stage': '',
 }
 """What a diffusion in pixels says of latents: nothing reads it."""
+MODES = {
+  'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
+  'interpolate': {'num_pairs': 64, 'cutoff': 0.25},
+  'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
+}
+"""What modes did before they could be told."""
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
@@ -19,6 +25,9 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     _upgrade_stages(config)
   config['data'].setdefault('check_fingerprint', True)
   config.setdefault('checkpoints', {'check_arrays': True})
+  for mode, settings in MODES.items():
+    if mode in config and isinstance(config[mode], dict):
+      config[mode] = {**settings, **config[mode]}
   return config
 
 

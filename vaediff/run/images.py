@@ -2,10 +2,11 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image as PilImage
+from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from vaediff import files
@@ -13,6 +14,8 @@ from vaediff import files
 MIN_SIDE = 64
 """Images narrower than this are enlarged by a whole factor in grids, so that they can be seen."""
 GAP = 2
+MIN_LETTERS, MAX_LETTERS = 11, 20
+"""Size of text beside rows, in pixels."""
 MADE_OF = 'vaediff'
 """Key of a PNG file's text that says what the picture was made of, as JSON."""
 
@@ -29,6 +32,31 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
     top, left = GAP + k // columns * (height + GAP), GAP + k % columns * (width + GAP)
     canvas[top : top + height, left : left + width] = image
   return canvas
+
+
+def beside_rows(picture: np.ndarray, left: Sequence[str], right: Sequence[str]) -> np.ndarray:
+  """Returns a grid with text to the left and right of its rows, of which there are as many as texts.
+
+  The letters are as large as fits between the rows, at least 11 pixels high.
+  """
+  height, width, channels = picture.shape
+  row = (height - GAP) // len(left)
+  lines = max(text.count('\n') + 1 for text in (*left, *right))
+  font = ImageFont.load_default(size=min(MAX_LETTERS, max(MIN_LETTERS, (row - GAP) // (lines + 1))))
+  pen = ImageDraw.Draw(PilImage.new('L', (1, 1)))
+  margins = [
+    round(max(pen.multiline_textbbox((0, 0), text, font=font)[2] for text in texts)) + 4 * GAP
+    for texts in (left, right)
+  ]
+  canvas = PilImage.new('L', (margins[0] + width + margins[1], height), 255)
+  pen = ImageDraw.Draw(canvas)
+  for number, texts in enumerate(zip(left, right, strict=True)):
+    for text, x in zip(texts, (2 * GAP, margins[0] + width + 2 * GAP), strict=True):
+      y = GAP + number * row + (row - GAP) / 2
+      pen.multiline_text((x, y), text, fill=0, font=font, anchor='lm')
+  whole = np.repeat(np.asarray(canvas)[..., None], channels, axis=2)
+  whole[:, margins[0] : margins[0] + width] = picture
+  return whole
 
 
 def in_groups(count: int, num_groups: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vaediff import experiments, identity, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
+from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.run import best, checkpoint, digests, draw, log, same_run
 from vaediff.run import frozen as frozen_networks
@@ -74,6 +75,13 @@ class Trained:
     other.config = self.config.copy_and_resolve_references()
     other.config[self.stage].sample.update(changes)
     other.experiment = experiments.build(other.config, self.stage)
+    other._prepare()
+    return other
+
+  def with_experiment(self, experiment: Experiment) -> 'Trained':
+    """Returns the same networks, drawn from by another experiment that reads them."""
+    other = copy.copy(self)
+    other.experiment = experiment
     other._prepare()
     return other
 

@@ -20,6 +20,11 @@ class Pixels(Space):
     """They are."""
     return True
 
+  @property
+  def is_isometric(self) -> bool:
+    """Where they are the images themselves."""
+    return self.is_data
+
   def encode(self, read: Read, x: Image, key: jax.Array | None) -> LatentMap:
     """Returns x."""
     del read, key

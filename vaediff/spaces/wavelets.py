@@ -16,6 +16,8 @@ class Wavelets(Space):
   shape: tuple[int, int, int]
   bound: float | None = 1.0
 
+  is_isometric = True
+
   def encode(self, read: Read, x: Image, key: jax.Array | None) -> LatentMap:
     """Returns the bands LL, LH, HL, HH along the channels."""
     del read, key

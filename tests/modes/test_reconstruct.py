@@ -1,0 +1,44 @@
+"""Images again through the noise that they are made of."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vaediff.errors import UserError
+from vaediff.modes import reconstruct
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import fresh  # noqa: E402
+
+SMOOTH = {'reconstruct.through': 'noise', 'refiner.sample.clip': 'none'}
+
+
+@pytest.mark.parametrize('variant', ['formulation2,z,label', 'unconditional,wavelet_diffusion'])
+def test_more_steps_bring_an_image_closer(variant, tmp_path, one_device, monkeypatch):
+  trained = fresh.Fresh(variant, tmp_path, **SMOOTH, **{'reconstruct.num_steps': (4, 16, 64)})
+  lines = fresh.said(monkeypatch, reconstruct)
+  figures = reconstruct.through_noise(trained)
+  errors = [figures[f'mse/{steps}'] for steps in (4, 16, 64)]
+  assert errors == sorted(errors, reverse=True) and errors[-1] < 0.3 * errors[0], errors
+  assert figures['psnr/64'] > figures['psnr/4']
+  assert 0.05 < figures['deviation of x_T/64'] < 2.5
+  stored = json.loads((tmp_path / 'reconstructions-noise.json').read_text())
+  assert stored['num_images'] == 4 and [row['steps'] for row in stored['rows']] == [4, 16, 64]
+  assert 'deviation of x_T' in '\n'.join(lines)
+  with Image.open(tmp_path / 'reconstructions-noise.png') as picture:
+    assert np.asarray(picture).std() > 10
+
+
+def test_a_stage_without_noise_is_refused(tmp_path, one_device):
+  trained = fresh.Fresh('', tmp_path, 'vae', **SMOOTH)
+  with pytest.raises(UserError, match="through = 'noise' needs a diffusion.* stage 'vae' is none.*--stages"):
+    reconstruct.through_noise(trained)
+
+
+def test_a_stage_that_sees_nothing_is_told_of_the_noise(tmp_path, one_device):
+  with pytest.raises(UserError, match="reconstruct.through = 'noise'"):
+    reconstruct.reconstruct(fresh.Fresh('unconditional', tmp_path))
