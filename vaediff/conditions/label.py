@@ -119,28 +119,27 @@ def label_condition(config: ConfigDict, stage: str, space: Space) -> Label:
       f'conditions.label needs a data set with classes: data.num_classes is {count}, it '
       'must be at least 2; set it to the number of labels, 0 ... num_classes - 1'
     )
-  for asked in section.sample.labels:
-    if isinstance(asked, str):  # `run.classes` puts numbers in their place, for it opens the data
-      raise UserError(
-        f'sample.labels has {asked!r}, a name that was not looked up in the data set; give numbers, 0 ... '
-        f'{count - 1}'
-      )
-    if asked >= count:
-      raise UserError(
-        f'sample.labels asks for class {asked}; the classes of this data set are 0 ... {count - 1} '
-        f'(data.num_classes is {count})'
-      )
-  return Label(
-    num_classes=count, dropout=section.conditions.label.dropout, chosen=tuple(section.sample.labels)
-  )
+  asked = tuple(section.sample.labels)
+  if any(isinstance(one, str) for one in asked):  # `run.classes`, which opens the data, puts numbers for them
+    raise UserError(
+      f'sample.labels must be numbers, 0 ... {count - 1}, where names are not looked up in the data set; got '
+      f'{asked!r}'
+    )
+  if asked and max(asked) >= count:
+    raise UserError(
+      f'sample.labels must be classes of this data set, 0 ... {count - 1} (data.num_classes is {count}), got '
+      f'{asked!r}'
+    )
+  return Label(num_classes=count, dropout=section.conditions.label.dropout, chosen=asked)
 
 
 def check_unread(config: ConfigDict, stage: str) -> None:
   """Raises UserError where classes are asked of a stage that reads no label."""
   labels = config[stage].sample.labels
   if labels and LABEL not in config[stage].conditions:
-    why = f', and its data set has no known classes (data.num_classes is {config.data.num_classes})'
+    count = config.data.num_classes
+    also = '' if count else f', of a data set without known classes (data.num_classes is {count})'
     raise UserError(
-      f'sample.labels is {tuple(labels)!r}, but this stage reads no label'
-      f'{"" if config.data.num_classes else why}. Train one that does (variant label), or leave it empty'
+      f'sample.labels must be () in a stage that reads no label{also}, got {labels!r}; train one that does '
+      '(variant label)'
     )
