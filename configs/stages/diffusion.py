@@ -35,7 +35,7 @@ def section() -> ConfigDict:
       'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
       'condition': 'formulation1',  # 'none' | 'formulation1' | 'formulation2'
       'z_conditioning': False,
-      'condition_dropout': 0.0,  # probability, per example, of the learned null condition
+      'condition_dropout': 0.0,  # probability, per example, of the learned null of x0_vae and z
       'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
     }
   )

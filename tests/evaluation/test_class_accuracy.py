@@ -14,6 +14,7 @@ from vaediff.evaluation import measures, networks, report, sets, sweep
 from vaediff.evaluation.measures import Figure
 from vaediff.modes import train
 from vaediff.run import config as configs
+from vaediff.run import trained as opened_stages
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 ASKED = np.array([0, 2, 0, 2])
@@ -26,10 +27,14 @@ def test_it_is_the_share_of_largest_logits():
   assert measures.class_accuracy(-LOGITS, ASKED) == 0.25  # of equal ones the first counts
 
 
-def trained(classes=(0, 2)):
-  classes_of = lambda indices: np.array(classes)[indices % len(classes)] if classes else None
-  experiment = types.SimpleNamespace(classes=classes, classes_of=classes_of)
-  return types.SimpleNamespace(experiment=experiment, eval_source=range(297))
+class Trained(opened_stages.Trained):
+  """A stage whose samples are asked to be of classes 0 and 2 in turn, or of none."""
+
+  eval_source = range(297)
+
+  def __init__(self, classes=(0, 2)):
+    classes_of = lambda indices: np.array(classes)[indices % len(classes)] if classes else None
+    self.experiment = types.SimpleNamespace(classes=classes, classes_of=classes_of)
 
 
 def opened(missing=None):
@@ -42,18 +47,18 @@ def seen(*logits):
 
 
 def test_mean_and_spread_over_seeds_with_the_classifiers_own_accuracy_as_floor():
-  found = sets.class_accuracy(trained(), opened(), seen(LOGITS, np.eye(3)[ASKED]), 4)
+  found = sets.class_accuracy(Trained(), opened(), seen(LOGITS, np.eye(3)[ASKED]), 4)
   assert found == {
     'class_accuracy': Figure(value=0.875, spread=pytest.approx(0.125 * 2**0.5), floor=0.99, floor_n=297)
   }
-  assert sets.class_accuracy(trained(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.75
+  assert sets.class_accuracy(Trained(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.75
   cell = report.cell(found['class_accuracy'])
   assert cell == '0.875 ± 0.1768 (floor 0.99 at N = 297)'
 
 
 def test_samples_that_are_asked_for_nothing_have_none():
-  assert sets.class_accuracy(trained(()), opened(), seen(LOGITS), 4) == {}
-  assert sets.class_accuracy(trained(), opened(), [], 4) == {}  # a VAE's, which are shown before
+  assert sets.class_accuracy(Trained(()), opened(), seen(LOGITS), 4) == {}
+  assert sets.class_accuracy(Trained(), opened(), [], 4) == {}  # a VAE's, which are shown before
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ def test_samples_that_are_asked_for_nothing_have_none():
   ],
 )  # fmt: skip
 def test_a_reason_takes_the_place_of_the_figure(missing, logits, reason):
-  (figure,) = sets.class_accuracy(trained(), opened(missing), seen(logits), 4).values()
+  (figure,) = sets.class_accuracy(Trained(), opened(missing), seen(logits), 4).values()
   assert figure.value is None and figure.missing.startswith(reason)
 
 

@@ -125,7 +125,7 @@ class VaeCondition(Condition):
     """Returns z of the prior, or of its components of a class."""
     weights = None
     if self.of_classes and read[prior.OF_CLASSES]:
-      table = read[prior.OF_CLASSES][prior.CLASS_WEIGHTS]
+      table = jnp.asarray(read[prior.OF_CLASSES][prior.CLASS_WEIGHTS])
       rows = jnp.asarray(self.asked or tuple(range(len(table))), jnp.int32)
       weights = table[rows[indices % len(rows)]]
     return {CODE: prior.draw(read[prior.PRIOR], keys, self.latent_dim, weights)}

@@ -296,7 +296,8 @@ def check_section(section: ConfigDict, space: Space, conditions: Conditions) -> 
     )
   if sample.guidance_weight > 0 and not conditions.droppable:
     raise UserError(
-      'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0'
+      'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0, or '
+      'with conditions.<name>.dropout > 0'
     )
   if sample.clip != 'none' and space.bound is None:
     raise UserError(
