@@ -168,7 +168,7 @@ def test_latent_diffusion_goes_with_others_in_any_order(others, stages):
     config = get('digits', ','.join(variants))
     assert config.stages == stages, variants
     assert all(config[stage].space == 'latent' for stage in stages if 'vae' in config[stage])
-  assert config.refiner.autoencoder.scaling == 'std' and config.refiner.sample.clip == 'static'
+  assert config.refiner.autoencoder.scaling == 'std' and config.refiner.sample.clip == 'none'
 
 
 def test_the_last_of_two_spaces_counts():

@@ -35,7 +35,7 @@ def section() -> ConfigDict:
       'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
       'condition': 'formulation1',  # 'none' | 'formulation1' | 'formulation2'
       'z_conditioning': False,
-      'condition_dropout': 0.0,  # probability, per example, of the learned null condition
+      'condition_dropout': 0.0,  # probability, per example, of the learned null of x0_vae and z
       'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
     }
   )
@@ -51,8 +51,9 @@ def section() -> ConfigDict:
     temperature=1.0,  # standard deviation of the starting noise, of pictures and figures; students have 1
     guidance_weight=0.0,  # classifier-free guidance, all conditions dropped; 0 = conditional network only
     guidance=(),  # ((condition, weight), ...): each one more term, that condition alone dropped
+    labels=(),  # classes to draw, in turn: numbers or names, as 3,7; () = all; with the condition `label`
     t_start=1.0,  # below 1: start from x0_vae noised to this time
-    clip='static',  # of x0_hat: 'static' to the space's bound | 'dynamic' | 'none'
+    clip='static',  # of x0_hat: 'static' to the space's bound | 'dynamic' | 'none', as for latents
     threshold_percentile=99.5,  # dynamic thresholding, in percent
     with_vae=True,  # show the VAE sample beside each refined one
   )
@@ -176,6 +177,14 @@ def _guided(refiner: ConfigDict) -> None:
 def guided(run: Run) -> None:
   """Trained with condition dropout, sampled with classifier-free guidance."""
   run.edit('refiner', _guided)
+  run.at_end(_drop_what_there_is)
+
+
+def _drop_what_there_is(run: Run) -> None:
+  """Without a VAE its dropout is 0 where another condition, such as the label, has its own."""
+  refiner = run.section('refiner')
+  if not _reads_vae(refiner) and len(refiner.conditions):
+    refiner.diffusion.condition_dropout = 0.0
 
 
 def _label(refiner: ConfigDict) -> None:
@@ -220,6 +229,7 @@ def latent_diffusion(run: Run) -> None:
   """Diffusion in the latents of an autoencoder, scaled to unit deviation, on what the refiner reads."""
   refiner = run.section('refiner')
   refiner.space = 'latent'
+  refiner.sample.clip = 'none'  # unit deviation has no bound
   arrange(run, vae=_reads_vae(refiner))
   run.at_end(fit)
 
@@ -228,6 +238,7 @@ def wavelet_diffusion(run: Run) -> None:
   """Diffusion of the Haar wavelets: maps of half the side and four times the channels."""
   refiner = run.section('refiner')
   refiner.space = 'wavelet'
+  refiner.sample.clip = 'static'
   arrange(run, vae=_reads_vae(refiner))
   run.at_end(fit)
 

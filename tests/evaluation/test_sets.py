@@ -81,7 +81,9 @@ class Trained(opened.Trained):
     self.config.evaluate.update({'num_memorisation': 0, 'kernel_subset_size': 8, **evaluation})
     self.workdir = self.folder = tmp_path / 'run'
     self.mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:1])
-    self.experiment = types.SimpleNamespace(titles={'x0': 'refined'}, num_function_evaluations=4)
+    self.experiment = types.SimpleNamespace(
+      titles={'x0': 'refined'}, num_function_evaluations=4, classes=(), classes_of=lambda indices: None
+    )
     self.drawn_source, self._sources = drawn, {}
 
   def images(self, split):

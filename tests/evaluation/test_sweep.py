@@ -75,8 +75,9 @@ def test_a_setting_whose_images_are_not_finite_is_a_row_with_a_reason(monkeypatc
   known.features['classifier'] = None
   row = sweep.measure_or_say(Trained(), known, sets.Real(train={}, held_out={}), None)
   reason = Figure(missing='3 of the 8 images are not finite')
-  assert row == {'N': 16, 'NFE': 2, 'fd_classifier': reason, 'kd_classifier': reason}
+  names = ('fd_classifier', 'kd_classifier', 'precision_classifier', 'recall_classifier')
+  assert row == {'N': 16, 'NFE': 2, **dict.fromkeys(names, reason)}
   assert '3 of the 8 images are not finite' in capsys.readouterr().out
   sweep.write_row(tmp_path / 'row.json', {}, row, {})
   assert sweep.read_row(tmp_path / 'row.json') == row
-  assert report.reasons([row]) == ['fd_classifier, kd_classifier: 3 of the 8 images are not finite']
+  assert report.reasons([row]) == [f'{", ".join(names)}: 3 of the 8 images are not finite']

@@ -21,6 +21,22 @@ CASES = {
   'label_and_code_with_two_terms': (
     'formulation2,z,guided,label', 'refiner', {'refiner.sample.guidance': (('label', 1.0),)}
   ),
+  'label_guided': ('unconditional,guided,label', 'refiner', {}),
+  'label_beside_an_image': ('formulation1,label', 'refiner', {'refiner.sample.labels': (3, 7)}),
+  'label_in_wavelets': ('unconditional,label,wavelet_diffusion', 'refiner', {}),
+  'label_and_image_in_latents': ('formulation2,label,latent_diffusion', 'refiner', {}),
+  'halving_of_guided_labels': ('unconditional,label,guided,distill', 'distill_guided', {}),
+  'consistency_of_labels': ('unconditional,label,guided,consistency', 'consistency', {
+    'refiner.diffusion.prediction': 'v'
+  }),
+  'adversarial_of_labels': ('unconditional,label,guided,adversarial', 'adversarial', {
+    'refiner.diffusion.prediction': 'v'
+  }),
+  'matching_of_labels': ('unconditional,label,guided,matching', 'matching', {
+    'refiner.diffusion.prediction': 'v'
+  }),
+  'free_latents': ('unconditional,latent_diffusion,free', 'refiner', {}),
+  'codes_latents_formulation2': ('formulation2,latent_diffusion,vq', 'refiner', {}),
   'latents': ('unconditional,latent_diffusion', 'refiner', {}),
   'latents_formulation2': ('formulation2,latent_diffusion', 'refiner', {}),
   'wavelets': ('formulation1,wavelet_diffusion', 'refiner', {}),

@@ -13,10 +13,11 @@ from absl import flags
 from PIL import Image
 
 from vaediff import main, modes
+from vaediff.data.idx import LABEL_NAMES
 from vaediff.errors import UserError
 from vaediff.modes import evaluate, interpolate, pictures, reconstruct, restore, sample
 from vaediff.run import config as configs
-from vaediff.run import draw
+from vaediff.run import draw, images
 from vaediff.run import trained as opened
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -44,7 +45,7 @@ class Trained(opened.Trained):
   def __init__(self, run, **settings):
     self.config, self.workdir = run.config, run.workdir
     self.settings.update({'num_images': 5, 'batch_size': 2, 'save_images': True, **settings})
-    self.experiment = types.SimpleNamespace(num_groups=0)
+    self.experiment = types.SimpleNamespace(num_groups=0, classes_of=lambda indices: None)
     self.grey, self.broken_at = 0, None
 
   def draw(self, indices):
@@ -100,6 +101,38 @@ def test_all_that_is_written_says_what_it_was_made_of(tmp_path):
     assert sorted(stored.files) == ['provenance', 'x0', 'x0_vae']
     assert json.loads(str(stored['provenance'])) == trained.made_of
     assert stored['x0'][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+  ('classes', 'opens', 'said'),
+  [
+    ((4, 2), True, 'rows: 4 Coat, 2 Pullover'),
+    ((4, 2), False, 'rows: 4, 2'),
+    (range(9), True, 'classes: 0 T-shirt/top, 1 Trouser, 2 Pullover, 3 Dress, 4 Coat'),
+  ],
+)
+def test_a_row_for_each_class_that_is_asked_for(tmp_path, monkeypatch, capsys, classes, opens, said):
+  """Number and name of each are printed, and what each image was asked to be lies beside it."""
+
+  def open_source(data, split):
+    if not opens:
+      raise UserError('there is no data here')
+    return types.SimpleNamespace(label_names=LABEL_NAMES['fashion_mnist'])
+
+  monkeypatch.setattr(sample.sources, 'open_source', open_source)
+  trained = Trained(run_of(tmp_path), save_npz=True, save_images=False, with_vae=False)
+  trained.experiment.num_groups = len(classes)
+  trained.experiment.classes_of = lambda indices: np.array(classes)[indices % len(classes)]
+  sample.sample(trained)
+  out = capsys.readouterr().out.splitlines()
+  assert said in out and any('cannot be opened: there is no data here' in line for line in out) != opens
+  with np.load(tmp_path / 'run' / 'samples.npz') as stored:
+    expected = [4, 2, 4, 2, 4] if len(classes) == 2 else [0, 1, 2, 3, 4]
+    assert stored['label'].tolist() == expected and stored['x0'][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+  with Image.open(tmp_path / 'run' / 'samples.png') as picture:
+    shown = np.asarray(picture)[images.GAP + 1 :: 66, images.GAP + 1 :: 66]
+  if len(classes) == 2:
+    assert shown.tolist() == [[0, 2], [1, 3]]  # images 0 and 2 are of class 4
 
 
 @pytest.mark.parametrize('broken_at', [0, 4])

@@ -60,6 +60,18 @@ def test_what_is_read_and_stored_is_read_again(run):
   assert configs.read(workdir) == config
 
 
+def test_all_classes_were_drawn_and_latents_were_not_clipped():
+  for variant in ('unconditional,label', 'latent_diffusion,consistency', 'wavelet_diffusion'):
+    expected = now(variant)
+    stored = json.loads(expected.to_json())
+    for section in stored.values():
+      if isinstance(section, dict) and 'guidance' in section.get('sample', {}):
+        assert section['sample'].pop('labels') == []
+        section['sample']['clip'] = 'static'
+    assert configs.from_stored(stored) == expected
+    assert configs.from_stored(json.loads(expected.to_json())) == expected
+
+
 def old(variant):
   return json.loads((HERE / 'earlier' / f'{variant}.json').read_text())
 

@@ -6,12 +6,13 @@ from ml_collections import ConfigDict
 
 from vaediff.conditions.base import Condition, Conditions
 from vaediff.conditions.degraded import DEGRADED, degraded_condition
-from vaediff.conditions.label import LABEL, label_condition
-from vaediff.conditions.vae import vae_condition
+from vaediff.conditions.label import LABEL, SAMPLE_BOUNDS, check_unread, label_condition
+from vaediff.conditions.vae import of_classes, vae_condition
 from vaediff.conditions.weight import Weight
 from vaediff.errors import UserError
 from vaediff.spaces import Space
 
+__all__ = ['BY_NAME', 'SAMPLE_BOUNDS', 'Condition', 'Conditions', 'make_conditions']
 BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
   LABEL: label_condition,
   DEGRADED: degraded_condition,
@@ -26,6 +27,7 @@ def make_conditions(config: ConfigDict, stage: str, space: Space) -> Conditions:
     UserError: for a condition that is not known, or one that cannot be built.
   """
   section = config[stage]
+  check_unread(config, stage)
   diffusion, found = section.diffusion, []
   known = vae_condition(
     config,
@@ -40,6 +42,9 @@ def make_conditions(config: ConfigDict, stage: str, space: Space) -> Conditions:
     if name not in BY_NAME:
       raise UserError(f'conditions has a section {name!r}; valid: {", ".join(BY_NAME)}')
     found.append(BY_NAME[name](config, stage, space))
+  classes = Conditions(tuple(found)).classes
+  if known and classes:  # a code of another class than the label is what no training image has
+    found[0] = of_classes(known, classes)
   if section.model.guidance_embedding:
     found.append(Weight(weight=section.sample.guidance_weight))
   return Conditions(tuple(found))

@@ -29,6 +29,7 @@ class Condition(abc.ABC):
       beside the batch: shape and type of one image.
     titles: of the images that it shows, for tables.
     num_groups: its samples come in so many kinds, in turn: image i is of kind i modulo this; 0 = in none.
+    classes: the classes of the data set that its samples are asked to be of, in turn; () = of none.
     reconstructs: what it observes of an image says what the image looks like.
   """
 
@@ -39,6 +40,7 @@ class Condition(abc.ABC):
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
   num_groups = 0
+  classes: tuple[int, ...] = ()
   reconstructs = False
 
   @property
@@ -50,6 +52,10 @@ class Condition(abc.ABC):
   @abc.abstractmethod
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
     """What it can be given, for one image; of these, what `draw` and `observe` leave out is optional."""
+
+  def for_training(self) -> 'Condition':
+    """Returns what is drawn of in training: the same, without a choice of what pictures show."""
+    return self
 
   def training_key(self, key: jax.Array) -> jax.Array | None:
     """Returns what training observes with: the key, or None for the mean."""
@@ -146,6 +152,11 @@ class Conditions:
     return next((one.num_groups for one in self.each if one.num_groups), 0)
 
   @property
+  def classes(self) -> tuple[int, ...]:
+    """Of the one that has classes."""
+    return next((one.classes for one in self.each if one.classes), ())
+
+  @property
   def reconstructs(self) -> bool:
     """Whether one of them does."""
     return any(one.reconstructs for one in self.each)
@@ -154,6 +165,10 @@ class Conditions:
   def droppable(self) -> tuple[str, ...]:
     """Names of those that training drops."""
     return tuple(one.name for one in self.each if one.dropout > 0)
+
+  def for_training(self) -> 'Conditions':
+    """Returns those that are drawn of in training."""
+    return Conditions(tuple(one.for_training() for one in self.each))
 
   def observe(
     self, read: Read, batch: Batch, x: Image, key: jax.Array | None, *, training: bool = False

@@ -3,6 +3,9 @@
 Ex-post density estimation (Ghosh et al. 2020, arXiv:1903.12436; used by DiffuseVAE): z is sampled from
 q(z | x) of training images, a mixture is fitted with scikit-learn, and the number of components is the one
 with the best log-likelihood on held-out latents. Draws are per image, so they come in no particular order.
+
+Where samples are asked to be of a class, z is drawn from the components that hold codes of that class, each
+as often as it does: p(z | class) = sum_k p(k | class) N_k(z).
 """
 
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
@@ -19,6 +23,8 @@ from vaediff.types import Keys, Latent
 
 PRIOR = 'prior'
 """The measurement of a VAE's latents, and the name that it is read by."""
+OF_CLASSES, CLASS_WEIGHTS = 'prior_of_classes', 'class_weights'
+"""The measurement of which components are of which class, and the name of its array; {} with N(0, I)."""
 KINDS = ('normal', 'gmm')
 COVARIANCES = ('full', 'diag', 'tied')
 Prior = dict[str, jax.Array | np.ndarray]
@@ -26,22 +32,64 @@ Prior = dict[str, jax.Array | np.ndarray]
 [d, d]: factors L with covariance L L^T (standard deviations for `diag`)."""
 
 
-def draw(prior: Prior, keys: Keys, latent_dim: int) -> Latent:
-  """Returns one z per key, from the mixture, or from N(0, I) when `prior` is empty."""
+def draw(prior: Prior, keys: Keys, latent_dim: int, weights: Array | None = None) -> Latent:
+  """Returns one z per key, from the mixture, or from N(0, I) when `prior` is empty.
+
+  With `weights` [n, k] each z has its own weights of the components.
+  """
   prior = jax.tree.map(jnp.asarray, prior)
 
-  def one(key):
+  def one(key, own):
     key_component, key_noise = jax.random.split(key)
     noise = jax.random.normal(key_noise, (latent_dim,))
     if not prior:
       return noise
-    k = jax.random.categorical(key_component, jnp.log(prior['weights']))
+    k = jax.random.categorical(key_component, jnp.log(prior['weights'] if own is None else own))
     if 'diag' in prior:
       return prior['means'][k] + prior['diag'][k] * noise
     factor = prior['full'][k] if 'full' in prior else prior['tied']
     return prior['means'][k] + factor @ noise
 
-  return jax.vmap(one)(keys)
+  return jax.vmap(one)(keys, weights)
+
+
+def of_classes(prior: Prior, z: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns p(component | class) [classes, k]: the mean share of each component in the codes of a class.
+
+  A class that no code is of has the weights of the mixture.
+
+  Args:
+    prior: a mixture.
+    z: codes of images [n, d].
+    labels: their classes [n].
+    num_classes: all there are.
+  """
+  shares, counts = shares_of(prior, z), np.bincount(labels, minlength=num_classes)
+  sums = np.zeros((num_classes, shares.shape[1]))
+  np.add.at(sums, labels, shares)
+  means = sums / np.maximum(counts, 1)[:, None]
+  return np.where(counts[:, None] > 0, means, np.asarray(prior['weights'])).astype(np.float32)
+
+
+def shares_of(prior: Prior, z: np.ndarray) -> np.ndarray:
+  """Returns p(component | z) [n, k] of codes [n, d]."""
+  logs = []
+  for k, mean in enumerate(np.asarray(prior['means'], np.float64)):
+    if 'diag' in prior:
+      scale = np.asarray(prior['diag'][k], np.float64)
+      white = (z - mean) / scale
+    else:
+      factor = np.asarray(prior['full'][k] if 'full' in prior else prior['tied'], np.float64)
+      white, scale = np.linalg.solve(factor, (z - mean).T).T, np.diagonal(factor)
+    logs.append(np.log(prior['weights'][k]) - np.log(scale).sum() - 0.5 * np.square(white).sum(axis=1))
+  logs = np.stack(logs, axis=1)
+  shares = np.exp(logs - logs.max(axis=1, keepdims=True))
+  return shares / shares.sum(axis=1, keepdims=True)
+
+
+def measured_of_classes(stage: str, workdir: str) -> reads.Measured:
+  """Returns the declaration of what `of_classes` measures; nothing, where it has no meaning."""
+  return reads.Measured(stage=stage, workdir=workdir, measurement=OF_CLASSES, neutral=dict)
 
 
 def measured(stage: str, workdir: str) -> reads.Measured:

@@ -43,6 +43,8 @@ class VaeCondition(Condition):
     dropout: probability of both learned stand-ins.
     x0_vae_source: 'sample' or 'mean' of q(z | x) at each step of training, or 'precomputed'.
     title: in a table, as 'formulation1+z'.
+    of_classes: which components of the prior are of which class, where samples are asked to be of one.
+    asked: the classes that they are asked to be of, in turn; () = all.
   """
 
   source: reads.FromStage
@@ -55,6 +57,8 @@ class VaeCondition(Condition):
   dropout: float
   x0_vae_source: str
   title: str
+  of_classes: reads.Measured | None = None
+  asked: tuple[int, ...] = ()
 
   name = 'vae'
   reconstructs = True
@@ -84,7 +88,8 @@ class VaeCondition(Condition):
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
     """The VAE and its prior."""
-    return {'vae': self.source, prior.PRIOR: self.prior}
+    of_classes = {prior.OF_CLASSES: self.of_classes} if self.of_classes else {}
+    return {'vae': self.source, prior.PRIOR: self.prior, **of_classes}
 
   @property
   def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -101,6 +106,10 @@ class VaeCondition(Condition):
     """Of x0_vae, where it is shown."""
     return {IMAGE: 'VAE'} if self.reads_image else {}
 
+  def for_training(self) -> 'VaeCondition':
+    """Returns the same for all classes."""
+    return dataclasses.replace(self, asked=())
+
   def training_key(self, key: jax.Array) -> jax.Array | None:
     """Returns the key where z is drawn in training."""
     return key if self.x0_vae_source == 'sample' else None
@@ -113,9 +122,13 @@ class VaeCondition(Condition):
     return {CODE: mean if key is None else encoders.draw_latent(mean, logvar, key)}
 
   def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns z of the prior."""
-    del indices
-    return {CODE: prior.draw(read[prior.PRIOR], keys, self.latent_dim)}
+    """Returns z of the prior, or of its components of a class."""
+    weights = None
+    if self.of_classes and read[prior.OF_CLASSES]:
+      table = jnp.asarray(read[prior.OF_CLASSES][prior.CLASS_WEIGHTS])
+      rows = jnp.asarray(self.asked or tuple(range(len(table))), jnp.int32)
+      weights = table[rows[indices % len(rows)]]
+    return {CODE: prior.draw(read[prior.PRIOR], keys, self.latent_dim, weights)}
 
   def complete(self, read: Read, given: Given) -> Given:
     """Returns x0_vae = decode(z) beside z, unless another image was given."""
@@ -140,6 +153,13 @@ class VaeCondition(Condition):
     """Returns KL(q(z | x) || N(0, I)) as 'kl'."""
     mean, logvar = self.model.apply(read['vae'], x, method='encode')
     return {'kl': losses.kl_to_standard_normal(mean, logvar)}
+
+
+def of_classes(condition: VaeCondition, classes: tuple[int, ...]) -> VaeCondition:
+  """Returns the condition whose z is of the classes that samples are asked to be of, in turn."""
+  of = condition.prior
+  measured = prior.measured_of_classes(of.stage, of.workdir)
+  return dataclasses.replace(condition, of_classes=measured, asked=classes)
 
 
 def vae_condition(

@@ -47,6 +47,8 @@ def figures(trained: Trained) -> dict[str, Figure]:
       found |= of_terms('bits_per_dimension', terms, unit)
     else:
       found |= of_terms('elbo', terms, lambda nats: -nats)
+  if settings.num_bound and trained.experiment.no_likelihood:
+    found['bits_per_dimension'] = Figure(missing=trained.experiment.no_likelihood)
   if CODE in trained.experiment.inputs:
     count = min(settings.num_reconstructions, len(trained.eval_source))
     code = trained.observe(*trained.eval_images(count))[CODE]

@@ -3,6 +3,7 @@
 fid, kid, is                    Inception-v3 of 2015 and no other
 fd_<network>, kd_<network>      Fréchet and kernel distance on another network
 precision_<network>, recall_..., density_..., coverage_...
+class_accuracy                  share of samples that the data set's own classifier takes for what was asked
 """
 
 import dataclasses
@@ -16,6 +17,9 @@ from vaediff.evaluation.frechet import Features, Moments
 from vaediff.evaluation.networks import NAMES
 from vaediff.evaluation.references import Reference
 
+CLASS_ACCURACY = 'class_accuracy'
+CLASSIFIER = 'classifier'
+"""The network that it is of."""
 NEIGHBOURHOODS = ('precision', 'recall', 'density', 'coverage')
 FIELDS = 'config.evaluate.num_neighbours and max_features'
 """What says how many images those are of, and how many they need."""
@@ -176,6 +180,11 @@ def floor(
   count = min(count, len(pool) // 2)
   rest = dataclasses.replace(reference, moments=Moments.of(pool[count:]), features=pool[count:])
   return distances(network, pool[:count], rest, settings), count
+
+
+def class_accuracy(logits: np.ndarray, asked: np.ndarray) -> float:
+  """Returns the share of samples whose largest logit [n, classes] is that of the class asked for [n]."""
+  return float(np.mean(np.argmax(logits, axis=1) == asked))
 
 
 def over_seeds(values: list[dict[str, float]]) -> dict[str, Figure]:

@@ -6,7 +6,7 @@ Only features and the first images of a seed are held. Samples are compared with
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,6 +145,7 @@ def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.
     figures = figures_of([sets[name] for sets in by_seed], opened, real.train, settings)
     label = title_of(trained, name)
     shown_before = name != list(by_seed[0])[-1]
+    seen = [] if shown_before else [sets[name].seen for sets in by_seed]
     rows.append(
       {
         'set': f'{label} samples',
@@ -155,6 +156,7 @@ def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.
         'seconds per image': Figure(missing='drawn together with the refined samples')
         if shown_before
         else over(by_seed, name),
+        **class_accuracy(trained, opened, seen, count),
         **with_floors(figures, floors),
         **of_images(trained, opened, first.first, count),
       }
@@ -163,6 +165,37 @@ def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.
   if by_seed:
     add_memorisation(trained, rows, {name: sets.first for name, sets in by_seed[0].items()}, keep, folder)
   return rows
+
+
+def class_accuracy(
+  trained: Trained, opened: Networks, seen: Sequence[Mapping[str, Mapping[str, np.ndarray]]], count: int
+) -> dict[str, Figure]:
+  """Returns the share of samples that are of the class they were asked to be of, says the own classifier.
+
+  Its floor is that of real images: the classifier's accuracy on the evaluation split.
+
+  Args:
+    trained: the stage.
+    opened: the networks.
+    seen: by seed, what each network saw in `count` samples; () = of images that were asked for nothing.
+    count: of samples.
+
+  Returns:
+    {} where samples are asked to be of no class.
+  """
+  asked = trained.experiment.classes_of(np.arange(count)) if seen else None
+  if asked is None:
+    return {}
+  name, network = measures.CLASS_ACCURACY, measures.CLASSIFIER
+  if network not in opened.features:
+    reason = f'it is of the network {network!r}, which config.evaluate.extractors does not name'
+    return {name: Figure(missing=opened.missing[network] if network in opened.missing else reason)}
+  logits = [each[network]['logits'] for each in seen]
+  if not all(np.isfinite(each).all() for each in logits):
+    return {name: Figure(missing=f'what {network} sees in the images is not finite')}
+  figure = measures.over_seeds([{name: measures.class_accuracy(each, asked)} for each in logits])[name]
+  accuracy = opened.features[network].accuracy
+  return {name: dataclasses.replace(figure, floor=accuracy, floor_n=len(trained.eval_source))}
 
 
 def title_of(trained: Trained, name: str) -> str:
@@ -257,6 +290,9 @@ def data_row(trained: Trained, opened: Networks, real: Real, count: int, keep: i
   count = min(count, len(trained.eval_source))
   count = min([count, *(len(held_out.features) for held_out in real.held_out.values())])
   figures = {}
+  if trained.experiment.classes and measures.CLASSIFIER in opened.features:
+    accuracy = Figure(value=opened.features[measures.CLASSIFIER].accuracy)
+    figures[measures.CLASS_ACCURACY] = of_fewer(accuracy, len(trained.eval_source), count)
   for network, held_out in real.held_out.items():
     seen = {'features': held_out.features[:count]}
     if network == 'inception':

@@ -1,6 +1,8 @@
 """`--mode=evaluate --sweep`: distance against network evaluations and seconds, one row per sampler setting.
 
-Students and denoising GANs have one setting, the one they were trained for.
+Students and denoising GANs have one setting, the one they were trained for. Beside the distances stand
+precision and recall, which guidance trades for each other, and of samples that were asked to be of a class
+how often they are.
 
 The trade-off of DiffuseVAE (arXiv:2201.00308, figure 3a of its first version) and LDDGAN (figure 3) as one
 table and one plot. Every row is written when it is done, and a row that is there is not computed again.
@@ -13,6 +15,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff import files, identity
@@ -25,13 +28,14 @@ from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.sets import (
   FOLDER,
   Real,
-  distances_of,
+  class_accuracy,
   draw_sets,
   floors_at,
+  of_network,
   real_images,
   with_floors,
 )
-from vaediff.machine import distributed
+from vaediff.machine import cost, distributed
 from vaediff.run import config as configs
 from vaediff.run import draw, log
 from vaediff.run.trained import Trained
@@ -155,7 +159,9 @@ def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
 def facts_of(chosen: Trained, opened: Networks) -> dict[str, Any]:
   """Returns everything that a row depends on; the same facts are the same row."""
   evaluate = chosen.config.evaluate
-  names = ('num_images', 'num_seeds', 'max_features', 'kernel_subsets', 'kernel_subset_size')
+  names = (
+    'num_images', 'num_seeds', 'max_features', 'kernel_subsets', 'kernel_subset_size', 'num_neighbours'
+  )  # fmt: skip
   return {
     'stage': chosen.stage,
     'made_of': chosen.made_of,
@@ -194,7 +200,7 @@ def measure_or_say(
     return measure(chosen, opened, real) | (teacher.compare(chosen) if teacher else {})
   except draw.NotFinite as error:
     log.say(str(error))
-    names = [name for network in opened.features for name in measures.distance_names(network)]
+    names = [name for network in opened.features for name in names_of(network)]
     return {
       'N': chosen.config.evaluate.num_images,
       'NFE': chosen.experiment.num_function_evaluations,
@@ -202,27 +208,40 @@ def measure_or_say(
     }
 
 
+def names_of(network: str) -> tuple[str, ...]:
+  """Returns the names of a network's figures that a sweep has."""
+  return (*measures.distance_names(network), f'precision_{network}', f'recall_{network}')
+
+
+def giga_macs(chosen: Trained) -> float:
+  """Returns the multiply-accumulates of one sample, all passes and the decoder of its space, times 1e-9."""
+  row, seed = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((), np.int32)
+  return cost.macs(draw.sampler(chosen.experiment), chosen.read, row, {}, seed) / 1e9
+
+
 def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
   """Returns the figures of one row: distances over seeds, network evaluations, seconds per image."""
   settings = chosen.config.evaluate
-  seen, seconds = {name: [] for name in opened.features}, []
+  seen, seconds = [], []
   for k in range(settings.num_seeds):
     sets = draw_sets(chosen, opened, chosen.settings.seed + k, settings.num_images, keep=1)
     drawn = sets[list(sets)[-1]]
     seconds.append(drawn.seconds_per_image)
-    for network, features in drawn.seen.items():
-      seen[network].append(features['features'])
+    seen.append(drawn.seen)
   figures = {
     'N': settings.num_images,
     'NFE': chosen.experiment.num_function_evaluations,
+    **({'GMACs per image': giga_macs(chosen)} if chosen.draws_alone else {}),
     'seconds per image': sorted(seconds)[len(seconds) // 2],
+    **class_accuracy(chosen, opened, seen, settings.num_images),
   }
   for network in settings.extractors:
     if network in opened.missing:
       reason = Figure(missing=opened.missing[network])
-      figures |= dict.fromkeys(measures.distance_names(network), reason)
+      figures |= dict.fromkeys(names_of(network), reason)
     else:
-      figures |= distances_of(network, seen[network], real.train[network], settings)
+      found = of_network(network, [each[network] for each in seen], real.train[network], settings)
+      figures |= {name: found[name] for name in names_of(network)}
   return figures
 
 

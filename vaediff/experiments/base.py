@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
@@ -121,11 +122,13 @@ class Experiment(abc.ABC):
     stored: of these, what is observed once for every training image and then read beside the batch.
     titles: of the images that it draws beside, or before, its own, for tables.
     num_groups: its samples come in so many kinds, in turn; 0 = in none.
+    classes: the classes of the data set that its samples are asked to be of, in turn; () = of none.
     reconstructs: what it observes of an image is enough to draw that image again.
     diffusion: the `experiments.diffusion.Diffusion` that draws its samples step by step; None = none does.
     num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
     can_be_guided: conditions are dropped in training, so that a guidance weight above 0 is possible.
     likelihood: what its bound is of: `BYTES`, 'density of pixels in [0, 1]', or '' without one.
+    no_likelihood: why it has no bound, where one could be asked for.
     measures: measurements of it that later stages read, of `vaediff.run.measurements`.
     metrics: all that `eval_step` may report, and whether the largest value is the best.
     bounds: of every number and name in its section but those that every stage has (`run.config`).
@@ -136,11 +139,13 @@ class Experiment(abc.ABC):
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
   num_groups = 0
+  classes: tuple[int, ...] = ()
   reconstructs = False
   diffusion: Any = None
   num_function_evaluations = 0
   can_be_guided = False
   likelihood = ''
+  no_likelihood = ''
   measures: tuple[str, ...] = ()
   metrics: Mapping[str, bool] = {'loss': False}
   bounds: checks.Bounds = {}
@@ -208,6 +213,11 @@ class Experiment(abc.ABC):
     del read, batch, keys, num_times
     return {}
 
+  def classes_of(self, indices: np.ndarray) -> np.ndarray | None:
+    """Returns the class, int32, that each of these samples is asked to be of; None where of none."""
+    classes = np.asarray(self.classes, np.int32)
+    return classes[np.asarray(indices) % len(classes)] if len(classes) else None
+
   def columns(self) -> Columns:
     """Returns what tells its rows in a table of several runs apart."""
     raise UserError('this stage draws in no steps')
@@ -249,6 +259,11 @@ class InSpace(Experiment):
   def num_groups(self) -> int:
     """Of the conditions."""
     return self.conditions.num_groups
+
+  @property
+  def classes(self) -> tuple[int, ...]:
+    """Of the conditions."""
+    return self.conditions.classes
 
   @property
   def reconstructs(self) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vaediff import checks
-from vaediff.conditions import make_conditions
+from vaediff.conditions import SAMPLE_BOUNDS, make_conditions
 from vaediff.conditions import vae as vae_conditions
 from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
@@ -58,6 +58,7 @@ BOUNDS = {
   'sample.threshold_percentile': checks.inside_or_at(0, 100),
   'sample.temperature': bounds.spread(),
   'sample.guidance_weight': bounds.number(0, MAX_GUIDANCE),
+  **SAMPLE_BOUNDS,
   'sample.eta': checks.between(0, 1),
   **bounds.within('model', bounds.CONVOLUTIONAL),
   'model.num_heads': bounds.whole(1, bounds.MAX_LEVELS),
@@ -137,6 +138,16 @@ class Diffusion(base.InSpace):
   def likelihood(self) -> str:
     """Of bytes, where the images themselves are diffused."""
     return base.BYTES if self.space.is_data else ''
+
+  @property
+  def no_likelihood(self) -> str:
+    """Why there is no bound, where the maps are none of the data."""
+    if self.space.is_data:
+      return ''
+    return (
+      f'a bound is of the density of images, and the maps of {type(self.space).__name__.lower()} that are '
+      "diffused here are others; diffuse pixels (space = 'pixel') for one"
+    )
 
   def columns(self) -> base.Columns:
     """Returns condition, sampler and its settings."""
@@ -235,7 +246,7 @@ class Diffusion(base.InSpace):
     Without guidance; x0_hat is clipped to [-1, 1] and the steps have `sample.variance`, as part of the model.
     """
     if not self.likelihood:
-      return {}
+      raise UserError(self.no_likelihood)
     x0 = pixels.to_unit_range(batch['image'])
     keys = jax.vmap(lambda key: jax.random.split(key))(keys)
     given = self.conditions.observe(read, batch, x0, keys[:, 0])
@@ -302,11 +313,13 @@ def check_section(section: ConfigDict, space: Space, conditions: Conditions) -> 
     )
   if sample.guidance_weight > 0 and not conditions.droppable:
     raise UserError(
-      'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0'
+      'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0, or '
+      'with conditions.<name>.dropout > 0'
     )
-  if sample.clip == 'dynamic' and space.bound is None:
+  if sample.clip != 'none' and space.bound is None:
     raise UserError(
-      "sample.clip = 'dynamic' scales x0_hat into [-1, 1], where the maps of this space are not; use 'none'"
+      f'sample.clip = {sample.clip!r} brings x0_hat into [-1, 1], where the maps of space = '
+      f"{section.space!r} of unit deviation are not; use 'none'"
     )
   if diffusion.x0_vae_source == 'precomputed' and diffusion.z_conditioning and train.flip:
     raise UserError(

@@ -78,6 +78,11 @@ class Progressive(LossStudent):
     section, shared = config[stage], parts(config, stage)
     base.check(cls, config, stage)
     check(section)
+    if section.model.guidance_embedding and not shared['teacher'].conditions.droppable:
+      raise UserError(
+        'a guided student needs a teacher trained with diffusion.condition_dropout > 0, got 0, or '
+        'with conditions.<name>.dropout > 0'
+      )
     if section.num_steps:
       distillation.halving(shared['student'].denoiser.schedule, section.num_steps)  # checks them
     if section.num_steps and shared['teacher'].prediction == 'eps':
@@ -204,5 +209,3 @@ def check(section: ConfigDict) -> None:
     weights = section.guidance_weights
     if not weights[0] <= weights[1]:
       raise UserError(f'guidance_weights must be (least, most) with 0 <= least <= most, got {weights}')
-    if section.diffusion.condition_dropout == 0:
-      raise UserError('a guided student needs a teacher trained with diffusion.condition_dropout > 0, got 0')

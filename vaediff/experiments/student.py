@@ -121,7 +121,7 @@ class Student(base.InSpace):
     They are those of samples anywhere in a long row: of conditions that come in turn, as classes do, `count`
     that are not the same at every update.
     """
-    conditions, keys = self.conditions, jax.random.split(key, count + 1)
+    conditions, keys = self.conditions.for_training(), jax.random.split(key, count + 1)
     first = jax.random.randint(keys[count], (), 0, FIRST_INDEX)
     given = conditions.draw(read, keys[:count], first + jnp.arange(count))
     return conditions.values(read, conditions.complete(read, given))

@@ -15,7 +15,7 @@ from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
 from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, sharding
-from vaediff.run import checkpoint, students, values
+from vaediff.run import checkpoint, classes, students, values
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -65,6 +65,7 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   sharding.rules_of(config.mesh)
   if mode == 'prepare':
     return {}
+  classes.number(config)
   built = {stage: build(config, stage) for stage in config.stages}
   if mode in ('describe', 'compile'):
     return built  # of devices that are not here

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from vaediff import files
+from vaediff.data import sources
+from vaediff.errors import UserError
 from vaediff.modes import pictures
-from vaediff.run import draw, images, log
+from vaediff.run import classes, draw, images, log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last, say_figures
 
@@ -25,7 +27,8 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
 
   With `save_images` also one PNG per image, `samples/<index>.png`, which take the place of those of an
   earlier call once all are drawn. All say what they were made of. Holds one batch of noise at a time. Image i
-  depends on `sample.seed` and i alone. Samples that come in kinds, such as classes, have a row each.
+  depends on `sample.seed` and i alone. Samples that come in kinds, such as classes, have a row each. Which
+  classes those are is said, and `samples.npz` holds the class of each image beside it.
   A stage that can only repeat images, as an autoencoder does, draws those of the evaluation split.
 
   Args:
@@ -56,11 +59,32 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
   groups = len(order) // kinds if 0 < kinds <= len(order) else max(1, round(np.sqrt(len(order))))
   picture = images.side_by_side(*(value[order] for value in columns.values()))
   pictures.write_grid(trained, 'samples', picture, groups * len(columns), out)
+  asked = trained.experiment.classes_of(np.arange(count))
+  if asked is not None:
+    say_classes(trained, order)
   if settings.save_npz:
     path = pictures.path_of(trained, 'samples', 'npz', out)
+    beside = {} if asked is None else {sources.LABEL: asked}
     if jax.process_index() == 0:
-      files.write_npz(path, {**stored, 'provenance': json.dumps(made_of, sort_keys=True)})
+      files.write_npz(path, {**stored, **beside, 'provenance': json.dumps(made_of, sort_keys=True)})
     log.say(f'wrote {path}')
   if settings.save_images:
     log.say(f'wrote {count} images to {folder}')
   return {'num_images': float(count)}
+
+
+def say_classes(trained: Trained, order: np.ndarray) -> None:
+  """Prints number and name of the classes that are shown, row by row; without the data there are no names.
+
+  Args:
+    trained: the stage.
+    order: the images of the grid, as they are shown.
+  """
+  numbers = tuple(dict.fromkeys(trained.experiment.classes_of(order).tolist()))
+  try:
+    names = sources.open_source(trained.config.data, 'eval').label_names
+  except UserError as error:
+    log.say(f'the names of the classes are those of the data set, which cannot be opened: {error}')
+    names = ()
+  a_row_each = len(order) >= trained.experiment.num_groups > 0
+  log.say(f'{"rows" if a_row_each else "classes"}: {classes.listed(names, numbers)}')

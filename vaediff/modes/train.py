@@ -65,6 +65,12 @@ def run_stages_once(
   check_workdir(config, workdir)
   log.say(sources.describe(config.data))
   images = {split: sources.open_source(config.data, split) for split in ('train', 'eval')}
+  for stage in stages:
+    if built[stage].classes and not images['train'].num_classes:
+      raise UserError(
+        f'stage {stage!r} reads the labels of images, and those of data.train_split = '
+        f'{config.data.train_split!r} have none; use images with labels, or leave out the variant label'
+      )
   for stage in config.stages:
     if checkpoint.latest_step(workdir / stage) is not None:
       same_run.check_images(config, images, workdir / stage)

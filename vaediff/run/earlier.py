@@ -23,6 +23,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a run of any version with this version's keys, changed in place."""
   if 'num_classes' not in config['data']:
     _upgrade_stages(config)
+  for section in filter(_is_stage, config.values()):
+    _upgrade_labels(section)
   config['data'].setdefault('check_fingerprint', True)
   config.setdefault('checkpoints', {'check_arrays': True})
   for mode, settings in MODES.items():
@@ -46,6 +48,16 @@ def _upgrade_stages(config: dict[str, Any]) -> None:
     elif 'diffusion' in section and 'schedule' in section['diffusion']:  # a refiner or a student of one
       section |= {'space': 'pixel', 'conditions': {}, 'autoencoder': dict(AUTOENCODER)}
       section['sample']['guidance'] = ()
+
+
+def _upgrade_labels(section: dict[str, Any]) -> None:
+  """All classes were drawn in turn; and of latents without a bound a clip to it said nothing."""
+  sample = section['sample'] if 'sample' in section else {}
+  if 'guidance' not in sample or 'labels' in sample:
+    return
+  sample['labels'] = ()
+  if section['space'] == 'latent' and section['autoencoder']['scaling'] == 'std':
+    sample['clip'] = 'none' if sample['clip'] == 'static' else sample['clip']
 
 
 def _upgrade_gan(section: dict[str, Any]) -> None:

@@ -125,7 +125,33 @@ def fitted_prior(of: Of) -> Arrays:
   return stored_or_made(of, prior.PRIOR, section.to_dict(), prior.arrays_of(section), make)
 
 
-BY_NAME: dict[str, Callable[[Of], Arrays]] = {LATENTS: latents, prior.PRIOR: fitted_prior}
+def prior_of_classes(of: Of) -> Arrays:
+  """Returns which components of a VAE's prior are of which class of the data set; {} for N(0, I)."""
+  section, num_classes = of.config[of.stage].prior, of.config.data.num_classes
+  arrays = fitted_prior(of)
+  if not arrays:
+    return {}
+
+  def make() -> Arrays:
+    experiment, read = opened(of)
+    source = same_run.open_images(of.config, 'train', of.checkpoints)
+    count, size = min(section.num_encoded, len(source)), of.config[of.stage].sample.batch_size
+    z = drawn_codes(experiment, read, source, count, size, of.mesh, of.config.seed)
+    chunks = np.array_split(np.arange(count), max(1, count // 1024))
+    labels = np.concatenate([source.read(chunk)[sources.LABEL] for chunk in chunks])
+    log.say(f'which components of the mixture are of which of {num_classes} classes: {count} latents')
+    return {prior.CLASS_WEIGHTS: prior.of_classes(arrays, z, labels, num_classes)}
+
+  settings = {**section.to_dict(), 'num_classes': num_classes}
+  stored = stored_or_made(of, prior.OF_CLASSES, settings, (prior.CLASS_WEIGHTS,), make)
+  return {prior.CLASS_WEIGHTS: stored[prior.CLASS_WEIGHTS]}
+
+
+BY_NAME: dict[str, Callable[[Of], Arrays]] = {
+  LATENTS: latents,
+  prior.PRIOR: fitted_prior,
+  prior.OF_CLASSES: prior_of_classes,
+}
 
 
 def made_of(of: Of, settings: dict[str, Any]) -> dict[str, str]:

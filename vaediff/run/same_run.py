@@ -50,6 +50,7 @@ OF_PICTURES = (
   'sample.seed',
   'sample.save_*',
   'sample.with_vae',
+  'sample.labels',
   'sample.temperature',
 )
 """Of those, what a student's training does not read: it is made for its own times and way of sampling."""

@@ -1,0 +1,117 @@
+"""The share of samples that are of the class that they were asked to be of."""
+
+import importlib
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from vaediff import modes
+from vaediff.evaluation import measures, networks, report, sets, sweep
+from vaediff.evaluation.measures import Figure
+from vaediff.modes import train
+from vaediff.run import config as configs
+from vaediff.run import trained as opened_stages
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+ASKED = np.array([0, 2, 0, 2])
+LOGITS = np.eye(3)[[0, 2, 1, 2]]  # the third is taken for another class
+
+
+def test_it_is_the_share_of_largest_logits():
+  assert measures.class_accuracy(LOGITS, ASKED) == 0.75
+  assert measures.class_accuracy(LOGITS, np.argmax(LOGITS, axis=1)) == 1
+  assert measures.class_accuracy(-LOGITS, ASKED) == 0.25  # of equal ones the first counts
+
+
+class Trained(opened_stages.Trained):
+  """A stage whose samples are asked to be of classes 0 and 2 in turn, or of none."""
+
+  eval_source = range(297)
+
+  def __init__(self, classes=(0, 2)):
+    classes_of = lambda indices: np.array(classes)[indices % len(classes)] if classes else None
+    self.experiment = types.SimpleNamespace(classes=classes, classes_of=classes_of)
+
+
+class Classifier(networks.Features):
+  def __init__(self):
+    self.accuracy = 0.99
+
+
+def opened(missing=None):
+  known = {} if missing else {'classifier': Classifier()}
+  return networks.Networks(features=known, lpips=None, missing=missing or {})
+
+
+def seen(*logits):
+  return [{'classifier': {'logits': each}} for each in logits]
+
+
+def test_mean_and_spread_over_seeds_with_the_classifiers_own_accuracy_as_floor():
+  found = sets.class_accuracy(Trained(), opened(), seen(LOGITS, np.eye(3)[ASKED]), 4)
+  spread = float(np.std([0.75, 1.0], ddof=1))
+  assert found == {'class_accuracy': Figure(value=0.875, spread=spread, floor=0.99, floor_n=297)}
+  assert sets.class_accuracy(Trained(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.75
+  cell = report.cell(found['class_accuracy'])
+  assert cell == '0.875 ± 0.1768 (floor 0.99 at N = 297)'
+
+
+def test_samples_that_are_asked_for_nothing_have_none():
+  assert sets.class_accuracy(Trained(()), opened(), seen(LOGITS), 4) == {}
+  assert sets.class_accuracy(Trained(), opened(), [], 4) == {}  # a VAE's, which are shown before
+
+
+@pytest.mark.parametrize(
+  ('missing', 'logits', 'reason'),
+  [
+    ({'classifier': 'these have no labels'}, LOGITS, 'these have no labels'),
+    ({'inception': 'no weights'}, LOGITS, "it is of the network 'classifier', which config.evaluate.extr"),
+    (None, LOGITS * np.nan, 'what classifier sees in the images is not finite'),
+  ],
+)  # fmt: skip
+def test_a_reason_takes_the_place_of_the_figure(missing, logits, reason):
+  (figure,) = sets.class_accuracy(Trained(), opened(missing), seen(logits), 4).values()
+  assert figure.value is None and figure.missing.startswith(reason)
+
+
+def test_a_sweep_has_recall_beside_the_distances():
+  assert sweep.names_of('classifier') == (
+    'fd_classifier', 'kd_classifier', 'precision_classifier', 'recall_classifier'
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_from_a_run_to_pictures_table_and_sweep(tmp_path, one_device, capsys):
+  config = importlib.import_module('configs.digits').get_config('unconditional,label,debug')
+  config.data.data_dir = str(tmp_path / 'data')
+  workdir = tmp_path / 'run'
+  train.run_stages(config, workdir, ('refiner',))
+  assert 'classes: 0, 1, 2, 3\n' in capsys.readouterr().out  # fewer images than classes
+  config = configs.read(workdir)
+  config.refiner.sample.update({'labels': (3, 7), 'save_npz': True, 'guidance_weight': 1.0})
+  config.evaluate.update({'num_bound': 0, 'num_memorisation': 0, 'num_seeds': 2})
+  config.evaluate.sweep.update({'num_steps': (2,), 'guidance_weights': (0.0, 1.0)})
+  run = configs.Run(config, workdir, ('refiner',))
+  modes.MODES['sample'](run)
+  assert 'rows: 3, 7\n' in capsys.readouterr().out
+  with np.load(workdir / 'samples.npz') as stored:
+    assert stored['label'].tolist() == [3, 7, 3, 7] and stored['label'].dtype == np.int32
+    assert stored['x0'].shape == (4, 8, 8, 1)
+  modes.MODES['evaluate'](run)
+  result = json.loads((workdir / 'evaluation' / 'refiner-ddim-4.json').read_text())
+  rows = {row['set']: row for row in result['samples']}
+  own = rows['refiner samples']['class_accuracy']
+  assert 0 <= own['value'] <= 1 and 'spread' in own and own['floor_n'] == 297
+  assert rows['evaluation images']['class_accuracy'] == {'value': own['floor'], 'n': 297}
+  assert result['networks'][0]['own test accuracy'] == own['floor']
+  modes.SWEEPS['evaluate'](run)
+  rows = json.loads((workdir / 'evaluation' / 'sweep.json').read_text())['rows']
+  assert [row['guidance'] for row in rows] == [0.0, 1.0] and [row['NFE'] for row in rows] == [2, 4]
+  assert rows[1]['GMACs per image'] == pytest.approx(2 * rows[0]['GMACs per image'], rel=1e-6)
+  for row in rows:
+    assert 0 <= row['class_accuracy']['value'] <= 1 and 'floor' in row['class_accuracy']
+    assert 0 <= row['recall_classifier']['value'] <= 1 and row['condition'] == 'label'
