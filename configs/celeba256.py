@@ -10,7 +10,7 @@ Figures are those of temperature 1. `pictures` draws as the paper's pictures wer
     python -m vaediff.main --config=configs/celeba256.py:pictures --workdir=runs/celeba256 --mode=sample
 
 Denoising GANs with their papers' settings (2 steps): `ddgan`, `wavelet`, `latent` (64x64x3, 8,192 codes).
-`latent_diffusion` has the sizes of latent diffusion's network for these images (arXiv:2112.10752), in the same
+`latent_diffusion` has the size of latent diffusion's network for these images (arXiv:2112.10752), in the same
 latents: 274,056,163 parameters, joined with `unconditional`; what it is conditioned on comes on top.
 
 Hardware, hours and figures: not yet measured.

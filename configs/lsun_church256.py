@@ -5,9 +5,9 @@
 Data: TFDS `lsun/church_outdoor` (images of any size; shorter side cropped square, then resized), or an image
 folder. The papers have no DiffuseVAE settings for LSUN: those of CelebA-HQ 256 are used.
 Denoising GANs with their papers' settings (4 steps): `ddgan`, `wavelet`, `latent`.
-`latent_diffusion` has the sizes of latent diffusion's network for these images (arXiv:2112.10752), in 32x32x4
-latents: 294,966,916 parameters, joined with `unconditional`; what it is conditioned on comes on top. Its betas
-are those of the other data sets of that paper, to 0.0195 (here it had 0.0155).
+`latent_diffusion` has the size of latent diffusion's network for these images (arXiv:2112.10752), in latents
+of 32x32x4: 294,966,916 parameters, joined with `unconditional`; what it is conditioned on comes on top. Its
+betas are those of the paper's other data sets, to 0.0195; for these images it had 0.0155.
 
 Hardware, hours and figures: not yet measured.
 """

@@ -1,6 +1,6 @@
-"""Network sizes of the papers: DiffuseVAE's block strings (arXiv:2201.00308, official configuration files);
-U-Nets of Improved DDPM, ADM and latent diffusion.
+"""Network sizes of the papers: DiffuseVAE's block strings, and U-Nets.
 
+DiffuseVAE (arXiv:2201.00308), of its official configuration files; Improved DDPM, ADM and latent diffusion.
 Block grammar: `RxN` N residual blocks at resolution R; `RdK` one block, then average pooling by K; `RuK`
 nearest upsampling by K; `AtB` 1x1 convolution from the width of A to the width of B.
 """

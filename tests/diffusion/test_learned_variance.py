@@ -1,4 +1,4 @@
-"""Learned variances: the tables of Improved DDPM's interpolation, the terms of its bound, and its gradients."""
+"""Learned variances: the tables of Improved DDPM's interpolation, the terms of its bound, their gradients."""
 
 import jax
 import jax.numpy as jnp

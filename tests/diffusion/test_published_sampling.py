@@ -78,9 +78,12 @@ def test_without_clipping_both_eps_are_the_same(eta):
   def denoise(y, t):
     return 0.4 * y
 
-  y, keys = jax.random.normal(jax.random.key(0), (3, 5)), jax.random.split(jax.random.key(1), 3)
-  once = samplers.sample_ddim(denoise, LINEAR, y, keys, num_steps=7, eta=eta)
+  def keys():
+    return jax.random.split(jax.random.key(1), 3)
+
+  y = jax.random.normal(jax.random.key(0), (3, 5))
+  once = samplers.sample_ddim(denoise, LINEAR, y, keys(), num_steps=7, eta=eta)
   kept = samplers.sample_ddim(
-    lambda y, t: (denoise(y, t), denoise(y, t)), LINEAR, y, keys, num_steps=7, eta=eta, recompute_eps=False
+    lambda y, t: (denoise(y, t), denoise(y, t)), LINEAR, y, keys(), num_steps=7, eta=eta, recompute_eps=False
   )
   np.testing.assert_allclose(kept, once, atol=1e-5)

@@ -108,7 +108,7 @@ def test_the_bound_of_training_is_that_of_the_evaluation():
     )
   )()
   evaluated = likelihood.bits_per_dimension(terms['steps'] + terms['decoder'], 64)[0]
-  # x0_hat does not depend on the noise, so that the two differ by nothing but the noise of y, which is not read
+  # the two differ by nothing but the noise of y, which this network does not read
   assert float(trained) == pytest.approx(float(evaluated), rel=1e-4)
 
 
@@ -292,22 +292,22 @@ def test_published_latent_diffusion(name, parameters, shape):
 @pytest.mark.parametrize(
   ('variant', 'changes', 'message'),
   [
-    (LEARNED, {'refiner.diffusion.schedule': 'cosine'}, r"needs a table of steps.*'cosine' is continuous"),
-    ('debug', {'refiner.sample.variance': 'learned'}, r"sample.variance = 'learned' needs a network trained"),
-    ('debug', {'refiner.loss.objective': 'bound'}, r"loss.objective = 'bound' needs diffusion.variance"),
-    (LEARNED, {'refiner.loss.time_sampler': 'loss_second_moment'}, r"loss.time_sampler = .* 'hybrid' use"),
-    (LEARNED, {'refiner.loss.vlb_weight': -1.0}, r'loss.vlb_weight must be >= 0'),
-    (LEARNED, {'refiner.sample.bound_steps': 1}, r'bound_steps must be 0 .* or >= 2, got 1'),
-    (LEARNED, {'refiner.sample.bound_steps': 1001}, r'bound_steps must be at most the 1000 steps'),
-    ('debug', {'refiner.sample.grid': 'leading', 'refiner.sample.num_steps': 37}, r'num_steps is 37, but no stride'),
-    ('debug', {'refiner.sample.grid': 'published_uniform', 'refiner.sample.t_start': 0.5}, r'sample.t_start must be 1'),
-    ('debug', {'refiner.sample.grid': 'leading', 'refiner.diffusion.schedule': 'cosine'}, r'this schedule is continuous'),
-    ('debug', {'refiner.diffusion.variance': 'often'}, r'diffusion.variance'),
+    (LEARNED, {'diffusion.schedule': 'cosine'}, r"needs a table of steps.*'cosine' is continuous"),
+    ('debug', {'sample.variance': 'learned'}, r"sample.variance = 'learned' needs a network trained"),
+    ('debug', {'loss.objective': 'bound'}, r"loss.objective = 'bound' needs diffusion.variance"),
+    (LEARNED, {'loss.time_sampler': 'loss_second_moment'}, r"loss.time_sampler = .* 'hybrid' use"),
+    (LEARNED, {'loss.vlb_weight': -1.0}, r'loss.vlb_weight must be >= 0'),
+    (LEARNED, {'sample.bound_steps': 1}, r'bound_steps must be 0 .* or >= 2, got 1'),
+    (LEARNED, {'sample.bound_steps': 1001}, r'bound_steps must be at most the 1000 steps'),
+    ('debug', {'sample.grid': 'leading', 'sample.num_steps': 37}, r'num_steps is 37, but no stride'),
+    ('debug', {'sample.grid': 'published_uniform', 'sample.t_start': 0.5}, r'sample.t_start must be 1'),
+    ('debug', {'sample.grid': 'leading', 'diffusion.schedule': 'cosine'}, r'this schedule is continuous'),
+    ('debug', {'diffusion.variance': 'often'}, r'diffusion.variance'),
   ],
-)  # fmt: skip
+)
 def test_what_does_not_go_together(variant, changes, message):
   with pytest.raises(UserError, match=message):
-    build(variant, **changes)
+    build(variant, **{f'refiner.{field}': value for field, value in changes.items()})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Imports numpy, `vaediff.diffusion.schedules` and `vaediff.errors` only.
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vaediff.diffusion.schedules import Schedule
 from vaediff.errors import UserError
@@ -66,7 +66,7 @@ def _both_ends_grid(schedule: Schedule, num_steps: int, t_start: float, t_end: f
   return np.append(times, 0.0)
 
 
-def _strided_indices(train_steps: int, num_steps: int) -> Float[np.ndarray, ' steps']:
+def _strided_indices(train_steps: int, num_steps: int) -> Int[np.ndarray, ' steps']:
   """Returns 0, s, 2 s, ... with the smallest stride s that gives exactly `num_steps` table indices."""
   stride = -(-train_steps // num_steps)
   if -(-train_steps // stride) != num_steps:
@@ -79,13 +79,13 @@ def _strided_indices(train_steps: int, num_steps: int) -> Float[np.ndarray, ' st
   return np.arange(0, train_steps, stride)
 
 
-def _quadratic_indices(train_steps: int, num_steps: int) -> Float[np.ndarray, ' steps']:
+def _quadratic_indices(train_steps: int, num_steps: int) -> Int[np.ndarray, ' steps']:
   """Returns the whole parts of evenly spaced roots squared, up to 0.8 T; equal ones once, so fewer steps."""
   roots = np.linspace(0, np.sqrt(QUADRATIC_SHARE * train_steps), num_steps)
   return np.unique((roots**2).astype(int))
 
 
-PUBLISHED_GRIDS: dict[str, Callable[[int, int], Float[np.ndarray, ' steps']]] = {
+PUBLISHED_GRIDS: dict[str, Callable[[int, int], Int[np.ndarray, ' steps']]] = {
   'leading': _strided_indices,  # guided-diffusion's 'ddim25'
   'published_uniform': _strided_indices,  # DiffuseVAE's 'uniform', the same
   'published_quadratic': _quadratic_indices,  # DiffuseVAE's 'quad'

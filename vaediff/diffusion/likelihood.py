@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vaediff.diffusion import gaussian
 from vaediff.diffusion.gaussian import Denoise, DenoiseBoth, per_example
@@ -73,9 +73,9 @@ def steps_of(schedule: Schedule, times: Float[np.ndarray, ' times']) -> Steps:
   return Steps(*(column[::-1].copy() for column in columns))
 
 
-def rows(steps: Steps, index: Float[Array, ' batch'] | Float[np.ndarray, ' batch'], like: Array) -> Steps:
+def rows(steps: Steps, index: Shaped[Array, ' batch'], like: Array) -> Steps:
   """Returns the row of each example, float32, with axes that broadcast it over `like`."""
-  index = jnp.asarray(index).astype(jnp.int32)
+  index = index.astype(jnp.int32)
   return Steps(*(per_example(jnp.asarray(column, jnp.float32)[index], like) for column in steps))
 
 
@@ -108,7 +108,7 @@ def learned_term(
   x0: Float[Array, 'batch *shape'],
   x0_hat: Float[Array, 'batch *shape'],
   fraction: Float[Array, 'batch *shape'],
-  index: Float[Array, ' batch'],
+  index: Shaped[Array, ' batch'],
   *,
   of_bytes: bool,
 ) -> Float[Array, ' batch']:
@@ -157,7 +157,7 @@ def step_term(
   row = rows(steps, index, x0)
   t = row.t.reshape(-1)
   x0_hat, fraction = _predicted(denoise, gaussian.q_sample(x0, eps, t, schedule), t, variance)
-  return jnp.sum(jnp.broadcast_to(divergence(row, x0 - x0_hat, fraction), x0.shape), axis=(1, 2, 3))
+  return jnp.sum(divergence(row, x0 - x0_hat, fraction), axis=(1, 2, 3))
 
 
 def decoder_term(
