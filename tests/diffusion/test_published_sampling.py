@@ -60,7 +60,7 @@ def test_ddim_keeps_the_eps_of_the_network(kind, form):
 @pytest.mark.parametrize('form', [1, 2])
 @pytest.mark.parametrize('variance', ['large', 'small'])
 def test_ddpm_on_the_published_times(variance, form, monkeypatch):
-  data = stored()
+  data, keys = stored(), jax.random.split(jax.random.key(0), 1)
   noise = jnp.asarray(data[f'step_noise_form{form}'])
   given = types.SimpleNamespace(fold_in=lambda key, k: k, normal=lambda k, shape: noise[k])
   monkeypatch.setattr(samplers, 'jax', types.SimpleNamespace(vmap=jax.vmap, lax=jax.lax, random=given))
@@ -68,7 +68,7 @@ def test_ddpm_on_the_published_times(variance, form, monkeypatch):
   np.testing.assert_allclose(times[:-1][::-1] * 1000 - 1, data['indices_ddpm'], atol=1e-9)
   got = samplers.sample_ddpm(
     replay(data[f'ddpm_fixed{variance}_form{form}_eps'], times, both=False), LINEAR,
-    jnp.asarray(data['noise']), jnp.zeros(1), num_steps=20, grid='published_uniform', variance=variance,
+    jnp.asarray(data['noise']), keys, num_steps=20, grid='published_uniform', variance=variance,
   )  # fmt: skip
   np.testing.assert_allclose(got, data[f'ddpm_fixed{variance}_form{form}'], atol=5e-5)
 

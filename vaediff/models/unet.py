@@ -87,7 +87,7 @@ class UNet(nn.Module):
     drop: Drop = {},  # noqa: B006
     *,
     deterministic: bool = True,
-  ) -> Float[Array, 'batch height width channels']:
+  ) -> Float[Array, 'batch height width outputs']:
     """Returns the network's prediction, float32, unbounded; behind it the channels of a learned variance.
 
     Args:
@@ -161,10 +161,11 @@ class UNet(nn.Module):
 
   def _conv_out(self, zero_init: bool) -> nn.Conv:
     """Returns the last convolution, whose channels of the variance start at zero in any case."""
-    if not self.learned_variance:
-      return layers.conv3x3(self.image_channels, name='conv_out', dtype=jnp.float32, zero_init=zero_init)
-    conv = layers.conv3x3(2 * self.image_channels, name='conv_out', dtype=jnp.float32, zero_init=zero_init)
-    return conv if zero_init else conv.clone(kernel_init=_zero_behind(self.image_channels))
+    outputs = 2 * self.image_channels if self.learned_variance else self.image_channels
+    if zero_init or not self.learned_variance:
+      return layers.conv3x3(outputs, name='conv_out', dtype=jnp.float32, zero_init=zero_init)
+    init = _zero_behind(self.image_channels)
+    return nn.Conv(outputs, kernel_size=(3, 3), kernel_init=init, dtype=jnp.float32, name='conv_out')
 
   def _down(self, h: Array, emb: Array, options: BlockOptions) -> tuple[list[Array], list[Array]]:
     """Returns the maps that the way up reads back, and those of `features`."""
