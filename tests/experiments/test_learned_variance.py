@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from vaediff import experiments
 from vaediff.diffusion import importance, likelihood
@@ -112,11 +113,10 @@ def test_the_bound_of_training_is_that_of_the_evaluation():
   assert float(trained) == pytest.approx(float(evaluated), rel=1e-4)
 
 
-class Small:
+class Small(nn.Module):
   """A network that says x0 = 0.1 and f = 0.75, whatever it reads."""
 
-  def apply(self, variables, x_t, t, values, drop, *, method=None, rngs=None, deterministic=True):
-    del variables, t, values, drop, method, rngs, deterministic
+  def __call__(self, x_t, t, values={}, drop={}, *, deterministic=True):  # noqa: B006
     return jnp.concatenate([jnp.full_like(x_t, 0.1), jnp.full_like(x_t, 0.5)], axis=-1)
 
 
@@ -174,9 +174,8 @@ def test_the_losses_of_parts_are_those_of_the_whole(monkeypatch):
     )  # fmt: skip
     state = jax.eval_shape(experiment.init, jax.random.key(0))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
-    key = jax.random.key(4)
-    after, _ = jax.jit(experiment.train_step)(state, {}, batch, key)
-    index, _ = importance.draw(importance.start(1000), jax.random.split(key)[0], 8)
+    after, _ = jax.jit(experiment.train_step)(state, {}, batch, jax.random.key(4))
+    index, _ = importance.draw(importance.start(1000), jax.random.split(jax.random.key(4))[0], 8)
     losses = (batch['image'] / 127.5 - 1).mean((1, 2, 3)) + index + 1
     expected = importance.update(importance.start(1000), index, losses)
     np.testing.assert_allclose(after.extra['losses']['losses'], expected['losses'], rtol=1e-5)
