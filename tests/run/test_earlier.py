@@ -80,7 +80,11 @@ def test_a_diffusion_of_before_the_learned_variance_is_what_it_was():
   stored = json.loads(json.dumps(wanted))
   sections = [stored[name] for name in ('refiner', 'distill_2', 'distill_1')]
   for section in sections:
-    del section['diffusion']['variance'], section['model']['resblock_updown'], section['model']['head_channels']
+    del (
+      section['diffusion']['variance'],
+      section['model']['resblock_updown'],
+      section['model']['head_channels'],
+    )
     del section['sample']['recompute_eps'], section['sample']['bound_steps']
     if section['experiment'] == 'diffusion':
       del section['loss']

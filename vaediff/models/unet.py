@@ -11,6 +11,8 @@ ways are a residual, an attention and a residual block.
 Must not import diffusion, experiments, run, config or data.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -249,7 +251,7 @@ def prediction_alone(params: Params, like: Params) -> Params:
 def _zero_behind(channels: int) -> nn.initializers.Initializer:
   """Returns the usual initialiser of the first output channels, and zeros behind them."""
 
-  def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+  def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     kernel = layers.uniform_fan_in(key, (*shape[:-1], channels), dtype)
     return jnp.concatenate([kernel, jnp.zeros((*shape[:-1], shape[-1] - channels), dtype)], axis=-1)
 
