@@ -10,11 +10,14 @@ Figures are those of temperature 1. `pictures` draws as the paper's pictures wer
     python -m vaediff.main --config=configs/celeba256.py:pictures --workdir=runs/celeba256 --mode=sample
 
 Denoising GANs with their papers' settings (2 steps): `ddgan`, `wavelet`, `latent` (64x64x3, 8,192 codes).
+`latent_diffusion` has the size of latent diffusion's network for these images (arXiv:2112.10752), in the same
+latents: 274,056,163 parameters, joined with `unconditional`; what it is conditioned on comes on top.
 
 Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_papers, parts, presets
+from configs.stages import diffusion
 
 DATA = {
   'name': 'celeb_a_hq/256',
@@ -43,6 +46,11 @@ def _pictures(run):
   run.edit('refiner', lambda stage: stage.sample.update({'temperature': 0.8}))
 
 
+def _latent_diffusion(run):
+  run.edit('autoencoder', gan_papers.vq_f4)
+  diffusion.published_latent_diffusion(run, presets.UNET['ldm_celeba256'])
+
+
 def _folder(run):
   run.config.data.update({'source': 'image_folder', 'name': 'celeba256', 'resize': 'bilinear'})
 
@@ -54,6 +62,7 @@ OWN = {
   'ddgan': gan_papers.celeba256_ddgan,
   'wavelet': gan_papers.celeba256_wavelet,
   'latent': gan_papers.celeba256_latent,
+  'latent_diffusion': _latent_diffusion,
 }
 
 

@@ -64,15 +64,24 @@ def celeba256_wavelet(run: Run) -> None:
   ddgan.train.update({'num_steps': 227_000, 'batch_size': 64})
 
 
+def vq_f4(autoencoder: ConfigDict) -> None:
+  """Latent diffusion's autoencoder of 64x64x3 latents for 256 pixels, with 8,192 codes."""
+  autoencoder.model.update({'latent_channels': 3, 'bottleneck': 'vq', 'codebook_size': 8192})
+  autoencoder.loss.update({'adversarial_weight': 0.75, 'adversarial_start_step': 0})
+
+
+def kl_f8(autoencoder: ConfigDict) -> None:
+  """Latent diffusion's autoencoder of 32x32x4 latents for 256 pixels."""
+  autoencoder.model.channel_multipliers = (1, 2, 4, 4)
+
+
 def celeba256_latent(run: Run) -> None:
   """400 epochs of batch 128, 2 steps, on 64x64x3 latents with 8,192 codes, quantised in the decoder."""
   ddgan = high_resolution(run, num_steps=2, r1_gamma=2.0, learning_rate=2e-4)
   gan.latent(run)
   ddgan.optim.ema_decay = 0.999
   ddgan.train.update({'num_steps': 91_000, 'batch_size': 128})
-  autoencoder = run.section('autoencoder')
-  autoencoder.model.update({'latent_channels': 3, 'bottleneck': 'vq', 'codebook_size': 8192})
-  autoencoder.loss.update({'adversarial_weight': 0.75, 'adversarial_start_step': 0})
+  vq_f4(run.section('autoencoder'))
 
 
 def lsun_church256_ddgan(run: Run) -> None:
@@ -98,4 +107,4 @@ def lsun_church256_latent(run: Run) -> None:
   ddgan.optim.ema_decay = 0.999
   ddgan.train.update({'num_steps': 375_000, 'batch_size': 128})
   ddgan.model.update({'num_res_blocks': 3, 'latent_dim': 50})
-  run.section('autoencoder').model.channel_multipliers = (1, 2, 4, 4)
+  kl_f8(run.section('autoencoder'))

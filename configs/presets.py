@@ -1,5 +1,6 @@
-"""Network sizes of the papers: DiffuseVAE's block strings (arXiv:2201.00308, official configuration files).
+"""Network sizes of the papers: DiffuseVAE's block strings, and U-Nets.
 
+DiffuseVAE (arXiv:2201.00308), of its official configuration files; Improved DDPM, ADM and latent diffusion.
 Block grammar: `RxN` N residual blocks at resolution R; `RdK` one block, then average pooling by K; `RuK`
 nearest upsampling by K; `AtB` 1x1 convolution from the width of A to the width of B.
 """
@@ -48,6 +49,53 @@ VAE = {
   'celebahq256': _VAE_256,
   'afhq256': _VAE_256,
 }
+
+
+def unet(channels: int, multipliers: tuple, num_res_blocks: int, attention: tuple, **more) -> dict:
+  return {
+    'variant': 'openai',
+    'channels': channels,
+    'channel_multipliers': multipliers,
+    'num_res_blocks': num_res_blocks,
+    'attention_resolutions': attention,
+    'dropout': 0.0,
+    **more,
+  }
+
+
+def _iddpm(channels: int, multipliers: tuple, num_res_blocks: int, attention=(16, 8), **more) -> dict:
+  """Improved DDPM (arXiv:2102.09672), with the flags of its repository."""
+  own = {'num_heads': 4, 'scale_shift_norm': True, **more}
+  return unet(channels, multipliers, num_res_blocks, attention, **own)
+
+
+def _adm(channels: int, multipliers: tuple, num_res_blocks: int, attention=(32, 16, 8), **more) -> dict:
+  """ADM (arXiv:2105.05233), with the flags of its repository."""
+  own = {'num_heads': 4, 'head_channels': 64, 'scale_shift_norm': True, 'resblock_updown': True, **more}
+  return unet(channels, multipliers, num_res_blocks, attention, **own)
+
+
+UNET = {
+  # with diffusion.variance = 'learned'
+  'iddpm_cifar10': _iddpm(128, (1, 2, 2, 2), 3, dropout=0.3),
+  'iddpm_imagenet64': _iddpm(128, (1, 2, 3, 4), 3),
+  'iddpm_imagenet64_class': _iddpm(192, (1, 2, 3, 4), 3),
+  'iddpm_upsampler_64_256': _iddpm(192, (1, 1, 2, 2, 4, 4), 2),
+  'iddpm_lsun256': _iddpm(128, (1, 1, 2, 2, 4, 4), 2, (16,), num_heads=1, scale_shift_norm=False),
+  'adm64': _adm(192, (1, 2, 3, 4), 3, dropout=0.1),
+  'adm128': _adm(256, (1, 1, 2, 3, 4), 2, head_channels=0),
+  'adm256': _adm(256, (1, 1, 2, 2, 4, 4), 2),
+  'adm512': _adm(256, (0.5, 1, 1, 2, 2, 4, 4), 2),
+  'adm_upsampler_64_256': _adm(192, (1, 1, 2, 2, 4, 4), 2, head_channels=0),
+  # 302.88 M; with the multipliers (1, 1, 2, 2, 4, 4) of today's repository it has 308.84 M
+  'adm_upsampler_128_512': _adm(192, (0.5, 1, 1, 2, 2, 4, 4), 2, (32, 16)),
+  # of latents, with a fixed variance: latent diffusion (arXiv:2112.10752)
+  'ldm_celeba256': unet(224, (1, 2, 3, 4), 2, (32, 16, 8), head_channels=32),
+  'ldm_lsun_church256': unet(
+    192, (1, 2, 2, 4, 4), 2, (32, 16, 8, 4), num_heads=8, scale_shift_norm=True, resblock_updown=True
+  ),
+}
+"""Fields of `config.refiner.model`; those with a half as multiplier are for `models.unet.UNet` itself."""
 
 
 def tiny_vae(image_size: int) -> dict:

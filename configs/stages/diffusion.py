@@ -30,13 +30,23 @@ def section() -> ConfigDict:
   config.model = _unet()
   config.diffusion = ConfigDict(
     {
-      'schedule': 'linear',  # 'linear' (betas 1e-4 .. 0.02, 1000 steps) | 'cosine'
+      # tables of 1000 steps: 'linear' (betas 1e-4 .. 0.02) | 'sqrt_linear' (latent diffusion's, 0.0015 ..
+      # 0.0195) | 'iddpm_cosine'; continuous: 'cosine'
+      'schedule': 'linear',
       'prediction': 'eps',  # 'eps' | 'x0' | 'v'
       'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
       'condition': 'formulation1',  # 'none' | 'formulation1' | 'formulation2'
       'z_conditioning': False,
       'condition_dropout': 0.0,  # probability, per example, of the learned null of x0_vae and z
       'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
+      'variance': 'fixed',  # of the steps: 'fixed' | 'learned', by as many channels more of the network
+    }
+  )
+  config.loss = ConfigDict(
+    {
+      'objective': 'hybrid',  # of a learned variance: 'hybrid', the bound beside the denoising loss | 'bound'
+      'vlb_weight': 0.001,  # hybrid: of the bound, in bits per dimension
+      'time_sampler': 'uniform',  # 'uniform' | bound: 'loss_second_moment', importance sampling
     }
   )
   config.optim = parts.optim(2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999)
@@ -45,9 +55,13 @@ def section() -> ConfigDict:
     # 'ddpm' | 'ddim' | 'heun' | 'dpmpp_2m' | 'euler_maruyama' | for students 'renoise' | 'there_and_back'
     sampler='ddim',
     num_steps=50,
-    grid='uniform',  # of times: 'uniform' | 'quadratic' | 'karras'
+    # of times: 'uniform' | 'quadratic' | 'karras' | 'both_ends' (Improved DDPM's); to repeat published
+    # figures, from below t = 1: 'leading' | 'published_uniform' | 'published_quadratic'
+    grid='uniform',
     eta=0.0,  # ddim: 0 = deterministic, 1 = ancestral
-    variance='large',  # ddpm: 'small' | 'large'
+    recompute_eps=True,  # ddim: eps after clipping is that of the clipped x0_hat; False: the network's own
+    variance='large',  # ddpm, and the bound: 'small' | 'large' | 'learned'
+    bound_steps=0,  # the variational bound is that of so many steps of the grid; 0 = of the whole table
     temperature=1.0,  # standard deviation of the starting noise, of pictures and figures; students have 1
     guidance_weight=0.0,  # classifier-free guidance, all conditions dropped; 0 = conditional network only
     guidance=(),  # ((condition, weight), ...): each one more term, that condition alone dropped
@@ -70,7 +84,9 @@ def _unet() -> ConfigDict:
       'attention_resolutions': (16,),  # in pixels of the space's maps
       'num_heads': 8,
       'dropout': 0.1,
+      'head_channels': 0,  # of each attention head, in place of num_heads; 0 = by num_heads
       'scale_shift_norm': False,
+      'resblock_updown': False,  # residual blocks halve and double maps, as in ADM
       'guidance_embedding': False,  # the guidance weight is an input: students of guided teachers
       'remat': False,  # recompute activations in the backward pass
       'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'
@@ -187,6 +203,18 @@ def _drop_what_there_is(run: Run) -> None:
     refiner.diffusion.condition_dropout = 0.0
 
 
+def _learned_variance(refiner: ConfigDict) -> None:
+  refiner.diffusion.variance = 'learned'
+  if refiner.diffusion.schedule == 'cosine':
+    refiner.diffusion.schedule = 'iddpm_cosine'  # a bound is a sum over a table
+  refiner.sample.update({'sampler': 'ddpm', 'variance': 'learned', 'grid': 'both_ends'})
+
+
+def learned_variance(run: Run) -> None:
+  """Improved DDPM: the network says the variance of each step, which the bound beside its loss trains."""
+  run.edit('refiner', _learned_variance)
+
+
 def _label(refiner: ConfigDict) -> None:
   with refiner.conditions.unlocked():
     refiner.conditions.label = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
@@ -234,6 +262,13 @@ def latent_diffusion(run: Run) -> None:
   run.at_end(fit)
 
 
+def published_latent_diffusion(run: Run, model: dict) -> None:
+  """The same with a published network, whose levels are not cut, and latent diffusion's betas."""
+  latent_diffusion(run)
+  run.section('refiner').diffusion.schedule = 'sqrt_linear'
+  run.at_end(lambda run: run.section('refiner').model.update(model))
+
+
 def wavelet_diffusion(run: Run) -> None:
   """Diffusion of the Haar wavelets: maps of half the side and four times the channels."""
   refiner = run.section('refiner')
@@ -249,6 +284,7 @@ VARIANTS = {
   'formulation2': formulation2,
   'z': z,
   'guided': guided,
+  'learned_variance': learned_variance,
   'label': label,
   'restoration': restoration,
   'latent_diffusion': latent_diffusion,

@@ -157,8 +157,8 @@ def test_errors():
   for sample in samplers.SAMPLERS.values():
     with pytest.raises(UserError, match=r'sample\.num_steps must be >= 1, got 0'):
       sample(denoise, LINEAR, y, keys, num_steps=0)
-  with pytest.raises(UserError, match=r"sample\.variance must be one of .*'small'.*got 'learned'"):
-    samplers.sample_ddpm(denoise, LINEAR, y, keys, num_steps=2, variance='learned')
+  with pytest.raises(UserError, match=r"sample\.variance must be one of .*'small'.*got 'middle'"):
+    samplers.sample_ddpm(denoise, LINEAR, y, keys, num_steps=2, variance='middle')
   for eta in (-0.1, 1.5):
     with pytest.raises(UserError, match=rf'sample\.eta must be in \[0, 1\], got {eta}'):
       samplers.sample_ddim(denoise, LINEAR, y, keys, num_steps=2, eta=eta)

@@ -111,7 +111,7 @@ def test_make_schedule():
   assert schedules.make_schedule('cosine').train_steps == 0
   for name in schedules.SCHEDULES:
     assert isinstance(schedules.make_schedule(name), schedules.Schedule)
-  with pytest.raises(UserError, match=r"schedule\.name .*'cosine', 'linear'.*'sigmoid'"):
+  with pytest.raises(UserError, match=r"schedule\.name .*'cosine', 'iddpm_cosine', 'linear'.*'sigmoid'"):
     schedules.make_schedule('sigmoid')
   with pytest.raises(UserError, match=r'schedule\.beta_min is not an option.*logsnr_min'):
     schedules.make_schedule('cosine', beta_min=0.1)
@@ -130,6 +130,34 @@ def test_make_schedule():
 def test_bad_options(name, options, message):
   with pytest.raises(UserError, match=message):
     schedules.make_schedule(name, **options)
+
+
+@pytest.mark.parametrize(
+  ('train_steps', 'expected'),
+  [
+    (1000, {1: 4.12842248e-5, 2: 4.61417527e-5, 501: 0.00315569144, 999: 0.749999393, 1000: 0.999}),
+    (4000, {1: 9.86581881e-6}),
+  ],
+)
+def test_betas_of_iddpm_cosine(train_steps, expected):
+  betas = schedules.IddpmCosine(train_steps=train_steps).betas()
+  for i, beta in expected.items():
+    assert betas[i - 1] == pytest.approx(beta, rel=2e-9)
+  assert np.sum(betas == schedules.IddpmCosine.LARGEST_BETA) == 1
+
+
+def test_alpha_bar_of_iddpm_cosine():
+  schedule = schedules.make_schedule('iddpm_cosine')
+  assert np.exp(schedule.log_alpha_bar(0.501)) == pytest.approx(0.492285, abs=5e-7)
+  assert float(schedule.alpha(jnp.float32(0.501))) == pytest.approx(np.sqrt(0.492285), abs=1e-6)
+  with pytest.raises(UserError, match='train_steps must be >= 1 for iddpm_cosine, got 0'):
+    schedules.IddpmCosine(train_steps=0)
+
+
+def test_betas_of_latent_diffusion():
+  betas = schedules.make_schedule('sqrt_linear').betas()
+  np.testing.assert_allclose(betas[[0, -1]], [0.0015, 0.0195], rtol=1e-12)
+  np.testing.assert_allclose(np.diff(np.sqrt(betas), 2), 0, atol=1e-15)
 
 
 def test_schedules_are_hashable_static_arguments():

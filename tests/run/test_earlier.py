@@ -89,3 +89,20 @@ def test_sections_that_the_stages_read_are_kept():
   config = old('adversarial_refiner')
   config['stages'], config['refiner']['diffusion']['condition'] = ['refiner'], 'none'
   assert 'vae' not in earlier.upgrade(config)
+
+
+def test_a_diffusion_of_before_the_learned_variance_is_what_it_was():
+  """Its variance was fixed, its U-Net halved by convolutions, and clipping made another eps."""
+  wanted = json.loads(json.dumps(now('distill').to_dict()))
+  stored = json.loads(json.dumps(wanted))
+  sections = [stored[name] for name in ('refiner', 'distill_2', 'distill_1')]
+  for section in sections:
+    del (
+      section['diffusion']['variance'],
+      section['model']['resblock_updown'],
+      section['model']['head_channels'],
+    )
+    del section['sample']['recompute_eps'], section['sample']['bound_steps']
+    if section['experiment'] == 'diffusion':
+      del section['loss']
+  assert earlier.upgrade(stored) == wanted

@@ -4,15 +4,15 @@
 
 On the host in float64, for every interval of a grid of times. The step onto t = 0 is x0_hat itself.
 
-Imports numpy and `vaediff.diffusion.schedules` only.
+Imports numpy, `vaediff.diffusion.grids` and `vaediff.diffusion.schedules` only.
 """
 
 import numpy as np
 from jaxtyping import Float
 
+from vaediff.diffusion.grids import Times
 from vaediff.diffusion.schedules import Schedule
 
-Times = Float[np.ndarray, ' times']
 Column = Float[np.ndarray, ' rows']
 
 

@@ -11,6 +11,7 @@ Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 
 from collections.abc import Callable
 
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from vaediff.diffusion.schedules import Schedule, TimeLike
@@ -21,6 +22,10 @@ PREDICTIONS = ('x0', 'eps', 'v')
 
 Denoise = Callable[[Float[Array, 'batch *shape'], Time], Float[Array, 'batch *shape']]
 """denoise(y_t, t) -> x0_hat: network, condition, prediction type and formulation in one."""
+DenoiseBoth = Callable[
+  [Float[Array, 'batch *shape'], Time], tuple[Float[Array, 'batch *shape'], Float[Array, 'batch *shape']]
+]
+"""The same, and beside x0_hat a second map: what a learned variance or an unclipped eps_hat is made of."""
 
 
 def per_example(
@@ -62,6 +67,25 @@ def posterior_coefficients(
   alpha_s, beta = schedule.alpha(s), schedule.beta(s, t)
   ratio = (schedule.sigma(s) / schedule.sigma(t)) ** 2
   return alpha_s * beta / schedule.sigma(t) ** 2, schedule.alpha(t) / alpha_s * ratio, beta * ratio
+
+
+def log_variances(
+  schedule: Schedule, times: Float[np.ndarray, ' times']
+) -> tuple[Float[np.ndarray, ' steps'], Float[np.ndarray, ' steps']]:
+  """Returns (log beta~, log beta) of the steps of a decreasing grid: the ends of a learned variance.
+
+  Improved DDPM (arXiv:2102.09672, eq. 15) has log Sigma = f log beta + (1 - f) log beta~, with the fraction f
+  from the network. beta and beta~ are those of the grid in use: of beta_{t|s} and of the posterior of
+  `posterior_coefficients`. The posterior of the step onto t = 0 has no variance; there log beta~ is that of
+  the step before it, and log beta where there is none.
+  """
+  t, s = times[:-1], times[1:]
+  log_high = np.log(schedule.beta(s, t))
+  with np.errstate(divide='ignore'):
+    log_low = np.log(posterior_coefficients(s, t, schedule)[2])
+  if times[-1] == 0:
+    log_low[-1] = log_low[-2] if len(t) > 1 else log_high[-1]
+  return log_low, log_high
 
 
 def posterior(

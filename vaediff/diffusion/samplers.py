@@ -7,7 +7,8 @@ Every sampler here is linear in what it has seen: each network evaluation is fol
 with n ~ N(0, I), so a sampler is a table of these numbers, computed on the host in float64 from the
 time grid, and one `lax.scan` runs them all. The noise estimate is thereby always the one implied by
 y and x0_hat, so clipping inside `denoise` stays consistent. The step onto t = 0 returns x0_hat
-itself, without noise or arithmetic.
+itself, without noise or arithmetic. Two options need a second map of the network beside x0_hat (`beside`):
+then `denoise` returns both, and the equation has one term more, or a noise that differs between pixels.
 
 All take `(denoise, schedule, y, keys, *, num_steps, grid, t_start, t_end, trajectory)` and their
 own options:
@@ -21,7 +22,7 @@ own options:
     keys[i] and k alone, so example i is the same for every batch size. Unused where the sampler
     adds no noise.
   num_steps: steps from t_start to t_end, at least 1.
-  grid: 'uniform', 'quadratic' or 'karras'; see `time_grid`.
+  grid: a name in `ALL_GRIDS`; see `grids.time_grid`.
   t_start, t_end: Python numbers, 0 <= t_end < t_start <= 1. At t_end > 0 the result is y at t_end,
     not x0.
   trajectory: if set, the result is (x0, states) with the states at the times of the grid, an array
@@ -32,7 +33,7 @@ Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,8 +41,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vaediff.diffusion.flows import Column, Times, ode_coefficients, sde_coefficients
-from vaediff.diffusion.gaussian import Denoise, posterior_coefficients
+from vaediff.diffusion.flows import Column, ode_coefficients, sde_coefficients
+from vaediff.diffusion.gaussian import Denoise, DenoiseBoth, log_variances, posterior_coefficients
+from vaediff.diffusion.grids import ALL_GRIDS, GRIDS, Times, time_grid  # noqa: F401
 from vaediff.diffusion.schedules import Schedule
 from vaediff.errors import UserError
 from vaediff.types import Keys
@@ -49,91 +51,9 @@ from vaediff.types import Keys
 State = Float[Array, 'batch *shape']
 Trajectory = Float[Array, 'times batch *shape']
 
-KARRAS_RHO = 7.0
-KARRAS_LEVEL_MIN = 0.002
-
-
-def _karras_grid(schedule: Schedule, num_steps: int, t_start: float, t_end: float) -> Times:
-  """Returns times evenly spaced in (sigma_t / alpha_t)^(1/7) (arXiv:2206.00364, eq. 5).
-
-  The level of t = 0 is zero or arbitrary, so for t_end = 0 the spacing ends one step earlier, at
-  the first table point of a table schedule and at level 0.002 (their sigma_min) in continuous time,
-  and the last step goes on to 0. That level's time is at most t_start / 2.
-  """
-
-  def root_level(t):
-    return np.exp(-0.5 * schedule.logsnr(t) / KARRAS_RHO)
-
-  def time_of(roots):  # bisection: the level increases with t
-    low, high = np.zeros_like(roots), np.ones_like(roots)
-    for _ in range(60):
-      middle = 0.5 * (low + high)
-      above = root_level(middle) > roots
-      low, high = np.where(above, low, middle), np.where(above, middle, high)
-    return 0.5 * (low + high)
-
-  t_low, num_intervals = t_end, num_steps
-  if t_end == 0:
-    if schedule.train_steps:
-      t_low = 1 / schedule.train_steps
-    else:
-      t_low = time_of(np.array([KARRAS_LEVEL_MIN ** (1 / KARRAS_RHO)])).item()
-    t_low, num_intervals = min(t_low, 0.5 * t_start), num_steps - 1
-  roots = np.linspace(root_level(t_start), root_level(t_low), num_intervals + 1)
-  times = time_of(roots)
-  return times if t_end > 0 else np.append(times, 0.0)
-
-
-GRIDS: dict[str, Callable[[Schedule, int, float, float], Times]] = {
-  'uniform': lambda schedule, n, t_start, t_end: np.linspace(t_start, t_end, n + 1),
-  'quadratic': lambda schedule, n, t_start, t_end: np.linspace(t_start**0.5, t_end**0.5, n + 1) ** 2,
-  'karras': _karras_grid,
-}
-
-
-def time_grid(
-  schedule: Schedule, kind: str, num_steps: int, t_start: float = 1.0, t_end: float = 0.0
-) -> Times:
-  """Returns `num_steps` + 1 strictly decreasing times, from exactly `t_start` to exactly `t_end`.
-
-  A network trained on a table has seen only t = i/T: as long as there are enough table points,
-  interior times are moved to distinct ones. With more steps than the table the times stay between
-  its points.
-
-  Args:
-    schedule: its `train_steps` is T; 0 leaves times where they are.
-    kind: 'uniform' in t; 'quadratic', uniform in sqrt(t), denser near data; 'karras', uniform in
-      (sigma_t / alpha_t)^(1/7), ending at table point 1, or at level 0.002, before the step to
-      t_end = 0.
-    num_steps: at least 1.
-    t_start: in (t_end, 1].
-    t_end: in [0, t_start).
-
-  Raises:
-    UserError: for an unknown kind, fewer than one step, or ends out of order.
-  """
-  if num_steps < 1:
-    raise UserError(f'sample.num_steps must be >= 1, got {num_steps}')
-  if kind not in GRIDS:
-    raise UserError(f'sample.grid must be one of {sorted(GRIDS)}, got {kind!r}')
-  if not 0 <= t_end < t_start <= 1:
-    raise UserError(
-      'sample.t_start and sample.t_end must satisfy 0 <= t_end < t_start <= 1, got '
-      f't_start={t_start}, t_end={t_end}'
-    )
-  times = GRIDS[kind](schedule, num_steps, t_start, t_end)
-  times[0], times[-1] = t_start, t_end
-  # Table points strictly between the ends; rounding hides that 0.3 * 1000 is not exactly 300.
-  lowest = int(np.floor(np.round(t_end * schedule.train_steps, 6))) + 1
-  highest = int(np.ceil(np.round(t_start * schedule.train_steps, 6))) - 1
-  if num_steps - 1 <= highest - lowest + 1:
-    rank = np.arange(num_steps - 1)
-    nearest = np.rint(times[-2:0:-1] * schedule.train_steps)
-    # index - rank is non-decreasing exactly when the indices are strictly increasing.
-    slack = np.maximum.accumulate(nearest - rank)
-    index = np.clip(slack, lowest, highest - (num_steps - 2)) + rank
-    times[-2:0:-1] = index / schedule.train_steps
-  return times
+FRACTION = 'fraction'
+UNCLIPPED = 'unclipped'
+"""What `denoise` returns beside x0_hat: the fraction of a learned log variance, or x0_hat before clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +61,8 @@ class _Table:
   """One row per network evaluation at `time`, with the coefficients of the module's equation.
 
   `advance` rows make y_next the new y_base and are the steps of the grid; the others are
-  intermediate.
+  intermediate. With `unclipped`, or `log_low` and `log_high`, `denoise` returns a second map m: then y_next
+  has unclipped * m more, or n is multiplied by exp((log_low + m (log_high - log_low)) / 2), pixel by pixel.
   """
 
   time: Column
@@ -150,27 +71,39 @@ class _Table:
   current: Column
   noise: Column
   advance: np.ndarray
+  unclipped: Column | None = None
+  log_low: Column | None = None
+  log_high: Column | None = None
+
+
+NUMBERS = ('time', 'keep', 'previous', 'current', 'noise', 'unclipped', 'log_low', 'log_high')
 
 
 def _run(
-  denoise: Denoise, y: State, keys: Keys, table: _Table, trajectory: bool
+  denoise: Denoise | DenoiseBoth, y: State, keys: Keys, table: _Table, trajectory: bool
 ) -> State | tuple[State, Trajectory]:
   """Returns the last state, and with `trajectory` the states of all grid times, by one scan."""
   y = y.astype(jnp.float32)
   noisy = bool(np.any(table.noise))
-  rows = {
-    name: jnp.asarray(getattr(table, name), jnp.float32)
-    for name in ('time', 'keep', 'previous', 'current', 'noise')
-  }
+  rows = {name: getattr(table, name) for name in NUMBERS}
+  rows = {name: jnp.asarray(column, jnp.float32) for name, column in rows.items() if column is not None}
+  two_maps = not rows.keys().isdisjoint({'unclipped', 'log_low'})
   rows |= {'advance': jnp.asarray(table.advance), 'k': jnp.arange(len(table.time))}
 
   def step(carry, row):
     base, state, x0_previous = carry
     t = jnp.broadcast_to(row['time'], y.shape[:1])
-    x0_hat = denoise(state, t).astype(jnp.float32)
+    found = denoise(state, t)
+    x0_hat, more = found if two_maps else (found, None)
+    x0_hat = x0_hat.astype(jnp.float32)
     state = row['keep'] * base + row['previous'] * x0_previous + row['current'] * x0_hat
+    if 'unclipped' in row:
+      state += row['unclipped'] * more
     if noisy:
-      state += row['noise'] * jax.vmap(
+      scale = row['noise']
+      if 'log_low' in row:
+        scale *= jnp.exp(0.5 * (row['log_low'] + more * (row['log_high'] - row['log_low'])))
+      state += scale * jax.vmap(
         lambda key: jax.random.normal(jax.random.fold_in(key, row['k']), y.shape[1:])
       )(keys)
     base = jnp.where(row['advance'], state, base)
@@ -183,7 +116,13 @@ def _run(
 
 
 def _steps(
-  times: Times, keep: Column, current: Column, *, previous: Column | None = None, noise: Column | None = None
+  times: Times,
+  keep: Column,
+  current: Column,
+  *,
+  previous: Column | None = None,
+  noise: Column | None = None,
+  **second: Column,
 ) -> _Table:
   """Returns the table of one network evaluation per interval of the grid."""
   zeros = np.zeros_like(keep)
@@ -194,6 +133,7 @@ def _steps(
     current,
     zeros if noise is None else noise,
     np.ones(len(keep), bool),
+    **second,
   )
 
 
@@ -204,7 +144,7 @@ def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State,
   """
 
   def sample(
-    denoise: Denoise,
+    denoise: Denoise | DenoiseBoth,
     schedule: Schedule,
     y: State,
     keys: Keys,
@@ -224,34 +164,44 @@ def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State,
   return sample
 
 
+VARIANCES = ('small', 'large', 'learned')
+"""Of the steps of `sample_ddpm`."""
+
+
 @_sampler
 def sample_ddpm(schedule: Schedule, times: Times, variance: str = 'small') -> _Table:
   """Returns a DDPM ancestral sample (Ho et al. 2020, algorithm 2, arXiv:2006.11239), over any grid.
 
   y_s is drawn from q(y_s | y_t, x0_hat), with its variance for `variance` 'small' and with
   beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s for 'large'; no noise in the step onto t = 0. 'small'
-  is exact for data at a point and 'large' for data of unit variance.
+  is exact for data at a point and 'large' for data of unit variance. With 'learned' `denoise` returns
+  (x0_hat, fraction), and the variance is that of `gaussian.log_variances`, pixel by pixel.
 
   Raises:
-    UserError: if `variance` is neither 'small' nor 'large'.
+    UserError: if `variance` is none of these.
   """
-  if variance not in ('small', 'large'):
-    raise UserError(f"sample.variance must be one of ['large', 'small'], got {variance!r}")
+  if variance not in VARIANCES:
+    raise UserError(f'sample.variance must be one of {sorted(VARIANCES)}, got {variance!r}')
   current, keep, noise = posterior_coefficients(times[1:], times[:-1], schedule)
   if variance == 'large':
     noise = schedule.beta(times[1:], times[:-1])
+  second = {}
+  if variance == 'learned':
+    noise = np.ones_like(noise)
+    second = dict(zip(('log_low', 'log_high'), log_variances(schedule, times), strict=True))
   if times[-1] == 0:
     keep[-1], current[-1], noise[-1] = 0.0, 1.0, 0.0
-  return _steps(times, keep, current, noise=np.sqrt(noise))
+  return _steps(times, keep, current, noise=np.sqrt(noise), **second)
 
 
 @_sampler
-def sample_ddim(schedule: Schedule, times: Times, eta: float = 0.0) -> _Table:
+def sample_ddim(schedule: Schedule, times: Times, eta: float = 0.0, recompute_eps: bool = True) -> _Table:
   """Returns a DDIM sample, first order (Song et al. 2020, eqs. 12 and 16, arXiv:2010.02502).
 
   y_s = alpha_s x0_hat + sqrt(sigma_s^2 - w^2) eps_hat + w n, with w = eta times the posterior
   standard deviation of q(y_s | y_t, x0): `eta` 0 is deterministic, 1 is `sample_ddpm` with the
-  small variance.
+  small variance. eps_hat is that of the clipped x0_hat, or, without `recompute_eps`, the network's own: then
+  `denoise` returns (x0_hat clipped, x0_hat as it was), as DiffuseVAE's code does.
 
   Raises:
     UserError: if `eta` is outside [0, 1].
@@ -263,10 +213,15 @@ def sample_ddim(schedule: Schedule, times: Times, eta: float = 0.0) -> _Table:
   # eps_hat = (y - alpha_t x0_hat) / sigma_t is substituted, which leaves coefficients of y and
   # x0_hat.
   keep = np.sqrt(np.maximum(sigma[1:] ** 2 - variance, 0.0)) / sigma[:-1]
-  current = alpha[1:] - alpha[:-1] * keep
   if times[-1] == 0:
-    keep[-1], current[-1], variance[-1] = 0.0, 1.0, 0.0
-  return _steps(times, keep, current, noise=np.sqrt(variance))
+    keep[-1], variance[-1] = 0.0, 0.0
+  of_eps, current = -alpha[:-1] * keep, alpha[1:].copy()
+  if recompute_eps:
+    current += of_eps
+  if times[-1] == 0:
+    current[-1] = 1.0
+  second = {} if recompute_eps else {'unclipped': of_eps}
+  return _steps(times, keep, current, noise=np.sqrt(variance), **second)
 
 
 @_sampler
@@ -375,6 +330,14 @@ def get_sampler(name: str) -> Callable[..., State | tuple[State, Trajectory]]:
 def options(name: str) -> tuple[str, ...]:
   """Returns the names of what the sampler called `name` takes beside what all of them do."""
   return get_sampler(name).options
+
+
+def beside(name: str, options: Mapping[str, Any]) -> str:
+  """Returns the name of what a sampler with these options takes beside x0_hat; '' = nothing."""
+  own = get_sampler(name).options
+  if 'variance' in own and options['variance'] == 'learned':
+    return FRACTION
+  return UNCLIPPED if 'recompute_eps' in own and not options['recompute_eps'] else ''
 
 
 def num_function_evaluations(name: str, num_steps: int, t_end: float = 0.0) -> int:

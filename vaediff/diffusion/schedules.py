@@ -11,7 +11,7 @@ Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 import dataclasses
 import functools
 import inspect
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +68,37 @@ class Schedule(Protocol):
     return -_namespace(log_ratio)[0].expm1(log_ratio)
 
 
+class BetaTable(Schedule):
+  """A table of betas: alpha_bar_i = prod_{j<=i} (1 - beta_j), alpha_bar_0 = 1.
+
+  Exact at t = i/T; between table points log alpha_bar is linear in t. A subclass gives `betas`.
+  """
+
+  def betas(self) -> Float[np.ndarray, ' steps']:
+    """Returns beta_i for i = 1..T, float64, in (0, 1)."""
+    raise NotImplementedError
+
+  @functools.cached_property
+  def table(self) -> Float[np.ndarray, ' points']:
+    """Returns log alpha_bar_i for i = 0..T, float64."""
+    return np.concatenate([[0.0], np.cumsum(np.log1p(-self.betas()))])
+
+  def log_alpha_bar(self, t: TimeLike) -> TimeLike:
+    """Returns log alpha_bar_t, interpolated linearly between table points; exactly 0 at t = 0."""
+    xp, t = _namespace(t)
+    table = xp.asarray(self.table, t.dtype)
+    position = t * self.train_steps
+    below = xp.clip(xp.floor(position), 0, self.train_steps - 1)
+    fraction = position - below
+    index = below.astype(np.int32)
+    return table[index] * (1 - fraction) + table[index + 1] * fraction
+
+
 @dataclasses.dataclass(frozen=True)
-class LinearBeta(Schedule):
+class LinearBeta(BetaTable):
   """The linear beta table of DDPM (Ho et al. 2020, section 4, arXiv:2006.11239).
 
-  beta_i runs linearly from `beta_min` at i = 1 to `beta_max` at i = T, and
-
-      alpha_bar_i = prod_{j<=i} (1 - beta_j),    alpha_bar_0 = 1.
-
-  Exact at t = i/T; between table points log alpha_bar is linear in t.
+  beta_i runs linearly from `beta_min` at i = 1 to `beta_max` at i = T.
 
   Raises:
     UserError: if the table has no step, or a beta lies outside (0, 1) or the two are out of order.
@@ -95,21 +117,48 @@ class LinearBeta(Schedule):
         f'beta_min={self.beta_min}, beta_max={self.beta_max}'
       )
 
-  @functools.cached_property
-  def table(self) -> Float[np.ndarray, ' points']:
-    """Returns log alpha_bar_i for i = 0..T, float64."""
-    betas = np.linspace(self.beta_min, self.beta_max, self.train_steps)
-    return np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
+  def betas(self) -> Float[np.ndarray, ' steps']:
+    """Returns beta_i for i = 1..T, float64."""
+    return np.linspace(self.beta_min, self.beta_max, self.train_steps)
 
-  def log_alpha_bar(self, t: TimeLike) -> TimeLike:
-    """Returns log alpha_bar_t, interpolated linearly between table points; exactly 0 at t = 0."""
-    xp, t = _namespace(t)
-    table = xp.asarray(self.table, t.dtype)
-    position = t * self.train_steps
-    below = xp.clip(xp.floor(position), 0, self.train_steps - 1)
-    fraction = position - below
-    index = below.astype(np.int32)
-    return table[index] * (1 - fraction) + table[index + 1] * fraction
+
+@dataclasses.dataclass(frozen=True)
+class SqrtLinearBeta(LinearBeta):
+  """The beta table of latent diffusion: sqrt(beta_i) is linear (Rombach et al. 2022, arXiv:2112.10752)."""
+
+  beta_min: float = 0.0015
+  beta_max: float = 0.0195
+
+  def betas(self) -> Float[np.ndarray, ' steps']:
+    """Returns beta_i for i = 1..T, float64."""
+    return np.linspace(self.beta_min**0.5, self.beta_max**0.5, self.train_steps) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class IddpmCosine(BetaTable):
+  """The cosine beta table of Improved DDPM (Nichol & Dhariwal 2021, eq. 17, arXiv:2102.09672).
+
+  alpha_bar = cos^2((t + s) / (1 + s) pi / 2) over its value at t = 0, with s = `OFFSET`, and no beta above
+  `LARGEST_BETA`. It is not `Cosine`, which is continuous and has bounded logsnr.
+
+  Raises:
+    UserError: if the table has no step.
+  """
+
+  train_steps: int = 1000
+
+  OFFSET: ClassVar[float] = 0.008
+  LARGEST_BETA: ClassVar[float] = 0.999
+
+  def __post_init__(self):
+    if self.train_steps < 1:
+      raise UserError(f'schedule.train_steps must be >= 1 for iddpm_cosine, got {self.train_steps}')
+
+  def betas(self) -> Float[np.ndarray, ' steps']:
+    """Returns beta_i for i = 1..T, float64; the last one alone is clipped, for T of hundreds and more."""
+    t = np.arange(self.train_steps + 1) / self.train_steps
+    alpha_bar = np.cos((t + self.OFFSET) / (1 + self.OFFSET) * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], self.LARGEST_BETA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +204,12 @@ class Cosine(Schedule):
     return -_namespace(logsnr)[0].logaddexp(0.0, -logsnr)
 
 
-SCHEDULES = {'linear': LinearBeta, 'cosine': Cosine}
+SCHEDULES = {
+  'linear': LinearBeta,
+  'sqrt_linear': SqrtLinearBeta,
+  'iddpm_cosine': IddpmCosine,
+  'cosine': Cosine,
+}
 
 
 def make_schedule(name: str, **options: Any) -> Schedule:

@@ -13,6 +13,14 @@ list of terms, each against a weaker branch:
 (Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in x0). Two terms are nested guidance: with weights a for
 "without v" and b for "without c and v", x(0) + w1 (x(c) - x(0)) + w2 (x(c, v) - x(c)) has a = w2 - w1 and
 b = w1 - 1.
+
+A network with a learned variance (Nichol & Dhariwal 2021, arXiv:2102.09672) has as many channels more, v: the
+log variance of each pixel's step is between its two bounds at f = (v + 1) / 2, unclamped. It is trained by
+the variational bound beside the denoising loss, whose mean part the bound then does not move:
+
+    loss + vlb_weight T vb_t,    vb_t = one term of the bound, in bits per dimension
+
+or by the bound alone.
 """
 
 import dataclasses
@@ -23,14 +31,18 @@ from jaxtyping import Array, Float
 
 from vaediff.conditions.base import Conditions
 from vaediff.conditions.weight import WEIGHT
-from vaediff.diffusion import gaussian, guidance, losses, schedules
-from vaediff.diffusion.gaussian import Denoise
+from vaediff.diffusion import gaussian, guidance, likelihood, losses, schedules
+from vaediff.diffusion.gaussian import Denoise, DenoiseBoth
 from vaediff.models.functional import Model
 from vaediff.types import Drop, Read, Time, Values
 
 State = Float[Array, 'batch *shape']
 DENOISER = 'denoiser'
 """Name of the network that a diffusion trains."""
+LEARNED = 'learned'
+"""The variance of a network that says it; others have a 'fixed' one."""
+OBJECTIVES = ('hybrid', 'bound')
+"""Of a learned variance: the bound beside the denoising loss, or alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +74,10 @@ class Denoiser:
     terms: of guidance.
     shift: name of the value that is added to the state (Formulation 2); '' = none.
     network: its name in `read`.
+    variance: 'fixed', or 'learned' by a network whose output is twice as wide.
+    objective: of a learned variance, 'hybrid' or 'bound'.
+    vlb_weight: of the bound in the hybrid objective.
+    of_bytes: the data are bytes scaled to [-1, 1], whose bound is of a mass; else it is of a density.
   """
 
   model: Model
@@ -75,6 +91,10 @@ class Denoiser:
   terms: tuple[Term, ...] = ()
   shift: str = ''
   network: str = DENOISER
+  variance: str = 'fixed'
+  objective: str = 'hybrid'
+  vlb_weight: float = 0.0
+  of_bytes: bool = False
 
   @property
   def reads_weight(self) -> bool:
@@ -113,10 +133,26 @@ class Denoiser:
     drop: Drop = {},  # noqa: B006
     key_dropout: jax.Array | None = None,
   ) -> State:
-    """Returns the network's output at y_t; with a key dropout is on."""
-    return self.model.apply(
+    """Returns the network's prediction at y_t; with a key dropout is on."""
+    return self.outputs(read, y, t, values, drop, key_dropout)[0]
+
+  def outputs(
+    self,
+    read: Read,
+    y: State,
+    t: Time,
+    values: Values,
+    drop: Drop = {},  # noqa: B006
+    key_dropout: jax.Array | None = None,
+  ) -> tuple[State, State | None]:
+    """Returns the prediction, and the fraction f of a learned log variance, float32; None of a fixed one."""
+    output = self.model.apply(
       read[self.network], *self.inputs(y, t, values, drop), key_dropout=key_dropout
     )
+    if self.variance != LEARNED:
+      return output, None
+    prediction, v = jnp.split(output, 2, axis=-1)
+    return prediction, (v.astype(jnp.float32) + 1) / 2
 
   def features(self, read: Read, y: State, t: Time, values: Values) -> list[Array]:
     """Returns the maps of the network's way down and middle at y_t."""
@@ -140,35 +176,115 @@ class Denoiser:
 
     return denoise
 
-  def denoise(self, read: Read, values: Values) -> Denoise:
-    """Returns (y, t) -> x0_hat, guided and clipped, for the samplers.
+  def guided(self, read: Read, values: Values, first: Denoise | None = None) -> Denoise:
+    """Returns (y, t) -> x0_hat, guided and not yet clipped.
 
     A guidance weight among the values that the network does not read takes the place of the configured one.
+    `first` is x0_hat with all conditions, where it is already there.
     """
-    denoise, terms = self.x0_hat(read, values), self.guiding_terms()
+    denoise, terms = first or self.x0_hat(read, values), self.guiding_terms()
     weights = [term.weight for term in terms]
     if WEIGHT in values and not self.reads_weight and self.conditions.droppable:
       terms, weights = (Term(weight=0.0, without=self.conditions.droppable),), [values[WEIGHT]]
     weaker = [self.x0_hat(read, values, term.without) for term in terms]
-    denoise = guidance.guided(denoise, weaker, weights)
+    return guidance.guided(denoise, weaker, weights)
+
+  def clipping(self, denoise: Denoise) -> Denoise:
+    """Returns the denoiser with x0_hat clipped as the samplers want it."""
     if self.clip == 'static' and self.bound is not None:
       return guidance.clip(denoise, -self.bound, self.bound)
     if self.clip == 'dynamic':
       return guidance.threshold(denoise, self.threshold_percentile)
     return denoise
 
+  def denoise(self, read: Read, values: Values) -> Denoise:
+    """Returns (y, t) -> x0_hat, guided and clipped, for the samplers."""
+    return self.clipping(self.guided(read, values))
+
+  def with_unclipped(self, read: Read, values: Values) -> DenoiseBoth:
+    """Returns (y, t) -> (x0_hat guided and clipped, the same before it was clipped)."""
+    guided = self.guided(read, values)
+
+    def both(y: State, t: Time) -> tuple[State, State]:
+      x0_hat = guided(y, t)
+      return self.clipping(lambda y, t: x0_hat)(y, t), x0_hat
+
+    return both
+
+  def with_fraction(self, read: Read, values: Values) -> DenoiseBoth:
+    """Returns (y, t) -> (x0_hat guided and clipped, f of the branch that reads all conditions).
+
+    Guidance is of the mean alone. One pass gives both.
+    """
+
+    def both(y: State, t: Time) -> tuple[State, State]:
+      x0_hat, fraction = self.x0_hat_and_fraction(read, values)(y, t)
+      return self.clipping(self.guided(read, values, lambda y, t: x0_hat))(y, t), fraction
+
+    return both
+
+  def x0_hat_and_fraction(self, read: Read, values: Values) -> DenoiseBoth:
+    """Returns (y, t) -> (x0_hat, f) as the network says them."""
+
+    def both(y: State, t: Time) -> tuple[State, State]:
+      output, fraction = self.outputs(read, y, t, values)
+      return gaussian.to_x0(self.prediction, output, y, t, self.schedule), fraction
+
+    return both
+
   def clipped(self, denoise: Denoise) -> Denoise:
     """Returns the denoiser with x0_hat clipped to the bound of the data, if they have one."""
     return denoise if self.bound is None else guidance.clip(denoise, -self.bound, self.bound)
 
+  def bounded_with_fraction(self, read: Read, values: Values) -> DenoiseBoth:
+    """Returns (y, t) -> (x0_hat clipped to the bound of the data, f), without guidance."""
+    network = self.x0_hat_and_fraction(read, values)
+
+    def both(y: State, t: Time) -> tuple[State, State]:
+      x0_hat, fraction = network(y, t)
+      return self.clipped(lambda y, t: x0_hat)(y, t), fraction
+
+    return both
+
   def losses(
     self, read: Read, y0: State, values: Values, key: jax.Array, *, training: bool
   ) -> Float[Array, ' batch']:
-    """Returns the weighted denoising loss of each example at one random time; in training with drops."""
+    """Returns the loss of each example at one random time; in training with drops."""
+    return self.loss_terms(read, y0, values, key, training=training)['loss']
+
+  def loss_terms(
+    self,
+    read: Read,
+    y0: State,
+    values: Values,
+    key: jax.Array,
+    *,
+    training: bool,
+    t: Time | None = None,
+  ) -> dict[str, Float[Array, ' batch']]:
+    """Returns 'loss' of each example, at a time that is drawn or given; of a learned variance its parts too.
+
+    These are 'simple', the weighted denoising loss, and 'bound', T vb_t: its mean over times is the bound in
+    bits per dimension but for what is lost at t = 1.
+    """
     key_t, key_eps, key_drop, key_dropout = jax.random.split(key, 4)
-    t = schedules.sample_time(self.schedule, key_t, y0.shape[0])
+    t = schedules.sample_time(self.schedule, key_t, y0.shape[0]) if t is None else t
     eps = jax.random.normal(key_eps, y0.shape)
     drop = self.conditions.drop(key_drop, y0.shape[0]) if training else {}
     y = gaussian.q_sample(y0, eps, t, self.schedule)
-    output = self.output(read, y, t, values, drop, key_dropout if training else None)
-    return losses.denoising_loss(self.prediction, output, y0, eps, t, self.schedule, self.loss_weight)
+    output, fraction = self.outputs(read, y, t, values, drop, key_dropout if training else None)
+    simple = losses.denoising_loss(self.prediction, output, y0, eps, t, self.schedule, self.loss_weight)
+    if fraction is None:
+      return {'loss': simple}
+    x0_hat = gaussian.to_x0(self.prediction, output, y, t, self.schedule)
+    alone = self.objective == 'bound'
+    bound = self.bound_at(y0, x0_hat if alone else jax.lax.stop_gradient(x0_hat), fraction, t)
+    loss = bound if alone else simple + self.vlb_weight * bound
+    return {'loss': loss, 'simple': simple, 'bound': bound}
+
+  def bound_at(self, y0: State, x0_hat: State, fraction: State, t: Time) -> Float[Array, ' batch']:
+    """Returns T vb_t of each example, in bits per dimension; in training x0_hat is not clipped."""
+    steps = likelihood.steps_of(self.schedule, likelihood.table_times(self.schedule))
+    index = jnp.rint(t * self.schedule.train_steps) - 1
+    nats = likelihood.learned_term(steps, y0, x0_hat, fraction, index, of_bytes=self.of_bytes)
+    return self.schedule.train_steps * likelihood.bits_per_dimension(nats, y0[0].size)

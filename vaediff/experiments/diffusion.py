@@ -18,10 +18,10 @@ from vaediff.conditions import SAMPLE_BOUNDS, make_conditions
 from vaediff.conditions import vae as vae_conditions
 from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
-from vaediff.diffusion import gaussian, likelihood, losses, samplers, schedules
+from vaediff.diffusion import gaussian, grids, importance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base, bounds
-from vaediff.experiments.denoiser import Denoiser, Term
+from vaediff.experiments import base, bounds, variance
+from vaediff.experiments.denoiser import LEARNED, Denoiser, Term
 from vaediff.models import ports
 from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
@@ -29,7 +29,8 @@ from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import Space, make_space
 from vaediff.types import Batch, Given, Keys, LatentMap, Metrics, Read, Values
 
-VARIANCES = ('small', 'large')
+INDEX, FACTOR, POSITION = 'time_index', 'time_factor', 'position'
+"""Names, beside the images, of what is decided for a whole batch before it is split into parts."""
 CLIPS = ('static', 'dynamic', 'none')
 MAX_GUIDANCE = 1000
 """Weights that are used are below 20."""
@@ -50,8 +51,10 @@ BOUNDS = {
   'diffusion.x0_vae_source': checks.one_of(vae_conditions.SOURCES),
   'diffusion.condition_dropout': checks.below_one(),
   'sample.sampler': checks.one_of(samplers.SAMPLERS),
-  'sample.grid': checks.one_of(samplers.GRIDS),
-  'sample.variance': checks.one_of(VARIANCES),
+  'diffusion.variance': checks.one_of(variance.VARIANCES),
+  'sample.grid': checks.one_of(grids.ALL_GRIDS),
+  'sample.variance': checks.one_of(samplers.VARIANCES),
+  'sample.bound_steps': bounds.whole(0, bounds.MAX_CALLS),
   'sample.clip': checks.one_of(CLIPS),
   'sample.num_steps': bounds.calls(),
   'sample.t_start': checks.inside_or_at(0, 1),
@@ -62,8 +65,10 @@ BOUNDS = {
   'sample.eta': checks.between(0, 1),
   **bounds.within('model', bounds.CONVOLUTIONAL),
   'model.num_heads': bounds.whole(1, bounds.MAX_LEVELS),
+  'model.head_channels': bounds.whole(0, bounds.MAX_WIDTH),
   **bounds.optimizers('optim'),
 }
+"""Of every stage with the section of a diffusion: students too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,7 @@ class Diffusion(base.InSpace):
     microbatches: parts that a batch is split into for the gradient.
     settings: the stage's `sample` section: sampler, step count and so on.
     start_value: the value that a start below t = 1 is made of.
+    time_sampler: of the training times, 'uniform' or 'loss_second_moment'.
   """
 
   space: Space
@@ -87,25 +93,30 @@ class Diffusion(base.InSpace):
   microbatches: int
   settings: Mapping[str, Any]
   start_value: str
+  time_sampler: str = 'uniform'
 
-  bounds = BOUNDS
+  bounds = {**BOUNDS, **variance.LOSS_BOUNDS}
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Diffusion':
     """Builds the experiment of `config.<stage>`."""
     section = config[stage]
-    base.check(Diffusion, config, stage)
+    taught = 'teacher' in section
+    checks.check(section, BOUNDS if taught else Diffusion.bounds, f'config.{stage}: ')
     space = make_space(config, stage)
     conditions = make_conditions(config, stage, space)
     check_section(section, space, conditions)
+    denoiser = make_denoiser(section, space, conditions)
+    variance.check(section, denoiser.schedule, taught=taught)
     return cls(
       space=space,
-      denoiser=make_denoiser(section, space, conditions),
+      denoiser=denoiser,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       settings=section.sample.to_dict(),
       start_value=vae_conditions.IMAGE,
+      time_sampler='uniform' if taught else section.loss.time_sampler,
     )
 
   @property
@@ -126,7 +137,10 @@ class Diffusion(base.InSpace):
   @property
   def num_function_evaluations(self) -> int:
     """Forward passes of the network per sampled image."""
-    calls = samplers.num_function_evaluations(self.settings['sampler'], self.settings['num_steps'])
+    settings, num_steps = self.settings, self.settings['num_steps']
+    if settings['grid'] in grids.PUBLISHED_GRIDS:  # of some there are fewer
+      num_steps = len(grids.time_grid(self.denoiser.schedule, settings['grid'], num_steps)) - 1
+    calls = samplers.num_function_evaluations(settings['sampler'], num_steps)
     return calls * self.denoiser.calls_per_step
 
   @property
@@ -163,7 +177,15 @@ class Diffusion(base.InSpace):
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""
     network = base.init_network(self.denoiser.model, self.optimizer, key)
-    return base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra={})
+    extra = {}
+    if self.draws_times:
+      extra[variance.HISTORY] = importance.start(self.denoiser.schedule.train_steps)
+    return base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra=extra)
+
+  @property
+  def draws_times(self) -> bool:
+    """Whether training times are drawn by the losses that were seen at them."""
+    return self.time_sampler != 'uniform'
 
   # Training ---------------------------------------------------------------------------------------
 
@@ -179,21 +201,42 @@ class Diffusion(base.InSpace):
   def train_step(
     self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
-    """Returns the state after one update of the denoising loss."""
+    """Returns the state after one update of the loss."""
     del kind
-    name = self.denoiser.network
+    name, count = self.denoiser.network, batch['image'].shape[0]
+    batch, key = self.marked(state, batch, key)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
       read = {**frozen, name: params}
       key_example, key_loss = jax.random.split(key)
       y0, values = self.examples(read, batch, key_example, training=True)
-      loss = jnp.mean(self.denoiser.losses(read, y0, values, key_loss, training=True))
-      return loss, {'loss': loss}
+      if not self.draws_times:
+        terms = self.denoiser.loss_terms(read, y0, values, key_loss, training=True)
+        metrics = jax.tree.map(jnp.mean, terms)
+        return metrics['loss'], metrics
+      t = (batch[INDEX] + 1) / jnp.float32(self.denoiser.schedule.train_steps)
+      terms = self.denoiser.loss_terms(read, y0, values, key_loss, training=True, t=t)
+      metrics = {term: jnp.mean(batch[FACTOR] * each) for term, each in terms.items()}
+      # parts of a batch are averaged: this puts each loss in its place in the whole
+      each = jnp.zeros(count).at[batch[POSITION]].set(self.microbatches * terms['loss'])
+      return metrics['loss'], {**metrics, variance.HISTORY: each}
 
     params = state.networks[name].params
     grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
+    if self.draws_times:
+      history = importance.update(state.extra[variance.HISTORY], batch[INDEX], metrics.pop(variance.HISTORY))
+      state = state.replace(extra={**state.extra, variance.HISTORY: history})
     state, norms = base.update_one(state, name, grads, self.optimizer)
     return state, {**metrics, **norms}
+
+  def marked(self, state: base.TrainState, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
+    """Returns the batch with what is decided of it as a whole, and the key that is left."""
+    if not self.draws_times:
+      return batch, key
+    key_times, key = jax.random.split(key)
+    count = batch['image'].shape[0]
+    index, factor = importance.draw(state.extra[variance.HISTORY], key_times, count)
+    return {**batch, INDEX: index, FACTOR: factor, POSITION: jnp.arange(count)}, key
 
   def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns the denoising loss without drops, dropout or flips."""
@@ -211,8 +254,13 @@ class Diffusion(base.InSpace):
     return self.steps(self.reading(read, values), y, keys.sampler, self.settings['t_start'])
 
   def reading(self, read: Read, values: Values) -> gaussian.Denoise:
-    """Returns the denoiser that the sampler calls."""
-    return self.denoiser.denoise(read, values)
+    """Returns the denoiser that the sampler calls, with what it asks for beside x0_hat."""
+    reading = {
+      '': self.denoiser.denoise,
+      samplers.FRACTION: self.denoiser.with_fraction,
+      samplers.UNCLIPPED: self.denoiser.with_unclipped,
+    }[samplers.beside(self.settings['sampler'], self.settings)]
+    return reading(read, values)
 
   def initial(self, values: Values, given: Given) -> LatentMap:
     """Returns the state at `sample.t_start`: the given noise, or what it starts from with it."""
@@ -244,6 +292,7 @@ class Diffusion(base.InSpace):
     With a VAE the latent variables are z and y: -log p(x) <= E_q(z|x)[bound of p(x | z)] + KL(q(z | x) ||
     N(0, I)), the term 'kl', from one z per image. The other terms are those of `likelihood.bound_terms`.
     Without guidance; x0_hat is clipped to [-1, 1] and the steps have `sample.variance`, as part of the model.
+    With `sample.bound_steps` they are those of that many steps of `sample.grid`, else all of the table.
     """
     if not self.likelihood:
       raise UserError(self.no_likelihood)
@@ -251,9 +300,15 @@ class Diffusion(base.InSpace):
     keys = jax.vmap(lambda key: jax.random.split(key))(keys)
     given = self.conditions.observe(read, batch, x0, keys[:, 0])
     values = self.conditions.values(read, self.conditions.complete(read, given))
-    denoise = self.denoiser.clipped(self.denoiser.x0_hat(read, values))
-    schedule, variance = self.denoiser.schedule, self.settings['variance']
-    terms = likelihood.bound_terms(denoise, schedule, x0, keys[:, 1], num_times, variance)
+    settings, schedule, times = self.settings, self.denoiser.schedule, None
+    if settings['bound_steps']:
+      times = grids.time_grid(schedule, settings['grid'], settings['bound_steps'])
+      num_times = min(num_times, len(times) - 2)
+    if settings['variance'] == LEARNED:
+      denoise = self.denoiser.bounded_with_fraction(read, values)
+    else:
+      denoise = self.denoiser.clipped(self.denoiser.x0_hat(read, values))
+    terms = likelihood.bound_terms(denoise, schedule, x0, keys[:, 1], num_times, settings['variance'], times)
     return {**self.conditions.nats(read, x0), **terms}
 
 
@@ -267,7 +322,13 @@ def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> 
   state = jax.ShapeDtypeStruct((1, *space.shape), jnp.float32)
   return Denoiser(
     model=Model(
-      module=UNet(image_size=height, image_channels=channels, ports=conditions.named_ports, **model),
+      module=UNet(
+        image_size=height,
+        image_channels=channels,
+        ports=conditions.named_ports,
+        learned_variance=section.diffusion.variance == LEARNED,
+        **model,
+      ),
       inputs=(state, jax.ShapeDtypeStruct((1,), jnp.float32), ports.structs(conditions.ports)),
     ),
     conditions=conditions,
@@ -279,6 +340,9 @@ def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> 
     threshold_percentile=section.sample.threshold_percentile,
     terms=make_terms(section.sample, conditions),
     shift=vae_conditions.IMAGE if section.diffusion.condition == 'formulation2' else '',
+    variance=section.diffusion.variance,
+    of_bytes=space.is_data,
+    **({} if 'teacher' in section else {name: section.loss[name] for name in ('objective', 'vlb_weight')}),
   )
 
 

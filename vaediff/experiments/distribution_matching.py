@@ -124,8 +124,8 @@ class DistributionMatching(GridStudent):
 
   @property
   def fake(self) -> Denoiser:
-    """How the fake denoiser is read: as the teacher is."""
-    return dataclasses.replace(self.teacher, network=FAKE)
+    """How the fake denoiser is read: as the teacher is. It is trained by a denoising loss in any case."""
+    return dataclasses.replace(self.teacher, network=FAKE, objective='hybrid')
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0, before `start` copies the teacher."""

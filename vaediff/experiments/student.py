@@ -21,6 +21,7 @@ from vaediff.experiments import base
 from vaediff.experiments.denoiser import DENOISER, Denoiser
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.models.functional import Model
+from vaediff.models.unet import prediction_alone
 from vaediff.spaces import Space
 from vaediff.types import Batch, Given, LatentMap, Metrics, Params, Read, Values
 
@@ -102,11 +103,13 @@ class Student(base.InSpace):
   def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
     """Returns the state whose student, and average, have the teacher's parameters.
 
-    What the teacher does not have, the projection of the guidance weight, stays as initialised: zero.
+    What the teacher does not have, the projection of the guidance weight, stays as initialised: zero. Of a
+    teacher with a learned variance it is the prediction alone.
     """
     name = self.student.denoiser.network
     network = state.networks[name]
-    params = {**network.params, **jax.tree.map(jnp.copy, frozen[TEACHER])}
+    taught = prediction_alone(frozen[TEACHER], network.params)
+    params = {**network.params, **jax.tree.map(jnp.copy, taught)}
     ema_params = None if network.ema_params is None else jax.tree.map(jnp.copy, params)
     started = network.replace(params=params, ema_params=ema_params)
     return state.replace(networks={**state.networks, name: started})

@@ -11,6 +11,8 @@ ways are a residual, an attention and a residual block.
 Must not import diffusion, experiments, run, config or data.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -32,9 +34,10 @@ class UNet(nn.Module):
   Attributes:
     variant: 'openai' or 'ddim'; see `unet_blocks.VARIANTS`.
     image_size: side of x_t in pixels; divisible by 2^(levels - 1).
-    image_channels: channels of x_t and of the output.
+    image_channels: channels of x_t and of the prediction.
     channels: base width; even, at least 4.
-    channel_multipliers: width of each level over `channels`, highest resolution first.
+    channel_multipliers: width of each level over `channels`, highest resolution first; whole, or below 1 as
+      the half with which ADM's network of 512 pixels begins.
     num_res_blocks: residual blocks per level on the way down.
     attention_resolutions: sides, in pixels, of the maps that get attention (not downsampling
       rates); the middle of the network, at the lowest resolution, always has it.
@@ -43,6 +46,10 @@ class UNet(nn.Module):
     scale_shift_norm: the embedding scales and shifts group norms (AdaGN) instead of being added.
     ports: what it is conditioned on, and where that enters; see `models.ports`.
     remat: recompute the blocks' activations in the backward pass instead of storing them.
+    learned_variance: the output has `image_channels` more, zero at first, that say where the variance of a
+      step is between its two bounds (Nichol and Dhariwal 2021, 2102.09672).
+    resblock_updown: residual blocks halve and double maps (ADM: Dhariwal and Nichol 2021, 2105.05233).
+    head_channels: channels of each attention head, in place of `num_heads`; 0 = by `num_heads`.
     dtype: 'float32' or 'bfloat16', the type of the arithmetic. Parameters, group norm statistics,
       softmax, the last convolution and the output are float32.
 
@@ -54,7 +61,7 @@ class UNet(nn.Module):
   image_size: int
   image_channels: int
   channels: int
-  channel_multipliers: tuple[int, ...]
+  channel_multipliers: tuple[int | float, ...]
   num_res_blocks: int
   attention_resolutions: tuple[int, ...]
   num_heads: int
@@ -63,6 +70,9 @@ class UNet(nn.Module):
   remat: bool
   dtype: str
   ports: entering.Named = ()
+  learned_variance: bool = False
+  resblock_updown: bool = False
+  head_channels: int = 0
 
   def __post_init__(self):
     layers.check_dtype(self.dtype)
@@ -79,8 +89,8 @@ class UNet(nn.Module):
     drop: Drop = {},  # noqa: B006
     *,
     deterministic: bool = True,
-  ) -> Float[Array, 'batch height width channels']:
-    """Returns the network's prediction, float32, unbounded.
+  ) -> Float[Array, 'batch height width outputs']:
+    """Returns the network's prediction, float32, unbounded; behind it the channels of a learned variance.
 
     Args:
       x_t: noisy state.
@@ -122,9 +132,11 @@ class UNet(nn.Module):
     options = BlockOptions(
       variant=variant,
       num_heads=self.num_heads,
+      head_channels=self.head_channels,
       dropout=self.dropout,
       deterministic=deterministic,
       scale_shift_norm=self.scale_shift_norm,
+      resblock_updown=self.resblock_updown,
       remat=self.remat,
       dtype=dtype,
     )
@@ -140,15 +152,22 @@ class UNet(nn.Module):
     emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(waves(TIME_STEPS * t - 1.0))
     emb = entering.embed(self, self.ports, emb, values, drop, waves, dtype)
     x = entering.join(self, self.ports, x_t, values, drop)
-    h = layers.conv3x3(self.channels, name='conv_in', dtype=dtype)(x)
+    # A first level that is narrower than the base width begins so; no wider one does.
+    h = layers.conv3x3(min(self.channels, _level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
     skips, features = self._down(h, emb, options)
     if encoder_only:
       return features
     h = self._up(features[-1], skips, emb, options)
     h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
-    return layers.conv3x3(
-      self.image_channels, name='conv_out', dtype=jnp.float32, zero_init=variant.zero_init
-    )(h.astype(jnp.float32))
+    return self._conv_out(variant.zero_init)(h.astype(jnp.float32))
+
+  def _conv_out(self, zero_init: bool) -> nn.Conv:
+    """Returns the last convolution, whose channels of the variance start at zero in any case."""
+    outputs = 2 * self.image_channels if self.learned_variance else self.image_channels
+    if zero_init or not self.learned_variance:
+      return layers.conv3x3(outputs, name='conv_out', dtype=jnp.float32, zero_init=zero_init)
+    init = _zero_behind(self.image_channels)
+    return nn.Conv(outputs, kernel_size=(3, 3), kernel_init=init, dtype=jnp.float32, name='conv_out')
 
   def _down(self, h: Array, emb: Array, options: BlockOptions) -> tuple[list[Array], list[Array]]:
     """Returns the maps that the way up reads back, and those of `features`."""
@@ -217,6 +236,28 @@ def convert_formulation(params: Params, *, to: int, image_channels: int) -> Para
   return {**params, 'conv_in': {**params['conv_in'], 'kernel': kernel}}
 
 
+def prediction_alone(params: Params, like: Params) -> Params:
+  """Returns the parameters of a denoiser without its learned variance, where `like` has none.
+
+  The first half of the last convolution's channels is the prediction. `params` are not changed, and returned
+  as they are if the two have as many channels.
+  """
+  if 'conv_out' not in params or params['conv_out']['bias'].shape == like['conv_out']['bias'].shape:
+    return params
+  half = params['conv_out']['bias'].shape[0] // 2
+  return {**params, 'conv_out': {name: leaf[..., :half] for name, leaf in params['conv_out'].items()}}
+
+
+def _zero_behind(channels: int) -> nn.initializers.Initializer:
+  """Returns the usual initialiser of the first output channels, and zeros behind them."""
+
+  def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    kernel = layers.uniform_fan_in(key, (*shape[:-1], channels), dtype)
+    return jnp.concatenate([kernel, jnp.zeros((*shape[:-1], shape[-1] - channels), dtype)], axis=-1)
+
+  return init
+
+
 def _level_sizes(unet: UNet) -> list[int]:
   """Returns the side of the map at each level, in pixels."""
   return [unet.image_size >> level for level in range(len(unet.channel_multipliers))]
@@ -224,7 +265,7 @@ def _level_sizes(unet: UNet) -> list[int]:
 
 def _level_widths(unet: UNet) -> list[int]:
   """Returns the channels of the map at each level."""
-  return [multiplier * unet.channels for multiplier in unet.channel_multipliers]
+  return [int(multiplier * unet.channels) for multiplier in unet.channel_multipliers]
 
 
 def _check_shape(unet: UNet) -> None:
@@ -237,6 +278,12 @@ def _check_shape(unet: UNet) -> None:
     raise UserError('model.channel_multipliers is empty; give one multiplier per level.')
   if not 0.0 <= unet.dropout < 1.0:
     raise UserError(f'model.dropout is {unet.dropout}; it must be in [0, 1).')
+  for multiplier in unet.channel_multipliers:
+    if multiplier * unet.channels != int(multiplier * unet.channels) or not multiplier * unet.channels >= 4:
+      raise UserError(
+        f'model.channel_multipliers has {multiplier}, which makes {multiplier * unet.channels} channels of '
+        f'model.channels = {unet.channels}; they must be a whole number, at least 4.'
+      )
   factor = 2 ** (len(unet.channel_multipliers) - 1)
   below = unet.image_size // factor * factor
   if below != unet.image_size or below == 0:
@@ -264,9 +311,15 @@ def _check_attention(unet: UNet) -> None:
         f'model.attention_resolutions names {resolution}, which never occurs; the maps have '
         f'sides {", ".join(map(str, sizes))}. These are resolutions, not downsampling rates.'
       )
-  for size, multiplier in zip(sizes, unet.channel_multipliers, strict=True):
-    width = multiplier * unet.channels
+  for size, width in zip(sizes, _level_widths(unet), strict=True):
     attends = size in unet.attention_resolutions or size == sizes[-1]
+    if unet.head_channels < 0 or (unet.head_channels and attends and width % unet.head_channels):
+      raise UserError(
+        f'model.head_channels is {unet.head_channels}, which does not divide the {width} channels of the '
+        f'attention at resolution {size}; 0 leaves it to model.num_heads.'
+      )
+    if unet.head_channels:
+      continue
     if unet.num_heads < 1 or (attends and width % unet.num_heads):
       raise UserError(
         f'model.num_heads is {unet.num_heads}, which does not divide the {width} channels of the '

@@ -68,10 +68,12 @@ class BlockOptions:
 
   Attributes:
     variant: one of `VARIANTS`.
-    num_heads: of every attention block.
+    num_heads: of every attention block, where head_channels is 0.
+    head_channels: channels of each head; 0 = as many as `num_heads` leaves.
     dropout: rate inside residual blocks, in [0, 1).
     deterministic: dropout is off.
     scale_shift_norm: the embedding scales and shifts the second group norm instead of being added.
+    resblock_updown: residual blocks halve and double maps, instead of convolutions.
     remat: recompute each block's activations in the backward pass instead of storing them.
     dtype: compute type.
   """
@@ -83,6 +85,20 @@ class BlockOptions:
   scale_shift_norm: bool
   remat: bool
   dtype: Any
+  head_channels: int = 0
+  resblock_updown: bool = False
+
+  def heads(self, channels: int) -> int:
+    """Returns the attention heads of a map with so many channels."""
+    return channels // self.head_channels if self.head_channels else self.num_heads
+
+
+RESIZE = {
+  '': lambda x: x,
+  'halve': lambda x: layers.average_pool(x, 2),
+  'double': lambda x: layers.upsample_nearest(x, 2),
+}
+"""What a residual block does to the sides of its map."""
 
 
 class Mlp(nn.Module):
@@ -109,19 +125,23 @@ class ResidualBlock(nn.Module):
   Attributes:
     features: channels of the output; a 1x1 convolution carries the input when it has others.
     options: shared by all blocks.
+    resize: of `RESIZE`, what is done to the map before the first convolution, and to the input that is
+      carried past both (Dhariwal and Nichol 2021, 2105.05233).
   """
 
   features: int
   options: BlockOptions
+  resize: str = ''
 
   @nn.compact
   def __call__(
     self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
-  ) -> Float[Array, 'batch height width features']:
+  ) -> Float[Array, 'batch height_out width_out features']:
     """Returns x plus what the block adds to it."""
     options, dtype = self.options, self.options.dtype
     epsilon = options.variant.norm_epsilon
     h = nn.silu(layers.GroupNorm(epsilon=epsilon, name='norm_1')(x))
+    h, x = RESIZE[self.resize](h), RESIZE[self.resize](x)
     h = layers.conv3x3(self.features, name='conv_1', dtype=dtype)(h)
     width = 2 * self.features if options.scale_shift_norm else self.features
     emb = layers.dense(width, name='emb', dtype=dtype)(nn.silu(emb))[:, None, None, :]
@@ -154,8 +174,9 @@ class AttentionBlock(nn.Module):
     self, x: Float[Array, 'batch height width channels']
   ) -> Float[Array, 'batch height width channels']:
     """Returns x plus what its positions gather from each other."""
-    options, variant, heads = self.options, self.options.variant, self.options.num_heads
+    options, variant = self.options, self.options.variant
     batch, height, width, channels = x.shape
+    heads = options.heads(channels)
     h = layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm')(x)
     h = h.reshape(batch, height * width, channels)
     if variant.fused_qkv:
@@ -177,10 +198,10 @@ class AttentionBlock(nn.Module):
     return x + h
 
 
-def residual_block(features: int, options: BlockOptions, name: str) -> nn.Module:
+def residual_block(features: int, options: BlockOptions, name: str, resize: str = '') -> nn.Module:
   """Returns a residual block, rematerialised if asked for; parameters are the same either way."""
   block = nn.remat(ResidualBlock) if options.remat else ResidualBlock
-  return block(features=features, options=options, name=name)
+  return block(features=features, options=options, resize=resize, name=name)
 
 
 def attention_block(options: BlockOptions, name: str) -> nn.Module:
@@ -196,7 +217,7 @@ class DownLevel(nn.Module):
     features: channels of every block.
     num_blocks: residual blocks.
     attend: an attention block follows each of them.
-    downsample: a stride-2 convolution ends the level.
+    downsample: a stride-2 convolution, or a residual block that halves, ends the level.
     options: shared by all blocks.
   """
 
@@ -210,14 +231,16 @@ class DownLevel(nn.Module):
   def __call__(
     self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
   ) -> list[Array]:
-    """Returns the output of each block, then of the convolution; the last is the level's output."""
+    """Returns the output of each block, then of what halves; the last is the level's output."""
     outputs = []
     for i in range(self.num_blocks):
       x = residual_block(self.features, self.options, f'res_{i}')(x, emb)
       if self.attend:
         x = attention_block(self.options, f'attn_{i}')(x)
       outputs.append(x)
-    if self.downsample:
+    if self.downsample and self.options.resblock_updown:
+      outputs.append(residual_block(self.features, self.options, 'down', resize='halve')(x, emb))
+    elif self.downsample:
       down = layers.conv3x3(
         self.features,
         name='down',
@@ -254,7 +277,7 @@ class UpLevel(nn.Module):
   Attributes:
     features: channels of every block.
     attend: an attention block follows each residual block.
-    upsample: nearest upsampling by 2 and a convolution end the level.
+    upsample: nearest upsampling by 2 and a convolution, or a residual block that doubles, end the level.
     options: shared by all blocks.
   """
 
@@ -276,6 +299,8 @@ class UpLevel(nn.Module):
       x = residual_block(self.features, self.options, f'res_{i}')(x, emb)
       if self.attend:
         x = attention_block(self.options, f'attn_{i}')(x)
+    if self.upsample and self.options.resblock_updown:
+      return residual_block(self.features, self.options, 'up', resize='double')(x, emb)
     if self.upsample:
       x = layers.conv3x3(self.features, name='up', dtype=self.options.dtype)(layers.upsample_nearest(x, 2))
     return x

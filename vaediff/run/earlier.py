@@ -26,6 +26,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   for section in filter(_is_stage, config.values()):
     _upgrade_labels(section)
   config['data'].setdefault('check_fingerprint', True)
+  for section in filter(_is_stage, config.values()):
+    _upgrade_diffusion(section)
   config.setdefault('checkpoints', {'check_arrays': True})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
@@ -69,6 +71,19 @@ def _upgrade_gan(section: dict[str, Any]) -> None:
       'x0_vae_source': section['vae'].pop('x0_vae_source'),
     }
   section['conditions'] = {}
+
+
+def _upgrade_diffusion(section: dict[str, Any]) -> None:
+  """A diffusion, or a student of one, had one variance, one kind of U-Net and one eps after clipping."""
+  if 'diffusion' not in section or 'schedule' not in section['diffusion']:
+    return
+  section['diffusion'].setdefault('variance', 'fixed')
+  section['model'].setdefault('resblock_updown', False)
+  section['model'].setdefault('head_channels', 0)
+  section['sample'].setdefault('recompute_eps', True)
+  section['sample'].setdefault('bound_steps', 0)
+  if section['experiment'] == 'diffusion':
+    section.setdefault('loss', {'objective': 'hybrid', 'vlb_weight': 0.001, 'time_sampler': 'uniform'})
 
 
 def _is_stage(section: Any) -> bool:

@@ -189,6 +189,7 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
   # a teacher that reads the weight has one to be sampled with; that of another is distilled into the student
   weight = teacher['sample']['guidance_weight'] if teacher['model']['guidance_embedding'] else 0.0
   taken['model']['dropout'] = 0.0
+  taken['diffusion']['variance'] = 'fixed'  # few steps have no noise between them
   taken['sample'] |= {
     'sampler': 'ddim',
     'grid': 'uniform',
@@ -197,7 +198,11 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
     'guidance': (),
     't_start': 1.0,
     'temperature': 1.0,  # a student is taught from noise of unit deviation
+    'recompute_eps': True,
+    'bound_steps': 0,
   }
+  if taken['sample']['variance'] == 'learned':
+    taken['sample']['variance'] = 'large'
   section['sample'] = {**section['sample'], 'num_steps': num_steps}
   over = {
     field: {**taken[field], **value} if field in taken and isinstance(value, dict) else value
