@@ -4,14 +4,19 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from vaediff.conditions import augmentation
 from vaediff.conditions.base import Condition, Conditions
 from vaediff.conditions.label import LABEL, label_condition
-from vaediff.conditions.vae import vae_condition
+from vaediff.conditions.low_resolution import LOW_RESOLUTION, low_resolution_condition
+from vaediff.conditions.vae import VAE, vae_condition
 from vaediff.conditions.weight import Weight
 from vaediff.errors import UserError
 from vaediff.spaces import Space
 
-BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {LABEL: label_condition}
+BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
+  LABEL: label_condition,
+  LOW_RESOLUTION: low_resolution_condition,
+}
 """By section of `config.<stage>.conditions`: (config, stage, space) -> the condition."""
 
 
@@ -32,10 +37,11 @@ def make_conditions(config: ConfigDict, stage: str, space: Space) -> Conditions:
   )
   if known:
     found.append(known)
-  for name in sorted(section.conditions):
+  for name in sorted(set(section.conditions) - {VAE}):
     if name not in BY_NAME:
       raise UserError(f'conditions has a section {name!r}; valid: {", ".join(BY_NAME)}')
     found.append(BY_NAME[name](config, stage, space))
+  augmentation.check_level(section, augmented=any(one.max_level for one in found))
   if section.model.guidance_embedding:
     found.append(Weight(weight=section.sample.guidance_weight))
   return Conditions(tuple(found))

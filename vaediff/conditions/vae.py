@@ -1,8 +1,10 @@
 """A VAE's image and latent code: what makes a diffusion a DiffuseVAE.
 
 The image x0_vae = decode(z) is concatenated to the state; with Formulation 2 it is also added to it
-(`experiments.denoiser`). z enters as a vector. In training z ~ q(z | x), or its mean; in sampling z is drawn
-from the prior that belongs to the VAE (Pandey et al. 2022, arXiv:2201.00308, section 3).
+(`experiments.denoiser`). Where it is noised (`conditions.augmentation`), it is so in the space of the state,
+and the shift is what the network reads: the noised image. z enters as a vector. In training z ~ q(z | x), or
+its mean; in sampling z is drawn from the prior that belongs to the VAE (Pandey et al. 2022, arXiv:2201.00308,
+section 3).
 """
 
 import dataclasses
@@ -13,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from vaediff import reads
-from vaediff.conditions import prior
+from vaediff import checks, reads
+from vaediff.conditions import augmentation, prior
 from vaediff.conditions.base import Condition
 from vaediff.diffusion import losses
+from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.models.ports import Port
 from vaediff.spaces import Space, encoders
@@ -26,6 +29,9 @@ IMAGE, CODE = 'x0_vae', 'z'
 """Names of the two inputs, and of the two values."""
 FORMULATIONS = ('none', 'formulation1', 'formulation2')
 SOURCES = ('sample', 'mean', 'precomputed')
+VAE = 'vae'
+"""Name of the condition, and of its section among those of the conditions."""
+BOUNDS = {'conditions.vae.aug_level': checks.between(0, 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,7 @@ class VaeCondition(Condition):
     dropout: probability of both learned stand-ins.
     x0_vae_source: 'sample' or 'mean' of q(z | x) at each step of training, or 'precomputed'.
     title: in a table, as 'formulation1+z'.
+    noising: of x0_vae, where training has levels above 0.
   """
 
   source: reads.FromStage
@@ -55,9 +62,15 @@ class VaeCondition(Condition):
   dropout: float
   x0_vae_source: str
   title: str
+  noising: augmentation.Noising | None = None
 
-  name = 'vae'
+  name = VAE
   reconstructs = True
+
+  @property
+  def max_level(self) -> float:
+    """Of its noise."""
+    return self.noising.max_level if self.noising else 0.0
 
   @property
   def model(self) -> Model:
@@ -72,14 +85,15 @@ class VaeCondition(Condition):
       ports[IMAGE] = Port(enters='concat', shape=self.space.shape, droppable=droppable)
     if self.reads_code:
       ports[CODE] = Port(enters='vector', shape=(self.latent_dim,), droppable=droppable)
-    return ports
+    return ports | (self.noising.ports if self.noising else {})
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """z, and an image that takes the place of decode(z)."""
+    """z, an image that takes the place of decode(z), and its level and noise."""
     code = {CODE: jax.ShapeDtypeStruct((self.latent_dim,), jnp.float32)}
     image = {IMAGE: jax.ShapeDtypeStruct(self.image_shape, jnp.float32)}
-    return code | (image if self.reads_image else {})
+    noise = self.noising.inputs if self.noising else {}
+    return code | (image if self.reads_image else {}) | noise
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
@@ -112,10 +126,22 @@ class VaeCondition(Condition):
     mean, logvar = self.model.apply(read['vae'], x, method='encode')
     return {CODE: mean if key is None else encoders.draw_latent(mean, logvar, key)}
 
+  def observe_in_training(self, read: Read, batch: Batch, x: Image, key: jax.Array) -> Given:
+    """Returns the same, and for each example a level and noise where x0_vae is noised."""
+    if not self.noising:
+      return super().observe_in_training(read, batch, x, key)
+    key_code, key_noise = jax.random.split(key)
+    seen = self.observe(read, batch, x, self.training_key(key_code))
+    return {**seen, **self.noising.train(key_noise, len(x))}
+
   def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns z of the prior."""
+    """Returns z of the prior, and the level of samples and noise where x0_vae is noised."""
     del indices
-    return {CODE: prior.draw(read[prior.PRIOR], keys, self.latent_dim)}
+    if not self.noising:
+      return {CODE: prior.draw(read[prior.PRIOR], keys, self.latent_dim)}
+    pairs = jax.vmap(jax.random.split)(keys)
+    code = prior.draw(read[prior.PRIOR], pairs[:, 0], self.latent_dim)
+    return {CODE: code, **self.noising.draw(pairs[:, 1])}
 
   def complete(self, read: Read, given: Given) -> Given:
     """Returns x0_vae = decode(z) beside z, unless another image was given."""
@@ -124,10 +150,13 @@ class VaeCondition(Condition):
     return {**given, IMAGE: self.model.apply(read['vae'], given[CODE], method='decode')}
 
   def values(self, read: Read, given: Given) -> Values:
-    """Returns x0_vae in the space of the state, and z."""
+    """Returns x0_vae in the space of the state, at its level, and z."""
     values = {}
     if self.reads_image:
       values[IMAGE] = self.space.encode(read, given[IMAGE], None)
+    if self.noising:
+      values[IMAGE] = self.noising.noised(values[IMAGE], given)
+      values[self.noising.level_name] = self.noising.levels(given, len(values[IMAGE]))
     if self.reads_code:
       values[CODE] = given[CODE]
     return values
@@ -152,13 +181,20 @@ def vae_condition(
 ) -> VaeCondition | None:
   """Returns the VAE condition of a stage; None where it reads neither image nor code.
 
-  Reads `diffusion.condition`, `diffusion.x0_vae_source` and the section `vae`, which names the VAE.
+  Reads `diffusion.condition`, `diffusion.x0_vae_source`, `conditions.vae` where there is one, and the section
+  `vae`, which names the VAE.
 
   Raises:
-    UserError: when that is no VAE stage.
+    UserError: when that is no VAE stage, or an image is to be noised that is not read.
   """
   section, data = config[stage], config.data
   formulation = section.diffusion.condition
+  max_level = section.conditions[VAE].aug_level if VAE in section.conditions else 0.0
+  if max_level and formulation == 'none':
+    raise UserError(
+      f'conditions.vae.aug_level is {max_level}, but the network reads no x0_vae: diffusion.condition is '
+      "'none'"
+    )
   if formulation == 'none' and not reads_code:
     return None
   named = section.vae
@@ -174,4 +210,7 @@ def vae_condition(
     dropout=dropout,
     x0_vae_source=section.diffusion.x0_vae_source,
     title=formulation + ('+z' if reads_code else ''),
+    noising=augmentation.noising(
+      section, IMAGE, space.shape, max_level, droppable=dropout > 0, field='conditions.vae.aug_level'
+    ),
   )

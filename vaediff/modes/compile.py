@@ -209,7 +209,11 @@ def sample_program(config: ConfigDict, stage: str, experiment: Experiment, mesh:
   params = {name: checkpoint.abstract_params(model, mesh) for name, model in experiment.networks.items()}
   frozen = frozen_networks.abstract(experiment, mesh)
   indices, seed = _abstract((batch_size,), jnp.int32, where), _abstract((), jnp.int32, replicated)
-  args = ({**frozen, **params}, indices, {}, seed)
+  data = config.data
+  shape = (data.image_size, data.image_size, data.channels)
+  seen = {name: experiment.inputs[name] for name in draw.observed_alone(experiment, frozen | params, shape)}
+  given = {name: _abstract((batch_size, *each.shape), each.dtype, where) for name, each in seen.items()}
+  args = ({**frozen, **params}, indices, given, seed)
   macs = macs_once = cost.macs(draw.sampler(experiment), *args)
   if 'num_steps' in section.sample:
     once = config.copy_and_resolve_references()

@@ -41,6 +41,7 @@ def reconstruct(trained: Trained, out: pathlib.Path | None = None) -> dict[str, 
   data, labels = trained.eval_images(settings.num_images)
   key = jax.random.key(trained.settings.seed) if settings.posterior == 'sample' else None
   result = trained.draw_all(trained.observe(data, labels, key))
+  data = trained.as_drawn(data)
   shown = [value[:pictures.MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
   pictures.write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4, out)
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}

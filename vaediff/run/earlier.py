@@ -17,6 +17,13 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a run of any version with this version's keys, changed in place."""
   if 'num_classes' not in config['data']:
     _upgrade_stages(config)
+  for section in filter(_is_stage, config.values()):
+    if 'space' in section and 'diffusion' in section and 'schedule' in section['diffusion']:
+      section.setdefault('space_factor', 1)
+      section['conditions'].setdefault('vae', {'aug_level': 0.0})
+      section['sample'].setdefault('aug_level', 0.0)
+  if 'evaluate' in config and 'sweep' in config['evaluate']:
+    config['evaluate']['sweep'].setdefault('aug_levels', ())
   config['data'].setdefault('check_fingerprint', True)
   config.setdefault('checkpoints', {'check_arrays': True})
   return config

@@ -17,10 +17,12 @@ class Space(abc.ABC):
   Attributes:
     shape: of one map, (height, width, channels).
     bound: the maps of images are in [-bound, bound], to which x0_hat can be clipped; None = unbounded.
+    factor: the sides of the data over those of the images that are decoded.
   """
 
   shape: tuple[int, ...]
   bound: float | None
+  factor: int = 1
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
