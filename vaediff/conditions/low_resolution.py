@@ -189,8 +189,8 @@ def maker_of(config: ConfigDict, stage: str) -> reads.Sampled:
     level = config[stage].sample[augmentation.IN_SAMPLING]
     if feeding(config, named) and level > (most := config[named].conditions[LOW_RESOLUTION].max_level):
       raise UserError(
-        f'sample.aug_level is {level}, and it is that of all stages before it: {named!r} is trained at levels '
-        f'up to {most}'
+        f'sample.aug_level is {level}, also of the stages before this one, of which {named!r} is trained at '
+        f'levels up to {most}'
       )
   small, large = (config.data.image_size // factor_of(config[name]) for name in (chain[1], stage))
   factor = config[stage].conditions[LOW_RESOLUTION].factor
