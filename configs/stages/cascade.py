@@ -18,9 +18,7 @@ STAGES = (BASE, *(f'sr_{side}' for side in SIDES))
 FACTOR = 2
 """Of one stage's sides to those of the one before."""
 SMALLEST = 8
-"""Pixels a side, of which the base's images have at least so many after two stages; else there is one."""
-LEAST = 4
-"""Of those before one."""
+"""Pixels a side: where the base of two stages would have fewer, there is one."""
 
 section = diffusion.section
 reads = diffusion.reads
@@ -31,12 +29,9 @@ def debug(stage: ConfigDict, image_size: int) -> None:
 
 
 def sides_of(image_size: int) -> tuple[int, ...]:
-  """Returns the sides of the images of all stages; () where the data are too small, or not even."""
-  for count, least in ((2, SMALLEST), (1, LEAST)):
-    first = image_size // FACTOR**count
-    if first * FACTOR**count == image_size and first >= least:
-      return tuple(first * FACTOR**level for level in range(count + 1))
-  return ()
+  """Returns the sides of the images of all stages."""
+  count = 2 if image_size // FACTOR**2 >= SMALLEST else 1
+  return tuple(image_size // FACTOR**level for level in reversed(range(count + 1)))
 
 
 def low_resolution(maker: str) -> ConfigDict:
@@ -57,16 +52,15 @@ def cascade(run: Run) -> None:
   """A base and one or two stages of super-resolution, each of which doubles the sides.
 
   Raises:
-    ValueError: the images are too small or cannot be halved.
+    ValueError: the images are too small, or their side is no power of 2.
   """
   size = run.config.data.image_size
-  sides = sides_of(size)
-  if not sides or any(side not in SIDES for side in sides[1:]):
+  if size not in SIDES:
     raise ValueError(
-      f'variant cascade: the images of config {run.config.name!r} have {size} pixels a side, which must be '
-      f'{FACTOR * LEAST} or more, and once or twice the half of a power of 2'
+      f'variant cascade: the images of config {run.config.name!r} have {size} pixels a side; it takes '
+      f'{", ".join(map(str, SIDES))}'
     )
-  run.only(BASE, *(f'sr_{side}' for side in sides[1:]))
+  run.only(BASE, *(f'sr_{side}' for side in sides_of(size)[1:]))
   run.at_end(fill)
 
 
