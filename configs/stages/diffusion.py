@@ -149,7 +149,7 @@ def fit_levels(model: ConfigDict, side: int) -> None:
   model.channel_multipliers = model.channel_multipliers[: len(sides)]
   if model.attention_resolutions:
     kept = tuple(wanted for wanted in model.attention_resolutions if wanted in sides)
-    model.attention_resolutions = kept or (max(size for size in sides if size <= 16),)
+    model.attention_resolutions = kept or tuple(sorted(size for size in sides if size <= 16)[-1:])
 
 
 # Variants ------------------------------------------------------------------------------------------
