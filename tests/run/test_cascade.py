@@ -187,3 +187,26 @@ def test_no_two_stages_have_a_key_in_common():
     for first, own in zip(draw.image_keys(0, indices), draw.image_keys(0, indices, 0), strict=True):
       np.testing.assert_array_equal(jax.random.key_data(first), jax.random.key_data(own))
   assert isinstance(draw.image_keys(0, indices, 2), SampleKeys)
+
+
+@pytest.mark.slow
+def test_a_trained_stage_does_what_its_small_image_says(tmp_path, one):
+  """What it makes of real small images, made small again, is the small image; not so at a high level."""
+  config = importlib.import_module('configs.digits').get_config('cascade')
+  config.data.data_dir = str(tmp_path / 'data')
+  config.sr_8.train.update({'num_steps': 500, 'save_every_steps': 500, 'eval_every_steps': 500})
+  config.sr_8.train.grid_every_steps = 0
+  config.sr_8.sample.update({'num_steps': 10, 'num_images': 64})
+  config.reconstruct.num_images = 16
+  train.run_stages(config, tmp_path / 'run', ('sr_8',))
+  trained = opened(tmp_path / 'run')
+  data, labels = trained.eval_images(64)
+
+  def away(level):
+    drawn = trained.with_settings(aug_level=level).draw_all(trained.observe(data, labels))
+    small, wanted = (x.reshape(64, 4, 2, 4, 2).mean(axis=(2, 4)) / 255 for x in (drawn['x0'], data))
+    return float(np.sqrt(np.mean((small - wanted) ** 2)))
+
+  errors = [away(level) for level in (0.0, 0.1, 0.4)]
+  assert errors[0] < 0.05
+  assert errors[0] < errors[1] < errors[2]
