@@ -74,10 +74,10 @@ def test_every_example_has_a_level_of_its_own_in_training():
 
 
 def test_in_sampling_the_level_is_the_same_and_the_noise_that_of_the_image():
-  keys = jax.random.split(jax.random.key(4), 5)
-  drawn = noising().draw(keys)
+  keys = lambda: jax.random.split(jax.random.key(4), 5)
+  drawn = noising().draw(keys())
   np.testing.assert_array_equal(drawn['x_level'], np.full(5, np.float32(0.2)))
-  np.testing.assert_array_equal(drawn['x_noise'][2], noising().draw(keys[2:3])['x_noise'][0])
+  np.testing.assert_array_equal(drawn['x_noise'][2], noising().draw(keys()[2:3])['x_noise'][0])
   assert np.any(drawn['x_noise'][0] != drawn['x_noise'][1])
 
 
@@ -156,9 +156,9 @@ def test_without_levels_nothing_is_another():
   assert list(experiment.conditions.ports) == ['x0_vae'] and experiment.max_level == 0
   assert set(experiment.inputs) == {'z', 'x0_vae', 'noise'}
   read = {'vae': None, 'prior': {}}
-  keys = jax.random.split(jax.random.key(2), 3)
-  wanted = jax.vmap(lambda key: jax.random.normal(key, (16,)))(keys)
-  np.testing.assert_array_equal(experiment.conditions.draw(read, keys, jnp.arange(3))['z'], wanted)
+  keys = lambda: jax.random.split(jax.random.key(2), 3)
+  wanted = jax.vmap(lambda key: jax.random.normal(key, (16,)))(keys())
+  np.testing.assert_array_equal(experiment.conditions.draw(read, keys(), jnp.arange(3))['z'], wanted)
 
 
 @pytest.mark.parametrize(

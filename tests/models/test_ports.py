@@ -53,7 +53,7 @@ class Toy(nn.Module):
 
 
 def toy(*names, **changes) -> Model:
-  known = {name: changes.get(name, KINDS[name]) for name in names}
+  known = {name: changes[name] if name in changes else KINDS[name] for name in names}
   state = jax.ShapeDtypeStruct((1, SIDE, SIDE, 1), jnp.float32)
   return Model(module=Toy(ports=tuple(known.items())), inputs=(state, ports.structs(known)))
 

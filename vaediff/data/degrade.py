@@ -50,9 +50,11 @@ def bsr(x: Image, keys: Keys) -> Image:
     key_deviation, key_eps = jax.random.split(key_noise)
     deviation = jax.random.uniform(key_deviation, minval=BSR_NOISE[0], maxval=BSR_NOISE[1])
     eps = 2 * deviation * jax.random.normal(key_eps, x.shape)
+    rows, columns = smaller_and_back(key_resize, *x.shape[:2])
     order = jax.random.permutation(key_order, 3)
     for place in range(3):
-      options = jnp.stack([blurred(x, sigma), smaller_and_back(x, key_resize), x + eps])
+      resized = jnp.einsum('ij,kl,jlc->ikc', rows, columns, x)
+      options = jnp.stack([blurred(x, sigma), resized, x + eps])
       x = options[order[place]]
     return jnp.clip(x, -1.0, 1.0)
 
@@ -70,18 +72,21 @@ def blurred(x: One, sigma: Float[Array, '']) -> One:
   return x
 
 
-def smaller_and_back(x: One, key: jax.Array) -> One:
-  """Returns the image resized to a random part of its sides and back, by random interpolations."""
+def smaller_and_back(key: jax.Array, height: int, width: int) -> list[Array]:
+  """Returns what rows and columns are multiplied by: to a random part of the sides and back.
+
+  Each way has a random interpolation, the same for rows and columns.
+  """
   key_scale, key_down, key_up = jax.random.split(key, 3)
-  height, width, _ = x.shape
   scale = jax.random.uniform(key_scale, minval=BSR_SCALE[0], maxval=BSR_SCALE[1])
   down, up = (jax.random.randint(k, (), 0, len(KERNELS)) for k in (key_down, key_up))
-  for axis, whole in enumerate((height, width)):
+  found = []
+  for whole in (height, width):
     part = jnp.maximum(jnp.round(scale * whole), 1.0)
     there = jax.lax.switch(down, _chosen(whole), jnp.float32(whole), part)
     back = jax.lax.switch(up, _chosen(whole), part, jnp.float32(whole))
-    x = jnp.moveaxis(jnp.tensordot(back @ there, x, axes=(1, axis)), 0, axis)
-  return x
+    found.append(back @ there)
+  return found
 
 
 def resizing(
