@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from vaediff import experiments
+from vaediff.conditions import prior
 from vaediff.conditions.augmentation import Noising
 from vaediff.diffusion import samplers
 from vaediff.diffusion.schedules import LinearBeta, make_schedule
@@ -157,7 +158,7 @@ def test_without_levels_nothing_is_another():
   assert set(experiment.inputs) == {'z', 'x0_vae', 'noise'}
   read = {'vae': None, 'prior': {}}
   keys = lambda: jax.random.split(jax.random.key(2), 3)
-  wanted = jax.vmap(lambda key: jax.random.normal(key, (16,)))(keys())
+  wanted = prior.draw({}, keys(), 16)
   np.testing.assert_array_equal(experiment.conditions.draw(read, keys(), jnp.arange(3))['z'], wanted)
 
 

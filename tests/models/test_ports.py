@@ -143,8 +143,8 @@ def test_a_level_is_embedded_as_a_time_by_an_mlp_that_is_zero_at_first(x):
   np.testing.assert_array_equal(model.apply(params, x, {'level': level})[1], np.ones((COUNT, WIDTH)))
   params = randomised(params)
   first, last = (params['level_mlp'][f'dense_{k}'] for k in '01')
-  hidden = lambda h: nn.silu(h @ first['kernel'] + first['bias'])
-  out = lambda h: 1 + hidden(h) @ last['kernel'] + last['bias']
+  hidden = lambda h: nn.silu(h @ first['kernel'] + first['bias'][None])
+  out = lambda h: 1 + hidden(h) @ last['kernel'] + last['bias'][None]
   got = model.apply(params, x, {'level': level})[1]
   np.testing.assert_allclose(got, out(waves(1000 * level - 1)), rtol=1e-4, atol=1e-4)
   drop = {'level': jnp.array([False, True, True])}
