@@ -191,6 +191,7 @@ def evaluate() -> ConfigDict:
         'samplers': ('ddpm', 'ddim', 'heun', 'dpmpp_2m'),
         'num_steps': (1, 2, 5, 10, 25, 50),
         'guidance_weights': (),  # () = sample.guidance_weight alone
+        'aug_levels': (),  # of the noise on what is read of an image; () = sample.aug_level alone
         'teacher_steps': 512,  # of DDIM: students are compared with such images of the first teacher
         'num_compared': 256,  # ... so many of them
         'student_steps': (),  # the students of a chain with so many steps; () = all

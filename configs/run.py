@@ -38,6 +38,16 @@ class Run:
         edit(self._made[stage])
     return self._made[stage]
 
+  def like(self, stage: str, other: str) -> ConfigDict:
+    """Makes the section of a stage a copy of that of another; what is said of it alone is applied after."""
+    self._made[stage] = self.section(other).copy_and_resolve_references().lock()
+    return self._made[stage]
+
+  def apply(self, stage: str) -> None:
+    """Applies again what sizes and variants have asked for of a section that was made anew."""
+    for edit in self._edits.get(stage, ()):
+      edit(self._made[stage])
+
   def only(self, *stages: str) -> tuple[ConfigDict, ...]:
     """Makes these the stages of the run; returns their sections."""
     self.config.stages = stages

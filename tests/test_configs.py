@@ -214,6 +214,65 @@ def test_labels_are_a_condition_where_classes_are_known():
   assert config.distill_1.conditions == config.refiner.conditions and 'label' in config.refiner.conditions
 
 
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('size', ['', ',debug'])
+def test_the_stages_of_a_cascade(name, size):
+  """Each doubles the sides, to those of the data; the levels of its U-Net fit its images."""
+  config = made(name, 'cascade' + size)
+  whole = made(name).data.image_size
+  sides = {8: (4, 8), 32: (8, 16, 32), 64: (16, 32, 64), 128: (32, 64, 128), 256: (64, 128, 256)}[whole]
+  assert config.stages == ('base', *(f'sr_{side}' for side in sides[1:]))
+  before = ''
+  for number, stage in enumerate(config.stages):
+    section = config[stage]
+    assert section.space_factor == 2 ** (len(sides) - 1 - number)
+    side = config.data.image_size // section.space_factor
+    levels = [side >> level for level in range(len(section.model.channel_multipliers))]
+    assert side % 2 ** (len(levels) - 1) == 0 and levels[-1] >= 2
+    assert section.model.attention_resolutions and set(section.model.attention_resolutions) <= set(levels)
+    assert section.diffusion.condition == 'none'
+    conditions = set(section.conditions) - {'vae'}
+    assert conditions == ({'low_resolution'} if number else set())
+    if number:
+      assert section.conditions.low_resolution.stage == before
+    before = stage
+  configs.validate(config)
+
+
+def test_a_cascade_goes_with_others_in_any_order():
+  for variants in itertools.permutations(['cascade', 'label', 'guided']):
+    config = made('emoji64', ','.join(variants))
+    assert config.stages == ('base', 'sr_32', 'sr_64') and sections(config) == {*config.stages, 'classifier'}
+    assert all(config[stage].conditions.label.dropout == 0.1 for stage in config.stages)
+    assert config.sr_64.conditions.low_resolution.dropout == 0.1 and config.base.sample.guidance_weight == 0.5
+  config = made('digits', 'guided,cascade')
+  assert (config.base.sample.guidance_weight, config.sr_8.sample.guidance_weight) == (0.0, 0.5)
+  for stage in config.stages:
+    experiments.build(config, stage)
+  assert made('digits', 'cascade,unconditional').stages == ('refiner',)
+  assert made('digits', 'cascade').sr_8.train == made('digits').refiner.train
+  assert made('digits', 'cascade,wavelet_diffusion').stages == ('vae', 'refiner')
+  for variant in ('cascade,distill', 'wavelet_diffusion,cascade'):
+    with pytest.raises(ValueError, match='variant cascade works in pixels and is not joined with students'):
+      made('digits', variant)
+
+
+def test_a_cascade_of_images_that_cannot_be_halved_is_refused():
+  for size in (7, 4, 28, 24, 12):
+    with pytest.raises(ValueError, match=f'variant cascade: .* have {size} pixels a side'):
+      base.make('mine', {'image_size': size}, {}, 'cascade')
+  assert base.make('mine', {'image_size': 16}, {}, 'cascade').stages == ('base', 'sr_16')
+
+
+def test_what_a_data_set_says_of_one_stage_of_a_cascade_is_applied_last():
+  sizes = {
+    'refiner': lambda stage: stage.train.update({'num_steps': 5}),
+    'sr_32': lambda stage: stage.train.update({'num_steps': 7}),
+  }
+  config = base.make('mine', {'image_size': 32}, sizes, 'cascade')
+  assert [config[stage].train.num_steps for stage in config.stages] == [5, 5, 7]
+
+
 def test_variants_that_add_a_stage():
   assert base.variants_with('distill') == ['distill'] and base.variants_with('refiner') == []
   assert {'latent', 'latent_diffusion', 'vq'} <= set(base.variants_with('autoencoder'))

@@ -59,6 +59,23 @@ class Published:
   load: Callable[[], Params]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled:
+  """The stage whose samples feed a condition when it is sampled; nothing is read of it in training.
+
+  Attributes:
+    stage: name of the stage.
+    workdir: the run that holds it; '' = this run.
+    feeds: which of the condition's inputs its images are.
+    depth: how many stages are sampled, one after the other, before the one that it feeds: 1 or more.
+  """
+
+  stage: str
+  workdir: str
+  feeds: str
+  depth: int
+
+
 Reads = FromStage | Measured | Published
 
 

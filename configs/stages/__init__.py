@@ -3,6 +3,7 @@
 from configs.stages import (
   adversarial_distillation,
   autoencoder,
+  cascade,
   classifier,
   consistency,
   ddgan,
@@ -23,6 +24,7 @@ BY_NAME = {
   'consistency': consistency,
   'adversarial': adversarial_distillation,
   'matching': distribution_matching,
+  **dict.fromkeys(cascade.STAGES, cascade),
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

@@ -11,6 +11,7 @@ def section() -> ConfigDict:
   config = ConfigDict()
   config.experiment = 'diffusion'
   config.space = 'pixel'  # where it is diffused: 'pixel' | 'wavelet' | 'latent'
+  config.space_factor = 1  # 'pixel': the sides of the data over those of the stage's own images
   config.autoencoder = ConfigDict(
     {
       'stage': 'autoencoder',  # space = latent: the frozen autoencoder, this stage ...
@@ -26,7 +27,13 @@ def section() -> ConfigDict:
       'workdir': '',  # ... of this other run; '' = this run
     }
   )
-  config.conditions = ConfigDict()  # further ones, by name: a section each
+  config.conditions = ConfigDict(  # further ones, by name: a section each
+    {
+      'vae': {
+        'aug_level': 0.0,  # x0_vae is noised: each example has a level in [0, aug_level] in training; 0 = off
+      },
+    }
+  )
   config.model = _unet()
   config.diffusion = ConfigDict(
     {
@@ -69,6 +76,7 @@ def section() -> ConfigDict:
     t_start=1.0,  # below 1: start from x0_vae noised to this time
     clip='static',  # of x0_hat: 'static' to the space's bound | 'dynamic' | 'none', as for latents
     threshold_percentile=99.5,  # dynamic thresholding, in percent
+    aug_level=0.0,  # of the noise on x0_vae or the low-resolution image; at most that of training
     with_vae=True,  # show the VAE sample beside each refined one
   )
   return config
@@ -149,13 +157,17 @@ def fit(run: Run) -> None:
       arrange(run, vae=True)
   elif refiner.space == 'wavelet':
     side //= 2
-  model = refiner.model
+  fit_levels(refiner.model, side)
+
+
+def fit_levels(model: ConfigDict, side: int) -> None:
+  """Of a U-Net's levels keeps those down to 4 pixels, for maps of a side, and attention that occurs."""
   halvings = range(len(model.channel_multipliers))
   sides = [side >> level for level in halvings if level < 2 or side >> level >= 4]
   model.channel_multipliers = model.channel_multipliers[: len(sides)]
   if model.attention_resolutions:
     kept = tuple(wanted for wanted in model.attention_resolutions if wanted in sides)
-    model.attention_resolutions = kept or (max(size for size in sides if size <= 16),)
+    model.attention_resolutions = kept or tuple(sorted(size for size in sides if size <= 16)[-1:])
 
 
 # Variants ------------------------------------------------------------------------------------------

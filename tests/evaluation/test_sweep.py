@@ -11,6 +11,7 @@ from vaediff import files
 from vaediff.errors import UserError
 from vaediff.evaluation import networks, report, sets, sweep
 from vaediff.evaluation.measures import Figure
+from vaediff.experiments import base
 from vaediff.run import draw
 from vaediff.run import trained as opened
 
@@ -64,6 +65,32 @@ class Trained(opened.Trained):
   def __init__(self):
     self.config = importlib.import_module('configs.digits').get_config('debug')
     self.experiment = types.SimpleNamespace(num_function_evaluations=2)
+
+
+def run_of(max_level, **settings):
+  config = importlib.import_module('configs.digits').get_config('debug')
+  config.evaluate.sweep.update(settings)
+  run = Trained()
+  run.config, run.stage, run.workdir = config, 'refiner', pathlib.Path('runs/digits')
+  run.experiment = types.SimpleNamespace(
+    num_function_evaluations=2,
+    can_be_guided=False,
+    max_level=max_level,
+    columns=lambda: base.Columns(condition='c', sampler='ddim', method='ddim', steps=2, guidance=0.0),
+  )
+  return run
+
+
+def test_levels_of_augmentation_are_rows():
+  levels = (0.0, 0.2, 0.4)
+  run = run_of(0.3, aug_levels=levels, num_steps=(2,))
+  found = sweep.grid(run, run.config.evaluate.sweep)
+  assert [row['aug_level'] for row in found] == [0.0, 0.2]  # beyond 0.3 it was not trained
+  assert [row['aug_level'] for row in sweep.grid(run_of(0.0), run_of(0.0).config.evaluate.sweep)] == [0.0] * 2
+  run.config.refiner.sample.aug_level = 0.2
+  assert sweep.label(run)['aug level'] == 0.2 and sweep.label(run)['line'] == 'c ddim s=0.2'
+  run = run_of(0.3)
+  assert 'aug level' not in sweep.label(run) and sweep.label(run)['line'] == 'c ddim'
 
 
 def test_a_setting_whose_images_are_not_finite_is_a_row_with_a_reason(monkeypatch, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vaediff import checks, experiments
-from vaediff.conditions import label
+from vaediff.conditions import label, low_resolution
 from vaediff.errors import UserError
 from vaediff.experiments import bounds, progressive
 from vaediff.run import config as configs
@@ -28,9 +28,12 @@ VARIANTS = {
   'consistency': 'consistency,debug',
   'adversarial': 'adversarial,debug',
   'matching': 'matching,debug',
+  'sr_8': 'cascade,debug',
 }
 """By stage, a variant of configs/digits.py that has it."""
-ELSEWHERE = {*configs.STAGE_BOUNDS, *label.BOUNDS, 'train.profile_steps', 'sample.guidance'}
+ELSEWHERE = {
+  *configs.STAGE_BOUNDS, *label.BOUNDS, *low_resolution.BOUNDS, 'train.profile_steps', 'sample.guidance'
+}  # fmt: skip
 """Of the loop, of a condition that is not always there, and what depends on the conditions."""
 
 
@@ -83,6 +86,7 @@ def test_every_number_of_every_section_has_a_bound():
   known = importlib.import_module('configs.stages')
   tables = {stage: bounds_of(stage) for stage in VARIANTS}
   tables = {**tables, 'distill': {**tables['distill_2'], **progressive.TEMPLATE_BOUNDS}}
+  tables |= dict.fromkeys(known.cascade.STAGES, tables['sr_8'])
   for stage, module in known.BY_NAME.items():
     missing = set(bounds.numeric_fields(module.section())) - set(tables[stage]) - ELSEWHERE
     assert not missing, f'{stage}: {missing}'
@@ -210,6 +214,9 @@ def test_the_section_of_another_experiment_is_refused(stage, other):
     ('refiner', 'sample.guidance', ('label', 1.0), 'sample.guidance must be pairs .*, label; got .label.'),
     ('refiner', 'sample.guidance', (('label', math.inf),), 'sample.guidance must be pairs'),
     ('refiner', 'sample.guidance', (('label', math.nan),), 'sample.guidance must be pairs'),
+    ('sr_8', 'conditions.low_resolution.dropout', 1.0, r'dropout must be in \[0, 1\), got 1.0'),
+    ('sr_8', 'conditions.low_resolution.max_level', math.nan, r'max_level must be in \[0, 1\], got nan'),
+    ('sr_8', 'conditions.low_resolution.factor', 2.5, 'low_resolution.factor is 2.5: it must divide'),
     ('refiner', 'model.dtype', 'float16', 'model.dtype is .float16.; valid: float32, bfloat16'),
     ('vae', 'model.encoder_blocks', '8x1000000', 'model.encoder_blocks: .8x1000000. is not a step'),
     ('vae', 'model.encoder_channels', '8:9999999', 'encoder_channels: .8:9999999. is not an entry'),

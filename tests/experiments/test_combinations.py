@@ -50,6 +50,12 @@ CASES = {
   'matching_in_latents': ('unconditional,latent_diffusion,matching', 'matching', {
     'refiner.diffusion.prediction': 'v'
   }),
+  'noised_x0_vae_in_latents': ('formulation2,guided,label,latent_diffusion', 'refiner', {
+    'refiner.conditions.vae.aug_level': 0.5, 'refiner.sample.aug_level': 0.2
+  }),
+  'halving_of_a_noised_refiner': ('formulation2,distill', 'distill_2', {
+    'refiner.conditions.vae.aug_level': 0.5, 'distill.data_free_fraction': 0.5
+  }),
   'weight_as_input': ('formulation2,z,guided,distill', 'distill_guided', {}),
 }  # fmt: skip
 QUICK = ('label_and_code_with_two_terms', 'latents_formulation2')

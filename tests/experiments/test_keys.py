@@ -34,6 +34,11 @@ CASES = {
   'consistency': ('consistency,debug', 'consistency', {}),
   'adversarial': ('adversarial,debug', 'adversarial', {}),
   'matching': ('matching,debug', 'matching', {}),
+  'noised x0_vae': ('formulation2,debug', 'refiner', {'refiner.conditions.vae.aug_level': 0.5}),
+  'super-resolution': ('cascade,debug', 'sr_8', {}),
+  'degraded super-resolution': ('cascade,debug', 'sr_8', {
+    'sr_8.conditions.low_resolution.augmentation': 'bsr'
+  }),
 }
 """With one condition: of several the first has the key itself, and the others what is folded of it, so that
 runs with one stay as they are (`conditions.base.key_of`)."""
@@ -112,6 +117,6 @@ def test_nothing_is_done_with_a_key_that_was_drawn_from(case):
   read = {**frozen, **{name: network.params for name, network in state.networks.items()}}
   if case != 'autoencoder':  # its evaluation draws nothing
     assert not shared_keys(experiment.eval_step, read, batch, key)
-  if case in ('vae', 'refiner', 'adversarial refiner', 'matching'):
+  if case in ('vae', 'refiner', 'noised x0_vae', 'adversarial refiner', 'matching'):
     run = draw.sampler(experiment)
     assert not shared_keys(run, read, jnp.arange(8), {}, jnp.int32(0))

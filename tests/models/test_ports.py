@@ -20,6 +20,7 @@ KINDS = {
   'weight': Port(enters='vector', shape=(), droppable=True),
   'label': Port(enters='vector', shape=(), classes=CLASSES, droppable=True),
 }
+LEVEL = Port(enters='vector', shape=(), level=True, droppable=True)
 NAMES = {
   'low': {'null_low': (SIDE, SIDE, 2)},
   'z': {
@@ -52,7 +53,7 @@ class Toy(nn.Module):
 
 
 def toy(*names, **changes) -> Model:
-  known = {name: changes.get(name, KINDS[name]) for name in names}
+  known = {name: changes[name] if name in changes else KINDS[name] for name in names}
   state = jax.ShapeDtypeStruct((1, SIDE, SIDE, 1), jnp.float32)
   return Model(module=Toy(ports=tuple(known.items())), inputs=(state, ports.structs(known)))
 
@@ -130,6 +131,29 @@ def test_what_cannot_be_dropped_has_no_stand_in(name):
   if name == 'label':
     expected = {'label_table/embedding': (CLASSES, WIDTH)}
   assert named_shapes(init(toy(name, **{name: port}))) == expected
+
+
+def test_a_level_is_embedded_as_a_time_by_an_mlp_that_is_zero_at_first(x):
+  model = toy('level', level=LEVEL)
+  params = init(model)
+  shapes = {f'level_mlp/dense_{k}/{name}': (WIDTH,) for k in '01' for name in ('bias',)}
+  shapes |= {f'level_mlp/dense_{k}/kernel': (WIDTH, WIDTH) for k in '01'}
+  assert named_shapes(params) == {**shapes, 'null_level': (WIDTH,)}
+  level = jnp.float32([0.0, 0.25, 1.0])
+  np.testing.assert_array_equal(model.apply(params, x, {'level': level})[1], np.ones((COUNT, WIDTH)))
+  params = randomised(params)
+  first, last = (params['level_mlp'][f'dense_{k}'] for k in '01')
+  hidden = lambda h: nn.silu(h @ first['kernel'] + first['bias'][None])
+  out = lambda h: 1 + hidden(h) @ last['kernel'] + last['bias'][None]
+  got = model.apply(params, x, {'level': level})[1]
+  np.testing.assert_allclose(got, out(waves(1000 * level - 1)), rtol=1e-4, atol=1e-4)
+  drop = {'level': jnp.array([False, True, True])}
+  dropped = model.apply(params, x, {'level': level}, drop)[1]
+  np.testing.assert_array_equal(dropped[0], got[0])
+  null = jnp.broadcast_to(params['null_level'], (COUNT, WIDTH))
+  np.testing.assert_allclose(dropped[1:], out(null)[1:], rtol=1e-4, atol=1e-4)
+  free = init(toy('level', level=Port(enters='vector', shape=(), level=True)))
+  assert named_shapes(free) == shapes
 
 
 def test_all_kinds_beside_one_another_keep_their_names():
@@ -289,6 +313,9 @@ def test_the_gradient_reaches_the_rows_of_the_table_that_are_read(x, values):
     ({'enters': 'concat', 'shape': (3,)}, r'A concat port cannot have shape \(3,\) with 0 classes'),
     ({'enters': 'concat', 'shape': ()}, r'A concat port cannot have shape \(\) with 0 classes'),
     ({'enters': 'vector', 'shape': (4, 4, 1)}, r'A vector port cannot have shape \(4, 4, 1\)'),
+    ({'enters': 'vector', 'shape': (3,), 'level': True}, r'shape \(3,\) with 0 classes and be a level'),
+    ({'enters': 'concat', 'shape': (4, 4, 1), 'level': True}, r'\(4, 4, 1\) with 0 classes and be a level'),
+    ({'enters': 'vector', 'shape': (), 'classes': 3, 'level': True}, 'with 3 classes and be a level'),
     ({'enters': 'vector', 'shape': (3,), 'classes': 4}, r'cannot have shape \(3,\) with 4 classes'),
     ({'enters': 'concat', 'shape': (4, 4, 1), 'classes': 4}, r'shape \(4, 4, 1\) with 4 classes'),
   ],

@@ -76,6 +76,15 @@ def old(variant):
   return json.loads((HERE / 'earlier' / f'{variant}.json').read_text())
 
 
+def test_a_config_from_before_there_were_levels_is_read_with_none(tmp_path):
+  config = now('formulation2,distill')
+  stored = json.loads(configs.to_json(config))
+  for name in config.stages[1:]:
+    del stored[name]['space_factor'], stored[name]['conditions']['vae'], stored[name]['sample']['aug_level']
+  del stored['evaluate']['sweep']['aug_levels']
+  assert configs.from_stored(stored) == config
+
+
 def test_sections_that_the_stages_read_are_kept():
   config = old('adversarial_refiner')
   config['stages'] = ['ddgan']  # on the VAE of another run

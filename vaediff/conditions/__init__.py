@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from vaediff.conditions import augmentation
 from vaediff.conditions.base import Condition, Conditions
 from vaediff.conditions.degraded import DEGRADED, degraded_condition
 from vaediff.conditions.label import LABEL, SAMPLE_BOUNDS, check_unread, label_condition
-from vaediff.conditions.vae import of_classes, vae_condition
+from vaediff.conditions.low_resolution import LOW_RESOLUTION, low_resolution_condition
+from vaediff.conditions.vae import VAE, of_classes, vae_condition
 from vaediff.conditions.weight import Weight
 from vaediff.errors import UserError
 from vaediff.spaces import Space
@@ -16,6 +18,7 @@ __all__ = ['BY_NAME', 'SAMPLE_BOUNDS', 'Condition', 'Conditions', 'make_conditio
 BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
   LABEL: label_condition,
   DEGRADED: degraded_condition,
+  LOW_RESOLUTION: low_resolution_condition,
 }
 """By section of `config.<stage>.conditions`: (config, stage, space) -> the condition."""
 
@@ -38,13 +41,14 @@ def make_conditions(config: ConfigDict, stage: str, space: Space) -> Conditions:
   )
   if known:
     found.append(known)
-  for name in sorted(section.conditions):
+  for name in sorted(set(section.conditions) - {VAE}):
     if name not in BY_NAME:
       raise UserError(f'conditions has a section {name!r}; valid: {", ".join(BY_NAME)}')
     found.append(BY_NAME[name](config, stage, space))
   classes = Conditions(tuple(found)).classes
   if known and classes:  # a code of another class than the label is what no training image has
     found[0] = of_classes(known, classes)
+  augmentation.check_level(section, augmented=any(one.max_level for one in found))
   if section.model.guidance_embedding:
     found.append(Weight(weight=section.sample.guidance_weight))
   return Conditions(tuple(found))

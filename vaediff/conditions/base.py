@@ -31,6 +31,10 @@ class Condition(abc.ABC):
     num_groups: its samples come in so many kinds, in turn: image i is of kind i modulo this; 0 = in none.
     classes: the classes of the data set that its samples are asked to be of, in turn; () = of none.
     reconstructs: what it observes of an image says what the image looks like.
+    maker: the stage whose samples are one of its inputs in sampling; None = none.
+    max_level: of the noise that training adds to what it observes; 0 = none.
+    bounds_images: what it observes of an image is drawn from a known prior, or has a density of its own in
+      `nats`, so that a loss given it bounds -log p of the image.
   """
 
   name: str
@@ -42,6 +46,9 @@ class Condition(abc.ABC):
   num_groups = 0
   classes: tuple[int, ...] = ()
   reconstructs = False
+  maker: reads.Sampled | None = None
+  max_level = 0.0
+  bounds_images = True
 
   @property
   @abc.abstractmethod
@@ -71,6 +78,10 @@ class Condition(abc.ABC):
       x: images in [-1, 1].
       key: of the posterior, one for the batch or one per image; None = its mean.
     """
+
+  def observe_in_training(self, read: Read, batch: Batch, x: Image, key: jax.Array) -> Given:
+    """Returns what training sees of each image: the same, unless it is made worse on purpose."""
+    return self.observe(read, batch, x, self.training_key(key))
 
   def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
     """Returns what it draws of nothing for the images with these indices; {} = it cannot."""
@@ -162,6 +173,21 @@ class Conditions:
     return any(one.reconstructs for one in self.each)
 
   @property
+  def makers(self) -> tuple[reads.Sampled, ...]:
+    """The stages whose samples feed them."""
+    return tuple(one.maker for one in self.each if one.maker)
+
+  @property
+  def max_level(self) -> float:
+    """The largest that all who add noise have in training."""
+    return min((one.max_level for one in self.each if one.max_level), default=0.0)
+
+  @property
+  def bounds_images(self) -> bool:
+    """Whether all do."""
+    return all(one.bounds_images for one in self.each)
+
+  @property
   def droppable(self) -> tuple[str, ...]:
     """Names of those that training drops."""
     return tuple(one.name for one in self.each if one.dropout > 0)
@@ -177,9 +203,9 @@ class Conditions:
     given = {}
     for number, one in enumerate(self.each):
       own = None if key is None else key_of(key, number)
-      if training and own is not None:
-        own = one.training_key(own)
-      given |= one.observe(read, batch, x, own)
+      in_training = training and own is not None
+      seen = one.observe_in_training if in_training else one.observe
+      given |= seen(read, batch, x, own)
     return given
 
   def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:

@@ -1,8 +1,10 @@
 """A VAE's image and latent code: what makes a diffusion a DiffuseVAE.
 
 The image x0_vae = decode(z) is concatenated to the state; with Formulation 2 it is also added to it
-(`experiments.denoiser`). z enters as a vector. In training z ~ q(z | x), or its mean; in sampling z is drawn
-from the prior that belongs to the VAE (Pandey et al. 2022, arXiv:2201.00308, section 3).
+(`experiments.denoiser`). Where it is noised (`conditions.augmentation`), it is so in the space of the state,
+and the shift is what the network reads: the noised image. z enters as a vector. In training z ~ q(z | x), or
+its mean; in sampling z is drawn from the prior that belongs to the VAE (Pandey et al. 2022, arXiv:2201.00308,
+section 3).
 """
 
 import dataclasses
@@ -13,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from vaediff import reads
-from vaediff.conditions import prior
+from vaediff import checks, reads
+from vaediff.conditions import augmentation, prior
 from vaediff.conditions.base import Condition
 from vaediff.diffusion import losses
+from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.models.ports import Port
 from vaediff.spaces import Space, encoders
@@ -26,6 +29,9 @@ IMAGE, CODE = 'x0_vae', 'z'
 """Names of the two inputs, and of the two values."""
 FORMULATIONS = ('none', 'formulation1', 'formulation2')
 SOURCES = ('sample', 'mean', 'precomputed')
+VAE = 'vae'
+"""Name of the condition, and of its section among those of the conditions."""
+BOUNDS = {'conditions.vae.aug_level': checks.between(0, 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,7 @@ class VaeCondition(Condition):
     title: in a table, as 'formulation1+z'.
     of_classes: which components of the prior are of which class, where samples are asked to be of one.
     asked: the classes that they are asked to be of, in turn; () = all.
+    noising: of x0_vae, where training has levels above 0.
   """
 
   source: reads.FromStage
@@ -59,9 +66,15 @@ class VaeCondition(Condition):
   title: str
   of_classes: reads.Measured | None = None
   asked: tuple[int, ...] = ()
+  noising: augmentation.Noising | None = None
 
-  name = 'vae'
+  name = VAE
   reconstructs = True
+
+  @property
+  def max_level(self) -> float:
+    """Of its noise."""
+    return self.noising.max_level if self.noising else 0.0
 
   @property
   def model(self) -> Model:
@@ -76,14 +89,15 @@ class VaeCondition(Condition):
       ports[IMAGE] = Port(enters='concat', shape=self.space.shape, droppable=droppable)
     if self.reads_code:
       ports[CODE] = Port(enters='vector', shape=(self.latent_dim,), droppable=droppable)
-    return ports
+    return ports | (self.noising.ports if self.noising else {})
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """z, and an image that takes the place of decode(z)."""
+    """z, an image that takes the place of decode(z), and its level and noise."""
     code = {CODE: jax.ShapeDtypeStruct((self.latent_dim,), jnp.float32)}
     image = {IMAGE: jax.ShapeDtypeStruct(self.image_shape, jnp.float32)}
-    return code | (image if self.reads_image else {})
+    noise = self.noising.inputs if self.noising else {}
+    return code | (image if self.reads_image else {}) | noise
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
@@ -121,14 +135,25 @@ class VaeCondition(Condition):
     mean, logvar = self.model.apply(read['vae'], x, method='encode')
     return {CODE: mean if key is None else encoders.draw_latent(mean, logvar, key)}
 
+  def observe_in_training(self, read: Read, batch: Batch, x: Image, key: jax.Array) -> Given:
+    """Returns the same, and for each example a level and noise where x0_vae is noised."""
+    if not self.noising:
+      return super().observe_in_training(read, batch, x, key)
+    key_code, key_noise = jax.random.split(key)
+    seen = self.observe(read, batch, x, self.training_key(key_code))
+    return {**seen, **self.noising.train(key_noise, len(x))}
+
   def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns z of the prior, or of its components of a class."""
+    """Returns z of the prior, or of its components of a class; a level and noise where x0_vae is noised."""
+    pairs = jax.vmap(jax.random.split)(keys) if self.noising else None
     weights = None
     if self.of_classes and read[prior.OF_CLASSES]:
       table = jnp.asarray(read[prior.OF_CLASSES][prior.CLASS_WEIGHTS])
       rows = jnp.asarray(self.asked or tuple(range(len(table))), jnp.int32)
       weights = table[rows[indices % len(rows)]]
-    return {CODE: prior.draw(read[prior.PRIOR], keys, self.latent_dim, weights)}
+    own = keys if pairs is None else pairs[:, 0]
+    code = prior.draw(read[prior.PRIOR], own, self.latent_dim, weights)
+    return {CODE: code, **({} if pairs is None else self.noising.draw(pairs[:, 1]))}
 
   def complete(self, read: Read, given: Given) -> Given:
     """Returns x0_vae = decode(z) beside z, unless another image was given."""
@@ -137,10 +162,13 @@ class VaeCondition(Condition):
     return {**given, IMAGE: self.model.apply(read['vae'], given[CODE], method='decode')}
 
   def values(self, read: Read, given: Given) -> Values:
-    """Returns x0_vae in the space of the state, and z."""
+    """Returns x0_vae in the space of the state, at its level, and z."""
     values = {}
     if self.reads_image:
       values[IMAGE] = self.space.encode(read, given[IMAGE], None)
+    if self.noising:
+      values[IMAGE] = self.noising.noised(values[IMAGE], given)
+      values[self.noising.level_name] = self.noising.levels(given, len(values[IMAGE]))
     if self.reads_code:
       values[CODE] = given[CODE]
     return values
@@ -172,13 +200,20 @@ def vae_condition(
 ) -> VaeCondition | None:
   """Returns the VAE condition of a stage; None where it reads neither image nor code.
 
-  Reads `diffusion.condition`, `diffusion.x0_vae_source` and the section `vae`, which names the VAE.
+  Reads `diffusion.condition`, `diffusion.x0_vae_source`, `conditions.vae` where there is one, and the section
+  `vae`, which names the VAE.
 
   Raises:
-    UserError: when that is no VAE stage.
+    UserError: when that is no VAE stage, or an image is to be noised that is not read.
   """
   section, data = config[stage], config.data
   formulation = section.diffusion.condition
+  max_level = section.conditions[VAE].aug_level if VAE in section.conditions else 0.0
+  if max_level and formulation == 'none':
+    raise UserError(
+      f'conditions.vae.aug_level is {max_level}, but the network reads no x0_vae: diffusion.condition is '
+      "'none'"
+    )
   if formulation == 'none' and not reads_code:
     return None
   named = section.vae
@@ -194,4 +229,7 @@ def vae_condition(
     dropout=dropout,
     x0_vae_source=section.diffusion.x0_vae_source,
     title=formulation + ('+z' if reads_code else ''),
+    noising=augmentation.noising(
+      section, IMAGE, space.shape, max_level, droppable=dropout > 0, field='conditions.vae.aug_level'
+    ),
   )

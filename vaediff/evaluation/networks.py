@@ -42,6 +42,7 @@ BOUNDS = {
   'sweep.samplers': checks.each(checks.one_of(samplers.SAMPLERS)),
   'sweep.num_steps': checks.each(checks.count(1)),
   'sweep.guidance_weights': checks.each(checks.at_least(0)),
+  'sweep.aug_levels': checks.each(checks.between(0, 1)),
   'sweep.teacher_steps': checks.count(1),
   'sweep.num_compared': checks.count(1),
   'sweep.student_steps': checks.each(checks.count(0)),

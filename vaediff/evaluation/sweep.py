@@ -132,10 +132,11 @@ def open_run(path: str, trained: Trained) -> Trained:
 
 
 def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
-  """Returns the settings of each row of one run: samplers x step counts x guidance weights.
+  """Returns the settings of each row of one run: samplers x levels x guidance weights x step counts.
 
-  A weight above 0 is left out for a network that was trained without condition dropout. A student and a
-  denoising GAN are sampled as they were trained.
+  A weight above 0 is left out for a network that was trained without condition dropout, and a level of
+  augmentation above the largest that a network was trained with. A student and a denoising GAN are sampled as
+  they were trained.
   """
   if not run.experiment.num_function_evaluations:
     raise UserError(f'--sweep needs a stage that samples in steps; {run.stage!r} of {run.workdir} does not')
@@ -146,13 +147,15 @@ def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
       raise UserError(f'config.evaluate.sweep.{field} is empty; name at least one')
   can = run.experiment.can_be_guided
   weights = [w for w in settings.guidance_weights if w == 0 or can] or [run.settings.guidance_weight]
+  most = run.experiment.max_level
+  levels = [level for level in settings.aug_levels if level <= most] or [run.settings.aug_level]
   samplers, counts = settings.samplers, settings.num_steps
   if 'teacher' in run.config[run.stage]:
     samplers, counts = (run.settings.sampler,), (run.settings.num_steps,)
     weights = weights if run.config[run.stage].model.guidance_embedding else [0.0]
   return [
-    {'sampler': sampler, 'num_steps': steps, 'guidance_weight': float(weight)}
-    for sampler, weight, steps in itertools.product(samplers, weights, counts)
+    {'sampler': sampler, 'num_steps': steps, 'guidance_weight': float(weight), 'aug_level': float(level)}
+    for sampler, level, weight, steps in itertools.product(samplers, levels, weights, counts)
   ]
 
 
@@ -178,14 +181,17 @@ def label(chosen: Trained) -> dict[str, Any]:
   """Returns the columns that say which row it is; `line` names its line in the plot."""
   columns = chosen.experiment.columns()
   weight = f' w={columns.guidance:g}' if columns.guidance else ''
+  level = chosen.settings.aug_level if chosen.experiment.max_level else 0.0
+  noise = f' s={level:g}' if level else ''
   return {
-    'line': f'{columns.condition} {columns.method}{weight}',
+    'line': f'{columns.condition} {columns.method}{weight}{noise}',
     'run': chosen.workdir.name,
     'stage': chosen.stage,
     'condition': columns.condition,
     'sampler': columns.sampler,
     'steps': columns.steps,
     'guidance': float(columns.guidance),
+    **({'aug level': float(level)} if chosen.config.evaluate.sweep.aug_levels else {}),
   }
 
 
@@ -242,6 +248,32 @@ def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
     else:
       found = of_network(network, [each[network] for each in seen], real.train[network], settings)
       figures |= {name: found[name] for name in names_of(network)}
+  if settings.sweep.aug_levels and chosen.experiment.reconstructs:
+    figures |= of_reconstructions(chosen, opened, real)
+  return figures
+
+
+def of_reconstructions(chosen: Trained, opened: Networks, real: Real) -> dict[str, Figure]:
+  """Returns the distances of as many images that are made of the evaluation images, in turn.
+
+  What is between these and the distances of samples is due to what samples are made of: an earlier network's
+  work of nothing instead of data. Augmentation is to narrow it.
+  """
+  settings = chosen.config.evaluate
+  image, label = chosen.eval_images(settings.num_images)
+  given = chosen.observe(image, label)
+  streams = {name: features.stream() for name, features in opened.features.items()}
+  for indices in draw.batches(settings.num_images, min(chosen.settings.batch_size, settings.num_images)):
+    drawn = chosen.draw(indices, {name: value[indices % len(image)] for name, value in given.items()})
+    fresh = min(len(indices), settings.num_images - int(indices[0]))
+    for stream in streams.values():
+      stream.add(drawn[list(drawn)[-1]][:fresh])
+  figures = {}
+  for network in settings.extractors:
+    if network in streams:
+      seen = streams[network].finish()['features']
+      found = distances_of(network, [seen], real.train[network], settings)
+      figures |= {f'{name} of reconstructions': figure for name, figure in found.items()}
   return figures
 
 

@@ -126,6 +126,9 @@ class Experiment(abc.ABC):
     reconstructs: what it observes of an image is enough to draw that image again.
     diffusion: the `experiments.diffusion.Diffusion` that draws its samples step by step; None = none does.
     num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
+    makers: the stages whose samples feed it when it is sampled.
+    image_factor: the sides of the data over those of the images that it draws.
+    max_level: of the noise on what it reads of an image, in training; 0 = there is none.
     can_be_guided: conditions are dropped in training, so that a guidance weight above 0 is possible.
     likelihood: what its bound is of: `BYTES`, 'density of pixels in [0, 1]', or '' without one.
     no_likelihood: why it has no bound, where one could be asked for.
@@ -143,12 +146,20 @@ class Experiment(abc.ABC):
   reconstructs = False
   diffusion: Any = None
   num_function_evaluations = 0
+  makers: tuple[reads.Sampled, ...] = ()
+  image_factor = 1
+  max_level = 0.0
   can_be_guided = False
   likelihood = ''
   no_likelihood = ''
   measures: tuple[str, ...] = ()
   metrics: Mapping[str, bool] = {'loss': False}
   bounds: checks.Bounds = {}
+
+  @property
+  def depth(self) -> int:
+    """How many stages are sampled before it, one after the other."""
+    return max((maker.depth for maker in self.makers), default=0)
 
   @property
   @abc.abstractmethod
@@ -269,6 +280,21 @@ class InSpace(Experiment):
   def reconstructs(self) -> bool:
     """Whether a condition does."""
     return self.conditions.reconstructs
+
+  @property
+  def makers(self) -> tuple[reads.Sampled, ...]:
+    """Of the conditions."""
+    return self.conditions.makers
+
+  @property
+  def max_level(self) -> float:
+    """Of the conditions."""
+    return self.conditions.max_level
+
+  @property
+  def image_factor(self) -> int:
+    """Of the space."""
+    return self.space.factor
 
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
     """Returns what the conditions see of each image."""

@@ -50,6 +50,8 @@ BOUNDS = {
   'diffusion.condition': checks.one_of(vae_conditions.FORMULATIONS),
   'diffusion.x0_vae_source': checks.one_of(vae_conditions.SOURCES),
   'diffusion.condition_dropout': checks.below_one(),
+  'space_factor': bounds.whole(1, bounds.MAX_WIDTH),
+  **vae_conditions.BOUNDS,
   'sample.sampler': checks.one_of(samplers.SAMPLERS),
   'diffusion.variance': checks.one_of(variance.VARIANCES),
   'sample.grid': checks.one_of(grids.ALL_GRIDS),
@@ -63,6 +65,7 @@ BOUNDS = {
   'sample.guidance_weight': bounds.number(0, MAX_GUIDANCE),
   **SAMPLE_BOUNDS,
   'sample.eta': checks.between(0, 1),
+  'sample.aug_level': checks.between(0, 1),
   **bounds.within('model', bounds.CONVOLUTIONAL),
   'model.num_heads': bounds.whole(1, bounds.MAX_LEVELS),
   'model.head_channels': bounds.whole(0, bounds.MAX_WIDTH),
@@ -150,8 +153,8 @@ class Diffusion(base.InSpace):
 
   @property
   def likelihood(self) -> str:
-    """Of bytes, where the images themselves are diffused."""
-    return base.BYTES if self.space.is_data else ''
+    """Of bytes, where the images themselves are diffused, on what has a density or a known prior."""
+    return base.BYTES if self.space.is_data and self.conditions.bounds_images else ''
 
   @property
   def no_likelihood(self) -> str:

@@ -7,6 +7,8 @@ here, beside the network's own parameters:
     <name>_mlp     a vector, to the width of the embedding
     <name>_table   a whole number below `classes`, to the width of the embedding; its last row is the null
     <name>         a number, as waves, to the width of the embedding; zero at first
+    <name>_mlp     a level, as waves, to the same width; its last layer is zero at first, and null_<name>
+                   stands for the waves
 
 Must not import diffusion, experiments, run, config or data.
 """
@@ -26,6 +28,8 @@ from vaediff.types import Drop, Values
 PLACES = ('concat', 'vector')
 NUMBER_SCALE = 250
 """Times a number, such as a guidance weight of 0 ... 4, before it is embedded as a step index is."""
+LEVEL_SCALE = 1000
+"""Times a level of noise in [0, 1], before it is embedded as a step index is, 0 ... 999."""
 TABLE_DEVIATION = 0.02
 """Of the rows of a table at first."""
 
@@ -38,20 +42,26 @@ class Port:
     enters: 'concat' (a map beside the state, along the channels) or 'vector' (added to the time embedding).
     shape: of one example; () = a number, or one of `classes`.
     classes: above 0, the value is a whole number below it.
+    level: the number is a time in [0, 1], how strongly another value is noised: embedded as the time is.
     droppable: it has a learned stand-in, which a dropped example reads.
   """
 
   enters: str
   shape: tuple[int, ...]
   classes: int = 0
+  level: bool = False
   droppable: bool = False
 
   def __post_init__(self):
     if self.enters not in PLACES:
       raise ValueError(f'A port enters at one of {", ".join(PLACES)}, not at {self.enters!r}.')
     fits = len(self.shape) == 3 if self.enters == 'concat' else len(self.shape) <= 1
-    if not fits or self.classes < 0 or (self.classes and self.shape):
-      raise ValueError(f'A {self.enters} port cannot have shape {self.shape} with {self.classes} classes.')
+    number = self.enters == 'vector' and not self.shape and not self.classes
+    if not fits or self.classes < 0 or (self.classes and self.shape) or (self.level and not number):
+      raise ValueError(
+        f'A {self.enters} port cannot have shape {self.shape} with {self.classes} classes'
+        f'{" and be a level" if self.level else ""}.'
+      )
 
   @property
   def struct(self) -> jax.ShapeDtypeStruct:
@@ -126,14 +136,14 @@ def embed(
       continue
     if port.classes:
       emb = emb + _class_embedding(name, port, width, values[name], drop).astype(dtype)
+    elif port.level:
+      emb = emb + _level_embedding(module, name, port, width, values[name], drop, waves, dtype)
     elif port.shape:
       value = _kept(module, name, port, values[name], drop)
       emb = emb + Mlp(features=width, dtype=dtype, name=f'{name}_mlp')(value)
     else:
       value = _kept(module, name, port, values[name], drop)
-      project = nn.Dense(
-        width, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name=name
-      )
+      project = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
       emb = emb + project(waves(NUMBER_SCALE * value))
   return emb
 
@@ -149,12 +159,28 @@ def _class_embedding(name: str, port: Port, width: int, value: Array, drop: Drop
   return table(value)
 
 
+def _level_embedding(
+  module: nn.Module,
+  name: str,
+  port: Port,
+  width: int,
+  value: Array,
+  drop: Drop,
+  waves: Callable[[Array], Array],
+  dtype: Any,
+) -> Array:
+  """Returns the embedding of levels; the stand-in of a dropped one takes the place of its waves."""
+  embedded = _kept(module, name, port, waves(LEVEL_SCALE * value - 1.0), drop)
+  return Mlp(features=width, dtype=dtype, zero_init=True, name=f'{name}_mlp')(embedded)
+
+
 def _kept(module: nn.Module, name: str, port: Port, value: Array, drop: Drop) -> Array:
-  """Returns the value with the stand-in where it is dropped; creates the stand-in."""
+  """Returns the value with the stand-in, of its shape, where it is dropped; creates the stand-in."""
   if not port.droppable:
     return value
-  null = module.param(f'null_{name}', nn.initializers.zeros, port.shape)
+  shape = value.shape[1:]
+  null = module.param(f'null_{name}', nn.initializers.zeros, shape)
   if name not in drop:
     return value
-  mask = drop[name].reshape(-1, *[1] * len(port.shape))
+  mask = drop[name].reshape(-1, *[1] * len(shape))
   return jnp.where(mask, null[None], value)

@@ -107,16 +107,19 @@ class Mlp(nn.Module):
   Attributes:
     features: width of the hidden layer and of the output.
     dtype: compute type.
+    zero_init: the output is zero at first.
   """
 
   features: int
   dtype: Any
+  zero_init: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, 'batch inputs']) -> Float[Array, 'batch features']:
     """Returns the embedding of x."""
     h = layers.dense(self.features, name='dense_0', dtype=self.dtype)(x)
-    return layers.dense(self.features, name='dense_1', dtype=self.dtype)(nn.silu(h))
+    last = layers.dense(self.features, name='dense_1', dtype=self.dtype, zero_init=self.zero_init)
+    return last(nn.silu(h))
 
 
 class ResidualBlock(nn.Module):

@@ -67,6 +67,7 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
     return {}
   classes.number(config)
   built = {stage: build(config, stage) for stage in config.stages}
+  check_sizes(config, built, run.stages[-1] if mode == 'evaluate' else '')
   if mode in ('describe', 'compile'):
     return built  # of devices that are not here
   mesh = sharding.make_mesh(config.mesh)
@@ -96,6 +97,29 @@ def build(config: ConfigDict, stage: str) -> Experiment:
       f'config.{stage} has only the keys {", ".join(config[stage])}, and its experiment '
       f'{config[stage].experiment!r} reads another: the section is that of another experiment'
     ) from error
+
+
+def check_sizes(config: ConfigDict, built: dict[str, Experiment], evaluated: str) -> None:
+  """Raises UserError where images are to be compared with data that are larger.
+
+  Args:
+    config: of the run.
+    built: the experiments by stage.
+    evaluated: the stage whose figures are asked for; '' = none.
+  """
+  size = config.data.image_size
+  for stage, experiment in built.items():
+    measure = config[stage].train.best_measure
+    asked = 'has train.best_measure = ' + repr(measure) if measure and not measure.startswith('val/') else ''
+    if stage == evaluated:
+      asked = 'is to be evaluated'
+    if asked and experiment.image_factor > 1:
+      side = size // experiment.image_factor
+      raise UserError(
+        f'config.{stage} {asked}, which compares its samples with the data: they have {side} pixels a side, '
+        f'the data {size}. Take a stage whose space_factor is 1, as the last of a cascade (--stages), or a '
+        "measure of its own, such as 'val/loss'"
+      )
 
 
 def check_seeds(config: ConfigDict) -> None:

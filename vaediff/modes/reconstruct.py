@@ -51,6 +51,7 @@ def reconstruct(trained: Trained, out: pathlib.Path | None = None) -> dict[str, 
     )
   data, labels = trained.eval_images(trained.config.reconstruct.num_images)
   result = trained.draw_all(trained.observe(data, labels, key_of(trained)))
+  data = trained.as_drawn(data)
   shown = [value[: pictures.MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
   pictures.write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4, out)
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}

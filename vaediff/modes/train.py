@@ -162,7 +162,8 @@ def is_complete(config: ConfigDict, workdir: pathlib.Path, stage: str) -> bool:
 def first_images(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> dict[str, float]:
   """Writes samples, reconstructions and interpolations of the last stage.
 
-  Those that are there already stay, if they were made of the same networks and settings.
+  Of a stage that another feeds, which is not trained yet, reconstructions alone. Those that are there already
+  stay, if they were made of the same networks and settings.
 
   Returns:
     The figures of the reconstructions.
@@ -180,7 +181,7 @@ def first_images(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Me
   figures = {'seconds/sample': time.monotonic() - started}
   if trained.experiment.reconstructs:
     figures.update(reconstruct.reconstruct(trained))
-  if interpolate.kinds_of(trained.experiment):
+  if trained.draws_alone and interpolate.kinds_of(trained.experiment):
     interpolate.interpolate(trained)
   if jax.process_index() == 0:
     files.write_json(path, identity.sealed({'made_of': made_of, 'figures': figures}))

@@ -21,9 +21,20 @@ class NotFinite(UserError):
   """Drawn images that hold nan or infinity: as bytes they would pass for black or white ones."""
 
 
-def image_keys(seed: int | jax.Array, indices: jax.Array) -> SampleKeys:
-  """Returns the keys of each image."""
-  return sampling_keys(jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices))
+LAST = 2**32 - 1
+"""Numbers below it, less than 2^31 of them, are indices of images; from it down they are depths."""
+
+
+def image_keys(seed: int | jax.Array, indices: jax.Array, depth: int = 0) -> SampleKeys:
+  """Returns the keys of each image, those of a stage that is sampled after `depth` others.
+
+  The depth is folded into the key of the seed, before the index: the key of an image is split, and a number
+  folded into it would repeat one of the parts.
+  """
+  root = jax.random.key(seed)
+  if depth:
+    root = jax.random.fold_in(root, LAST - depth)
+  return sampling_keys(jax.vmap(lambda i: jax.random.fold_in(root, i))(indices))
 
 
 def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
@@ -36,7 +47,7 @@ def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array],
   def run(
     read: Read, indices: jax.Array, given: Given, seed: jax.Array
   ) -> tuple[dict[str, jax.Array], jax.Array]:
-    keys = image_keys(seed, indices)
+    keys = image_keys(seed, indices, experiment.depth)
     drawn = experiment.sample(read, {**experiment.draw(read, keys, indices), **given}, keys)
     finite = jnp.ones(len(indices), bool)
     for image in drawn.values():
@@ -57,9 +68,7 @@ def make_observe(experiment: Experiment, mesh: Mesh) -> Callable[..., HostArrays
     lambda read, batch, x, key: experiment.observe(read, batch, x, key), out_shardings=everywhere
   )
 
-  def observe(
-    read: Read, image: np.ndarray, label: np.ndarray, key: jax.Array | None = None
-  ) -> HostArrays:
+  def observe(read: Read, image: np.ndarray, label: np.ndarray, key: jax.Array | None = None) -> HostArrays:
     padded = sharding.round_up(len(image), mesh)
     rows = np.minimum(np.arange(padded), len(image) - 1)
     x = image[rows]
@@ -83,9 +92,10 @@ def make_draw(
 ) -> Callable[..., HostArrays]:
   """Returns draw(read, indices, given={}, seed=seed) -> uint8 images on the host, by name.
 
-  Where what a sample starts from comes from: what is `given`, with one row per index; else what the stage
-  draws; else what it observes of the images of `source`, in order. One compiled program serves every call of
-  the same size, whatever the seed. It raises NotFinite where an image is not.
+  Where what a sample starts from comes from: what is `given`, with one row per index, by the caller or by the
+  stages that feed this one (`run.trained`); else what the stage draws; else what it observes of the images of
+  `source`, in order. One compiled program serves every call of the same size, whatever the seed. It raises
+  NotFinite where an image is not.
 
   Args:
     experiment: that draws.
@@ -100,9 +110,7 @@ def make_draw(
   compiled = jax.jit(sampler(experiment), out_shardings=sharding.replicated(mesh))
   observe, needed = make_observe(experiment, mesh), None
 
-  def draw(
-    read: Read, indices: np.ndarray, given: HostArrays | None = None, seed: int = seed
-  ) -> HostArrays:
+  def draw(read: Read, indices: np.ndarray, given: HostArrays | None = None, seed: int = seed) -> HostArrays:
     nonlocal needed
     if needed is None:
       needed = observed_alone(experiment, read, image_shape)

@@ -25,6 +25,12 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     _upgrade_stages(config)
   for section in filter(_is_stage, config.values()):
     _upgrade_labels(section)
+    if 'space' in section and 'diffusion' in section and 'schedule' in section['diffusion']:
+      section.setdefault('space_factor', 1)
+      section['conditions'].setdefault('vae', {'aug_level': 0.0})
+      section['sample'].setdefault('aug_level', 0.0)
+  if 'evaluate' in config and 'sweep' in config['evaluate']:
+    config['evaluate']['sweep'].setdefault('aug_levels', ())
   config['data'].setdefault('check_fingerprint', True)
   for section in filter(_is_stage, config.values()):
     _upgrade_diffusion(section)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vaediff import experiments, identity, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.experiments.base import Experiment
+from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
 from vaediff.run import best, checkpoint, digests, draw, log, same_run
 from vaediff.run import frozen as frozen_networks
@@ -52,7 +52,7 @@ class Trained:
     frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own)
     self.read = {**frozen, **self.params}
     self._ids = frozen_networks.ids(self.experiment, workdir)
-    self._sources = {}
+    self._sources, self._makers = {}, {}
     self._prepare()
 
   def _prepare(self) -> None:
@@ -107,16 +107,25 @@ class Trained:
 
   @property
   def made_of(self) -> dict[str, str]:
-    """What its images are made of: ids of networks and of what was measured, the digest of settings."""
+    """What its images are made of: ids of networks and of what was measured, the digest of settings.
+
+    Also those of the stages that feed it, where they are trained: without them it repeats images alone.
+    """
     measured = {
       f'the measurement {name!r}': identity.digest(digests.of_parts(self.read[name]))
       for name, source in self.experiment.frozen.items()
       if isinstance(source, reads.Measured)
     }
+    makers = {
+      f'the samples of {source.stage!r}': identity.digest(self.maker(source).made_of)
+      for source in self.experiment.makers
+      if self.has_maker(source)
+    }
     return {
       f'the stage {self.stage!r}': checkpoint.identity_of(self.folder),
       **{f'the network {name!r}': value for name, value in self._ids.items()},
       **measured,
+      **makers,
       'the settings': identity.digest(self.settings.to_dict()),
     }
 
@@ -125,18 +134,68 @@ class Trained:
     batch = self.eval_source.read(np.arange(min(count, len(self.eval_source))))
     return batch[sources.IMAGE], batch[sources.LABEL]
 
+  def as_drawn(self, image: np.ndarray) -> np.ndarray:
+    """Returns images of the data, uint8, as large as those that the stage draws: means of pixels."""
+    factor = self.experiment.image_factor
+    if factor == 1:
+      return image
+    count, height, width, channels = image.shape
+    parts = image.reshape(count, height // factor, factor, width // factor, factor, channels)
+    return np.rint(parts.mean(axis=(2, 4))).astype(np.uint8)
+
   @property
   def draws_alone(self) -> bool:
     """Whether its samples need no image."""
     data = self.config.data
     shape = (data.image_size, data.image_size, data.channels)
-    return not draw.observed_alone(self.experiment, self.read, shape)
+    made = {source.feeds for source in self.experiment.makers if self.has_maker(source)}
+    return draw.observed_alone(self.experiment, self.read, shape) <= made
 
-  def draw(
-    self, indices: np.ndarray, given: HostArrays | None = None, seed: int | None = None
-  ) -> HostArrays:
-    """Returns uint8 images by name; see `draw.make_draw`. Without a seed it is `sample.seed`."""
-    return self._draw(self.read, indices, given, self.settings.seed if seed is None else seed)
+  def draw(self, indices: np.ndarray, given: HostArrays | None = None, seed: int | None = None) -> HostArrays:
+    """Returns uint8 images by name. Without a seed it is `sample.seed`.
+
+    Where what they start from comes from: what is `given`; else the samples of the stages that feed this one,
+    of the same indices and seed; else see `draw.make_draw`.
+
+    Raises:
+      UserError: when a stage that feeds it is not trained.
+    """
+    seed, given = self.settings.seed if seed is None else seed, given or {}
+    return self._draw(self.read, indices, {**self.fed(indices, given, seed), **given}, seed)
+
+  def fed(self, indices: np.ndarray, given: HostArrays, seed: int) -> HostArrays:
+    """Returns what the stages that feed this one draw, of its inputs that are not given, in [-1, 1].
+
+    A stage before it reads what this one reads, where both have an input of the same name, shape and type, be
+    it given or drawn: a cascade has one label and one level throughout. Each starts from noise of its own.
+    """
+    missing = [source for source in self.experiment.makers if source.feeds not in given]
+    if not missing:
+      return {}
+    shared, found = {**self.drawn(indices, seed), **given}, {}
+    for source in missing:
+      maker = self.maker(source)
+      inputs, own = maker.experiment.inputs, self.experiment.inputs
+      names = [name for name in own if name in inputs and name in shared and inputs[name] == own[name]]
+      images = maker.draw(indices, {name: shared[name] for name in names if name != NOISE}, seed)
+      found[source.feeds] = images[list(images)[-1]].astype(np.float32) / 127.5 - 1
+    return found
+
+  def maker(self, source: reads.Sampled) -> 'Trained':
+    """Returns a stage that feeds this one, opened once."""
+    if source not in self._makers:
+      self._makers[source] = Trained(self.config, self._folder_of(source), source.stage, self.mesh)
+    return self._makers[source]
+
+  def has_maker(self, source: reads.Sampled) -> bool:
+    """Returns whether a stage that feeds this one is trained, and those that feed that."""
+    if checkpoint.latest_step(self._folder_of(source) / source.stage) is None:
+      return False
+    maker = self.maker(source)
+    return all(maker.has_maker(before) for before in maker.experiment.makers)
+
+  def _folder_of(self, source: reads.Sampled) -> pathlib.Path:
+    return pathlib.Path(source.workdir) if source.workdir else self.workdir
 
   def draw_all(self, given: HostArrays, first: int = 0) -> HostArrays:
     """Returns the images `first`, `first` + 1, ... drawn from one row of `given` each.
@@ -155,7 +214,7 @@ class Trained:
   def drawn(self, indices: np.ndarray, seed: int) -> HostArrays:
     """Returns what the images with these indices start from, where a seed draws it."""
     rows = jnp.asarray(indices, jnp.int32)
-    keys = draw.image_keys(seed, rows)
+    keys = draw.image_keys(seed, rows, self.experiment.depth)
     return jax.device_get(self.experiment.draw(self.read, keys, rows))
 
   def observe(self, image: np.ndarray, label: np.ndarray, key: jax.Array | None = None) -> HostArrays:

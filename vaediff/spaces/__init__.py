@@ -10,6 +10,8 @@ from vaediff.spaces.pixels import Pixels
 from vaediff.spaces.wavelets import Wavelets
 
 SPACES = ('pixel', 'wavelet', 'latent')
+FACTOR = 'space_factor'
+"""The field of a section that makes the images of its stage smaller than the data."""
 
 
 def make_space(config: ConfigDict, stage: str, *, bounded: bool = False) -> Space:
@@ -25,8 +27,14 @@ def make_space(config: ConfigDict, stage: str, *, bounded: bool = False) -> Spac
   """
   section, size, channels = config[stage], config.data.image_size, config.data.channels
   checks.check(section, {'space': checks.one_of(SPACES)})
+  factor = section[FACTOR] if FACTOR in section else 1
+  if size % factor or (factor > 1 and section.space != 'pixel'):
+    raise UserError(
+      f'{FACTOR} is {factor}: it must divide data.image_size = {size}, and be 1 but for space = pixel, got '
+      f'space = {section.space}'
+    )
   if section.space == 'pixel':
-    return Pixels(shape=(size, size, channels))
+    return Pixels(shape=(size // factor, size // factor, channels), factor=factor)
   if section.space == 'wavelet':
     if size % 2:
       raise UserError(f'space = wavelet halves the image: data.image_size must be even, got {size}')

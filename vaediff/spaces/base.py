@@ -19,11 +19,13 @@ class Space(abc.ABC):
     bound: the maps of images are in [-bound, bound], to which x0_hat can be clipped; None = unbounded.
     is_isometric: `encode` and `decode_map` are each other's inverses and, but for one factor, keep lengths:
       what is linear in pixels is linear here, and white noise stays white.
+    factor: the sides of the data over those of the images that are decoded.
   """
 
   shape: tuple[int, ...]
   bound: float | None
   is_isometric = False
+  factor: int = 1
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
