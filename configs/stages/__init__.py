@@ -9,6 +9,7 @@ from configs.stages import (
   diffusion,
   distribution_matching,
   light_decoder,
+  noisy_classifier,
   progressive,
   vae,
 )
@@ -23,6 +24,7 @@ BY_NAME = {
   'consistency': consistency,
   'adversarial': adversarial_distillation,
   'matching': distribution_matching,
+  'noisy_classifier': noisy_classifier,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

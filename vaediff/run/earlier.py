@@ -13,11 +13,22 @@ AUTOENCODER = {
 """What a diffusion in pixels says of latents: nothing reads it."""
 
 
+GUIDES = {
+  'guidance_interval': (),
+  'guide': {'stage': '', 'workdir': '', 'step': 0},
+  'classifier': {'stage': '', 'workdir': '', 'scale': 1.0},
+}
+"""How a diffusion is sampled without an interval and without other networks."""
+
+
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a run of any version with this version's keys, changed in place."""
   if 'num_classes' not in config['data']:
     _upgrade_stages(config)
   config['data'].setdefault('check_fingerprint', True)
+  for section in filter(_is_stage, config.values()):
+    if 'sample' in section and 'guidance' in section['sample']:
+      section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
   return config
 

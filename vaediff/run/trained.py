@@ -14,7 +14,7 @@ from vaediff import experiments, identity, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.machine import sharding
-from vaediff.run import best, checkpoint, digests, draw, log, same_run
+from vaediff.run import best, checkpoint, digests, draw, guides, log, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -50,7 +50,7 @@ class Trained:
     own = (stage, self.folder)
     frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own)
     self.read = {**frozen, **self.params}
-    self._ids = frozen_networks.ids(self.experiment, workdir)
+    self._ids = frozen_networks.ids(self.experiment, workdir, sampling=True)
     self._sources = {}
     self._prepare()
 
@@ -69,11 +69,20 @@ class Trained:
     return f'stage {self.stage!r} of {self.workdir} ({settings})'
 
   def with_settings(self, **changes: Any) -> 'Trained':
-    """Returns the same networks with other values in the stage's `sample` section."""
+    """Returns the same networks with other values in the stage's `sample` section.
+
+    What guides them is loaded where it is another.
+    """
     other = copy.copy(self)
     other.config = self.config.copy_and_resolve_references()
     other.config[self.stage].sample.update(changes)
+    guides.resolve(other.config)
     other.experiment = experiments.build(other.config, self.stage)
+    if other.experiment.for_sampling != self.experiment.for_sampling:
+      own = (self.stage, self.folder)
+      frozen = frozen_networks.load(other.experiment, other.config, self.workdir, self.mesh, own=own)
+      other.read = {**frozen, **self.params}
+      other._ids = frozen_networks.ids(other.experiment, self.workdir, sampling=True)
     other._prepare()
     return other
 
@@ -119,15 +128,21 @@ class Trained:
 
   @property
   def draws_alone(self) -> bool:
-    """Whether its samples need no image."""
+    """Whether it draws samples, and they need no image."""
     data = self.config.data
     shape = (data.image_size, data.image_size, data.channels)
-    return not draw.observed_alone(self.experiment, self.read, shape)
+    return self.experiment.draws_images and not draw.observed_alone(self.experiment, self.read, shape)
 
   def draw(
     self, indices: np.ndarray, given: HostArrays | None = None, seed: int | None = None
   ) -> HostArrays:
-    """Returns uint8 images by name; see `draw.make_draw`. Without a seed it is `sample.seed`."""
+    """Returns uint8 images by name; see `draw.make_draw`. Without a seed it is `sample.seed`.
+
+    Raises:
+      UserError: for a stage that draws none.
+    """
+    if not self.experiment.draws_images:
+      raise UserError(f'stage {self.stage!r} draws no images; name one that does, as --stages=refiner')
     return self._draw(self.read, indices, given, self.settings.seed if seed is None else seed)
 
   def draw_all(self, given: HostArrays, first: int = 0) -> HostArrays:
