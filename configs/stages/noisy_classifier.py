@@ -25,7 +25,8 @@ def section() -> ConfigDict:
       'channel_multipliers': (1, 2, 3, 4),
       'num_res_blocks': 2,
       'attention_resolutions': (32, 16, 8),  # in pixels of the space's maps
-      'num_heads': 4,  # of the attention pool too
+      'num_heads': 4,
+      'pool_heads': 4,  # of the attention that makes one vector of the lowest level's map
       'dropout': 0.0,
       'scale_shift_norm': True,
       'remat': False,  # recompute activations in the backward pass
@@ -46,6 +47,7 @@ def debug(stage: ConfigDict, image_size: int) -> None:
       'num_res_blocks': 1,
       'attention_resolutions': (),
       'num_heads': 2,
+      'pool_heads': 2,
     }
   )
 

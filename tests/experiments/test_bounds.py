@@ -28,6 +28,7 @@ VARIANTS = {
   'consistency': 'consistency,debug',
   'adversarial': 'adversarial,debug',
   'matching': 'matching,debug',
+  'noisy_classifier': 'classifier_guided,debug',
 }
 """By stage, a variant of configs/digits.py that has it."""
 ELSEWHERE = {*configs.STAGE_BOUNDS, *label.BOUNDS, 'train.profile_steps', 'sample.guidance'}

@@ -40,6 +40,7 @@ BOUNDS = {
   'diffusion.schedule': checks.one_of(schedules.SCHEDULES),
   **bounds.within('model', bounds.CONVOLUTIONAL),
   'model.num_heads': bounds.whole(1, bounds.MAX_LEVELS),
+  'model.pool_heads': bounds.whole(1, bounds.MAX_LEVELS),
   **bounds.optimizers('optim'),
 }
 
@@ -172,10 +173,12 @@ def classifier_model(config: ConfigDict, stage: str, space: Space) -> Model:
     )
   if height != width:
     raise UserError(f'the U-Net takes square maps, those of this space are {height} x {width}')
-  encoder = UNet(image_size=height, image_channels=channels, **config[stage].model.to_dict())
+  model = config[stage].model.to_dict()
+  pool_heads = model.pop('pool_heads')
+  encoder = UNet(image_size=height, image_channels=channels, **model)
   state = jax.ShapeDtypeStruct((1, *space.shape), jnp.float32)
   return Model(
-    module=Module(encoder=encoder, num_classes=classes),
+    module=Module(encoder=encoder, num_classes=classes, pool_heads=pool_heads),
     inputs=(state, jax.ShapeDtypeStruct((1,), jnp.float32)),
   )
 

@@ -54,6 +54,7 @@ class NoisyClassifier(nn.Module):
   Attributes:
     encoder: the U-Net whose way down and middle are used; without ports.
     num_classes: at least 2.
+    pool_heads: of the attention pool; divides the channels of the lowest level.
 
   Raises:
     UserError: a field is out of range.
@@ -61,10 +62,14 @@ class NoisyClassifier(nn.Module):
 
   encoder: UNet
   num_classes: int
+  pool_heads: int
 
   def __post_init__(self):
     if self.num_classes < 2:
       raise UserError(f'a classifier needs at least 2 classes, got {self.num_classes}.')
+    width = self.encoder.channels * self.encoder.channel_multipliers[-1]
+    if width % self.pool_heads:
+      raise UserError(f'model.pool_heads is {self.pool_heads}, which does not divide the {width} channels.')
     super().__post_init__()
 
   @nn.compact
@@ -80,5 +85,5 @@ class NoisyClassifier(nn.Module):
     dtype = jnp.dtype(self.encoder.dtype)
     h = self.encoder.features(y_t, t)[-1]
     h = nn.silu(layers.GroupNorm(epsilon=NORM_EPSILON, name='norm')(h)).astype(dtype)
-    pooled = AttentionPool(num_heads=self.encoder.num_heads, dtype=dtype, name='pool')(h)
+    pooled = AttentionPool(num_heads=self.pool_heads, dtype=dtype, name='pool')(h)
     return layers.dense(self.num_classes, name='classes', dtype=jnp.float32)(pooled.astype(jnp.float32))
