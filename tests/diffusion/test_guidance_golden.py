@@ -119,7 +119,7 @@ def test_the_gradient_is_at_each_examples_own_state_and_time():
 
 def test_a_scale_of_zero_asks_no_classifier():
   denoise = gaussian(0.0, 1.0)
-  assert guidance.with_classifier(denoise, None, 0.0, LINEAR) is denoise
+  assert guidance.with_classifier(denoise, log_prob, 0.0, LINEAR) is denoise
 
 
 # Without a classifier: x0 | c ~ N(c, 1/4), c = +-1 equally likely ---------------------------------------

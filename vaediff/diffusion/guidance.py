@@ -24,7 +24,7 @@ from vaediff.diffusion.schedules import Schedule, TimeLike
 from vaediff.errors import UserError
 from vaediff.types import Time
 
-Interval = tuple[float, float] | tuple[()]
+Interval = tuple[int | float, int | float] | tuple[()]
 """(low, high): low < sigma_t / alpha_t <= high; () = always."""
 SAME_LEVEL = 1e-4
 LogProb = Callable[[Float[Array, 'batch *shape'], Time], Float[Array, ' batch']]
@@ -111,7 +111,7 @@ def guided(
 
 
 def with_classifier(
-  denoise: Denoise, log_prob: LogProb, scale: float, schedule: Schedule, interval: Interval = ()
+  denoise: Denoise, log_prob: LogProb, scale: int | float, schedule: Schedule, interval: Interval = ()
 ) -> Denoise:
   """Returns the denoiser guided by a classifier, x0 = x0_hat + s (sigma_t^2 / alpha_t) grad_y log p(c | y_t).
 

@@ -17,7 +17,7 @@ b = w1 - 1.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,7 @@ class Term:
   guide: 'Denoiser | None' = None
 
 
+@runtime_checkable
 class Classifier(Protocol):
   """A network that says what a noisy state shows; a frozen dataclass.
 
@@ -60,7 +61,7 @@ class Classifier(Protocol):
     needs: names of the values that say what it should show.
   """
 
-  scale: float
+  scale: int | float
   network: str
   needs: tuple[str, ...]
 

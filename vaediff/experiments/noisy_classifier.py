@@ -194,7 +194,7 @@ class Guide:
   """
 
   model: Model
-  scale: float
+  scale: int | float
   network: str = NETWORK
 
   needs = (LABEL,)
