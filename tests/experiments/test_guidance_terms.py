@@ -185,20 +185,21 @@ def test_the_noisy_classifier_reads_state_and_time_alone():
 
 
 def test_the_noisy_classifier_learns_and_reports_its_bins():
-  changes = {'noisy_classifier.optim.learning_rate': 5e-3, 'noisy_classifier.train.num_steps': 150}
+  changes = {'noisy_classifier.optim.learning_rate': 5e-3, 'noisy_classifier.train.num_steps': 60}
   classifier = build(SPACES['pixels'], 'noisy_classifier', **changes)
   state = classifier.init(jax.random.key(0))
-  image = jnp.uint8(255 * np.eye(8)[:, :, None, None].repeat(8, axis=2))  # class i: row i is bright
-  batch = {'image': image, 'label': jnp.arange(8), 'mask': jnp.ones(8)}
+  image = np.full((64, 8, 8, 1), 0, np.uint8)
+  image[32:] = 255  # dark and bright: two classes
+  batch = {'image': jnp.asarray(image), 'label': jnp.arange(64) // 32, 'mask': jnp.ones(64)}
   step, eval_step = jax.jit(classifier.train_step), jax.jit(classifier.eval_step)
   key = jax.random.key(1)
-  for number in range(150):
+  for number in range(60):
     state, _ = step(state, {}, batch, jax.random.fold_in(key, number))
   read = {'noisy_classifier': state.networks['noisy_classifier'].params}
   found = {name: float(value) for name, value in eval_step(read, batch, jax.random.key(2)).items()}
   assert set(found) == set(classifier.metrics)
   names = noisy_classifier.ACCURACIES
-  assert found[names[-1]] == 1.0 and found[names[0]] < 0.6  # all seen by heart, but not in noise
+  assert found[names[-1]] == 1.0 and found[names[0]] < found[names[-1]]  # not in noise
 
 
 def test_bins_cover_the_schedule():
