@@ -112,6 +112,21 @@ def _ddgan(stage):
   stage.model.channel_multipliers = (1, 2)
 
 
+def _noisy_classifier(stage):
+  stage.model.update(
+    {
+      'channels': 32,
+      'channel_multipliers': (1, 2),
+      'num_res_blocks': 1,
+      'attention_resolutions': (),  # the middle has it
+    }
+  )
+  stage.optim.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'ema_decay': 0.99, 'ema_warmup': True})
+  stage.train = parts.train(
+    1000, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=0, eval_images=0
+  )
+
+
 def _evaluate(section):
   section.update(
     {
@@ -133,6 +148,7 @@ SIZES = {
   'autoencoder': _autoencoder,
   'decoder': _decoder,
   'ddgan': _ddgan,
+  'noisy_classifier': _noisy_classifier,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
   'restore': lambda section: section.update({'num_images': 297}),

@@ -55,6 +55,13 @@ def _decoder(stage):
   stage.loss.perceptual = ''  # LPIPS costs more than all of these networks
 
 
+def _noisy_classifier(stage):
+  stage.model.update(
+    {'channels': 32, 'channel_multipliers': (1, 2, 2, 2), 'num_res_blocks': 1, 'attention_resolutions': ()}
+  )
+  stage.train = parts.train(20_000, 128, grid_every_steps=0)
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -62,6 +69,7 @@ SIZES = {
   'distill': _distill,
   'autoencoder': _autoencoder,
   'decoder': _decoder,
+  'noisy_classifier': _noisy_classifier,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }
@@ -139,7 +147,14 @@ def _small_matching(stage):
   stage.train.update({'num_steps': 750, 'batch_size': 32})
 
 
+def _small_noisy_classifier(stage):
+  stage.model.update({'channels': 16, 'channel_multipliers': (1, 2, 4)})
+  stage.optim.update({'learning_rate': 1e-3, **AVERAGED})
+  stage.train.update({'num_steps': 1500, 'batch_size': 32})
+
+
 SMALL = {
+  'noisy_classifier': _small_noisy_classifier,
   'vae': _small_vae,
   'refiner': _small_refiner,
   'distill': _small_distill,

@@ -23,12 +23,18 @@ class FromStage:
     network: its name in that stage.
     workdir: the run that holds it; '' = this run.
     model: its architecture, as the reader builds it.
+    step: of the checkpoint; 0 = the latest.
+    section: of the reader's config that describes it; '' = that of its stage.
+    same: names of networks that it must have been trained with and the reader reads: they must be the same.
   """
 
   stage: str
   network: str
   workdir: str
   model: Model
+  step: int = 0
+  section: str = ''
+  same: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from configs.stages import (
   diffusion,
   distribution_matching,
   light_decoder,
+  noisy_classifier,
   progressive,
   vae,
 )
@@ -25,6 +26,7 @@ BY_NAME = {
   'adversarial': adversarial_distillation,
   'matching': distribution_matching,
   **dict.fromkeys(cascade.STAGES, cascade),
+  'noisy_classifier': noisy_classifier,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

@@ -73,6 +73,17 @@ def section() -> ConfigDict:
     guidance_weight=0.0,  # classifier-free guidance, all conditions dropped; 0 = conditional network only
     guidance=(),  # ((condition, weight), ...): each one more term, that condition alone dropped
     labels=(),  # classes to draw, in turn: numbers or names, as 3,7; () = all; with the condition `label`
+    guidance_interval=(),  # (low, high): guided where low < sigma / alpha <= high; () = everywhere
+    guide={  # a weaker network of the same inputs, for the term ('guide', weight) of `guidance`
+      'stage': '',  # its stage; '' = none
+      'workdir': '',  # ... of this other run; '' = this run
+      'step': 0,  # of its checkpoint; 0 = the latest
+    },
+    classifier={  # a classifier of noisy states that guides to the class
+      'stage': '',  # its stage; '' = none
+      'workdir': '',  # ... of this other run; '' = this run
+      'scale': 1.0,  # of its gradient; 1 = Bayes' rule
+    },
     t_start=1.0,  # below 1: start from x0_vae noised to this time
     clip='static',  # of x0_hat: 'static' to the space's bound | 'dynamic' | 'none', as for latents
     threshold_percentile=99.5,  # dynamic thresholding, in percent
@@ -121,6 +132,8 @@ def reads(stage: ConfigDict) -> tuple[str, ...]:
   needed = (stage.vae.stage,) if _reads_vae(stage) else ()
   if stage.space == 'latent':
     needed += tuple(filter(None, (stage.autoencoder.stage, stage.autoencoder.decoder_stage)))
+  for named in (stage.sample.guide, stage.sample.classifier):
+    needed += (named.stage,) if named.stage and not named.workdir else ()
   return needed
 
 
@@ -135,7 +148,10 @@ def arrange(run: Run, *, vae: bool) -> None:
   before = ()
   if refiner.space == 'latent':
     before = tuple(filter(None, ('autoencoder', refiner.autoencoder.decoder_stage)))
-  run.only(*before, *(('vae',) if vae else ()), 'refiner', *students)
+  classifier = refiner.sample.classifier
+  before += ('vae',) if vae else ()
+  before += (classifier.stage,) if classifier.stage and not classifier.workdir else ()
+  run.only(*before, 'refiner', *students)
 
 
 def add_student(run: Run, stage: str) -> ConfigDict:
@@ -198,7 +214,8 @@ def z(run: Run) -> None:
 
 
 def _guided(refiner: ConfigDict) -> None:
-  refiner.diffusion.condition_dropout = 0.1
+  if _reads_vae(refiner):
+    refiner.diffusion.condition_dropout = 0.1
   refiner.sample.guidance_weight = 0.5
 
 

@@ -44,7 +44,8 @@ def reads(stage: ConfigDict) -> tuple[str, ...]:
 def distill(run: Run) -> None:
   """After the refiner its progressive distillation; of a guided refiner into students of the weight."""
   student = diffusion.add_student(run, 'distill')
-  student.guided = run.section('refiner').diffusion.condition_dropout > 0
+  refiner = run.section('refiner')
+  student.guided = refiner.diffusion.condition_dropout > 0 or refiner.sample.guidance_weight > 0
 
 
 VARIANTS = {'distill': distill}

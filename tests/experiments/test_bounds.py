@@ -29,6 +29,7 @@ VARIANTS = {
   'adversarial': 'adversarial,debug',
   'matching': 'matching,debug',
   'sr_8': 'cascade,debug',
+  'noisy_classifier': 'classifier_guided,debug',
 }
 """By stage, a variant of configs/digits.py that has it."""
 ELSEWHERE = {

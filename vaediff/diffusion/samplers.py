@@ -160,7 +160,7 @@ def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State,
     return _run(denoise, y, keys, table(schedule, times, **options), trajectory)
 
   sample.__name__, sample.__qualname__, sample.__doc__ = table.__name__, table.__qualname__, table.__doc__
-  sample.options = tuple(inspect.signature(table).parameters)[2:]
+  sample.options, sample.table = tuple(inspect.signature(table).parameters)[2:], table
   return sample
 
 
@@ -352,3 +352,21 @@ def num_function_evaluations(name: str, num_steps: int, t_end: float = 0.0) -> i
   if name != 'heun':
     return num_steps
   return 2 * num_steps if t_end > 0 else 2 * num_steps - 1
+
+
+def evaluation_times(
+  name: str,
+  schedule: Schedule,
+  *,
+  num_steps: int,
+  grid: str = 'uniform',
+  t_start: float = 1.0,
+  **options: Any,
+) -> Times:
+  """Returns the times at which the sampler called `name` calls `denoise` on its way to t = 0, in order.
+
+  Raises:
+    UserError: for an unknown name, or a bad grid or option.
+  """
+  times = time_grid(schedule, grid, num_steps, t_start)
+  return get_sampler(name).table(schedule, times, **options).time

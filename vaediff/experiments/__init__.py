@@ -13,6 +13,7 @@ from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
 from vaediff.experiments.light_decoder import LightDecoder
+from vaediff.experiments.noisy_classifier import NoisyClassifier
 from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.vae import Vae
 
@@ -29,6 +30,7 @@ BY_NAME: dict[str, type[Experiment]] = {
   'adversarial_distillation': AdversarialDistillation,
   'distribution_matching': DistributionMatching,
   'classifier': Classifier,
+  'noisy_classifier': NoisyClassifier,
 }
 
 
@@ -74,7 +76,7 @@ def build(config: ConfigDict, stage: str) -> Experiment:
     if str(error).startswith('config.'):
       raise  # it has the whole name of the field
     raise UserError(f'config.{stage}: {error}') from error
-  clash = experiment.networks.keys() & experiment.frozen.keys()
+  clash = experiment.networks.keys() & {*experiment.frozen, *experiment.for_sampling}
   if clash:
     raise ValueError(f'stage {stage!r} trains and reads networks of the same names: {sorted(clash)}')
   return experiment

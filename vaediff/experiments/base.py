@@ -118,6 +118,8 @@ class Experiment(abc.ABC):
 
   Attributes:
     frozen: what it reads of earlier stages, measurements and published arrays.
+    for_sampling: what it reads beside that when it is sampled, and training does not know of.
+    draws_images: it can be sampled.
     inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
     stored: of these, what is observed once for every training image and then read beside the batch.
     titles: of the images that it draws beside, or before, its own, for tables.
@@ -138,6 +140,8 @@ class Experiment(abc.ABC):
   """
 
   frozen: Mapping[str, reads.Reads] = {}
+  for_sampling: Mapping[str, reads.Reads] = {}
+  draws_images = True
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
@@ -169,6 +173,10 @@ class Experiment(abc.ABC):
   @abc.abstractmethod
   def init(self, key: jax.Array) -> TrainState:
     """Returns the state at step 0."""
+
+  def alone(self) -> 'Experiment':
+    """Returns the same stage sampled without what is read `for_sampling`: while it trains."""
+    return self
 
   def start(self, state: TrainState, frozen: Read) -> TrainState:
     """Returns the state at step 0, made of what `init` returned and of the networks that it reads."""

@@ -66,7 +66,9 @@ def several(each: Bound, what: str, *, empty: bool = False, count: int = 0) -> B
   """
 
   def holds(value: Any) -> bool:
-    if not isinstance(value, tuple | list) or (count and len(value) != count) or not (value or empty):
+    if not isinstance(value, tuple | list) or not (value or empty):
+      return False
+    if value and count and len(value) != count:
       return False
     return all(each.holds(item) for item in value)
 

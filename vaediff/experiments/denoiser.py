@@ -6,9 +6,10 @@ reads x_t (Pandey et al. 2022, arXiv:2201.00308, section 3.3 and appendix B, wit
 corrected). Losses, samplers and guidance work in y alone.
 
 A dropped condition (classifier-free guidance) has no shift and the network's learned nulls. Guidance is a
-list of terms, each against a weaker branch:
+list of terms, each against a weaker branch, which is the network without some conditions, or a worse network
+(autoguidance, Karras et al. 2024, arXiv:2406.02507):
 
-    x0_hat + sum_k w_k (x0_hat - x0_hat without the conditions of term k)
+    x0_hat + sum_k w_k (x0_hat - x0_hat of the weaker branch of term k)
 
 (Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in x0). Two terms are nested guidance: with weights a for
 "without v" and b for "without c and v", x(0) + w1 (x(c) - x(0)) + w2 (x(c, v) - x(c)) has a = w2 - w1 and
@@ -24,9 +25,11 @@ or by the bound alone.
 """
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vaediff.conditions.base import Conditions
@@ -52,10 +55,31 @@ class Term:
   Attributes:
     weight: of x0_hat less that of the weaker branch.
     without: names of the conditions that the weaker branch does not read.
+    guide: the weaker branch is another network, at the same values; None = the network itself.
   """
 
   weight: int | float
-  without: tuple[str, ...]
+  without: tuple[str, ...] = ()
+  guide: 'Denoiser | None' = None
+
+
+@runtime_checkable
+class Classifier(Protocol):
+  """A network that says what a noisy state shows; a frozen dataclass.
+
+  Attributes:
+    scale: s of `guidance.with_classifier`.
+    network: its name in `read`.
+    needs: names of the values that say what it should show.
+  """
+
+  scale: int | float
+  network: str
+  needs: tuple[str, ...]
+
+  def log_prob(self, read: Read, values: Values) -> guidance.LogProb:
+    """Returns (y_t, t) -> log p(what the values ask for | y_t): the state as it is, without a shift."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +96,8 @@ class Denoiser:
     clip: of x0_hat when sampling: 'static', 'dynamic' or 'none'; without a bound 'static' does nothing.
     threshold_percentile: of dynamic clipping.
     terms: of guidance.
+    classifier: that guides beside them, or None.
+    interval: of sigma_t / alpha_t, outside of which nothing guides; () = everywhere.
     shift: name of the value that is added to the state (Formulation 2); '' = none.
     network: its name in `read`.
     variance: 'fixed', or 'learned' by a network whose output is twice as wide.
@@ -89,6 +115,8 @@ class Denoiser:
   clip: str
   threshold_percentile: float
   terms: tuple[Term, ...] = ()
+  classifier: Classifier | None = None
+  interval: guidance.Interval = ()
   shift: str = ''
   network: str = DENOISER
   variance: str = 'fixed'
@@ -103,8 +131,13 @@ class Denoiser:
 
   @property
   def calls_per_step(self) -> int:
-    """Forward passes for one guided x0_hat."""
+    """Forward passes for one guided x0_hat, those of weaker networks too; a classifier's do not count."""
     return 1 + len(self.guiding_terms())
+
+  def num_calls(self, times: Float[np.ndarray, ' times']) -> int:
+    """Returns the forward passes for one guided x0_hat at each of these times."""
+    guided_at = np.count_nonzero(guidance.inside(self.interval, self.schedule, times))
+    return len(times) + len(self.guiding_terms()) * int(guided_at)
 
   def guiding_terms(self) -> tuple[Term, ...]:
     """Returns the terms of a weight that is not 0; none where the weight is an input."""
@@ -179,15 +212,25 @@ class Denoiser:
   def guided(self, read: Read, values: Values, first: Denoise | None = None) -> Denoise:
     """Returns (y, t) -> x0_hat, guided and not yet clipped.
 
-    A guidance weight among the values that the network does not read takes the place of the configured one.
-    `first` is x0_hat with all conditions, where it is already there.
+    A guidance weight among the values that the network does not read takes the place of the configured one,
+    that of the term without all conditions that can be dropped; other terms stay. `first` is x0_hat with all
+    conditions, where it is already there.
     """
     denoise, terms = first or self.x0_hat(read, values), self.guiding_terms()
     weights = [term.weight for term in terms]
-    if WEIGHT in values and not self.reads_weight and self.conditions.droppable:
-      terms, weights = (Term(weight=0.0, without=self.conditions.droppable),), [values[WEIGHT]]
-    weaker = [self.x0_hat(read, values, term.without) for term in terms]
-    return guidance.guided(denoise, weaker, weights)
+    droppable = self.conditions.droppable
+    if WEIGHT in values and not self.reads_weight and droppable:
+      others = [term for term in terms if term.guide is not None or set(term.without) != set(droppable)]
+      terms = (Term(weight=0.0, without=droppable), *others)
+      weights = [values[WEIGHT], *(term.weight for term in others)]
+    weaker = [(term.guide or self).x0_hat(read, values, term.without) for term in terms]
+    denoise = guidance.guided(denoise, weaker, weights, self.schedule, self.interval)
+    if self.classifier is not None:
+      log_prob = self.classifier.log_prob(read, values)
+      denoise = guidance.with_classifier(
+        denoise, log_prob, self.classifier.scale, self.schedule, self.interval
+      )
+    return denoise
 
   def clipping(self, denoise: Denoise) -> Denoise:
     """Returns the denoiser with x0_hat clipped as the samplers want it."""
@@ -231,6 +274,20 @@ class Denoiser:
       return gaussian.to_x0(self.prediction, output, y, t, self.schedule), fraction
 
     return both
+
+  def reading(self, network: str) -> 'Denoiser':
+    """Returns the same denoiser whose network has another name in `read`.
+
+    What guides it is read by its own name behind that one, as '<network>_guide'.
+    """
+    terms = tuple(
+      dataclasses.replace(term, guide=term.guide and term.guide.reading(f'{network}_{term.guide.network}'))
+      for term in self.terms
+    )
+    classifier = self.classifier and dataclasses.replace(
+      self.classifier, network=f'{network}_{self.classifier.network}'
+    )
+    return dataclasses.replace(self, network=network, terms=terms, classifier=classifier)
 
   def clipped(self, denoise: Denoise) -> Denoise:
     """Returns the denoiser with x0_hat clipped to the bound of the data, if they have one."""

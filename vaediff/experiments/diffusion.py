@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from vaediff import checks
+from vaediff import checks, reads
 from vaediff.conditions import SAMPLE_BOUNDS, make_conditions
 from vaediff.conditions import vae as vae_conditions
 from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
 from vaediff.diffusion import gaussian, grids, importance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base, bounds, variance
-from vaediff.experiments.denoiser import LEARNED, Denoiser, Term
+from vaediff.experiments import base, bounds, guides, variance
+from vaediff.experiments.denoiser import LEARNED, Denoiser
 from vaediff.models import ports
 from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
@@ -32,17 +32,6 @@ from vaediff.types import Batch, Given, Keys, LatentMap, Metrics, Read, Values
 INDEX, FACTOR, POSITION = 'time_index', 'time_factor', 'position'
 """Names, beside the images, of what is decided for a whole batch before it is split into parts."""
 CLIPS = ('static', 'dynamic', 'none')
-MAX_GUIDANCE = 1000
-"""Weights that are used are below 20."""
-
-
-def is_guidance(pair: Any) -> bool:
-  """Returns whether it is (name, number above -1)."""
-  if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
-    return False
-  return bounds.number(-1, MAX_GUIDANCE, above=True).holds(pair[1])
-
-
 BOUNDS = {
   'diffusion.schedule': checks.one_of(schedules.SCHEDULES),
   'diffusion.prediction': checks.one_of(gaussian.PREDICTIONS),
@@ -62,7 +51,7 @@ BOUNDS = {
   'sample.t_start': checks.inside_or_at(0, 1),
   'sample.threshold_percentile': checks.inside_or_at(0, 100),
   'sample.temperature': bounds.spread(),
-  'sample.guidance_weight': bounds.number(0, MAX_GUIDANCE),
+  **guides.BOUNDS,
   **SAMPLE_BOUNDS,
   'sample.eta': checks.between(0, 1),
   'sample.aug_level': checks.between(0, 1),
@@ -87,6 +76,7 @@ class Diffusion(base.InSpace):
     settings: the stage's `sample` section: sampler, step count and so on.
     start_value: the value that a start below t = 1 is made of.
     time_sampler: of the training times, 'uniform' or 'loss_second_moment'.
+    for_sampling: networks of other checkpoints that guide its samples, which training does not read.
   """
 
   space: Space
@@ -97,6 +87,7 @@ class Diffusion(base.InSpace):
   settings: Mapping[str, Any]
   start_value: str
   time_sampler: str = 'uniform'
+  for_sampling: Mapping[str, reads.Reads] = dataclasses.field(default_factory=dict)
 
   bounds = {**BOUNDS, **variance.LOSS_BOUNDS}
 
@@ -107,13 +98,15 @@ class Diffusion(base.InSpace):
     taught = 'teacher' in section
     checks.check(section, BOUNDS if taught else Diffusion.bounds, f'config.{stage}: ')
     space = make_space(config, stage)
-    conditions = make_conditions(config, stage, space)
+    conditions = guides.with_target(config, stage, make_conditions(config, stage, space))
     check_section(section, space, conditions)
-    denoiser = make_denoiser(section, space, conditions)
-    variance.check(section, denoiser.schedule, taught=taught)
+    plain = make_denoiser(section, space, conditions)
+    variance.check(section, plain.schedule, taught=taught)
+    denoiser, for_sampling = guides.guided(config, stage, space, plain, unguided)
     return cls(
       space=space,
       denoiser=denoiser,
+      for_sampling=for_sampling,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       flip=section.train.flip,
       microbatches=section.train.microbatches,
@@ -140,11 +133,23 @@ class Diffusion(base.InSpace):
   @property
   def num_function_evaluations(self) -> int:
     """Forward passes of the network per sampled image."""
-    settings, num_steps = self.settings, self.settings['num_steps']
+    settings, sampler = self.settings, self.settings['sampler']
+    if self.denoiser.interval:
+      shared = ('num_steps', 'grid', 't_start', *samplers.options(sampler))
+      times = samplers.evaluation_times(
+        sampler, self.denoiser.schedule, **{name: settings[name] for name in shared}
+      )
+      return self.denoiser.num_calls(times)
+    num_steps = settings['num_steps']
     if settings['grid'] in grids.PUBLISHED_GRIDS:  # of some there are fewer
       num_steps = len(grids.time_grid(self.denoiser.schedule, settings['grid'], num_steps)) - 1
-    calls = samplers.num_function_evaluations(settings['sampler'], num_steps)
-    return calls * self.denoiser.calls_per_step
+    return samplers.num_function_evaluations(sampler, num_steps) * self.denoiser.calls_per_step
+
+  def alone(self) -> 'Diffusion':
+    """Returns the stage sampled without networks of other checkpoints; terms of its own network stay."""
+    terms = tuple(term for term in self.denoiser.terms if term.guide is None)
+    denoiser = dataclasses.replace(self.denoiser, terms=terms, classifier=None)
+    return dataclasses.replace(self, denoiser=denoiser, for_sampling={})
 
   @property
   def can_be_guided(self) -> bool:
@@ -341,7 +346,6 @@ def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> 
     bound=space.bound,
     clip=section.sample.clip,
     threshold_percentile=section.sample.threshold_percentile,
-    terms=make_terms(section.sample, conditions),
     shift=vae_conditions.IMAGE if section.diffusion.condition == 'formulation2' else '',
     variance=section.diffusion.variance,
     of_bytes=space.is_data,
@@ -349,21 +353,11 @@ def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> 
   )
 
 
-def make_terms(sample: ConfigDict, conditions: Conditions) -> tuple[Term, ...]:
-  """Returns the guidance that `guidance_weight` (all conditions dropped) and `guidance` (one each) ask for.
-
-  Raises:
-    UserError: when a condition is not there, or was never dropped in training.
-  """
-  pairs = [(conditions.droppable, sample.guidance_weight)] if sample.guidance_weight else []
-  for pair in sample.guidance:
-    if not is_guidance(pair) or pair[0] not in conditions.droppable:
-      raise UserError(
-        f'sample.guidance must be pairs (condition, weight > -1) of conditions that are dropped in training, '
-        f'{", ".join(conditions.droppable) or "of which there are none"}; got {pair!r}'
-      )
-    pairs.append(((pair[0],), float(pair[1])))
-  return tuple(Term(weight=weight, without=names) for names, weight in pairs)
+def unguided(config: ConfigDict, stage: str) -> tuple[Space, Denoiser]:
+  """Returns space and denoiser of a stage, guided by nothing."""
+  checks.check(config[stage], BOUNDS, f'config.{stage}: ')
+  space = make_space(config, stage)
+  return space, make_denoiser(config[stage], space, make_conditions(config, stage, space))
 
 
 def check_section(section: ConfigDict, space: Space, conditions: Conditions) -> None:
@@ -380,8 +374,9 @@ def check_section(section: ConfigDict, space: Space, conditions: Conditions) -> 
     )
   if sample.guidance_weight > 0 and not conditions.droppable:
     raise UserError(
-      'sample.guidance_weight > 0 needs a network trained with diffusion.condition_dropout > 0, got 0, or '
-      'with conditions.<name>.dropout > 0'
+      f'sample.guidance_weight is {sample.guidance_weight}; guidance_weight > 0 needs a network trained with '
+      'diffusion.condition_dropout > 0, or that of another condition, such as conditions.label.dropout > 0; '
+      'here none is dropped'
     )
   if sample.clip != 'none' and space.bound is None:
     raise UserError(

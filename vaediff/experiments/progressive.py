@@ -27,7 +27,7 @@ from vaediff.diffusion import distillation, gaussian, losses, schedules
 from vaediff.errors import UserError
 from vaediff.experiments import base, bounds
 from vaediff.experiments.diffusion import BOUNDS as BOUNDS_OF_DIFFUSION
-from vaediff.experiments.diffusion import MAX_GUIDANCE
+from vaediff.experiments.guides import MAX_GUIDANCE
 from vaediff.experiments.student import LossStudent, parts
 from vaediff.types import Batch, Mask, Read, Values
 
@@ -77,12 +77,7 @@ class Progressive(LossStudent):
     """Builds the experiment of `config.<stage>`."""
     section, shared = config[stage], parts(config, stage)
     base.check(cls, config, stage)
-    check(section)
-    if section.model.guidance_embedding and not shared['teacher'].conditions.droppable:
-      raise UserError(
-        'a guided student needs a teacher trained with diffusion.condition_dropout > 0, got 0, or '
-        'with conditions.<name>.dropout > 0'
-      )
+    check(section, shared['teacher'].conditions.droppable)
     if section.num_steps:
       distillation.halving(shared['student'].denoiser.schedule, section.num_steps)  # checks them
     if section.num_steps and shared['teacher'].prediction == 'eps':
@@ -199,8 +194,13 @@ class Progressive(LossStudent):
     )
 
 
-def check(section: ConfigDict) -> None:
-  """Raises UserError for fields of the stage's section that contradict each other."""
+def check(section: ConfigDict, droppable: tuple[str, ...]) -> None:
+  """Raises UserError for fields of the stage's section that contradict each other.
+
+  Args:
+    section: of the stage.
+    droppable: conditions that the teacher's training drops.
+  """
   if section.diffusion.prediction == 'eps':
     raise UserError("prediction is 'eps'; a student of few steps must predict 'v' or 'x0'")
   if section.data_free_fraction and not section.num_steps:
@@ -209,3 +209,8 @@ def check(section: ConfigDict) -> None:
     weights = section.guidance_weights
     if not weights[0] <= weights[1]:
       raise UserError(f'guidance_weights must be (least, most) with 0 <= least <= most, got {weights}')
+    if not droppable:
+      raise UserError(
+        'a guided student needs a teacher trained with diffusion.condition_dropout > 0, or the dropout of '
+        'another condition; here none is dropped'
+      )

@@ -44,12 +44,14 @@ class Student(base.InSpace):
     student: the diffusion that is trained, and sampled.
     teacher: how the frozen network `teacher` is read: with its own guidance and clipping.
     teacher_source: where its parameters are.
+    teacher_guides: networks that guide the teacher, and where their parameters are.
     method: the experiment's name, for tables.
   """
 
   student: Diffusion
   teacher: Denoiser
   teacher_source: reads.FromStage
+  teacher_guides: Mapping[str, reads.Reads]
   method: str
 
   @property
@@ -69,8 +71,17 @@ class Student(base.InSpace):
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
-    """The teacher, and what both read."""
-    return {**self.student.frozen, TEACHER: self.teacher_source}
+    """The teacher, what guides it, and what both read."""
+    return {**self.student.frozen, TEACHER: self.teacher_source, **self.teacher_guides}
+
+  @property
+  def for_sampling(self) -> Mapping[str, reads.Reads]:
+    """The student's."""
+    return self.student.for_sampling
+
+  def alone(self) -> 'Student':
+    """Returns the stage whose student is; the teacher keeps what guides it."""
+    return dataclasses.replace(self, student=self.student.alone())
 
   @property
   def space(self) -> Space:
@@ -217,9 +228,22 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
   source = reads.FromStage(
     stage=named.stage, network=DENOISER, workdir=named.workdir, model=teacher.denoiser.model
   )
+  classifier = teacher.denoiser.classifier
+  missing = set(classifier.needs) - student.conditions.ports.keys() if classifier else ()
+  if missing:
+    raise UserError(
+      f'the teacher {named.stage!r} is guided by a classifier to what this student does not read, '
+      f'{", ".join(sorted(missing))}: train a teacher that reads it too, or set its '
+      "sample.classifier.stage = ''"
+    )
+  guides = {
+    f'{TEACHER}_{name}': dataclasses.replace(guide, workdir=guide.workdir or named.workdir)
+    for name, guide in teacher.for_sampling.items()
+  }
   return {
     'student': student,
-    'teacher': dataclasses.replace(teacher.denoiser, network=TEACHER),
+    'teacher': teacher.denoiser.reading(TEACHER),
     'teacher_source': source,
+    'teacher_guides': guides,
     'method': section.experiment,
   }

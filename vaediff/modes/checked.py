@@ -15,7 +15,7 @@ from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
 from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, sharding
-from vaediff.run import checkpoint, classes, students, values
+from vaediff.run import checkpoint, classes, guides, students, values
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -37,6 +37,7 @@ def complete(config: ConfigDict) -> None:
   students.resolve(config)
   configs.validate(config)
   values.expand(config)
+  guides.resolve(config)
 
 
 def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:

@@ -103,7 +103,11 @@ def train_stage(
   images: Mapping[str, sources.Source],
   mesh: Mesh,
 ) -> dict[str, Any]:
-  """Trains one stage, from its latest checkpoint if it has one; returns its summary."""
+  """Trains one stage, from its latest checkpoint if it has one; returns its summary.
+
+  Its pictures on the way are drawn without networks that guide samples alone: they may not be there yet.
+  """
+  experiment = experiment.alone()
   frozen = frozen_networks.load(experiment, config, workdir, mesh, training=stage)
   measure, measured_with = make_measure(config, stage, experiment, frozen, images['eval'], mesh)
   return loop.train(

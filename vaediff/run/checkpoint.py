@@ -200,6 +200,7 @@ def load_frozen(
   *,
   check_arrays: bool = True,
   field: str = '',
+  step: int = 0,
 ) -> Params:
   """Returns a network's averaged parameters (or its parameters, where no average is kept).
 
@@ -209,11 +210,12 @@ def load_frozen(
     abstract_params: shapes, types and shardings of the parameters.
     check_arrays: compare them with the digest that was stored with them.
     field: of the config, that names another run; for the message.
+    step: of the checkpoint; 0 = the latest.
 
   Raises:
     UserError: when there is no checkpoint, it is damaged, or it holds another architecture.
   """
-  folder = latest_folder(stage_folder, field)
+  folder = folder_of(stage_folder, step, field)
   check_allowed(folder)
   stored = stored_shapes(folder)
   averaged = any(path.startswith(f'networks/{network}/ema_params/') for path in stored)
@@ -233,7 +235,7 @@ def load_frozen(
   except Exception as error:
     raise unreadable(folder, error) from error
   if check_arrays:
-    compare_arrays(folder, restored, load_meta(stage_folder))
+    compare_arrays(folder, restored, load_meta(stage_folder, step))
   return restored['networks'][network][name]
 
 
@@ -250,13 +252,32 @@ def latest_folder(stage_folder: pathlib.Path, field: str = '') -> pathlib.Path:
   return (stage_folder / FOLDER / str(step)).absolute()
 
 
-def load_meta(stage_folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the JSON item of the latest checkpoint: its id, stage, config, data position, seconds, and so on.
+def folder_of(stage_folder: pathlib.Path, step: int, field: str = '') -> pathlib.Path:
+  """Returns the folder of the complete checkpoint of a step, for 0 of the newest.
+
+  Raises:
+    UserError: when there is none; names those that there are.
+  """
+  newest = latest_folder(stage_folder, field)
+  steps = finished_steps(stage_folder / FOLDER)
+  if step and step not in steps:
+    raise UserError(
+      f'no checkpoint of step {step} in {stage_folder / FOLDER}, which has those of steps '
+      f'{", ".join(map(str, steps))}; how many a training keeps says train.keep_checkpoints'
+    )
+  return newest.parent / str(step) if step else newest
+
+
+def load_meta(stage_folder: pathlib.Path, step: int = 0) -> dict[str, Any]:
+  """Returns the JSON item of a checkpoint: its id, stage, config, data position, seconds, and so on.
+
+  It is that of a step; of the latest for 0.
 
   Raises:
     DamagedCheckpoint: when it is missing, or is none.
+    UserError: when there is no such checkpoint.
   """
-  folder = latest_folder(stage_folder)
+  folder = folder_of(stage_folder, step)
   try:
     meta = files.read_json(folder / 'meta' / 'metadata')
   except UserError as error:
@@ -281,13 +302,15 @@ def check_meta(folder: pathlib.Path, meta: Any) -> None:
     raise damaged(folder, ValueError(f'its meta: {error}')) from error
 
 
-def identity_of(stage_folder: pathlib.Path) -> str:
-  """Returns the id of the newest complete checkpoint of a stage; '' without one.
+def identity_of(stage_folder: pathlib.Path, step: int = 0) -> str:
+  """Returns the id of a stage's complete checkpoint of a step, for 0 of the newest; '' without one.
 
   Checkpoints of an earlier version have none of their own: it is their step.
   """
-  step = latest_step(stage_folder)
-  return '' if step is None else load_meta(stage_folder).get(ID, f'{OF_STEP}{step}')
+  step = step or latest_step(stage_folder)
+  if step not in finished_steps(stage_folder / FOLDER):
+    return ''
+  return load_meta(stage_folder, step).get(ID, f'{OF_STEP}{step}')
 
 
 def compare_arrays(folder: pathlib.Path, tree: Any, meta: dict[str, Any]) -> None:

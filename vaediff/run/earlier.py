@@ -19,6 +19,14 @@ MODES = {
 """What modes did before they could be told."""
 
 
+GUIDES = {
+  'guidance_interval': (),
+  'guide': {'stage': '', 'workdir': '', 'step': 0},
+  'classifier': {'stage': '', 'workdir': '', 'scale': 1.0},
+}
+"""How a diffusion is sampled without an interval and without other networks."""
+
+
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a run of any version with this version's keys, changed in place."""
   if 'num_classes' not in config['data']:
@@ -34,6 +42,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config['data'].setdefault('check_fingerprint', True)
   for section in filter(_is_stage, config.values()):
     _upgrade_diffusion(section)
+    if 'sample' in section and 'guidance' in section['sample']:
+      section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):

@@ -26,6 +26,8 @@ def load(
 ) -> dict[str, Any]:
   """Returns what an experiment reads: networks of this run or another, measurements, published arrays.
 
+  While a stage trains, it does not read what is for sampling alone.
+
   Args:
     experiment: that reads.
     config: of the run.
@@ -44,14 +46,15 @@ def load(
       case reads.FromStage():
         folder = pathlib.Path(source.workdir) if source.workdir else workdir
         field = field_of(config, source) if source.workdir else ''
-        checkpoint.latest_folder(folder / source.stage, field)
+        checkpoint.folder_of(folder / source.stage, source.step, field)
         if not source.workdir:
           same_run.check_stage(config, folder / source.stage, source.stage)
         else:
-          check_same(same_run.stored_config(folder / source.stage), config, source.stage, folder)
+          check_same(same_run.stored_config(folder / source.stage), config, source, folder)
         params = checkpoint.abstract_params(source.model, mesh)
+        check_arrays = config.checkpoints.check_arrays
         return checkpoint.load_frozen(
-          folder / source.stage, source.network, params, check_arrays=config.checkpoints.check_arrays
+          folder / source.stage, source.network, params, check_arrays=check_arrays, step=source.step
         )
       case reads.Measured() if source.stage == training and not source.workdir:
         return sharding.replicate(source.neutral(), mesh)
@@ -61,20 +64,30 @@ def load(
       case reads.Published():
         return sharding.replicate(source.load(), mesh)
 
-  return {name: one(source) for name, source in experiment.frozen.items()}
+  if training:
+    return {name: one(source) for name, source in experiment.frozen.items()}
+  loaded = {name: one(source) for name, source in of(experiment).items()}
+  check_guides(experiment, workdir, own)
+  return loaded
 
 
-def ids(experiment: Experiment, workdir: pathlib.Path) -> dict[str, str]:
+def of(experiment: Experiment) -> dict[str, reads.Reads]:
+  """Returns all that an experiment reads when it is sampled."""
+  return {**experiment.frozen, **experiment.for_sampling}
+
+
+def ids(experiment: Experiment, workdir: pathlib.Path, *, sampling: bool = False) -> dict[str, str]:
   """Returns the id of each network, and of each published array, that an experiment reads, by its name.
 
-  What is measured is not among them: it is made of these and of the data.
+  What is measured is not among them: it is made of these and of the data. Nor is what is read for sampling
+  alone, unless that is asked for: a trained stage does not depend on it.
   """
   found = {}
-  for name, source in experiment.frozen.items():
+  for name, source in (of(experiment) if sampling else experiment.frozen).items():
     match source:
       case reads.FromStage():
         folder = pathlib.Path(source.workdir) if source.workdir else workdir
-        found[name] = checkpoint.identity_of(folder / source.stage)
+        found[name] = checkpoint.identity_of(folder / source.stage, source.step)
       case reads.Published():
         found[name] = identity.digest(digests.of_parts(source.load()))
   return found
@@ -102,6 +115,37 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
   )
 
 
+def check_guides(
+  experiment: Experiment, workdir: pathlib.Path, own: tuple[str, pathlib.Path] | None
+) -> None:
+  """Does nothing where what is read for sampling alone fits the stage.
+
+  Raises:
+    Stale: when it was trained with another network than the stage reads by the same name, such as latents of
+      another autoencoder.
+    UserError: when it is the very checkpoint that it should guide.
+  """
+  known = ids(experiment, workdir)
+  for name, source in experiment.for_sampling.items():
+    if not isinstance(source, reads.FromStage):
+      continue
+    folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+    meta = checkpoint.load_meta(folder, source.step)
+    if own and checkpoint.identity_of(folder, source.step) == checkpoint.identity_of(own[1]):
+      raise UserError(
+        f'{name!r} is the checkpoint {checkpoint.folder_of(folder, source.step)}, which is that of stage '
+        f'{own[0]!r} itself: it differs from itself in nothing. Name an earlier step, or another stage'
+      )
+    begun = earlier_ids(meta.get('frozen', {}))
+    shared = [other for other in source.same if other in begun and other in known]
+    identity.compare(
+      f'{name!r}, the checkpoint of {folder},',
+      {f'the network {other!r}': begun[other] for other in shared},
+      {f'the network {other!r}': known[other] for other in shared},
+      'Name one that was trained with what this stage reads, such as by the workdir of its section',
+    )
+
+
 def earlier_ids(stored: Any) -> dict[str, str]:
   """Returns the ids that a checkpoint holds of what it reads; an earlier version stored steps instead."""
   if not isinstance(stored, Mapping):
@@ -125,18 +169,21 @@ def field_of(config: ConfigDict, source: reads.FromStage | reads.Measured) -> st
   return next(fields(config, ''), '<stage>...workdir')
 
 
-def check_same(stored: ConfigDict, config: ConfigDict, stage: str, folder: pathlib.Path) -> None:
+def check_same(
+  stored: ConfigDict, config: ConfigDict, source: reads.FromStage, folder: pathlib.Path
+) -> None:
   """Raises UserError where another run's stage is not the network, or the diffusion, that `config` says."""
+  stage, section = source.stage, source.section or source.stage
   for name in ('model', 'diffusion'):
-    if name not in config[stage]:
+    if name not in config[section]:
       continue
-    here = config[stage][name].to_dict()
+    here = config[section][name].to_dict()
     there = stored[stage][name].to_dict() if stage in stored and name in stored[stage] else {}
     for field, value in here.items():
       if field not in there or there[field] != value:
         raise UserError(
-          f'config.{stage}.{name}.{field} is {value!r}, but {there[field] if field in there else None!r} in '
-          f'the stage {stage!r} of {folder}; give the values that it was trained with'
+          f'config.{section}.{name}.{field} is {value!r}, but {there[field] if field in there else None!r} '
+          f'in the stage {stage!r} of {folder}; give the values that it was trained with'
         )
 
 
@@ -156,7 +203,7 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
       case reads.Published():
         return sharding.abstract_replicated(source.load(), mesh)
 
-  return {name: one(source) for name, source in experiment.frozen.items()}
+  return {name: one(source) for name, source in of(experiment).items()}
 
 
 def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
@@ -171,4 +218,4 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
       case reads.Published():
         return sharding.replicate(source.load(), mesh)
 
-  return {name: one(source) for name, source in experiment.frozen.items()}
+  return {name: one(source) for name, source in of(experiment).items()}

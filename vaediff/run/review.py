@@ -106,12 +106,17 @@ class Reviewer:
 
 
 def _of_samples(config: Any, stage: str) -> str:
-  """Returns the digest of how a stage is sampled; how many images, and where they go, does not count."""
+  """Returns the digest of how a stage is sampled while it trains.
+
+  How many images, and where they go, does not count, nor do networks that guide once it is trained; nor does
+  an interval where there is none, which an earlier version did not say.
+  """
+  without = ('checkpoint', 'num_images', 'guide', 'classifier')
   return identity.digest(
     {
       name: value
       for name, value in config[stage].sample.to_dict().items()
-      if f'sample.{name}' not in ('sample.checkpoint', 'sample.num_images') and not name.startswith('save_')
+      if name not in without and not name.startswith('save_') and (name, value) != ('guidance_interval', ())
     }
   )
 

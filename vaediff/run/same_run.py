@@ -54,7 +54,16 @@ OF_PICTURES = (
   'sample.temperature',
 )
 """Of those, what a student's training does not read: it is made for its own times and way of sampling."""
-OF_TEACHERS = ('sample.clip', 'sample.guidance_weight', 'sample.guidance')
+OF_TEACHERS = (
+  'sample.clip',
+  'sample.guidance_weight',
+  'sample.guidance',
+  'sample.guidance_interval',
+  'sample.guide.stage',
+  'sample.guide.step',
+  'sample.classifier.stage',
+  'sample.classifier.scale',
+)
 """Fields of a teacher's section that its student's training reads."""
 OVER_TRAINING = {
   'optim*.schedule': ('cosine', 'linear'),

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vaediff import checks
 from vaediff.errors import UserError
-from vaediff.experiments import progressive
+from vaediff.experiments import guides, progressive
 
 MATCHED = {False: 'v', True: 'guided'}
 """What is appended to the name of the stage before the others, without and with guidance."""
@@ -182,7 +182,7 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
   teacher = _teacher(config, stage).to_dict()
   workdir = section['teacher']['workdir']
   taken = {
-    field: _read_from(workdir, teacher[field])
+    field: read_from(workdir, teacher[field])
     for field in _first_teacher(config, stage)
     if not any(fnmatchcase(field, pattern) for pattern in OWN_TRAINING)
   }
@@ -196,6 +196,8 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
     'eta': 0.0,
     'guidance_weight': weight,
     'guidance': (),
+    'guidance_interval': (),
+    **{name: {**value, 'stage': '', 'workdir': ''} for name, value in _guides(teacher['sample'])},
     't_start': 1.0,
     'temperature': 1.0,  # a student is taught from noise of unit deviation
     'recompute_eps': True,
@@ -211,11 +213,16 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
   return ConfigDict({**taken, **over})
 
 
-def _read_from(workdir: str, value: Any) -> Any:
-  """Returns a copy of what a teacher of another run has; stages that it names are stages of that run."""
+def _guides(sample: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  """Returns the sections of a teacher's sampling that name networks which guide it: they teach through it."""
+  return [(name, sample[name]) for name in guides.FIELDS]
+
+
+def read_from(workdir: str, value: Any) -> Any:
+  """Returns a copy of what a stage of another run has; stages that it names are stages of that run."""
   if not isinstance(value, Mapping):
     return value
-  copy = {name: _read_from(workdir, item) for name, item in value.items()}
+  copy = {name: read_from(workdir, item) for name, item in value.items()}
   if {'stage', 'workdir'} <= copy.keys():
     copy['workdir'] = copy['workdir'] or workdir
   return copy

@@ -15,7 +15,7 @@ from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
-from vaediff.run import best, checkpoint, digests, draw, log, same_run
+from vaediff.run import best, checkpoint, digests, draw, guides, log, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -51,7 +51,7 @@ class Trained:
     own = (stage, self.folder)
     frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own)
     self.read = {**frozen, **self.params}
-    self._ids = frozen_networks.ids(self.experiment, workdir)
+    self._ids = frozen_networks.ids(self.experiment, workdir, sampling=True)
     self._sources, self._makers = {}, {}
     self._prepare()
 
@@ -70,11 +70,20 @@ class Trained:
     return f'stage {self.stage!r} of {self.workdir} ({settings})'
 
   def with_settings(self, **changes: Any) -> 'Trained':
-    """Returns the same networks with other values in the stage's `sample` section."""
+    """Returns the same networks with other values in the stage's `sample` section.
+
+    What guides them is loaded where it is another.
+    """
     other = copy.copy(self)
     other.config = self.config.copy_and_resolve_references()
     other.config[self.stage].sample.update(changes)
+    guides.resolve(other.config)
     other.experiment = experiments.build(other.config, self.stage)
+    if other.experiment.for_sampling != self.experiment.for_sampling:
+      own = (self.stage, self.folder)
+      frozen = frozen_networks.load(other.experiment, other.config, self.workdir, self.mesh, own=own)
+      other.read = {**frozen, **self.params}
+      other._ids = frozen_networks.ids(other.experiment, self.workdir, sampling=True)
     other._prepare()
     return other
 
@@ -145,9 +154,11 @@ class Trained:
 
   @property
   def draws_alone(self) -> bool:
-    """Whether its samples need no image."""
+    """Whether it draws samples, and they need no image."""
     data = self.config.data
     shape = (data.image_size, data.image_size, data.channels)
+    if not self.experiment.draws_images:
+      return False
     made = {source.feeds for source in self.experiment.makers if self.has_maker(source)}
     return draw.observed_alone(self.experiment, self.read, shape) <= made
 
@@ -158,8 +169,10 @@ class Trained:
     of the same indices and seed; else see `draw.make_draw`.
 
     Raises:
-      UserError: when a stage that feeds it is not trained.
+      UserError: for a stage that draws none, or when a stage that feeds it is not trained.
     """
+    if not self.experiment.draws_images:
+      raise UserError(f'stage {self.stage!r} draws no images; name one that does, as --stages=refiner')
     seed, given = self.settings.seed if seed is None else seed, given or {}
     return self._draw(self.read, indices, {**self.fed(indices, given, seed), **given}, seed)
 
