@@ -45,7 +45,8 @@ OWN = [
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 LABELLED = ('afhq256', 'cifar10', 'digits', 'emoji64', 'fashion_mnist')
-PAIRS = [(name, variant) for name in NAMES for variant in SHARED if variant != 'label' or name in LABELLED]
+OF_CLASSES = ('label', 'classifier_guided')
+PAIRS = [(name, one) for name in NAMES for one in SHARED if one not in OF_CLASSES or name in LABELLED]
 
 
 def made(name, variant=''):
@@ -394,3 +395,15 @@ def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
 )
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)
+
+
+def test_a_classifier_is_of_the_space_that_it_guides_in_any_order():
+  for variants in itertools.permutations(['unconditional', 'latent_diffusion', 'classifier_guided']):
+    config = get('digits', ','.join(variants))
+    assert config.stages == ('autoencoder', 'noisy_classifier', 'refiner'), variants
+    assert config.noisy_classifier.space == 'latent' == config.refiner.space
+    assert config.noisy_classifier.autoencoder == config.refiner.autoencoder
+    assert config.refiner.sample.classifier.stage == 'noisy_classifier'
+  assert get('digits', 'classifier_guided,ddgan').stages == ('ddgan',)
+  with pytest.raises(ValueError, match='variant classifier_guided: .*data.num_classes is 0'):
+    get('celebahq128', 'classifier_guided')
