@@ -43,12 +43,16 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...
   with contextlib.ExitStack() as held:
     if jax.process_index() == 0:
       held.enter_context(files.lock(workdir, '--mode=train'))
+    moved = set()
     while True:
       try:
         return run_stages_once(config, workdir, stages)
       except checkpoint.DamagedCheckpoint as error:
         if workdir.resolve() not in error.folder.resolve().parents:
           raise  # of another run, which is not ours to change
+        if error.folder in moved:
+          raise  # made anew and damaged again: the disk, or a mistake of the program
+        moved.add(error.folder)
         log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
 
 

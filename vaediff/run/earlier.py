@@ -33,7 +33,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     _upgrade_stages(config)
   for section in filter(_is_stage, config.values()):
     _upgrade_labels(section)
-    if 'space' in section and 'diffusion' in section and 'schedule' in section['diffusion']:
+    if 'space' in section and _is_denoised(section):
       section.setdefault('space_factor', 1)
       section['conditions'].setdefault('vae', {'aug_level': 0.0})
       section['sample'].setdefault('aug_level', 0.0)
@@ -91,7 +91,7 @@ def _upgrade_gan(section: dict[str, Any]) -> None:
 
 def _upgrade_diffusion(section: dict[str, Any]) -> None:
   """A diffusion, or a student of one, had one variance, one kind of U-Net and one eps after clipping."""
-  if 'diffusion' not in section or 'schedule' not in section['diffusion']:
+  if not _is_denoised(section):
     return
   section['diffusion'].setdefault('variance', 'fixed')
   section['model'].setdefault('resblock_updown', False)
@@ -100,6 +100,11 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
   section['sample'].setdefault('bound_steps', 0)
   if section['experiment'] == 'diffusion':
     section.setdefault('loss', {'objective': 'hybrid', 'vlb_weight': 0.001, 'time_sampler': 'uniform'})
+
+
+def _is_denoised(section: dict[str, Any]) -> bool:
+  """Returns whether it is of a diffusion, or of a student of one: what is denoised is predicted."""
+  return 'diffusion' in section and {'schedule', 'prediction'} <= section['diffusion'].keys()
 
 
 def _is_stage(section: Any) -> bool:

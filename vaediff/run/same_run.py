@@ -118,6 +118,8 @@ def stored_config(stage_folder: pathlib.Path) -> ConfigDict:
   try:
     return configs.from_stored(meta['config'])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
+    if identity.SEAL in meta and 'config' in meta:  # it is whole: what cannot be read of it is no damage
+      raise
     folder = checkpoint.latest_folder(stage_folder)
     raise checkpoint.damaged(folder, ValueError('there is no config in it')) from error
 
