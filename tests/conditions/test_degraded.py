@@ -86,6 +86,7 @@ def test_without_a_key_an_image_is_degraded_alike_wherever_it_stands(changes):
   np.testing.assert_array_equal(observe(x[:2], jax.random.split(jax.random.key(3), 6)[:2])[name], each[:2])
 
 
+@pytest.mark.slow
 def test_a_train_step_reads_it_and_the_gradient_reaches_it():
   experiment = stage(dropout=0.2)
   state = experiment.init(jax.random.key(0))

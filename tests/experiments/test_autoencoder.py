@@ -161,6 +161,7 @@ def split():
   return found
 
 
+@pytest.mark.slow
 def test_the_adaptive_weight_of_a_split_batch_is_that_of_the_batch(split):
   """A mean over parts of ratios of norms is another number."""
   (_, [whole]), (_, [parts]) = split[1], split[4]
@@ -170,6 +171,7 @@ def test_the_adaptive_weight_of_a_split_batch_is_that_of_the_batch(split):
   assert whole['adaptive_weight'] > 1.0
 
 
+@pytest.mark.slow
 def test_the_codebook_of_a_split_batch_is_that_of_the_batch(split):
   (whole, [metrics]), (parts, [others]) = split[1], split[4]
   for name in ('counts', 'sums'):

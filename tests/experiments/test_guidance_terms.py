@@ -138,6 +138,7 @@ SPACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('prediction', gaussian.PREDICTIONS)
 @pytest.mark.parametrize('space', SPACES)
 def test_a_classifier_guides_in_every_space_and_prediction(space, prediction):
@@ -184,6 +185,7 @@ def test_the_noisy_classifier_reads_state_and_time_alone():
   assert set(build(SPACES['latents'], 'noisy_classifier').frozen) == {'autoencoder', 'latents'}
 
 
+@pytest.mark.slow
 def test_the_noisy_classifier_learns_and_reports_its_bins():
   changes = {'noisy_classifier.optim.learning_rate': 5e-3, 'noisy_classifier.train.num_steps': 60}
   classifier = build(SPACES['pixels'], 'noisy_classifier', **changes)
@@ -215,6 +217,7 @@ def test_bins_cover_the_schedule():
 # Students ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['label,distill', 'label,guided,distill', 'label,consistency'])
 def test_a_student_is_taught_by_all_that_guides_its_teacher(variant):
   changes = {**EARLIER, 'refiner.sample.guidance_interval': (0.5, 30.0)}

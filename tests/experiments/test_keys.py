@@ -98,6 +98,7 @@ def test_what_is_looked_for_is_found(key):
   assert not shared_keys(good, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_nothing_is_done_with_a_key_that_was_drawn_from(case):
   variant, stage, changes = CASES[case]

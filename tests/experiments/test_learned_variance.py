@@ -65,6 +65,7 @@ def gradients_of_halves(experiment, term):
   return np.max(np.abs(bias[:1])), np.max(np.abs(bias[1:]))
 
 
+@pytest.mark.slow
 def test_the_hybrid_bound_moves_the_variance_alone_and_the_simple_loss_the_prediction_alone():
   experiment = build()
   of_prediction, of_variance = gradients_of_halves(experiment, 'bound')
@@ -78,6 +79,7 @@ def test_the_bound_alone_moves_both():
   assert of_prediction > 0 and of_variance > 0
 
 
+@pytest.mark.slow
 def test_the_hybrid_loss_is_the_sum():
   experiment = build()
   read, y0 = read_of(experiment), images().astype(jnp.float32) / 127.5 - 1
@@ -161,6 +163,7 @@ def test_the_history_is_in_the_state_and_has_each_loss_in_its_place(microbatches
   assert set(metrics) == {'loss', 'simple', 'bound', 'grad_norm/denoiser'}
 
 
+@pytest.mark.slow
 def test_the_losses_of_parts_are_those_of_the_whole(monkeypatch):
   """A batch of two parts has each loss where the example is: here a loss is the brightness of its image."""
   batch = {'image': images()}

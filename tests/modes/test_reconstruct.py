@@ -17,6 +17,7 @@ import fresh  # noqa: E402
 SMOOTH = {'reconstruct.through': 'noise', 'refiner.sample.clip': 'none'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['formulation2,z,label', 'unconditional,wavelet_diffusion'])
 def test_more_steps_bring_an_image_closer(variant, tmp_path, one_device, monkeypatch):
   trained = fresh.Fresh(variant, tmp_path, **SMOOTH, **{'reconstruct.num_steps': (4, 16, 64)})

@@ -62,6 +62,7 @@ def state_of(workdir, stage):
   return checkpoint.Checkpointer(workdir / stage, 9).restore(loop.abstract_state(experiment, mesh))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stage', ['base', 'sr_8'])
 def test_the_order_of_training_changes_no_byte(runs, stage):
   first, second = (state_of(runs / name, stage) for name in ('together', 'reverse'))
@@ -149,6 +150,7 @@ def test_the_level_of_samples_changes_the_last_stage_alone(runs):
     trained.with_settings(aug_level=0.6)
 
 
+@pytest.mark.slow
 def test_every_mode_of_the_last_stage(runs, tmp_path):
   config = configs.read(runs / 'together')
   for mode in ('sample', 'reconstruct', 'interpolate'):

@@ -65,6 +65,7 @@ def test_a_stage_does_not_guide_itself(trained, one_device):
     opened(run, **{**GUIDE, 'refiner.sample.guide.workdir': str(run)})
 
 
+@pytest.mark.slow
 def test_a_smaller_network_of_another_run_guides(trained, one_device, tmp_path):
   run, other = trained('digits').run, trained('digits', **LOW)
   changes = {**GUIDE, 'refiner.sample.guide.workdir': str(other.run)}

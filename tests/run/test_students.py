@@ -56,7 +56,7 @@ def test_a_student_reads_whatever_its_teacher_reads():
 )
 def test_a_student_has_the_fields_of_the_first_teacher_and_its_own(variant, stage, own):
   config = resolved(variant)
-  taken = {'space', 'vae', 'autoencoder', 'conditions'}
+  taken = {'space', 'space_factor', 'vae', 'autoencoder', 'conditions'}
   assert set(config[stage]) == TRAINING - ({'loss'} if stage == 'distill_1' else set()) | taken | own
 
 

@@ -105,6 +105,7 @@ def test_a_signal_saves_the_step_it_meets(tmp_path, no_pictures, monkeypatch, st
   assert caught.value.status == status and checkpoint.latest_step(tmp_path / 'run' / 'vae') == 3
 
 
+@pytest.mark.slow
 def test_a_summary_that_is_damaged_or_of_another_is_made_anew(tmp_path, no_pictures, capsys):
   config, run = digits(tmp_path), tmp_path / 'run'
   (first,) = train.run_stages(config, run, ('vae',))
