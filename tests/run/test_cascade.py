@@ -191,12 +191,12 @@ def test_no_two_stages_have_a_key_in_common():
   assert isinstance(draw.image_keys(0, indices, 2), SampleKeys)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trained_stage_does_what_its_small_image_says(tmp_path, one):
   """What it makes of real small images, made small again, is the small image; not so at a high level."""
   config = importlib.import_module('configs.digits').get_config('cascade')
   config.data.data_dir = str(tmp_path / 'data')
-  config.sr_8.train.update({'num_steps': 500, 'save_every_steps': 500, 'eval_every_steps': 500})
+  config.sr_8.train.update({'num_steps': 1600, 'save_every_steps': 1600, 'eval_every_steps': 1600})
   config.sr_8.train.grid_every_steps = 0
   config.sr_8.sample.update({'num_steps': 10, 'num_images': 64})
   config.reconstruct.num_images = 16
