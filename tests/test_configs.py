@@ -367,8 +367,10 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   assert all(np.isfinite(value) for summary in summaries for value in summary['last'].values())
   again = configs.read(workdir)  # the run describes itself
   assert again == config
-  wanted = ['samples.png', 'interpolation.png']
-  if 'x0_vae' in experiments.build(config, config.stages[-1]).inputs:
+  inputs = experiments.build(config, config.stages[-1]).inputs
+  # a stage that reads degraded images alone has nothing to make samples of by itself
+  wanted = ['reconstructions.png'] if 'degraded' in inputs else ['samples.png', 'interpolation.png']
+  if 'x0_vae' in inputs:
     wanted.append('reconstructions.png')
     for task in tasks:
       again.restore.task = task

@@ -15,7 +15,7 @@ from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
-from vaediff.run import best, checkpoint, digests, draw, guides, log, same_run
+from vaediff.run import best, checkpoint, draw, guides, log, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -121,7 +121,7 @@ class Trained:
     Also those of the stages that feed it, where they are trained: without them it repeats images alone.
     """
     measured = {
-      f'the measurement {name!r}': identity.digest(digests.of_parts(self.read[name]))
+      f'the measurement {name!r}': _digest(self.read[name])
       for name, source in self.experiment.frozen.items()
       if isinstance(source, reads.Measured)
     }
@@ -242,6 +242,12 @@ class Trained:
       for name, value in self._observe(self.read, image[indices], label[indices], own).items():
         parts.setdefault(name, []).append(value[:fresh])
     return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def _digest(arrays: Any) -> str:
+  """Returns the digest of arrays that every process has; one alone may call it."""
+  leaves = jax.tree.leaves(jax.device_get(arrays))
+  return identity.digest([identity.sum_of(np.asarray(leaf)) for leaf in leaves])
 
 
 def open_last(run: Run) -> Trained:
