@@ -73,6 +73,14 @@ class Run:
     """Returns the sections made so far that diffuse in this space, by stage."""
     return {name: made for name, made in self._made.items() if 'space' in made and made.space == space}
 
+  def need_classes(self, variant: str) -> None:
+    """Raises ValueError where the data set has no classes, or it is not known how many."""
+    if not self.config.data.num_classes:
+      raise ValueError(
+        f'variant {variant}: the data set of config {self.config.name!r} has no known classes, '
+        'data.num_classes is 0'
+      )
+
   def at_end(self, function: Callable[['Run'], None]) -> None:
     """Calls the function once all variants are applied, for what depends on the sizes of several stages."""
     self._at_end.append(function)

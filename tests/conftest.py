@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import tempfile
 import types
@@ -41,7 +42,8 @@ from absl import flags  # noqa: E402
 
 from vaediff.machine import sharding  # noqa: E402  (what is imported here is not type-checked: no more than this)
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the folder of configs
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # the folders of configs, and of what tests share
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
@@ -64,6 +66,26 @@ def make_one_device(patch):
 def one_device(monkeypatch):
   """A mesh of one device: eight compile slower and are tested where they matter."""
   make_one_device(monkeypatch)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """Returns small_disk(size) -> the folder of a file system of so many bytes, as '24m'; needs root."""
+  mounted = []
+
+  def small_disk(size):
+    folder = tmp_path / f'disk{len(mounted)}'
+    folder.mkdir()
+    command = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)]
+    result = subprocess.run(command, capture_output=True, check=False)
+    if result.returncode:
+      pytest.skip('mounting a small file system needs root: ' + result.stderr.decode().strip())
+    mounted.append(folder)
+    return folder
+
+  yield small_disk
+  for folder in mounted:
+    subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
 @pytest.fixture(scope='session')

@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from vaediff.data.sources import open_source
 from vaediff.errors import UserError
@@ -37,17 +38,6 @@ def make(tmp_path):
     return ml_collections.ConfigDict(data | changes)
 
   return make
-
-
-def refused(data, message, split='train'):
-  """Opens the data in both ways; asserts the message, and that nothing is left; returns it."""
-  for materialize in (True, False):
-    data.materialize = materialize
-    with pytest.raises(UserError, match=message) as raised:
-      open_source(data, split)
-    left = pathlib.Path(data.data_dir) / 'vaediff'
-    assert not left.is_dir() or not list(left.iterdir()), list(left.iterdir())
-  return str(raised.value)
 
 
 # npz ----------------------------------------------------------------------------------------------------

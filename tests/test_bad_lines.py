@@ -1,7 +1,7 @@
 # ruff: noqa: E501 (one case a line)
 """Command lines, config files and edited `config.json` that cannot be: one message, status 2, nothing written.
 
-The package is imported once; each line is a process forked from there, as `test_config.py` does it.
+The package is imported once; each line is a process forked from there, see `command_lines`.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import sys
 import time
 
 import pytest
+from command_lines import run_all
 
 from vaediff.errors import UserError
 from vaediff.run import config as configs
@@ -23,18 +24,6 @@ from vaediff.run import values
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 pytestmark = pytest.mark.xdist_group('bad_lines')  # one worker runs all of them at once
-FORK = """
-import json, os, sys
-from vaediff import main
-for index, arguments in enumerate(json.loads(sys.argv[1])):
-  if os.fork() == 0:
-    said = os.open(f'{sys.argv[2]}/{index}.txt', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(said, 1), os.dup2(said, 2)
-    sys.argv[1:] = arguments
-    main.cli()
-    os._exit(0)
-  print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
 DEBUG = '--config=configs/digits.py:debug'
 MAKE = 'from configs import digits\nimport ml_collections\ndef get_config(variant=""):\n  '
 FILES = {
@@ -89,15 +78,6 @@ LINES = [
   (['--workdir='], 'give --config=configs/<name>.py, or --workdir=<folder>'),
   ([], 'give --config=configs/<name>.py, or --workdir=<folder>'),
 ]
-
-
-def run_all(folder, lines):
-  """Returns exit status and messages of `vaediff.main` with each line of arguments."""
-  command = [sys.executable, '-c', FORK, json.dumps(lines), str(folder)]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-  statuses = [int(line) for line in result.stdout.split()]
-  said = [(folder / f'{index}.txt').read_text() for index in range(len(lines))]
-  return list(zip(statuses, said, strict=True))
 
 
 @pytest.fixture(scope='module')

@@ -358,22 +358,8 @@ def rounds(runner, count, seed):
     print(f'{name:22}' + ', '.join(f'{key}: {value}' for key, value in outcomes.items() if value))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """A file system of 24 megabytes, on which the runs lie."""
-  folder = tmp_path / 'disk'
-  folder.mkdir()
-  mounted = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=24m', 'tmpfs', str(folder)], capture_output=True, check=False
-  )
-  if mounted.returncode:
-    pytest.skip('mounting a small file system needs root: ' + mounted.stderr.decode().strip())
-  yield folder
-  subprocess.run(['umount', '-l', str(folder)], check=True)
-
-
 def disturbed(runner, small_disk, count):
-  runner.workdir = small_disk / 'run'
+  runner.workdir = small_disk('24m') / 'run'
   seed = int(os.environ.get('VAEDIFF_FAULT_SEED', random.randrange(10**6)))
   print(f'VAEDIFF_FAULT_SEED={seed}')
   rounds(runner, count, seed)

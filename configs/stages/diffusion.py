@@ -255,10 +255,7 @@ def label(run: Run) -> None:
   Raises:
     ValueError: the data set has no classes, or it is not known how many.
   """
-  if not run.config.data.num_classes:
-    raise ValueError(
-      f'variant label: the data set of config {run.config.name!r} has no known classes, data.num_classes is 0'
-    )
+  run.need_classes('label')
   run.edit('refiner', _label)
 
 

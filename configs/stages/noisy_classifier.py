@@ -80,11 +80,7 @@ def classifier_guided(run: Run) -> None:
   Raises:
     ValueError: the data set has no classes, or it is not known how many.
   """
-  if not run.config.data.num_classes:
-    raise ValueError(
-      f'variant classifier_guided: the data set of config {run.config.name!r} has no known classes, '
-      'data.num_classes is 0'
-    )
+  run.need_classes('classifier_guided')
   run.edit('refiner', lambda refiner: refiner.sample.classifier.update({'stage': STAGE}))
   if 'refiner' in run.config.stages and STAGE not in run.config.stages:
     place = run.config.stages.index('refiner')

@@ -1,12 +1,8 @@
 """The data section of a config, with every field, and a cache in the test's own folder; how it is refused."""
 
-import pathlib
 
 import ml_collections
 import pytest
-
-from vaediff.data.sources import open_source
-from vaediff.errors import UserError
 
 
 @pytest.fixture
@@ -38,22 +34,6 @@ def make_data(tmp_path):
     return data
 
   return make
-
-
-@pytest.fixture
-def refused():
-  """Returns refused(data, message, split) -> the message; opens it in both ways, and nothing may be left."""
-
-  def refused(data, message, split='train'):
-    for materialize in (True, False):
-      data.materialize = materialize
-      with pytest.raises(UserError, match=message) as raised:
-        open_source(data, split)
-      left = pathlib.Path(data.data_dir) / 'vaediff'
-      assert not left.is_dir() or not list(left.iterdir()), list(left.iterdir())
-    return str(raised.value)
-
-  return refused
 
 
 @pytest.fixture

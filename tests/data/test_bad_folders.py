@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refused
 
 from vaediff.data import folder
 
@@ -136,7 +137,7 @@ def elsewhere(root):
 
 
 @pytest.mark.parametrize('case', FOLDERS)
-def test_folder(make_slices, pictures, monkeypatch, case, refused):
+def test_folder(make_slices, pictures, monkeypatch, case):
   monkeypatch.chdir(pictures.parent)
   damage, message = FOLDERS[case]
   damage(pictures)
@@ -144,7 +145,7 @@ def test_folder(make_slices, pictures, monkeypatch, case, refused):
 
 
 @pytest.mark.parametrize('which', ['', 'cat', 'dog/deep'])
-def test_folder_that_cannot_be_listed(make_slices, pictures, monkeypatch, which, refused):
+def test_folder_that_cannot_be_listed(make_slices, pictures, monkeypatch, which):
   """As root everything can be read: the system's answer is made up."""
   (pictures / 'dog' / 'deep').mkdir()
   scandir = os.scandir
@@ -162,7 +163,7 @@ def test_folder_that_cannot_be_listed(make_slices, pictures, monkeypatch, which,
 
 
 @pytest.mark.parametrize('source', ['image_folder', 'npz', 'idx'])
-def test_path_that_cannot_be_looked_at(make_slices, monkeypatch, source, refused):
+def test_path_that_cannot_be_looked_at(make_slices, monkeypatch, source):
   stat = os.stat
 
   def look(path, *args, **kwargs):
@@ -200,7 +201,7 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize('case', BAD_IMAGES)
-def test_image(make_slices, pictures, case, refused):
+def test_image(make_slices, pictures, case):
   content, message = BAD_IMAGES[case]
   (pictures / 'dog' / 'odd.png').write_bytes(content)
   message = refused(
@@ -209,7 +210,7 @@ def test_image(make_slices, pictures, case, refused):
   assert 'mend or remove' in message
 
 
-def test_image_that_the_system_refuses(make_slices, pictures, monkeypatch, refused):
+def test_image_that_the_system_refuses(make_slices, pictures, monkeypatch):
   opened = Image.open
 
   def open_image(file, *args, **kwargs):

@@ -4,7 +4,6 @@ import errno
 import json
 import random
 import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -124,23 +123,8 @@ def test_what_is_saved_is_what_was_given(tmp_path):
   assert checkpoint.load_meta(tmp_path)['last'] == {'loss': 1.0}
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """A file system of one megabyte."""
-  folder = tmp_path / 'disk'
-  folder.mkdir()
-  mounted = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)],
-    capture_output=True,
-    check=False,
-  )
-  if mounted.returncode:
-    pytest.skip('mounting a small file system needs root: ' + mounted.stderr.decode().strip())
-  yield folder
-  subprocess.run(['umount', '-l', str(folder)], check=True)
-
-
 def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk):
+  small_disk = small_disk('1m')
   before = saved(small_disk)
   noise = np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)  # 2 MB, incompressible
   big = before.replace(step=jnp.int32(6), extra={'noise': jnp.asarray(noise)})

@@ -1,12 +1,11 @@
 """Loading, storing, checking and comparing configs."""
 
 import importlib
-import json
 import pathlib
-import subprocess
 import sys
 
 import pytest
+from command_lines import run_all
 
 from vaediff.errors import UserError
 from vaediff.run import command_line
@@ -103,28 +102,6 @@ MISTAKES = [
   (['--mode=paint'], 'train'),
   (['--stages=gan'], 'the stages of this config are vae, refiner'),
 ]
-FORK = """
-import json, os, sys
-from vaediff import main
-for index, arguments in enumerate(json.loads(sys.argv[1])):
-  if os.fork() == 0:
-    said = os.open(f'{sys.argv[2]}/{index}.txt', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(said, 1), os.dup2(said, 2)
-    sys.argv[1:] = arguments
-    main.cli()
-    os._exit(0)
-  print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-"""Imports once, and runs each command line in a process of its own."""
-
-
-def run_all(folder, lines):
-  """Returns exit status and messages of `vaediff.main` with each line of arguments."""
-  command = [sys.executable, '-c', FORK, json.dumps(lines), str(folder)]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-  statuses = [int(line) for line in result.stdout.split()]
-  said = [(folder / f'{index}.txt').read_text() for index in range(len(lines))]
-  return list(zip(statuses, said, strict=True))
 
 
 @pytest.fixture(scope='module')
