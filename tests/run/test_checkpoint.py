@@ -2,9 +2,15 @@
 
 import errno
 import json
+import os
+import pathlib
 import random
 import shutil
+import subprocess
+import sys
+import types
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +21,8 @@ from vaediff import identity
 from vaediff.errors import UserError
 from vaediff.experiments.base import Network, TrainState
 from vaediff.run import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def state(width=3, average=True, step=5):
@@ -259,3 +267,35 @@ def test_messages_are_not_nested(tmp_path):
   with pytest.raises(checkpoint.DamagedCheckpoint) as caught:
     checkpoint.Checkpointer(tmp_path, 2).restore(abstract(state()))
   assert str(caught.value).count('cannot be read') == 1 and 'NoneType' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('error', 'said'), [('Event loop is closed', 0), ('another', 1)])
+def test_writes_that_end_after_their_save_failed_print_nothing(error, said, monkeypatch):
+  heard = []
+  monkeypatch.setattr(absl.logging, 'get_verbosity', lambda: absl.logging.ERROR)
+  hook = checkpoint._not_said_of_closed_loops(heard.append)
+  hook(types.SimpleNamespace(exc_value=RuntimeError(error)))
+  assert len(heard) == said
+
+
+def test_a_full_disk_is_one_message_and_no_traceback(small_disk, tmp_path):
+  """In a process of its own: here pytest hears what the system says of a failing thread."""
+  program = tmp_path / 'program.py'
+  program.write_text(
+    'import absl.logging, jax, pathlib, sys\n'
+    'from vaediff.errors import UserError\n'
+    'from vaediff.run import checkpoint\n'
+    "absl.logging.set_verbosity('error')\n"
+    'state = {str(i): jax.random.normal(jax.random.key(i), (100, 100)) for i in range(200)}\n'
+    'saving = checkpoint.Checkpointer(pathlib.Path(sys.argv[1]), 9)\n'
+    'try:\n'
+    '  saving.save(1, state, {})\n'
+    '  saving.close()\n'
+    'except UserError as error:\n'
+    '  print(error)\n'
+  )
+  command = [sys.executable, str(program), str(small_disk('3m') / 'stage')]
+  result = subprocess.run(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True)
+  assert result.returncode == 0, result.stderr.decode()
+  assert b'No space left on device' in result.stdout and b'There is no earlier' in result.stdout
+  assert b'Traceback' not in result.stderr, result.stderr.decode()[:2000]

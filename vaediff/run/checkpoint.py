@@ -9,6 +9,7 @@ the next run removes, never a step.
 import logging
 import pathlib
 import secrets
+import sys
 from typing import Any
 
 import absl.logging
@@ -41,6 +42,23 @@ class _SaidHere(logging.Filter):
 
 
 absl.logging.get_absl_logger().addFilter(_SaidHere())
+
+
+def _not_said_of_closed_loops(before: Any) -> Any:
+  """Returns a `sys.unraisablehook` that says nothing of writes that ended after their save had failed.
+
+  Orbax closes the event loop of a save when one write fails; each that is under way then prints a traceback.
+  """
+
+  def hook(unraisable: Any) -> None:
+    quiet = absl.logging.get_verbosity() <= absl.logging.ERROR
+    if not (quiet and str(unraisable.exc_value) == 'Event loop is closed'):
+      before(unraisable)
+
+  return hook
+
+
+sys.unraisablehook = _not_said_of_closed_loops(sys.unraisablehook)
 
 
 class DamagedCheckpoint(UserError):
