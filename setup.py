@@ -53,7 +53,7 @@ setup(
       'nbclient>=0.10',
       'nbformat>=5.10',
       'nbstripout>=0.8',
-      'pytest>=8.2',
+      'pytest>=8.2,<9.2',  # with 9.2 pytest-xdist 3.8 spreads tests that share what is dear over all workers
       'pytest-xdist>=3.6',
       'PyYAML>=6',
       'ruff>=0.8',

@@ -34,12 +34,20 @@ OVERRIDES = (
     f'--config.{stage}.train.{field}={value}'
     for stage in STAGES
     for field, value in (
-      ('num_steps', NUM_STEPS), ('save_every_steps', 4), ('eval_every_steps', 8), ('grid_every_steps', 0)
+      ('num_steps', NUM_STEPS), ('save_every_steps', 6), ('eval_every_steps', 12), ('grid_every_steps', 0)
     )
   ),
   '--config.refiner.diffusion.x0_vae_source=precomputed',
   '--config.refiner.train.best_measure=val/loss',
-  '--config.refiner.train.best_every_steps=8',
+  '--config.refiner.train.best_every_steps=12',
+  # few arrays: most of a round's time is tracing, and writing each of them
+  '--config.vae.model.encoder_blocks=8d8,8t1',
+  '--config.vae.model.encoder_channels=8:8,1:16',
+  '--config.vae.model.decoder_blocks=1u8,1t8',
+  '--config.vae.model.decoder_channels=8:8,1:16',
+  '--config.refiner.model.channel_multipliers=(1,)',
+  '--config.refiner.model.attention_resolutions=()',
+  '--config.interpolate.num_pairs=0',
 )  # fmt: skip
 
 

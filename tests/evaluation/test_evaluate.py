@@ -156,6 +156,7 @@ def test_what_cannot_be_swept(run, tmp_path):
     sweep.sweep(trained)
 
 
+@pytest.mark.slow
 def test_another_run_of_the_same_data_is_a_line_of_the_same_table(run):
   trained = opened(run)
   trained.config.evaluate.sweep.update({'workdirs': (str(run),), 'num_steps': (1,)})

@@ -127,6 +127,7 @@ def test_a_teacher_that_predicts_eps_does_not_teach_a_halving():
     experiments.build(config, 'distill_2')
 
 
+@pytest.mark.slow
 def test_the_teacher_of_another_run_must_be_of_this_kind(trained):
   run = trained('digits').run
   changes = {'distill.teacher.workdir': str(run), 'data.data_dir': str(trained('digits').data)}

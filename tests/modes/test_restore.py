@@ -57,7 +57,14 @@ def drawn_maps(trained, one, labels=None, count=4):
   return jax.jit(run)(trained.read, given, keys_of(count)), given
 
 
-VARIANTS = ['formulation1', 'formulation2,z', 'unconditional', 'label', 'unconditional,wavelet_diffusion']
+VARIANTS = [
+  'formulation2,z',
+  'unconditional',
+  *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ('formulation1', 'label', 'unconditional,wavelet_diffusion')
+  ),
+]
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -1,7 +1,6 @@
 """A trained stage guided by other checkpoints: of the same run, or of another; which are refused."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +79,7 @@ def test_a_smaller_network_of_another_run_guides(trained, one_device, tmp_path):
   np.testing.assert_array_equal(images(opened(copy)), images(guided))
 
 
+@pytest.mark.slow
 def test_one_trained_on_another_vae_is_refused(trained, one_device, tmp_path):
   run, folder = trained('digits').run, trained('digits', **LOW).copy(tmp_path / 'other')
   path = folder / 'refiner' / 'checkpoints' / '4' / 'meta' / 'metadata'
@@ -91,13 +91,16 @@ def test_one_trained_on_another_vae_is_refused(trained, one_device, tmp_path):
     opened(run, **GUIDE, **{'refiner.sample.guide.workdir': str(folder)})
 
 
-def test_a_run_that_is_not_there_or_of_other_classes_is_refused(trained, one_device, tmp_path):
-  run, other = trained('digits').run, trained('digits', **LOW)
+def test_a_run_that_is_not_there_is_refused(trained, one_device):
   with pytest.raises(UserError, match="guide.workdir is '/nowhere', which holds no trained stage 'refiner'"):
-    opened(run, **GUIDE, **{'refiner.sample.guide.workdir': '/nowhere'})
+    opened(trained('digits').run, **GUIDE, **{'refiner.sample.guide.workdir': '/nowhere'})
+
+
+@pytest.mark.slow
+def test_a_run_of_other_classes_is_refused(trained, one_device):
+  run, other = trained('digits').run, trained('digits', **LOW)
   config = configs.read(run)
   config.update_from_flattened_dict({**GUIDE, 'refiner.sample.guide.workdir': str(other.run)})
   config.data.num_classes = 9
   with pytest.raises(UserError, match='a run with data.num_classes = 10, but here it is 9'):
     checked.complete(config)
-  shutil.rmtree(tmp_path, ignore_errors=True)
