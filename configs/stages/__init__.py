@@ -13,6 +13,7 @@ from configs.stages import (
   noisy_classifier,
   progressive,
   vae,
+  vqgan,
   vqvae,
 )
 
@@ -29,6 +30,7 @@ BY_NAME = {
   **dict.fromkeys(cascade.STAGES, cascade),
   'noisy_classifier': noisy_classifier,
   'vqvae': vqvae,
+  'vqgan': vqgan,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {
