@@ -36,7 +36,29 @@ def _ddgan(stage):
   stage.train.num_steps = 50_000
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan}
+def _vqvae(stage):
+  # 8x8 codes
+  gan_small.autoencoder(stage)
+  stage.model.update(
+    {'channels': 32, 'channel_multipliers': (1, 2, 2, 4), 'latent_channels': 16, 'codebook_size': 256}
+  )
+  stage.train.num_steps = 5000
+
+
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 3})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 2500, 'discriminator_start_step': 2000})
+
+
+SIZES = {
+  **gan_small.SIZES,
+  'vae': _vae,
+  'refiner': _refiner,
+  'ddgan': _ddgan,
+  'vqvae': _vqvae,
+  'vqgan': _vqgan,
+}
 
 
 def get_config(variant: str = ''):
