@@ -187,6 +187,11 @@ def evaluate() -> ConfigDict:
       'num_memorisation': 1000,  # samples whose nearest training image is looked for; 0 = none
       'num_bound': 256,  # images of the evaluation split for the variational bound; 0 = none
       'num_bound_times': 20,  # times drawn per image for the bound's sum over diffusion steps
+      'decoders': {  # of stages that read codes: the same ones drawn again by every decoder of the run
+        'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),  # and their steps, of the first teacher
+        'num_images': 256,  # of the evaluation split
+        'num_samples': 4,  # of each image
+      },
       'sweep': {  # --sweep: one row for each of the product
         'samplers': ('ddpm', 'ddim', 'heun', 'dpmpp_2m'),
         'num_steps': (1, 2, 5, 10, 25, 50),
@@ -292,6 +297,7 @@ def _debug_modes(config: ConfigDict) -> None:
       'num_bound_times': 4,
     }
   )
+  config.evaluate.decoders.update({'samplers': (('ddim', 2),), 'num_images': 8, 'num_samples': 2})
   config.evaluate.sweep.update(
     {'samplers': ('ddim',), 'num_steps': (1, 2), 'teacher_steps': 4, 'num_compared': 8}
   )

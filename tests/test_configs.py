@@ -372,7 +372,8 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   assert again == config
   inputs = experiments.build(config, config.stages[-1]).inputs
   # a stage that reads degraded images alone, or has codes, has nothing to make samples of by itself
-  wanted = ['reconstructions.png'] if {'degraded', 'latents'} & set(inputs) else ['samples.png', 'interpolation.png']
+  alone = not {'degraded', 'latents'} & set(inputs)
+  wanted = ['samples.png', 'interpolation.png'] if alone else ['reconstructions.png']
   if 'x0_vae' in inputs:
     wanted.append('reconstructions.png')
     for task in tasks:

@@ -28,6 +28,7 @@ class Condition(abc.ABC):
     stored: of what it is given, the arrays that are observed once for every training image and then read
       beside the batch: shape and type of one image.
     titles: of the images that it shows, for tables.
+    reads_codes: what it observes of an image are the codes of a tokenizer.
     num_groups: its samples come in so many kinds, in turn: image i is of kind i modulo this; 0 = in none.
     classes: the classes of the data set that its samples are asked to be of, in turn; () = of none.
     reconstructs: what it observes of an image says what the image looks like.
@@ -43,6 +44,7 @@ class Condition(abc.ABC):
   frozen: Mapping[str, reads.Reads] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
+  reads_codes = False
   num_groups = 0
   classes: tuple[int, ...] = ()
   reconstructs = False
@@ -171,6 +173,11 @@ class Conditions:
   def reconstructs(self) -> bool:
     """Whether one of them does."""
     return any(one.reconstructs for one in self.each)
+
+  @property
+  def reads_codes(self) -> bool:
+    """Whether one of them does."""
+    return any(one.reads_codes for one in self.each)
 
   @property
   def makers(self) -> tuple[reads.Sampled, ...]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vaediff import files
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.evaluation import codebooks, likelihoods, measures, networks, plots, report
+from vaediff.evaluation import codebooks, decoders, likelihoods, measures, networks, plots, report
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
@@ -41,6 +41,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   real = real_images(config, opened)
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
+  decoded = decoders.decoder_rows(trained, opened, real)
   model = {'': trained.stage, **likelihoods.figures(trained), **codebooks.figures(trained)}
   result = {
     **header(trained),
@@ -49,6 +50,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
     'networks': network_rows(opened, real),
     'samples': rows,
     'reconstructions': reconstructed,
+    'decoders': decoded,
     'model': model,
     'missing': opened.missing,
     'settings': config[trained.stage].sample.to_dict(),
@@ -63,7 +65,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
     files.write_text(folder / f'{name}.md', as_text(result, markdown=True) + '\n')
     drawn = plots.bars(folder / f'{name}.png', rows, trained.made_of)
     log.say(f'\nwrote {folder / name}.json, .md{" and .png" if drawn else ""}')
-  check_any(settings, [*rows, *reconstructed, model], f'{folder / name}.md')
+  check_any(settings, [*rows, *reconstructed, *decoded, model], f'{folder / name}.md')
   return {}
 
 
@@ -164,13 +166,19 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
   if result['reconstructions']:
     parts.append(shown(report.turned(result['reconstructions'], 'set')))
     parts.append('Reconstructions are of the evaluation split and are compared with it.')
+  if result['decoders']:
+    parts.append(shown(report.turned(result['decoders'], 'decoder')))
+    parts.append(
+      'Decoders draw the same codes, of the first N images of the evaluation split. A sample of the '
+      "posterior has twice the squared error of the posterior's mean: vaediff/evaluation/decoders.py."
+    )
   if len(result['model']) > 1:
     parts.append(shown(report.turned([result['model']], '')))
     parts.append(
       'Bounds are over the first N images of the evaluation split; ± is the standard error over images. elbo '
       'is in nats. Codes are counted in the first N images.'
     )
-  rows = [*result['samples'], *result['reconstructions'], result['model']]
+  rows = [*result['samples'], *result['reconstructions'], *result['decoders'], result['model']]
   parts += [f'note: {line}' for line in result['notes']]
   parts += [f'not computed: {line}' for line in report.reasons(rows)]
   return '\n\n'.join(parts)

@@ -17,6 +17,13 @@ def mse(a: np.ndarray, b: np.ndarray) -> float:
   return float(np.mean((a.astype(np.float64) - b) ** 2) / 255**2)
 
 
+def sharpness(images: Images) -> float:
+  """Returns the mean over images and channels of the variance of the Laplacian, pixels in [0, 1]."""
+  edges = [ndimage.laplace(image[..., channel].astype(np.float64) / 255, mode='reflect')
+           for image in images for channel in range(image.shape[-1])]  # fmt: skip
+  return float(np.mean([edge.var() for edge in edges]))
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
   """Returns the peak signal-to-noise ratio over all pixels in dB; infinite when they are equal."""
   error = mse(a, b)

@@ -104,6 +104,7 @@ class Experiment(abc.ABC):
     inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
     stored: of these, what is observed once for every training image and then read beside the batch.
     titles: of the images that it draws beside, or before, its own, for tables.
+    reads_codes: its samples are made of the codes of a tokenizer.
     num_groups: its samples come in so many kinds, in turn; 0 = in none.
     classes: the classes of the data set that its samples are asked to be of, in turn; () = of none.
     reconstructs: what it observes of an image is enough to draw that image again.
@@ -127,6 +128,7 @@ class Experiment(abc.ABC):
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
+  reads_codes = False
   num_groups = 0
   classes: tuple[int, ...] = ()
   reconstructs = False
@@ -261,6 +263,11 @@ class InSpace(Experiment):
     """Of what is shown before a sample; the sample then is 'refined'."""
     before = self.conditions.titles
     return {**before, 'x0': 'refined'} if before else {}
+
+  @property
+  def reads_codes(self) -> bool:
+    """Whether a condition does."""
+    return self.conditions.reads_codes
 
   @property
   def num_groups(self) -> int:

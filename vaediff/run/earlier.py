@@ -19,6 +19,12 @@ MODES = {
 """What modes did before they could be told."""
 
 
+DECODERS = {
+  'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),
+  'num_images': 256,
+  'num_samples': 4,
+}
+"""How decoders of codes are compared, which earlier versions had none of."""
 GUIDES = {
   'guidance_interval': (),
   'guide': {'stage': '', 'workdir': '', 'step': 0},
@@ -39,6 +45,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['sample'].setdefault('aug_level', 0.0)
   if 'evaluate' in config and 'sweep' in config['evaluate']:
     config['evaluate']['sweep'].setdefault('aug_levels', ())
+    config['evaluate'].setdefault('decoders', DECODERS)
   config['data'].setdefault('check_fingerprint', True)
   for section in filter(_is_stage, config.values()):
     _upgrade_diffusion(section)

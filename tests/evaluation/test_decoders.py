@@ -1,0 +1,69 @@
+"""The same codes by every decoder: what a row says of errors, sharpness and diversity."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+from vaediff.evaluation import decoders, quality
+from vaediff.evaluation.networks import Networks
+
+NOTHING = Networks(features={}, lpips=None, missing={})
+
+
+def images(seed, *shape):
+  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_a_sample_of_the_posterior_has_twice_the_error_of_its_mean():
+  """x and its samples are independent draws of N(m, s^2), in bytes: E|x - x'|^2 = 2 s^2, less of the mean."""
+  random, n = np.random.default_rng(0), 4
+  mean = random.uniform(80, 170, (200, 8, 8, 1))
+  draw = lambda: np.clip(np.rint(mean + random.normal(0, 20, mean.shape)), 0, 255).astype(np.uint8)
+  found = decoders.figures_of(draw(), np.stack([draw() for _ in range(n)]), NOTHING)
+  assert found['mse'].value == pytest.approx(2 * (20 / 255) ** 2, rel=0.02)
+  assert found['mse of the mean'].value == pytest.approx((1 + 1 / n) * (20 / 255) ** 2, rel=0.02)
+  assert found['by the law'].value == pytest.approx(found['mse of the mean'].value, rel=0.02)
+  assert found['mse of the mean'].n == n
+
+
+def test_samples_that_are_all_alike_miss_the_law():
+  x, same = images(0, 20, 8, 8, 1), images(1, 20, 8, 8, 1)
+  found = decoders.figures_of(x, np.stack([same] * 4), NOTHING)
+  assert found['mse of the mean'].value == pytest.approx(found['mse'].value)
+  assert found['by the law'].value == pytest.approx(0.625 * found['mse'].value)
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+  checkers = np.zeros((1, 8, 8, 1), np.uint8)
+  checkers[0, ::2, ::2], checkers[0, 1::2, 1::2] = 255, 255
+  # inside, every pixel differs from its four neighbours by 1; at a reflected edge one neighbour is itself
+  interior = np.var([4.0, -4.0])
+  assert quality.sharpness(checkers) == pytest.approx(interior, rel=0.25)
+  assert quality.sharpness(checkers // 2) == pytest.approx(quality.sharpness(checkers) * (127 / 255) ** 2)
+  assert quality.sharpness(np.full((2, 8, 8, 3), 7, np.uint8)) == 0
+
+
+def test_in_batches_keeps_every_row_once_and_in_order():
+  given = {'codes': np.arange(7)[:, None]}
+  found, seconds = decoders.in_batches(
+    3, given, lambda indices, rows: {'x0': rows['codes'], 'index': indices}, compiled=False
+  )
+  np.testing.assert_array_equal(found['x0'], given['codes'])
+  np.testing.assert_array_equal(found['index'], np.arange(7))
+  assert seconds > 0
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_images': 1}, 'num_images must be >= 2, got 1'),
+    ({'num_samples': 1}, 'num_samples must be >= 2, got 1'),
+    ({'samplers': (('ddim', '25'),)}, r"samplers has \('ddim', '25'\)"),
+    ({'samplers': ('ddim',)}, "samplers has 'ddim'"),
+  ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+  settings = ConfigDict({'num_images': 8, 'num_samples': 2, 'samplers': (('ddim', 25),), **changes})
+  with pytest.raises(UserError, match=message):
+    decoders.check(settings)
