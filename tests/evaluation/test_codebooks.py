@@ -14,6 +14,7 @@ from vaediff.experiments import base
 from vaediff.machine import sharding
 from vaediff.models import codebook
 from vaediff.run import review
+from vaediff.run.trained import Trained
 
 
 class Counting(base.Experiment):
@@ -31,6 +32,12 @@ class Counting(base.Experiment):
       'first': codebook.histogram(ids[:, :1, :1, 0], 8, batch['mask']),
       'last': codebook.histogram(ids[:, -1:, -1:, 0], 8, batch['mask']),
     }
+
+
+class Plain(Counting):
+  """The same without a codebook."""
+
+  counts = base.Experiment.counts
 
 
 @pytest.fixture
@@ -55,9 +62,9 @@ def perplexity(*counts):
 @pytest.mark.parametrize(('limit', 'size'), [(10_000, 4), (10_000, 100), (7, 4)])
 def test_evaluation_counts_every_image_once(source, mesh, limit, size):
   settings = ConfigDict({'num_reconstructions': limit, 'batch_size': size})
-  trained = types.SimpleNamespace(
-    config=ConfigDict({'evaluate': settings}), eval_source=source, mesh=mesh, experiment=Counting(), read={}
-  )
+  trained = object.__new__(Trained)  # opened, without a checkpoint
+  trained.config, trained.mesh, trained.read = ConfigDict({'evaluate': settings}), mesh, {}
+  trained.experiment, trained._sources = Counting(), {'eval': source}
   found = codebooks.figures(trained)
   count = min(limit, 11)
   wanted = perplexity(3, 5, 3) if count == 11 else perplexity(3, 4)
@@ -65,7 +72,7 @@ def test_evaluation_counts_every_image_once(source, mesh, limit, size):
   assert found['first/used'].value == (3 / 8 if count == 11 else 2 / 8)
   assert (found['last/perplexity'].value, found['last/unused'].value) == (pytest.approx(1, abs=1e-6), 7)
   assert {figure.n for figure in found.values()} == {count}
-  trained.experiment = types.SimpleNamespace(counts=lambda read, batch: {})
+  trained.experiment = Plain()
   assert codebooks.figures(trained) == {}
 
 
