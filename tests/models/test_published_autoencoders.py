@@ -63,6 +63,21 @@ def test_the_kl_autoencoder_of_latent_diffusion():
   assert found == (34_163_592, 49_490_179, 72, 20) and sum(found) == 83_653_863
 
 
+OTHERS = ('cifar10', 'emoji64', 'celeba64', 'celebahq128', 'afhq256', 'celeba256', 'lsun_church256')
+
+
+@pytest.mark.parametrize('stage', ['vqvae', 'vqgan'])
+@pytest.mark.parametrize(
+  'name', ['digits', 'fashion_mnist', *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_the_networks_of_every_data_set_fit_its_images(name, stage):
+  config = importlib.import_module(f'configs.{name}').get_config(stage)
+  experiment = experiments.build(config, stage)
+  for model in experiment.networks.values():
+    jax.eval_shape(model.init, jax.random.key(0))
+  assert experiment.bottleneck.kind == 'vq' and ('discriminator' in experiment.networks) == (stage == 'vqgan')
+
+
 def test_the_discriminator_of_grey_patches():
   shape = jax.ShapeDtypeStruct((1, 256, 256, 1), 'float32')
   params = jax.eval_shape(PatchDiscriminator().init, jax.random.key(0), shape)
