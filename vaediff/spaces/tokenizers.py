@@ -19,8 +19,8 @@ from vaediff.models import codebook
 from vaediff.spaces import encoders
 from vaediff.types import Image, LatentMap, Params
 
-Grids = tuple[Int32[Array, 'batch height width'], ...]
-"""Ids of each level, coarse first."""
+Grids = tuple[Int32[Array, 'batch _ _'], ...]
+"""Ids of each level, coarse first, [batch, height, width] of its grid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
