@@ -41,6 +41,12 @@ def _refiner(stage):
   stage.sample.update({'variance': 'small', 'batch_size': 16})
 
 
+def _vqvae2(stage):
+  """The published network: grids of 64x64 and 32x32, 512 codes each, 560 epochs."""
+  stage.train = parts.train(127_000, 128, flip=True)
+  stage.sample.batch_size = 16
+
+
 def _pictures(run):
   """The temperature of the paper's pictures; its figures are those of temperature 1."""
   run.edit('refiner', lambda stage: stage.sample.update({'temperature': 0.8}))
@@ -55,7 +61,7 @@ def _folder(run):
   run.config.data.update({'source': 'image_folder', 'name': 'celeba256', 'resize': 'bilinear'})
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner}
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae2': _vqvae2}
 OWN = {
   'folder': _folder,
   'pictures': _pictures,

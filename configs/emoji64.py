@@ -36,7 +36,14 @@ def _ddgan(stage):
   stage.train.num_steps = 50_000
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan}
+def _vqvae2(stage):
+  """Three levels: grids of 16x16, 8x8 and 4x4."""
+  stage.model.update({'num_levels': 3, 'channels': 64, 'latent_channels': 32, 'codebook_size': 256})
+  stage.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine'})
+  stage.train = parts.train(50_000, 64)
+
+
+SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae2': _vqvae2}
 
 
 def get_config(variant: str = ''):

@@ -13,6 +13,7 @@ from configs.stages import (
   noisy_classifier,
   progressive,
   vae,
+  vqvae2,
 )
 
 BY_NAME = {
@@ -20,6 +21,7 @@ BY_NAME = {
   'refiner': diffusion,
   'autoencoder': autoencoder,
   'decoder': light_decoder,
+  'vqvae2': vqvae2,
   'ddgan': ddgan,
   'distill': progressive,
   'consistency': consistency,
