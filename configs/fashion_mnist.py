@@ -158,7 +158,7 @@ def _small_matching(stage):
 def _small_vqvae2(stage):
   stage.model.update({'channels': 32, 'num_res_blocks': 1, 'res_channels': 16, 'latent_channels': 8})
   stage.optim.learning_rate = 2e-3
-  stage.train.update({'num_steps': 1500, 'batch_size': 64})
+  stage.train.update({'num_steps': 4000, 'batch_size': 64})
 
 
 def _small_noisy_classifier(stage):
