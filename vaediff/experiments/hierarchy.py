@@ -24,14 +24,16 @@ from vaediff.errors import UserError
 from vaediff.experiments import base, bounds
 from vaediff.models import codebook, layers
 from vaediff.models.functional import Model
-from vaediff.models.hierarchy import MAX_LEVELS
+from vaediff.models.hierarchy import MAX_LEVELS, NAMES, Map
 from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.spaces import hierarchies, tokenizers
 from vaediff.spaces.hierarchies import NETWORK
-from vaediff.types import Batch, Given, Image, LatentMap, Metrics, Params, Read
+from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
 FILLS = ('mean', 'zeros')
 """What takes the place of a level that is left out: its mean code over the training images, or 0."""
+ALL_NAMES = tuple(dict.fromkeys(name for names in NAMES for name in names))
+"""Of the levels of any hierarchy."""
 BOUNDS = {
   'model.num_levels': bounds.whole(1, MAX_LEVELS),
   'model.channels': bounds.whole(2, bounds.MAX_WIDTH),
@@ -73,7 +75,13 @@ class Hierarchy(base.Experiment):
   reconstructs = True
   bounds = BOUNDS
   measures = (tokenizers.FREQUENCIES,)
-  metrics = {'loss': False, 'mse': False}
+  metrics = {
+    'loss': False,
+    'mse': False,
+    **{f'codebook/{name}/used': True for name in ALL_NAMES},
+    **{f'codebook/{name}/perplexity': True for name in ALL_NAMES},
+    **{f'codebook/{name}/unused': False for name in ALL_NAMES},
+  }
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Hierarchy':
@@ -181,7 +189,7 @@ class Hierarchy(base.Experiment):
     keys = jax.random.split(key, len(self.names))
     before = hierarchies.codes_of(self.hierarchy, params)
 
-    def move(level: int, z: LatentMap) -> LatentMap:
+    def move(level: int, z: Map) -> Map:
       name = self.names[level]
       codes, books[name], found = averaged(
         before[level], state.extra['codebook'][name], z, keys[level], self.loss
@@ -197,7 +205,7 @@ class Hierarchy(base.Experiment):
     """Returns the loss, a mean over the batch, and its terms."""
     terms, books = {}, hierarchies.codes_of(self.hierarchy, params)
 
-    def quantise(level: int, z: LatentMap) -> LatentMap:
+    def quantise(level: int, z: Map) -> Map:
       q, ids = codebook.quantize(z, books[level])
       e = codebook.lookup(books[level], ids)
       terms[f'loss/commitment/{self.names[level]}'] = codebook.commitment_loss(z, e, 1.0)
@@ -228,6 +236,15 @@ class Hierarchy(base.Experiment):
     }
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
 
+  def counts(self, read: Read, batch: Batch) -> dict[str, jax.Array]:
+    """Returns how often each code occurs in the images with mask 1, by level; see `Experiment.counts`."""
+    ids = hierarchies.encode(self.hierarchy, read[NETWORK], pixels.to_unit_range(batch['image']))
+    size, found = self.hierarchy.module.codebook_size, {}
+    for name, rows in zip(self.names, ids, strict=True):
+      weight = jnp.broadcast_to(batch['mask'].reshape(-1, 1, 1), rows.shape)
+      found[f'codebook/{name}'] = jax.ops.segment_sum(weight.reshape(-1), rows.reshape(-1), size)
+    return found
+
   # What later stages read -------------------------------------------------------------------------
 
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
@@ -257,7 +274,7 @@ class Hierarchy(base.Experiment):
 
 
 def averaged(
-  codes: Array, book: Mapping[str, Array], z: LatentMap, key: jax.Array, settings: Mapping[str, Any]
+  codes: Array, book: Mapping[str, Array], z: Map, key: jax.Array, settings: Mapping[str, Any]
 ) -> tuple[Array, dict[str, Array], Metrics]:
   """Returns the codes of a level after one batch of vectors, their averages, and how much of them is used.
 

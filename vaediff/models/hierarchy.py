@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from vaediff.errors import UserError
 from vaediff.models import codebook, layers
-from vaediff.types import Image, LatentMap
+from vaediff.types import Image
 
 MAX_LEVELS = 4
 NAMES = (('bottom',), ('top', 'bottom'), ('top', 'middle', 'bottom'), ('top', 'upper', 'lower', 'bottom'))
@@ -30,7 +30,8 @@ NAMES = (('bottom',), ('top', 'bottom'), ('top', 'middle', 'bottom'), ('top', 'u
 STRIDE = 4
 """Sides of the image over those of the bottom's grid."""
 
-Map = Float[Array, 'batch height width channels']
+Map = Float[Array, 'batch _ _ _']
+"""Height, width and channels are those of a level, and differ between those of one call."""
 
 # An output pixel of a 4x4 convolution transposed with stride 2 reads a quarter of the kernel.
 uniform_fan_in_transposed = nn.initializers.variance_scaling(4 / 3, 'fan_in', 'uniform')
@@ -50,7 +51,9 @@ class Residuals(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Map) -> Map:
+  def __call__(
+    self, x: Float[Array, 'batch height width channels']
+  ) -> Float[Array, 'batch height width channels']:
     """Returns a map that is not negative."""
     for block in range(self.num_blocks):
       h = layers.conv3x3(self.features, name=f'conv_{block}', dtype=self.dtype)(nn.relu(x))
@@ -202,20 +205,20 @@ class Hierarchy(nn.Module):
       maps.append(x)
     return tuple(reversed(maps))
 
-  def vectors(self, level: int, encoded: Map, carried: LatentMap | None) -> LatentMap:
+  def vectors(self, level: int, encoded: Map, carried: Map | None) -> Map:
     """Returns z of a level, float32, of the encoder's map and of the codes above; None at the top."""
     if level:
       encoded = jnp.concatenate([self.hints[level - 1](carried), encoded], axis=-1)
     return self.to_codes[level](encoded).astype(jnp.float32)
 
-  def carry(self, level: int, carried: LatentMap | None, q: LatentMap) -> LatentMap:
+  def carry(self, level: int, carried: Map | None, q: Map) -> Map:
     """Returns the codes of a level beside those above, enlarged; None is above the top."""
     if not level:
       return q
     above = self.ups[level - 1](carried).astype(jnp.float32)
     return jnp.concatenate([above, q], axis=-1)
 
-  def decode(self, carried: LatentMap) -> Image:
+  def decode(self, carried: Map) -> Image:
     """Returns the image, float32, not bounded, of what was carried to the bottom."""
     return self.decoder(carried)
 

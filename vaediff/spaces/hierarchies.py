@@ -4,13 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
 from vaediff.models import codebook, hierarchy
 from vaediff.models.functional import Model
+from vaediff.models.hierarchy import Map
 from vaediff.types import Image, LatentMap, Params
 
+Grids = tuple[Int32[Array, 'batch _ _'], ...]
+"""Ids of each level, coarse first: the levels have other heights and widths."""
 NETWORK = 'hierarchy'
 """Name of the network among those of its stage."""
 
@@ -51,9 +55,7 @@ def codes_of(model: Model, params: Params) -> tuple[codebook.Codes, ...]:
   return tuple(params[codes_key(name)] for name in model.module.names)
 
 
-def walk(
-  model: Model, params: Params, x: Image, quantise: Callable[[int, LatentMap], LatentMap]
-) -> LatentMap:
+def walk(model: Model, params: Params, x: Image, quantise: Callable[[int, Map], Map]) -> LatentMap:
   """Returns what the decoder takes, made of images.
 
   Args:
@@ -69,11 +71,11 @@ def walk(
   return carried
 
 
-def encode(model: Model, params: Params, x: Image) -> tuple[codebook.Indices, ...]:
+def encode(model: Model, params: Params, x: Image) -> Grids:
   """Returns the ids of images in [-1, 1], coarse first."""
   books, found = codes_of(model, params), []
 
-  def nearest(level: int, z: LatentMap) -> LatentMap:
+  def nearest(level: int, z: Map) -> Map:
     found.append(codebook.nearest(z, books[level]))
     return codebook.lookup(books[level], found[-1])
 
@@ -81,7 +83,7 @@ def encode(model: Model, params: Params, x: Image) -> tuple[codebook.Indices, ..
   return tuple(found)
 
 
-def join(model: Model, params: Params, vectors: Sequence[LatentMap]) -> LatentMap:
+def join(model: Model, params: Params, vectors: Sequence[Map]) -> LatentMap:
   """Returns what the decoder takes, made of the vectors of each level, on the bottom's grid."""
   carried = None
   for level, q in enumerate(vectors):
@@ -89,9 +91,7 @@ def join(model: Model, params: Params, vectors: Sequence[LatentMap]) -> LatentMa
   return carried
 
 
-def embed(
-  model: Model, params: Params, ids: Sequence[codebook.Indices], fill: Mapping[int, jax.Array] | None = None
-) -> LatentMap:
+def embed(model: Model, params: Params, ids: Grids, fill: Mapping[int, Array] | None = None) -> LatentMap:
   """Returns what the decoder takes, made of ids; a level in `fill` has that vector everywhere instead."""
   vectors, fill = [], fill or {}
   for level, (book, rows) in enumerate(zip(codes_of(model, params), ids, strict=True)):

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
 from vaediff import reads
@@ -24,7 +23,7 @@ FREQUENCIES = 'code_frequencies'
 """The measurement of how often each code is used over the training images, and the name it is read by."""
 LEAST_PERPLEXITY = 2.0
 """Of a level that a prior is worth training on: below it its ids are nearly always one."""
-Grids = tuple[Int32[Array, 'batch height width'], ...]
+Grids = hierarchies.Grids
 """Ids of each level, coarse first."""
 
 
