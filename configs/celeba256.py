@@ -16,7 +16,7 @@ latents: 274,056,163 parameters, joined with `unconditional`; what it is conditi
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, parts, presets
+from configs import base, code_papers, gan_papers, parts, presets
 from configs.stages import diffusion
 
 DATA = {
@@ -61,8 +61,15 @@ def _folder(run):
   run.config.data.update({'source': 'image_folder', 'name': 'celeba256', 'resize': 'bilinear'})
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae2': _vqvae2}
+def _vqvae(stage):
+  # 32x32 codes
+  stage.model.update({'channel_multipliers': (1, 2, 2, 4), 'codebook_size': 1024})
+  stage.train.update({'batch_size': 32})
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae, 'vqvae2': _vqvae2}
 OWN = {
+  **code_papers.VARIANTS,
   'folder': _folder,
   'pictures': _pictures,
   'ddgan': gan_papers.celeba256_ddgan,

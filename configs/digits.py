@@ -137,6 +137,20 @@ def _noisy_classifier(stage):
   )
 
 
+def _vqvae(stage):
+  # 4x4 codes; k-means of raw 2x2 patches with as many has a squared error of 0.0057
+  gan_small.autoencoder(stage)
+  stage.model.update(
+    {'channels': 32, 'channel_multipliers': (1, 2), 'latent_channels': 8, 'codebook_size': 64}
+  )
+
+
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 1})
+  stage.loss.update(gan_small.VQGAN)
+
+
 def _evaluate(section):
   section.update(
     {
@@ -160,6 +174,8 @@ SIZES = {
   'ddgan': _ddgan,
   'vqvae2': _vqvae2,
   'noisy_classifier': _noisy_classifier,
+  'vqvae': _vqvae,
+  'vqgan': _vqgan,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
   'restore': lambda section: section.update({'num_images': 297}),

@@ -43,7 +43,30 @@ def _vqvae2(stage):
   stage.train = parts.train(50_000, 64)
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae2': _vqvae2}
+def _vqvae(stage):
+  # 8x8 codes
+  gan_small.autoencoder(stage)
+  stage.model.update(
+    {'channels': 32, 'channel_multipliers': (1, 2, 2, 4), 'latent_channels': 16, 'codebook_size': 256}
+  )
+  stage.train.num_steps = 5000
+
+
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 3})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 2500, 'discriminator_start_step': 2000})
+
+
+SIZES = {
+  **gan_small.SIZES,
+  'vae': _vae,
+  'refiner': _refiner,
+  'ddgan': _ddgan,
+  'vqvae': _vqvae,
+  'vqgan': _vqgan,
+  'vqvae2': _vqvae2,
+}
 
 
 def get_config(variant: str = ''):

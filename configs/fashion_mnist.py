@@ -69,6 +69,21 @@ def _noisy_classifier(stage):
   stage.train = parts.train(20_000, 128, grid_every_steps=0)
 
 
+def _vqvae(stage):
+  # 8x8 codes; k-means of raw 4x4 patches with as many has a squared error of 0.0065
+  gan_small.autoencoder(stage)
+  stage.model.update(
+    {'channels': 32, 'channel_multipliers': (1, 2, 2), 'latent_channels': 8, 'codebook_size': 256}
+  )
+  stage.train.num_steps = 2000
+
+
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 2})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 1000, 'discriminator_start_step': 800})
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -78,6 +93,8 @@ SIZES = {
   'decoder': _decoder,
   'vqvae2': _vqvae2,
   'noisy_classifier': _noisy_classifier,
+  'vqvae': _vqvae,
+  'vqgan': _vqgan,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }

@@ -13,6 +13,8 @@ from configs.stages import (
   noisy_classifier,
   progressive,
   vae,
+  vqgan,
+  vqvae,
   vqvae2,
 )
 
@@ -29,6 +31,8 @@ BY_NAME = {
   'matching': distribution_matching,
   **dict.fromkeys(cascade.STAGES, cascade),
   'noisy_classifier': noisy_classifier,
+  'vqvae': vqvae,
+  'vqgan': vqgan,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

@@ -162,7 +162,7 @@ def test_what_was_measured_can_be_refused_by_its_reader(untrained, run):
   experiment = experiments.build(config, 'vqvae2')
   tokenizer = tokenizers.tokenizer_of(config, 'vqvae2', '', 'prior.tokenizer.stage')
   read = frozen_networks.load(experiment, config, run, mesh_of(config))
-  assert tokenizers.perplexity(read['code_frequencies']['level_0']) < 2  # it is not trained
+  assert tokenizers.perplexity(np.asarray(read['code_frequencies']['level_0'])) < 2  # it is not trained
   reader = dataclasses.replace(experiment, usage=tokenizers.frequencies(tokenizer, for_prior=True))
   with pytest.raises(UserError, match="stage 'vqvae2' uses its codes of 1x1 so little that a prior of them"):
     frozen_networks.load(reader, config, run, mesh_of(config))

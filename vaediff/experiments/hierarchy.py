@@ -25,7 +25,7 @@ from vaediff.experiments import base, bounds
 from vaediff.models import codebook, layers
 from vaediff.models.functional import Model
 from vaediff.models.hierarchy import MAX_LEVELS, NAMES, Map
-from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.optim import Optimizer, global_norm, is_kernel, make_optimizer
 from vaediff.spaces import hierarchies, tokenizers
 from vaediff.spaces.hierarchies import NETWORK
 from vaediff.types import Batch, Given, Image, Metrics, Params, Read
@@ -92,7 +92,7 @@ class Hierarchy(base.Experiment):
     check_restarts(tokenizer, section)
     return cls(
       hierarchy=tokenizer.source.model,
-      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      optimizer=make_optimizer(section.optim, section.train.num_steps, decays=is_kernel),
       loss=section.loss.to_dict(),
       flip=section.train.flip,
       microbatches=section.train.microbatches,
@@ -239,11 +239,11 @@ class Hierarchy(base.Experiment):
   def counts(self, read: Read, batch: Batch) -> dict[str, jax.Array]:
     """Returns how often each code occurs in the images with mask 1, by level; see `Experiment.counts`."""
     ids = hierarchies.encode(self.hierarchy, read[NETWORK], pixels.to_unit_range(batch['image']))
-    size, found = self.hierarchy.module.codebook_size, {}
-    for name, rows in zip(self.names, ids, strict=True):
-      weight = jnp.broadcast_to(batch['mask'].reshape(-1, 1, 1), rows.shape)
-      found[f'codebook/{name}'] = jax.ops.segment_sum(weight.reshape(-1), rows.reshape(-1), size)
-    return found
+    size = self.hierarchy.module.codebook_size
+    return {
+      f'codebook/{name}': codebook.histogram(rows, size, batch['mask'])
+      for name, rows in zip(self.names, ids, strict=True)
+    }
 
   # What later stages read -------------------------------------------------------------------------
 

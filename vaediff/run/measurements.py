@@ -23,6 +23,7 @@ from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
+from vaediff.models import codebook
 from vaediff.run import checkpoint, draw, log, same_run
 from vaediff.spaces import tokenizers
 from vaediff.spaces.latents import LATENTS
@@ -273,12 +274,8 @@ def counts_of_codes(
   where = sharding.batch_sharding(mesh)
 
   def count(params, image, number):
-    real = jnp.arange(image.shape[0]) < number
-    found = []
-    for ids, size in zip(tokenizer.codes(params, pixels.to_unit_range(image)), tokenizer.sizes, strict=True):
-      weights = jnp.broadcast_to(real.reshape(-1, *[1] * (ids.ndim - 1)), ids.shape).astype(jnp.float32)
-      found.append(jax.ops.segment_sum(weights.reshape(-1), ids.reshape(-1), size))
-    return found
+    ids, real = tokenizer.codes(params, pixels.to_unit_range(image)), jnp.arange(image.shape[0]) < number
+    return [codebook.histogram(rows, size, real) for rows, size in zip(ids, tokenizer.sizes, strict=True)]
 
   counting = jax.jit(count, out_shardings=sharding.replicated(mesh))
   total, size = len(source), sharding.round_up(min(batch_size, len(source)), mesh)
