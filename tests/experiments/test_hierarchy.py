@@ -1,5 +1,6 @@
 """The stage of VQ-VAE-2: its codes at every level, its loss, and reconstruction by level."""
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -31,6 +32,12 @@ def config_of(**changes):
 
 def build(**changes):
   return experiments.build(config_of(**changes), 'vqvae2')
+
+
+def build_levels(levels):
+  config = config_of(**{'model.num_levels': levels})
+  config.data.image_size = 32
+  return hierarchies.hierarchy_model(config.vqvae2.model, config.data)
 
 
 def images(count, seed=0):
@@ -165,9 +172,9 @@ def test_a_level_that_is_left_out_is_its_mean_code_or_zeros(decayed):
       name: struct.shape for name, struct in experiment.inputs.items()
     }
     images_of |= experiment.sample(read, ids, keys)
-    assert list(experiment.titles) == [f'x0_top_{fill}', f'x0_top_middle_{fill}', 'x0']
+    assert list(experiment.titles) == [f'x0_{fill}_below_top', f'x0_{fill}_below_top_middle', 'x0']
   assert set(images_of) == {
-    'x0', 'x0_top_mean', 'x0_top_middle_mean', 'x0_top_zeros', 'x0_top_middle_zeros'
+    'x0', 'x0_mean_below_top', 'x0_mean_below_top_middle', 'x0_zeros_below_top', 'x0_zeros_below_top_middle'
   }  # fmt: skip
   mean = usage['level_2'] @ np.asarray(params['codes_bottom'])
   vectors = [params[hierarchies.codes_key(name)][ids[f'codes_{name}']] for name in ('top', 'middle')]
@@ -175,9 +182,11 @@ def test_a_level_that_is_left_out_is_its_mean_code_or_zeros(decayed):
     bottom = jnp.broadcast_to(jnp.asarray(vector, jnp.float32).reshape(1, 1, 1, 4), (4, 4, 4, 4))
     carried = hierarchies.join(experiment.hierarchy, params, [*vectors, bottom])
     expected = jnp.clip(hierarchies.decode(experiment.hierarchy, params, carried), -1, 1)
-    np.testing.assert_allclose(images_of[f'x0_top_middle_{fill}'], expected, atol=1e-6)
-  assert float(jnp.abs(images_of['x0_top_mean'] - images_of['x0_top_zeros']).max()) > 1e-5
-  assert float(jnp.abs(images_of['x0_top_mean'] - images_of['x0_top_middle_mean']).max()) > 1e-5
+    np.testing.assert_allclose(images_of[f'x0_{fill}_below_top_middle'], expected, atol=1e-6)
+  assert float(jnp.abs(images_of['x0_mean_below_top'] - images_of['x0_zeros_below_top']).max()) > 1e-5
+  assert float(jnp.abs(images_of['x0_mean_below_top'] - images_of['x0_mean_below_top_middle']).max()) > 1e-5
+  deepest = dataclasses.replace(experiment, hierarchy=build_levels(4))  # results are sorted by name
+  assert list(deepest.partial) == sorted(deepest.partial) and list(deepest.partial.values()) == [1, 2, 3]
   alone = experiment.alone()
   assert list(alone.sample({'hierarchy': params}, ids, keys)) == ['x0'] and not alone.for_sampling
 
@@ -243,13 +252,14 @@ def test_two_levels_of_fashion_mnist_are_better_than_clustered_patches(tmp_path,
   errors = {**reconstruct.reconstruct(opened), **reconstruct.reconstruct(opened.with_settings(fill='zeros'))}
   assert errors['mse/x0'] < 0.0087
   for fill in ('mean', 'zeros'):
-    assert errors[f'mse/x0_top_{fill}'] >= 1.5 * errors['mse/x0']
+    assert errors[f'mse/x0_{fill}_below_top'] >= 1.5 * errors['mse/x0']
   figures = codebooks.figures(opened)
   for name in ('top', 'bottom'):
     assert figures[f'codebook/{name}/perplexity'].value >= 8
   model, params = opened.experiment.hierarchy, opened.params['hierarchy']
   data, labels = opened.eval_images(8)
-  ids = tuple(map(jnp.asarray, opened.observe(data, labels).values()))
+  seen = opened.observe(data, labels)
+  ids = tuple(jnp.asarray(seen[name]) for name in opened.experiment.inputs)
   image = hierarchies.decode(model, params, hierarchies.embed(model, params, ids))
   for level in range(2):
     without = hierarchies.embed(model, params, ids, {level: jnp.zeros(8)})

@@ -49,10 +49,10 @@ def test_images_of_some_levels_say_which_and_what_the_others_are(tmp_path, one_d
   trained = fresh.Fresh('vqvae2', tmp_path)
   lines = fresh.said(monkeypatch, reconstruct)
   figures = reconstruct.reconstruct(trained)
-  assert list(figures) == ['mse/x0_top_mean', 'mse/x0']
+  assert list(figures) == ['mse/x0_mean_below_top', 'mse/x0']
   assert 'side by side: data, top (below: mean code), all levels' in lines
   with Image.open(tmp_path / 'reconstructions.png') as picture:
     assert np.asarray(picture).std() > 10
   zeros = reconstruct.reconstruct(fresh.Fresh('vqvae2', tmp_path, **{'vqvae2.sample.fill': 'zeros'}))
-  assert list(zeros) == ['mse/x0_top_zeros', 'mse/x0']
-  assert zeros['mse/x0'] == figures['mse/x0'] and zeros['mse/x0_top_zeros'] != figures['mse/x0_top_mean']
+  assert list(zeros) == ['mse/x0_zeros_below_top', 'mse/x0']
+  assert zeros['mse/x0'] == figures['mse/x0'] and zeros['mse/x0_zeros_below_top'] != figures['mse/x0_mean_below_top']

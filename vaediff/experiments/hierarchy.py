@@ -130,7 +130,9 @@ class Hierarchy(base.Experiment):
     """How many levels, from the top on, each image has that is not of all; by the image's name."""
     if not self.fill:
       return {}
-    return {f'x0_{"_".join(self.names[:kept])}_{self.fill}': kept for kept in range(1, len(self.names))}
+    # names that sort, as those of results do, with fewer levels first
+    prefix = f'x0_{self.fill}_below_'
+    return {prefix + '_'.join(self.names[:kept]): kept for kept in range(1, len(self.names))}
 
   @property
   def titles(self) -> Mapping[str, str]:
