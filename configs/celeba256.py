@@ -41,6 +41,12 @@ def _refiner(stage):
   stage.sample.update({'variance': 'small', 'batch_size': 16})
 
 
+def _vqvae2(stage):
+  """The published network: grids of 64x64 and 32x32, 512 codes each, 560 epochs."""
+  stage.train = parts.train(127_000, 128, flip=True)
+  stage.sample.batch_size = 16
+
+
 def _pictures(run):
   """The temperature of the paper's pictures; its figures are those of temperature 1."""
   run.edit('refiner', lambda stage: stage.sample.update({'temperature': 0.8}))
@@ -61,7 +67,7 @@ def _vqvae(stage):
   stage.train.update({'batch_size': 32})
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae}
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae, 'vqvae2': _vqvae2}
 OWN = {
   **code_papers.VARIANTS,
   'folder': _folder,

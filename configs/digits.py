@@ -102,6 +102,16 @@ def _autoencoder(stage):
   stage.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
 
 
+def _vqvae2(stage):
+  """Grids of 2x2 and 1x1: all that 8 pixels allow."""
+  stage.model.update({'channels': 32, 'res_channels': 16, 'latent_channels': 8, 'codebook_size': 64})
+  stage.loss.restart_below = 0.5  # the top has one vector per image
+  stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine'})
+  stage.train = parts.train(
+    1000, 128, save_every_steps=500, eval_every_steps=500, grid_every_steps=0, eval_images=0
+  )
+
+
 def _decoder(stage):
   gan_small.decoder(stage)
   stage.loss.perceptual = ''
@@ -168,6 +178,7 @@ SIZES = {
   'autoencoder': _autoencoder,
   'decoder': _decoder,
   'ddgan': _ddgan,
+  'vqvae2': _vqvae2,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
   'vqgan': _vqgan,

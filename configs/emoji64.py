@@ -36,6 +36,13 @@ def _ddgan(stage):
   stage.train.num_steps = 50_000
 
 
+def _vqvae2(stage):
+  """Three levels: grids of 16x16, 8x8 and 4x4."""
+  stage.model.update({'num_levels': 3, 'channels': 64, 'latent_channels': 32, 'codebook_size': 256})
+  stage.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine'})
+  stage.train = parts.train(50_000, 64)
+
+
 def _vqvae(stage):
   # 8x8 codes
   gan_small.autoencoder(stage)
@@ -64,6 +71,7 @@ SIZES = {
   'ddgan': _ddgan,
   'vqvae': _vqvae,
   'vqgan': _vqgan,
+  'vqvae2': _vqvae2,
 }
 
 

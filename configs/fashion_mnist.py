@@ -55,6 +55,13 @@ def _decoder(stage):
   stage.loss.perceptual = ''  # LPIPS costs more than all of these networks
 
 
+def _vqvae2(stage):
+  """Grids of 8x8 and 4x4, 64 codes each."""
+  stage.model.update({'channels': 64, 'latent_channels': 16, 'codebook_size': 64})
+  stage.optim.update({'learning_rate': 1e-3, 'schedule': 'cosine'})
+  stage.train = parts.train(30_000, 128)
+
+
 def _noisy_classifier(stage):
   stage.model.update(
     {'channels': 32, 'channel_multipliers': (1, 2, 2, 2), 'num_res_blocks': 1, 'attention_resolutions': ()}
@@ -90,6 +97,7 @@ SIZES = {
   'distill': _distill,
   'autoencoder': _autoencoder,
   'decoder': _decoder,
+  'vqvae2': _vqvae2,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
   'vqgan': _vqgan,
@@ -170,6 +178,12 @@ def _small_matching(stage):
   stage.train.update({'num_steps': 750, 'batch_size': 32})
 
 
+def _small_vqvae2(stage):
+  stage.model.update({'channels': 32, 'num_res_blocks': 1, 'res_channels': 16, 'latent_channels': 8})
+  stage.optim.learning_rate = 2e-3
+  stage.train.update({'num_steps': 4000, 'batch_size': 64})
+
+
 def _small_noisy_classifier(stage):
   stage.model.update({'channels': 16, 'channel_multipliers': (1, 2, 4)})
   stage.optim.update({'learning_rate': 1e-3, **AVERAGED})
@@ -184,6 +198,7 @@ SMALL = {
   'consistency': _small_consistency,
   'adversarial': _small_adversarial,
   'matching': _small_matching,
+  'vqvae2': _small_vqvae2,
 }
 
 

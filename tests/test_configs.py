@@ -372,7 +372,7 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   assert again == config
   inputs = experiments.build(config, config.stages[-1]).inputs
   # a stage that reads degraded images alone, or has codes, has nothing to make samples of by itself
-  of_images = {'degraded', 'latents'} & set(inputs)
+  of_images = {'degraded', 'latents', 'codes_bottom'} & set(inputs)
   wanted = ['reconstructions.png'] if of_images else ['samples.png', 'interpolation.png']
   if 'x0_vae' in inputs:
     wanted.append('reconstructions.png')

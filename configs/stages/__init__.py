@@ -15,6 +15,7 @@ from configs.stages import (
   vae,
   vqgan,
   vqvae,
+  vqvae2,
 )
 
 BY_NAME = {
@@ -22,6 +23,7 @@ BY_NAME = {
   'refiner': diffusion,
   'autoencoder': autoencoder,
   'decoder': light_decoder,
+  'vqvae2': vqvae2,
   'ddgan': ddgan,
   'distill': progressive,
   'consistency': consistency,

@@ -30,6 +30,7 @@ VARIANTS = {
   'matching': 'matching,debug',
   'sr_8': 'cascade,debug',
   'noisy_classifier': 'classifier_guided,debug',
+  'vqvae2': 'vqvae2,debug',
 }
 """By stage, a variant of configs/digits.py that has it."""
 ELSEWHERE = {

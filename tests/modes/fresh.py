@@ -43,7 +43,7 @@ class Fresh(opened.Trained):
     self.experiment = experiments.build(self.config, self.stage)
     networks = {name: model for name, model in self.experiment.networks.items()}
     frozen = {}
-    for name, source in self.experiment.frozen.items():
+    for name, source in {**self.experiment.frozen, **self.experiment.for_sampling}.items():
       if isinstance(source, reads.FromStage):
         networks[name] = source.model
       elif isinstance(source, reads.Measured):

@@ -1,4 +1,4 @@
-"""Images again through the noise that they are made of."""
+"""Images again through the noise that they are made of, or of some of their levels of codes."""
 
 import json
 import pathlib
@@ -43,3 +43,16 @@ def test_a_stage_without_noise_is_refused(tmp_path, one_device):
 def test_a_stage_that_sees_nothing_is_told_of_the_noise(tmp_path, one_device):
   with pytest.raises(UserError, match="reconstruct.through = 'noise'"):
     reconstruct.reconstruct(fresh.Fresh('unconditional', tmp_path))
+
+
+def test_images_of_some_levels_say_which_and_what_the_others_are(tmp_path, one_device, monkeypatch):
+  trained = fresh.Fresh('vqvae2', tmp_path)
+  lines = fresh.said(monkeypatch, reconstruct)
+  figures = reconstruct.reconstruct(trained)
+  assert list(figures) == ['mse/x0_mean_below_top', 'mse/x0']
+  assert 'side by side: data, top (below: mean code), all levels' in lines
+  with Image.open(tmp_path / 'reconstructions.png') as picture:
+    assert np.asarray(picture).std() > 10
+  zeros = reconstruct.reconstruct(fresh.Fresh('vqvae2', tmp_path, **{'vqvae2.sample.fill': 'zeros'}))
+  assert list(zeros) == ['mse/x0_zeros_below_top', 'mse/x0']
+  assert zeros['mse/x0'] == figures['mse/x0'] and zeros['mse/x0_zeros_below_top'] != figures['mse/x0_mean_below_top']

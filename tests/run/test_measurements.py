@@ -1,5 +1,6 @@
 """What later stages read of a trained one is measured once: when it is trained, or when it is first read."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -16,7 +17,7 @@ from PIL import Image
 
 from vaediff import experiments
 from vaediff.conditions import prior
-from vaediff.data import sources
+from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import during_training
 from vaediff.machine import sharding
@@ -24,6 +25,7 @@ from vaediff.run import checkpoint, draw, guard, loop, measurements, review
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.trained import Trained
+from vaediff.spaces import tokenizers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
@@ -53,10 +55,11 @@ def files(folder, pattern='*.npz'):
 
 @pytest.fixture(scope='module')
 def untrained(tmp_path_factory):
-  """A folder with the checkpoints of a VAE and an autoencoder, and nothing measured."""
+  """A folder with the checkpoints of a VAE, an autoencoder and one with levels of codes, nothing measured."""
   folder = tmp_path_factory.mktemp('measurements')
   store(digits(folder), folder / 'run', 'vae')
   store(digits(folder, 'latent,debug'), folder / 'run', 'autoencoder')
+  store(digits(folder, 'vqvae2,debug'), folder / 'run', 'vqvae2')
   yield folder
   assert files(folder / 'run', '*/*.npz') == []  # tests change copies of it
 
@@ -128,6 +131,41 @@ def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrai
   config.vae.prior.kind = 'normal'
   assert measurements.load(source, config, run, mesh_of(config)) == {}
   assert len(files(run / 'vae')) == 2
+
+
+def test_how_often_codes_are_used_is_counted_when_it_is_missing(untrained, run, capsys):
+  """Over all training images and each once, whatever the batches."""
+  config = digits(untrained, 'vqvae2,debug', **{'vqvae2.sample.batch_size': 700})
+  mesh, tokenizer = mesh_of(config), tokenizers.tokenizer_of(config, 'vqvae2', '', 'prior.tokenizer.stage')
+  usage, folder = tokenizers.frequencies(tokenizer), run / 'vqvae2'
+  made = measurements.load(usage, config, run, mesh)
+  assert {name: value.shape for name, value in made.items()} == {'level_0': (8,), 'level_1': (8,)}
+  said = capsys.readouterr().out
+  assert 'vqvae2: counting the codes of 1500 training images' in said and '1x1: ' in said
+  _, read = measurements.opened(
+    measurements.Of(config=config, stage='vqvae2', folder=folder, checkpoints=folder, mesh=mesh)
+  )
+  image = sources.open_source(config.data, 'train').read(np.arange(1500))['image']
+  ids = jax.jit(tokenizer.codes)(read['hierarchy'], pixels.to_unit_range(jnp.asarray(image)))
+  for level, rows in enumerate(ids):
+    expected = np.bincount(np.asarray(rows).ravel(), minlength=8) / rows.size
+    np.testing.assert_allclose(made[f'level_{level}'], expected, atol=1e-6)
+  assert len(files(run / 'vqvae2', 'code_frequencies-*.npz')) == 1
+  for key, value in measurements.load(usage, config, run, mesh).items():
+    np.testing.assert_array_equal(value, made[key])
+  assert capsys.readouterr().out == ''
+
+
+def test_what_was_measured_can_be_refused_by_its_reader(untrained, run):
+  """A prior of codes that are not in use; what else reads them takes them as they are."""
+  config = digits(untrained, 'vqvae2,debug')
+  experiment = experiments.build(config, 'vqvae2')
+  tokenizer = tokenizers.tokenizer_of(config, 'vqvae2', '', 'prior.tokenizer.stage')
+  read = frozen_networks.load(experiment, config, run, mesh_of(config))
+  assert tokenizers.perplexity(np.asarray(read['code_frequencies']['level_0'])) < 2  # it is not trained
+  reader = dataclasses.replace(experiment, usage=tokenizers.frequencies(tokenizer, for_prior=True))
+  with pytest.raises(UserError, match="stage 'vqvae2' uses its codes of 1x1 so little that a prior of them"):
+    frozen_networks.load(reader, config, run, mesh_of(config))
 
 
 def test_codes_to_fit_to_do_not_depend_on_batches_and_devices(untrained, run):

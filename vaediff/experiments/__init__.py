@@ -12,6 +12,7 @@ from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
+from vaediff.experiments.hierarchy import Hierarchy
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.noisy_classifier import NoisyClassifier
 from vaediff.experiments.progressive import Progressive
@@ -23,6 +24,7 @@ BY_NAME: dict[str, type[Experiment]] = {
   'vae': Vae,
   'diffusion': Diffusion,
   'autoencoder': Autoencoder,
+  'hierarchy': Hierarchy,
   'light_decoder': LightDecoder,
   'ddgan': Ddgan,
   'progressive': Progressive,

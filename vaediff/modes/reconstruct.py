@@ -34,7 +34,8 @@ def mode(run: Run) -> None:
 def reconstruct(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:
   """Encodes images of the evaluation split and draws them again from z.
 
-  Writes `reconstructions.png`: data, VAE reconstruction and, for a refiner, refined image.
+  Writes `reconstructions.png`: data, VAE reconstruction and, for a refiner, refined image; or what else the
+  stage makes of it, such as images of some of its levels. Prints what is beside what.
 
   Args:
     trained: the stage.
@@ -54,6 +55,9 @@ def reconstruct(trained: Trained, out: pathlib.Path | None = None) -> dict[str, 
   data = trained.as_drawn(data)
   shown = [value[: pictures.MAX_RECONSTRUCTIONS] for value in (data, *result.values())]
   pictures.write_grid(trained, 'reconstructions', images.side_by_side(*shown), len(shown) * 4, out)
+  titles = [trained.experiment.titles[name] for name in result if name in trained.experiment.titles]
+  if titles:
+    log.say(f'side by side: data, {", ".join(titles)}')
   return {f'mse/{name}': mse(data, value) for name, value in result.items()}
 
 

@@ -2,7 +2,7 @@
 
 A measurement is made once, when the stage is trained or when it is first read, and stored beside the stage's
 checkpoint, by what it was made of. Its statistics scale an autoencoder's latents; a VAE's prior is what its
-codes are drawn from.
+codes are drawn from; how often each of a tokenizer's codes occurs says which are in use.
 """
 
 import dataclasses
@@ -23,9 +23,11 @@ from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
+from vaediff.models import codebook
 from vaediff.run import checkpoint, draw, log, same_run
+from vaediff.spaces import tokenizers
 from vaediff.spaces.latents import LATENTS
-from vaediff.types import Read
+from vaediff.types import Params, Read
 
 Arrays = dict[str, np.ndarray]
 STATISTICS = ('mean', 'std', 'min', 'max')
@@ -77,9 +79,7 @@ def load(
   return BY_NAME[source.measurement](of)
 
 
-def ensure(
-  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh
-) -> None:
+def ensure(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> None:
   """Makes what later stages read of a stage that is trained, unless it is there."""
   folder = workdir / stage
   for name in experiment.measures:
@@ -147,7 +147,31 @@ def prior_of_classes(of: Of) -> Arrays:
   return {prior.CLASS_WEIGHTS: stored[prior.CLASS_WEIGHTS]}
 
 
+def code_frequencies(of: Of) -> Arrays:
+  """Returns how often each code of a tokenizer occurs over the training images, by level; each sums to 1."""
+  tokenizer = tokenizers.tokenizer_of(of.config, of.stage, '', 'the measured stage')
+  keys = tuple(tokenizers.level_key(level) for level in range(len(tokenizer.sizes)))
+
+  def make() -> Arrays:
+    _, read = opened(of)
+    source = same_run.open_images(of.config, 'train', of.checkpoints)
+    log.say(f'{of.stage}: counting the codes of {len(source)} training images')
+    size = of.config[of.stage].sample.batch_size
+    counts = counts_of_codes(tokenizer, read[tokenizer.network], source, size, of.mesh)
+    found = {key: (count / count.sum()).astype(np.float32) for key, count in zip(keys, counts, strict=True)}
+    for (height, width), values in zip(tokenizer.grids, found.values(), strict=True):
+      log.say(
+        f'  {height}x{width}: {np.count_nonzero(values)} of {len(values)} codes are used, perplexity '
+        f'{tokenizers.perplexity(values):.3g}'
+      )
+    return found
+
+  stored = stored_or_made(of, tokenizers.FREQUENCIES, {}, keys, make)
+  return {key: stored[key] for key in keys}
+
+
 BY_NAME: dict[str, Callable[[Of], Arrays]] = {
+  tokenizers.FREQUENCIES: code_frequencies,
   LATENTS: latents,
   prior.PRIOR: fitted_prior,
   prior.OF_CLASSES: prior_of_classes,
@@ -237,6 +261,32 @@ def drawn_codes(
     noise = np.random.default_rng(seed + k).standard_normal(mean.shape, np.float32)
     codes.append(mean + np.exp(0.5 * logvar) * noise)
   return np.concatenate(codes)
+
+
+def counts_of_codes(
+  tokenizer: tokenizers.Tokenizer,
+  params: Params,
+  source: sources.Source,
+  batch_size: int,
+  mesh: Mesh,
+) -> list[np.ndarray]:
+  """Returns how often each code occurs over all images of a source, float64 [codes], by level."""
+  where = sharding.batch_sharding(mesh)
+
+  def count(params, image, number):
+    ids, real = tokenizer.codes(params, pixels.to_unit_range(image)), jnp.arange(image.shape[0]) < number
+    return [codebook.histogram(rows, size, real) for rows, size in zip(ids, tokenizer.sizes, strict=True)]
+
+  counting = jax.jit(count, out_shardings=sharding.replicated(mesh))
+  total, size = len(source), sharding.round_up(min(batch_size, len(source)), mesh)
+  counts = [np.zeros(codes) for codes in tokenizer.sizes]
+  for rows in draw.batches(total, size):
+    image = jax.device_put(source.read(rows)['image'], where)
+    number = min(size, total - int(rows[0]))
+    for level, found in enumerate(jax.device_get(counting(params, image, number))):
+      counts[level] += found
+    distributed.beat(f'the codes of {int(rows[-1]) + 1} images')
+  return counts
 
 
 def moments_of_latents(

@@ -122,7 +122,7 @@ class Trained:
     """
     measured = {
       f'the measurement {name!r}': _digest(self.read[name])
-      for name, source in self.experiment.frozen.items()
+      for name, source in frozen_networks.of(self.experiment).items()
       if isinstance(source, reads.Measured)
     }
     makers = {

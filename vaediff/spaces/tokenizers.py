@@ -10,17 +10,21 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import jax
-from jaxtyping import Array, Int32
+import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff import reads
 from vaediff.errors import UserError
 from vaediff.models import codebook
-from vaediff.spaces import encoders
+from vaediff.spaces import encoders, hierarchies
 from vaediff.types import Image, LatentMap, Params
 
-Grids = tuple[Int32[Array, 'batch _ _'], ...]
-"""Ids of each level, coarse first, [batch, height, width] of its grid."""
+FREQUENCIES = 'code_frequencies'
+"""The measurement of how often each code is used over the training images, and the name it is read by."""
+LEAST_PERPLEXITY = 2.0
+"""Of a level that a prior is worth training on: below it its ids are nearly always one."""
+Grids = hierarchies.Grids
+"""Ids of each level, coarse first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,14 +109,51 @@ def vq(config: ConfigDict, stage: str, workdir: str) -> Vq:
   """
   section = config[stage]
   if section.model.bottleneck != 'vq':
-    raise UserError(
-      f"{stage}.model.bottleneck is {section.model.bottleneck!r}, which has no codes; 'vq' has"
-    )
+    raise UserError(f"{stage}.model.bottleneck is {section.model.bottleneck!r}, which has no codes; 'vq' has")
   model = encoders.autoencoder_model(section.model, config.data)
   return Vq(source=reads.FromStage(stage=stage, network=Vq.network, workdir=workdir, model=model))
 
 
-BY_EXPERIMENT: dict[str, Callable[[ConfigDict, str, str], Tokenizer]] = {'autoencoder': vq}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Levels(Tokenizer):
+  """An autoencoder with codes on several grids: VQ-VAE-2."""
+
+  network = hierarchies.NETWORK
+
+  @property
+  def grids(self) -> tuple[tuple[int, int], ...]:
+    """One per level, each twice as fine as the one before."""
+    return hierarchies.grids(self.source.model)
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    """The same at every level."""
+    module = self.source.model.module
+    return (module.codebook_size,) * module.num_levels
+
+  def codes(self, params: Params, x: Image) -> Grids:
+    """Returns the nearest code of each vector, which those above have a part in."""
+    return hierarchies.encode(self.source.model, params, x)
+
+  def embed(self, params: Params, codes: Grids) -> LatentMap:
+    """Returns the codes of the finest level beside those above it, enlarged."""
+    return hierarchies.embed(self.source.model, params, codes)
+
+  def decode(self, params: Params, codes: Grids) -> Image:
+    """Returns what the decoder makes of the codes."""
+    return hierarchies.decode(self.source.model, params, self.embed(params, codes))
+
+
+def levels(config: ConfigDict, stage: str, workdir: str) -> Levels:
+  """Returns the tokenizer of a stage with the experiment 'hierarchy'."""
+  model = hierarchies.hierarchy_model(config[stage].model, config.data)
+  return Levels(source=reads.FromStage(stage=stage, network=Levels.network, workdir=workdir, model=model))
+
+
+BY_EXPERIMENT: dict[str, Callable[[ConfigDict, str, str], Tokenizer]] = {
+  'autoencoder': vq,
+  'hierarchy': levels,
+}
 """By the experiment of the stage: (config, stage, workdir) -> the tokenizer."""
 
 
@@ -135,3 +176,55 @@ def tokenizer_of(config: ConfigDict, stage: str, workdir: str, field: str) -> To
     f'{field} is {stage!r}, which is no tokenizer of this config: a stage with one of the experiments '
     f'{", ".join(BY_EXPERIMENT)} whose bottleneck has codes'
   )
+
+
+# How often each code is used -------------------------------------------------------------------------
+
+
+def level_key(level: int) -> str:
+  """Returns the name of the array of a level, coarse first, in the measurement `FREQUENCIES`."""
+  return f'level_{level}'
+
+
+def frequencies(tokenizer: Tokenizer, *, for_prior: bool = False) -> reads.Measured:
+  """Returns the declaration of how often each code of a tokenizer is used over the training images.
+
+  What is read holds a float32 array [codes] per level, by `level_key`, each with the sum 1.
+
+  Args:
+    tokenizer: a stage with codes.
+    for_prior: refuse, as it is loaded, a level whose perplexity is below `LEAST_PERPLEXITY`.
+  """
+  source = tokenizer.source
+
+  def check(found: dict[str, np.ndarray]) -> None:
+    for level, (height, width) in enumerate(tokenizer.grids):
+      value = perplexity(found[level_key(level)])
+      if value < LEAST_PERPLEXITY:
+        raise UserError(
+          f'stage {source.stage!r} uses its codes of {height}x{width} so little that a prior of them would '
+          f'learn nothing: over the training images their perplexity is {value:.3g}, and it must be at least '
+          f'{LEAST_PERPLEXITY:g}. Train {source.stage!r} anew with fewer codes, fewer levels or a larger '
+          'loss.restart_below, so that they are in use'
+        )
+
+  return reads.Measured(
+    stage=source.stage,
+    workdir=source.workdir,
+    measurement=FREQUENCIES,
+    neutral=lambda: uniform(tokenizer),
+    **({'check': check} if for_prior else {}),
+  )
+
+
+def uniform(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+  """Returns the frequencies of codes that are used equally: of no meaning, but of the right shapes."""
+  sizes = enumerate(tokenizer.sizes)
+  return {level_key(level): np.full(size, 1 / size, np.float32) for level, size in sizes}
+
+
+def perplexity(frequencies: np.ndarray) -> float:
+  """Returns exp(-sum p log p): 1 where one code is used alone, their number where all are equally."""
+  used = np.asarray(frequencies, np.float64)
+  used = used[used > 0]
+  return float(np.exp(-np.sum(used * np.log(used))))
