@@ -14,8 +14,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
+from vaediff.errors import UserError
 from vaediff.models import layers
 from vaediff.models.autoencoder_blocks import Features
 from vaediff.types import Image, LatentMap
@@ -24,9 +25,24 @@ normal_fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 """N(0, 1 / (n_in k^2)); biases start at zero."""
 
 
-def normal_codes(key, shape: tuple[int, int]) -> Array:
+def normal_codes(key: Key[Array, ''], shape: tuple[int, int]) -> Array:
   """Returns codes from N(0, 1 / K): the kernel of a 1x1 convolution that reads K weights."""
   return normal_fan_in(key, shape, jnp.float32)
+
+
+ONLY = {'bottleneck': 'gumbel', 'attention_resolutions': (), 'dropout': 0.0, 'tanh_out': False}
+"""What an autoencoder of these networks has: they know of nothing else."""
+
+
+def check_fields(model: nn.Module) -> None:
+  """Raises UserError for a field of an autoencoder that these networks would not read."""
+  for field, value in ONLY.items():
+    found = getattr(model, field)
+    if found != value and (found or value):
+      raise UserError(
+        f"model.{field} is {found!r}, but model.network = 'openai' has {value!r} alone: set that, or take "
+        "model.network = 'taming'."
+      )
 
 
 class Block(nn.Module):
@@ -76,7 +92,7 @@ class Encoder(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Image, *, deterministic: bool) -> Features:
+  def __call__(self, x: Image, *, deterministic: bool) -> LatentMap:
     """Returns rectified activations, float32; there is no dropout to switch."""
     del deterministic
     block = nn.remat(Block) if self.remat else Block
@@ -112,7 +128,7 @@ class DecoderBody(nn.Module):
     block = nn.remat(Block) if self.remat else Block
     gain = 1.0 / (len(self.widths) * self.num_blocks) ** 2
     bias = self.param('codes_bias', nn.initializers.zeros, z.shape[-1:])  # of the convolution that has them
-    h = (z + bias).astype(self.dtype)
+    h = (z + bias.reshape(1, 1, 1, -1)).astype(self.dtype)
     for level in reversed(range(len(self.widths))):
       for i in range(self.num_blocks):
         h = block(self.widths[level], (1, 3, 3, 3), gain, self.dtype, name=f'up_{level}_{i}')(h)
