@@ -190,9 +190,7 @@ class Vq(Bottleneck):
     book, settings = extra['codebook'], self.loss
     key_init, key_restart = jax.random.split(key)
     z = jax.lax.stop_gradient(encoders.encode(self.model, network.params, x, None))
-    known = codebook.Codebook(
-      codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums']
-    )
+    known = codebook.Codebook(codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums'])
     size, started = known.codes.shape[0], book['started']
     known = jax.lax.cond(started, lambda: known, lambda: codebook.data_init(z, key_init, size))
     indices = codebook.nearest(z, known.codes)
