@@ -45,7 +45,15 @@ def _vqvae(stage):
   stage.train.num_steps = 5000
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae': _vqvae}
+def _dvae(stage):
+  # 8x8 codes; colours, and shades between them: by their density
+  gan_small.dvae(stage)
+  stage.model.update({'channel_multipliers': (1, 2, 2, 4), 'codebook_size': 256, 'pixel_map': 0.1})
+  stage.loss.update({'pixel': 'logit_laplace', 'pixel_weight': 1.0, 'tau_steps': 4000})
+  stage.train.num_steps = 5000
+
+
+SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae': _vqvae, 'dvae': _dvae}
 
 
 def get_config(variant: str = ''):

@@ -71,6 +71,14 @@ def _vqvae(stage):
   stage.train.num_steps = 2000
 
 
+def _dvae(stage):
+  # 8x8 codes
+  gan_small.dvae(stage)
+  stage.model.update({'channel_multipliers': (1, 2, 2), 'codebook_size': 256})
+  stage.loss.tau_steps = 1500
+  stage.train.num_steps = 2000
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -80,6 +88,7 @@ SIZES = {
   'decoder': _decoder,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'dvae': _dvae,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }

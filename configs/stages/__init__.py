@@ -9,6 +9,7 @@ from configs.stages import (
   ddgan,
   diffusion,
   distribution_matching,
+  dvae,
   light_decoder,
   noisy_classifier,
   progressive,
@@ -29,6 +30,7 @@ BY_NAME = {
   **dict.fromkeys(cascade.STAGES, cascade),
   'noisy_classifier': noisy_classifier,
   'vqvae': vqvae,
+  'dvae': dvae,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

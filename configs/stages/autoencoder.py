@@ -1,5 +1,7 @@
 """The autoencoder of latent spaces: latent diffusion's (arXiv:2112.10752) and LDDGAN's (thesis)."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from configs import parts
@@ -20,8 +22,11 @@ def section() -> ConfigDict:
       'num_res_blocks': 2,
       'attention_resolutions': (),  # in pixels; the middle always has attention
       'dropout': 0.0,
-      'bottleneck': 'kl',  # 'kl' | 'none' (deterministic, bounded by tanh) | 'vq'
-      'codebook_size': 0,  # codes; positive for 'vq' alone
+      'bottleneck': 'kl',  # 'kl' | 'none' (deterministic, bounded by tanh) | 'vq' | 'gumbel' (relaxed codes)
+      'codebook_size': 0,  # codes; positive for 'vq' and 'gumbel' alone
+      'network': 'taming',  # 'taming' | 'openai' (of the discrete VAE, for 'gumbel' alone)
+      'logits_scale': 0.1,  # gumbel: of their first kernel; at 1 they may be one-hot from the start
+      'pixel_map': 0.0,  # margin of loss.pixel = 'logit_laplace': pixels in [0, 1] become m ... 1 - m
       'tanh_out': False,  # the decoder ends in a tanh
       'remat': False,
       'dtype': 'float32',
@@ -30,7 +35,10 @@ def section() -> ConfigDict:
   config.discriminator = ConfigDict({'channels': 64, 'num_layers': 3, 'norm': 'group', 'dtype': 'float32'})
   config.loss = ConfigDict(
     {
-      'pixel': 'l1',  # 'l1' | 'l2', mean over pixels in [-1, 1]
+      # 'l1' | 'l2', mean over pixels in [-1, 1] | 'logit_laplace', nats per number, needs model.pixel_map
+      'pixel': 'l1',
+      'pixel_weight': 1.0,
+      'least_scale': math.exp(-5.0),  # logit_laplace: b is not below, ln b not below -5
       'perceptual': 'lpips_vgg16',  # 'lpips_vgg16' | 'lpips_alexnet' | '' = none
       'perceptual_weight': 1.0,
       'kl_weight': 1e-6,  # of the KL in nats per dimension of the image
@@ -38,6 +46,12 @@ def section() -> ConfigDict:
       'codebook': 'ema',  # vq: codes follow averages, 'ema', or the loss |sg(z) - e|^2, 'gradient'
       'codebook_decay': 0.99,  # ema
       'restart_below': 1.0,  # ema: a code with a smaller average count starts anew at a vector of the batch
+      'tau_start': 1.0,  # gumbel: temperature of the relaxation, half a cosine from here
+      'tau_end': 1 / 16,  # ... to here
+      'tau_steps': 150_000,  # ... in so many updates
+      'kl_token_weight': 0.01,  # gumbel: of the KL to uniform codes, nats per token
+      'kl_warmup_steps': 0,  # ... which it has after so many updates, in proportion from 0
+      'straight_through': False,  # gumbel: one code forwards, the mixture backwards
       'adversarial_weight': 0.5,  # 0 = no discriminator
       'adversarial_start_step': 50_000,
       'adaptive_weight': True,  # times the ratio of the gradients at the decoder's last kernel
@@ -59,7 +73,7 @@ def debug(stage: ConfigDict, image_size: int) -> None:
       'num_res_blocks': 1,
       'attention_resolutions': (),
       'latent_channels': 2,
-      'codebook_size': 16 if stage.model.bottleneck == 'vq' else 0,
+      'codebook_size': 0 if stage.model.bottleneck in ('kl', 'none') else 16,
     }
   )
   stage.discriminator.update({'channels': 4, 'num_layers': 1})

@@ -1,5 +1,6 @@
 """Configs that earlier versions stored, read as this one: other names, new keys with the value of before."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,20 @@ AUTOENCODER = {
   'decoder_stage': '',
 }
 """What a diffusion in pixels says of latents: nothing reads it."""
+RELAXED = {
+  'model': {'network': 'taming', 'logits_scale': 0.1, 'pixel_map': 0.0},
+  'loss': {
+    'pixel_weight': 1.0,
+    'least_scale': math.exp(-5.0),
+    'tau_start': 1.0,
+    'tau_end': 1 / 16,
+    'tau_steps': 150_000,
+    'kl_token_weight': 0.01,
+    'kl_warmup_steps': 0,
+    'straight_through': False,
+  },
+}
+"""What an autoencoder without relaxed codes says of them: nothing reads it, but for a weight of 1."""
 MODES = {
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25},
@@ -42,6 +57,9 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config['data'].setdefault('check_fingerprint', True)
   for section in filter(_is_stage, config.values()):
     _upgrade_diffusion(section)
+    if section['experiment'] == 'autoencoder':
+      for part, settings in RELAXED.items():
+        section[part] = {**settings, **section[part]}
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})

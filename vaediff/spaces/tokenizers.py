@@ -120,8 +120,8 @@ def vq(config: ConfigDict, stage: str, workdir: str) -> Vq:
     valid = ', '.join(BY_BOTTLENECK)
     raise UserError(f'{stage}.model.bottleneck is {bottleneck!r}, which has no codes; with codes: {valid}')
   model = encoders.autoencoder_model(section.model, config.data)
-  return BY_BOTTLENECK[bottleneck](
-    source=reads.FromStage(stage=stage, network=Vq.network, workdir=workdir, model=model))
+  source = reads.FromStage(stage=stage, network=Vq.network, workdir=workdir, model=model)
+  return BY_BOTTLENECK[bottleneck](source=source)
 
 
 BY_EXPERIMENT: dict[str, Callable[[ConfigDict, str, str], Tokenizer]] = {'autoencoder': vq}
