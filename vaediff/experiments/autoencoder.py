@@ -76,6 +76,7 @@ class Autoencoder(base.Experiment):
     flip: random horizontal flips.
     microbatches: parts that a batch is split into for the gradient.
     latent_shape: (height, width, channels).
+    notes: of the bottleneck.
   """
 
   autoencoder: Model
@@ -89,6 +90,7 @@ class Autoencoder(base.Experiment):
   flip: bool
   microbatches: int
   latent_shape: tuple[int, int, int]
+  notes: tuple[str, ...]
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Autoencoder':
@@ -100,6 +102,7 @@ class Autoencoder(base.Experiment):
     bottleneck = bottlenecks.BY_KIND[section.model.bottleneck]
     bottleneck.check(section, latent_shape)
     pixel_loss.check(section)
+    between = bottleneck(model=autoencoder, loss=section.loss.to_dict())
     discriminator = None
     if section.loss.adversarial_weight > 0:
       discriminator = Model(
@@ -108,7 +111,7 @@ class Autoencoder(base.Experiment):
       )
     return cls(
       autoencoder=autoencoder,
-      bottleneck=bottleneck(model=autoencoder, loss=section.loss.to_dict()),
+      bottleneck=between,
       pixel_loss=pixel_loss.PixelLoss.of(section),
       discriminator=discriminator,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
@@ -122,6 +125,7 @@ class Autoencoder(base.Experiment):
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       latent_shape=latent_shape,
+      notes=between.notes((size, size, channels), section.train.batch_size),
     )
 
   reconstructs = True

@@ -136,6 +136,7 @@ class Experiment(abc.ABC):
     no_likelihood: why it has no bound, where one could be asked for.
     measures: measurements of it that later stages read, of `vaediff.run.measurements`.
     metrics: all that `eval_step` may report, and whether the largest value is the best.
+    notes: what `describe` says of it beside its networks, a line each.
     bounds: of every number and name in its section but those that every stage has (`run.config`).
   """
 
@@ -158,6 +159,7 @@ class Experiment(abc.ABC):
   no_likelihood = ''
   measures: tuple[str, ...] = ()
   metrics: Mapping[str, bool] = {'loss': False}
+  notes: tuple[str, ...] = ()
   bounds: checks.Bounds = {}
 
   @property
@@ -388,10 +390,8 @@ def update_one(
   """Returns the state after an update of the one network that the stage trains, and its gradient norm."""
   network = apply_gradients(state.networks[name], grads, optimizer, state.step)
   networks = {**state.networks, name: network}
-  return (
-    TrainState(step=state.step + 1, networks=networks, extra=state.extra),
-    {f'grad_norm/{name}': global_norm(grads)},
-  )
+  after = TrainState(step=state.step + 1, networks=networks, extra=state.extra)
+  return after, {f'grad_norm/{name}': global_norm(grads)}
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -307,8 +307,8 @@ class Gumbel(Bottleneck):
     return (
       f'logits: {tokens} tokens x {size} codes, float32: {batch_size * tokens * size * 4 / 1e6:,.1f} MB for '
       f'{batch_size} images, as much again for their noise and for the mixture',
-      f'KL: weight {weight:g} per token, with {per_token:g} numbers of the image per token beta = '
-      f'{weight * per_token:g}; of 192 numbers, as at 256 pixels and f = 8, it were {192 * weight:g}',
+      f'KL: weight {weight:g} per token: beta = {weight * per_token:g} with the {per_token:g} numbers of the '
+      f'image per token here, {192 * weight:g} with the 192 of 256 pixels and f = 8',
     )
 
 

@@ -19,6 +19,7 @@ Everything is pure functions of arrays, and float32. Must not import flax.linen,
 config or data.
 """
 
+import functools
 import math
 
 import jax
@@ -122,10 +123,23 @@ def logit_laplace_nll(x: Image, mu: Image, log_b: Image, margin: float) -> Image
   return math.log(2.0) + log_b + low + high + jnp.abs(low - high - mu) * jnp.exp(-log_b)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def floored(log_b: Image, least: float) -> Image:
-  """Returns ln b above `least`: nearly itself where it is well above, and with a gradient everywhere.
+  """Returns max(ln b, least), with a gradient below `least` too where a descent along it would raise ln b.
 
   Without a floor the scale falls on every pixel that is known exactly, such as a white background, and the
-  rest of the image counts for nothing beside it.
+  rest of the image counts for nothing beside it. A plain maximum would leave what is below it there for good.
   """
-  return least + jax.nn.softplus(log_b - least)
+  return jnp.maximum(log_b, least)
+
+
+def _floored_forward(log_b: Image, least: float) -> tuple[Image, Image]:
+  return jnp.maximum(log_b, least), log_b > least
+
+
+def _floored_backward(least: float, is_above: Array, gradient: Image) -> tuple[Image]:
+  del least
+  return (jnp.where(is_above | (gradient < 0), gradient, 0.0),)
+
+
+floored.defvjp(_floored_forward, _floored_backward)
