@@ -135,6 +135,12 @@ def _vqvae(stage):
   )
 
 
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 1})
+  stage.loss.update(gan_small.VQGAN)
+
+
 def _dvae(stage):
   # 4x4 codes; k-means of raw 2x2 patches with half as many has a squared error of 0.00895
   gan_small.dvae(stage)
@@ -164,6 +170,7 @@ SIZES = {
   'ddgan': _ddgan,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'vqgan': _vqgan,
   'dvae': _dvae,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split

@@ -45,6 +45,12 @@ def _vqvae(stage):
   stage.train.num_steps = 5000
 
 
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 3})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 2500, 'discriminator_start_step': 2000})
+
+
 def _dvae(stage):
   # 8x8 codes; colours, and shades between them: by their density
   gan_small.dvae(stage)
@@ -53,7 +59,15 @@ def _dvae(stage):
   stage.train.num_steps = 5000
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae': _vqvae, 'dvae': _dvae}
+SIZES = {
+  **gan_small.SIZES,
+  'vae': _vae,
+  'refiner': _refiner,
+  'ddgan': _ddgan,
+  'vqvae': _vqvae,
+  'vqgan': _vqgan,
+  'dvae': _dvae,
+}
 
 
 def get_config(variant: str = ''):

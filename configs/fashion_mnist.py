@@ -71,6 +71,12 @@ def _vqvae(stage):
   stage.train.num_steps = 2000
 
 
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 2})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 1000, 'discriminator_start_step': 800})
+
+
 def _dvae(stage):
   # 8x8 codes
   gan_small.dvae(stage)
@@ -88,6 +94,7 @@ SIZES = {
   'decoder': _decoder,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'vqgan': _vqgan,
   'dvae': _dvae,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),

@@ -129,6 +129,8 @@ def test_an_evaluation_reads_hard_codes_and_reports_relaxed_ones_beside(opened):
   error = jnp.mean(jnp.square(jnp.clip(x_hat, -1, 1) - x)[:3]) / 4
   np.testing.assert_allclose(found['mse'], error, rtol=1e-4)
   assert 0 <= found['kl_per_token'] <= math.log(16)
+  counts = experiment.counts({'autoencoder': params}, batch)['codebook']
+  np.testing.assert_array_equal(counts, np.bincount(np.ravel(ids[:3]), minlength=16))
 
 
 def test_a_tokenizer_has_the_ids_and_they_are_the_image_that_is_reconstructed(opened):
@@ -181,6 +183,17 @@ def test_the_published_one_has_its_parameters_schedules_and_notes(capsys):
   assert 'dvae: KL: weight 0.034375 per token: beta = 6.6 with the 192 numbers' in shown
 
 
+def test_the_published_relaxed_vqgan_has_its_parameters_and_schedule():
+  config = importlib.import_module('configs.celeba256').get_config('vqgan_f8_gumbel')
+  model = experiments.build(config, 'vqgan').autoencoder
+  assert cost.num_parameters(jax.eval_shape(model.init, jax.random.key(0))) == 68_995_971
+  loss = config.vqgan.loss
+  assert (loss.tau_start, loss.tau_end, loss.tau_steps) == (0.9, 1e-6, 1_000_001)
+  assert (loss.kl_token_weight, loss.straight_through) == (1e-8, True)
+  found = tokenizers.tokenizer_of(config, 'vqgan', '', 'tokenizer.stage')
+  assert (found.grids, found.sizes) == (((32, 32),), (8192,))
+
+
 @pytest.mark.parametrize(
   ('name', 'grid', 'size', 'pixel'),
   [
@@ -207,9 +220,10 @@ def test_every_data_set_has_its_codes(name, grid, size, pixel):
 
 def test_the_memory_of_the_logits_is_that_of_the_batch():
   notes = built(**{'train.batch_size': 64}).notes
-  assert notes[0].startswith('logits: 16 tokens x 16 codes, float32: 0.1 MB for 64 images')
+  assert notes[-2].startswith('logits: 16 tokens x 16 codes, float32: 0.1 MB for 64 images')
+  assert notes[-1].startswith('KL: weight 0.01 per token: beta = 0.04 with the 4 numbers of the image')
   config = importlib.import_module('configs.digits').get_config('vq,debug')
-  assert experiments.build(config, 'autoencoder').notes == ()
+  assert not any('logits' in note for note in experiments.build(config, 'autoencoder').notes)
 
 
 def test_an_autoencoder_stored_before_relaxed_codes_reads_as_it_was():

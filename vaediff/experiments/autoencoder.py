@@ -21,38 +21,37 @@ from ml_collections import ConfigDict
 from vaediff import checks, reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial
-from vaediff.experiments import base, bottlenecks, bounds, pixel_loss
+from vaediff.experiments import autoencoder_checks, base, bottlenecks, bounds, pixel_loss
 from vaediff.experiments.perceptual import Perceptual
-from vaediff.models.autoencoder import NETWORKS, Outputs, last_kernel, with_last_kernel
+from vaediff.models.autoencoder import Outputs, last_kernel, with_last_kernel
 from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
-from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.optim import Optimizer, global_norm, is_kernel, make_optimizer
 from vaediff.spaces import encoders
 from vaediff.spaces.latents import LATENTS
 from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
 ADVERSARIAL = 'adversarial'
-"""Kind of the updates from `loss.adversarial_start_step` on: of both networks."""
+"""Kind of the updates from `loss.adversarial_start_step` on: of both networks, each against the other."""
+JUDGED = 'judged'
+"""Kind of those from `loss.discriminator_start_step` to there: the discriminator learns, without a weight."""
 
 BOUNDS = {
   **pixel_loss.BOUNDS,
+  **bottlenecks.RELAXED,
   'loss.codebook': checks.one_of(('ema', 'gradient')),
   'loss.codebook_decay': checks.below_one(),
   'loss.kl_weight': bounds.weight(),
   'loss.commitment_weight': bounds.weight(),
   'loss.restart_below': bounds.weight(),
-  'loss.tau_start': bounds.number(0, 1000, above=True),
-  'loss.tau_end': bounds.number(0, 1000, above=True),
-  'loss.tau_steps': bounds.updates(0),
-  'loss.kl_token_weight': bounds.weight(),
-  'loss.kl_warmup_steps': bounds.updates(0),
   'loss.adversarial_weight': bounds.weight(),
   'loss.adversarial_start_step': bounds.updates(0),
+  'loss.discriminator_start_step': bounds.updates(0),
+  'loss.entropy_weight': bounds.weight(),
   'loss.perceptual_weight': bounds.weight(),
   'model.latent_channels': bounds.whole(1, bounds.MAX_WIDTH),
   'model.codebook_size': bounds.whole(0, 2**22),
-  'model.network': checks.one_of(NETWORKS),
-  'model.logits_scale': bounds.number(0, 1000, above=True),
+  'model.inner_channels': bounds.whole(0, bounds.MAX_WIDTH),
   **bounds.within('model', bounds.CONVOLUTIONAL),
   'discriminator.channels': bounds.whole(1, bounds.MAX_WIDTH),
   'discriminator.num_layers': bounds.whole(1, 16),
@@ -76,7 +75,7 @@ class Autoencoder(base.Experiment):
     flip: random horizontal flips.
     microbatches: parts that a batch is split into for the gradient.
     latent_shape: (height, width, channels).
-    notes: of the bottleneck.
+    notes: see `base.Experiment`.
   """
 
   autoencoder: Model
@@ -90,7 +89,7 @@ class Autoencoder(base.Experiment):
   flip: bool
   microbatches: int
   latent_shape: tuple[int, int, int]
-  notes: tuple[str, ...]
+  notes: tuple[str, ...] = ()
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Autoencoder':
@@ -99,6 +98,7 @@ class Autoencoder(base.Experiment):
     base.check(cls, config, stage)
     latent_shape = encoders.latent_shape(section.model, config.data)
     autoencoder = encoders.autoencoder_model(section.model, config.data)
+    autoencoder_checks.check(config, stage, autoencoder)
     bottleneck = bottlenecks.BY_KIND[section.model.bottleneck]
     bottleneck.check(section, latent_shape)
     pixel_loss.check(section)
@@ -114,9 +114,9 @@ class Autoencoder(base.Experiment):
       bottleneck=between,
       pixel_loss=pixel_loss.PixelLoss.of(section),
       discriminator=discriminator,
-      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      optimizer=make_optimizer(section.optim, section.train.num_steps, decays=is_kernel),
       optimizer_discriminator=make_optimizer(
-        section.optim_discriminator, section.train.num_steps, 'optim_discriminator'
+        section.optim_discriminator, section.train.num_steps, 'optim_discriminator', is_kernel
       ),
       perceptual=Perceptual.of(
         section.loss.perceptual, section.loss.perceptual_weight, config.evaluate.weights_dir
@@ -125,17 +125,16 @@ class Autoencoder(base.Experiment):
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       latent_shape=latent_shape,
-      notes=between.notes((size, size, channels), section.train.batch_size),
+      notes=autoencoder_checks.notes_of(section) + between.notes(size * size * channels, section),
     )
 
   reconstructs = True
   bounds = BOUNDS
   measures = (LATENTS,)
   metrics = {
-    'loss': False,
-    'mse': False,
-    **dict.fromkeys(('lpips_vgg16', 'lpips_alexnet'), False),
-    **{name: best for kind in bottlenecks.BY_KIND.values() for name, best in kind.metrics.items()},
+    **dict.fromkeys(('loss', 'mse', 'lpips_vgg16', 'lpips_alexnet', 'discriminator_loss'), False),
+    **{'codebook/used': True, 'codebook/perplexity': True, 'codebook/unused': False},
+    **bottlenecks.Gumbel.metrics,
   }
 
   @property
@@ -155,8 +154,12 @@ class Autoencoder(base.Experiment):
     return self.perceptual.frozen
 
   def kind_of(self, step: int) -> str:
-    """Returns 'adversarial' from the start step on, where there is a discriminator."""
-    return ADVERSARIAL if self.discriminator and step >= self.loss['adversarial_start_step'] else ''
+    """Returns 'adversarial' from its start step on, before it 'judged' from its own, with a discriminator."""
+    if not self.discriminator:
+      return ''
+    if step >= self.loss['adversarial_start_step']:
+      return ADVERSARIAL
+    return JUDGED if step >= self.loss['discriminator_start_step'] else ''
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0; in `extra` is what the bottleneck keeps."""
@@ -174,7 +177,7 @@ class Autoencoder(base.Experiment):
   def train_step(
     self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
-    """Returns the state after an update of the autoencoder and, if adversarial, one of the discriminator."""
+    """Returns the state after an update of the autoencoder and, by kind, one of the discriminator."""
     key_flip, key_codes, key_loss, key_discriminator = jax.random.split(key, 4)
     x = pixels.prepare(batch, key_flip if self.flip else None)['image']
     network, extra, metrics = self.bottleneck.before_update(
@@ -194,7 +197,7 @@ class Autoencoder(base.Experiment):
     network = self.bottleneck.after_update(network, after)
     networks = {**state.networks, 'autoencoder': network}
 
-    if kind == ADVERSARIAL:
+    if kind in (ADVERSARIAL, JUDGED):
 
       def judge_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         x_hat = self.image_of(self.reconstruct(network.params, batch['x'], key, state.step)[0])
@@ -296,7 +299,7 @@ class Autoencoder(base.Experiment):
 
   def discriminator_loss(self, params: Params, x: Image, x_hat: Image) -> tuple[jax.Array, Metrics]:
     """Returns the hinge loss over patches, and the mean logits."""
-    real, fake = (self.discriminator.apply(params, image) for image in (x, x_hat))
+    real, fake = self.judged(params, x, x_hat)
     loss = jnp.mean(adversarial.hinge_discriminator_loss(real, fake))
     return loss, {
       'loss/discriminator': loss,
@@ -304,17 +307,33 @@ class Autoencoder(base.Experiment):
       'logits/fake': jnp.mean(fake),
     }
 
+  def judged(self, params: Params, x: Image, x_hat: Image) -> tuple[Array, Array]:
+    """Returns the logits of the patches of images and of reconstructions, [batch, rows, columns]."""
+    return self.discriminator.apply(params, x), self.discriminator.apply(params, x_hat)
+
   def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
-    """Returns pixel and perceptual loss, and the squared error per pixel in [0, 1], from the mean latents."""
+    """Returns pixel and perceptual loss, and the squared error per pixel in [0, 1], from the mean latents.
+
+    With a discriminator also its hinge loss: 1 where it is at chance, or not trained yet.
+    """
     x = pixels.to_unit_range(batch['image'])
     outputs = self.reconstruct(read['autoencoder'], x, None)[0]
-    x_hat = jnp.clip(self.image_of(outputs), -1.0, 1.0)
+    decoded = self.image_of(outputs)
+    x_hat = jnp.clip(decoded, -1.0, 1.0)
     pixel, perceptual = self.pixel_loss(x, x_hat, outputs), self.perceptual(read, x, x_hat)
     values = {'loss': pixel + perceptual, 'mse': jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3)) / 4}
+    values |= self.bottleneck.figures(read['autoencoder'], x, key)
     if self.perceptual.source:
       values[f'lpips_{self.perceptual.network}'] = perceptual / self.perceptual.weight
-    values |= self.bottleneck.figures(read['autoencoder'], x, key)
+    if self.discriminator:
+      logits = self.judged(read['discriminator'], x, decoded)
+      values['discriminator_loss'] = jnp.mean(adversarial.hinge_discriminator_loss(*logits), axis=(1, 2))
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  def counts(self, read: Read, batch: Batch) -> dict[str, jax.Array]:
+    """Returns those of the bottleneck's codes."""
+    x = pixels.to_unit_range(batch['image'])
+    return self.bottleneck.counts(read['autoencoder'], x, batch['mask'])
 
   # What later stages read -------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ def floored(log_b: Image, least: float) -> Image:
   return jnp.maximum(log_b, least)
 
 
-def _floored_forward(log_b: Image, least: float) -> tuple[Image, Image]:
+def _floored_forward(log_b: Image, least: float) -> tuple[Image, Array]:
   return jnp.maximum(log_b, least), log_b > least
 
 
