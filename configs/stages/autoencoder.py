@@ -1,6 +1,5 @@
 """The autoencoder of latent spaces: latent diffusion's (arXiv:2112.10752) and LDDGAN's (thesis)."""
 
-import math
 
 from ml_collections import ConfigDict
 
@@ -40,7 +39,7 @@ def section() -> ConfigDict:
       # 'l1' | 'l2', mean over pixels in [-1, 1] | 'logit_laplace', nats per number, needs model.pixel_map
       'pixel': 'l1',
       'pixel_weight': 1.0,
-      'least_scale': math.exp(-5.0),  # logit_laplace: b is not below, ln b not below -5
+      'least_scale': 0.006737947,  # logit_laplace: b is not below, ln b not below -5
       'perceptual': 'lpips_vgg16',  # 'lpips_vgg16' | 'lpips_alexnet' | '' = none
       'perceptual_weight': 1.0,
       'kl_weight': 1e-6,  # of the KL in nats per dimension of the image

@@ -14,7 +14,7 @@ import pytest
 from vaediff import experiments
 from vaediff.data import pixels
 from vaediff.errors import UserError
-from vaediff.experiments import pixel_loss
+from vaediff.experiments import base, pixel_loss
 from vaediff.machine import cost
 from vaediff.modes import describe
 from vaediff.run import earlier
@@ -143,7 +143,8 @@ def test_a_tokenizer_has_the_ids_and_they_are_the_image_that_is_reconstructed(op
   np.testing.assert_array_equal(ids[0], np.argmax(logits, -1))
   assert len(np.unique(ids[0])) > 2 and ids[0].dtype == jnp.int32
   given = experiment.observe({'autoencoder': params}, {}, x)
-  again = experiment.sample({'autoencoder': params}, given, None)['x0']
+  keys = base.sampling_keys(jax.random.split(jax.random.key(1), 4))
+  again = experiment.sample({'autoencoder': params}, given, keys)['x0']
   np.testing.assert_array_equal(jnp.clip(found.decode(params, ids), -1, 1), again)
 
 

@@ -1,6 +1,5 @@
 """Configs that earlier versions stored, read as this one: other names, new keys with the value of before."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ RELAXED = {
   'model': {'network': 'taming', 'logits_scale': 0.1, 'pixel_map': 0.0},
   'loss': {
     'pixel_weight': 1.0,
-    'least_scale': math.exp(-5.0),
+    'least_scale': 0.006737947,
     'tau_start': 1.0,
     'tau_end': 1 / 16,
     'tau_steps': 150_000,
