@@ -1,6 +1,5 @@
 """The autoencoder of latent spaces: latent diffusion's (arXiv:2112.10752) and LDDGAN's (thesis)."""
 
-
 from ml_collections import ConfigDict
 
 from configs import parts
