@@ -88,7 +88,7 @@ def test_config_files_import_one_way_and_nothing_of_the_program():
   stages = [name for name in paths if name.startswith('configs.stages.')]
   order = [
     ['configs.presets', 'configs.parts', 'configs.run'],
-    ['configs.stages.autoencoder', 'configs.stages.diffusion', 'configs.stages.vae'],
+    ['configs.stages.diffusion', 'configs.stages.vae', 'configs.stages.autoencoder'],
     stages,
     ['configs.stages'],
     ['configs.base', 'configs.gan_small', 'configs.gan_papers'],
@@ -372,7 +372,8 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   assert again == config
   inputs = experiments.build(config, config.stages[-1]).inputs
   # a stage that reads degraded images alone, or has codes, has nothing to make samples of by itself
-  wanted = ['reconstructions.png'] if {'degraded', 'latents'} & set(inputs) else ['samples.png', 'interpolation.png']
+  of_images = {'degraded', 'latents'} & set(inputs)
+  wanted = ['reconstructions.png'] if of_images else ['samples.png', 'interpolation.png']
   if 'x0_vae' in inputs:
     wanted.append('reconstructions.png')
     for task in tasks:

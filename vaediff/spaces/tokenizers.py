@@ -20,7 +20,7 @@ from vaediff.spaces import encoders
 from vaediff.types import Image, LatentMap, Params
 
 Grids = tuple[Int32[Array, 'batch _ _'], ...]
-"""Ids of each level, coarse first."""
+"""Ids of each level, coarse first, [batch, height, width] of its grid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
