@@ -53,6 +53,32 @@ def vqgan_f16_16384(stage: ConfigDict) -> None:
   _vqgan(stage, 16384)
 
 
+def vqgan_f8_gumbel(stage: ConfigDict) -> None:
+  """VQGAN with relaxed codes, 32x32 of 8,192: 68,995,971 parameters; of its KL almost no weight.
+
+  Discriminator and rates are those of the others.
+  """
+  _vqgan(stage, 8192)
+  stage.model.update(
+    {
+      'channel_multipliers': (1, 1, 2, 4),
+      'attention_resolutions': (32,),
+      'bottleneck': 'gumbel',
+      'logits_scale': 1.0,
+    }
+  )
+  stage.loss.update(
+    {
+      'tau_start': 0.9,
+      'tau_end': 1e-6,
+      'tau_steps': 1_000_001,
+      'kl_token_weight': 1e-8,
+      'kl_warmup_steps': 0,
+      'straight_through': True,
+    }
+  )
+
+
 def vqgan_f4(stage: ConfigDict) -> None:
   """For 32 and 64 pixels, of which f = 16 leaves almost nothing."""
   stage.model.update({'channel_multipliers': (1, 2, 4), 'attention_resolutions': ()})
@@ -131,6 +157,7 @@ PRESETS = {
   for preset in (
     vqgan_f16_1024,
     vqgan_f16_16384,
+    vqgan_f8_gumbel,
     ldm_vq_f4,
     ldm_vq_f8,
     ldm_vq_f16,

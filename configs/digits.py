@@ -157,6 +157,12 @@ def _vqgan(stage):
   stage.loss.update(gan_small.VQGAN)
 
 
+def _dvae(stage):
+  # 4x4 codes; k-means of raw 2x2 patches with half as many has a squared error of 0.00895
+  gan_small.dvae(stage)
+  stage.model.update({'channel_multipliers': (1, 2), 'codebook_size': 64})
+
+
 def _evaluate(section):
   section.update(
     {
@@ -182,6 +188,7 @@ SIZES = {
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
   'vqgan': _vqgan,
+  'dvae': _dvae,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
   'restore': lambda section: section.update({'num_images': 297}),

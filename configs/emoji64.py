@@ -64,6 +64,14 @@ def _vqgan(stage):
   stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 2500, 'discriminator_start_step': 2000})
 
 
+def _dvae(stage):
+  # 8x8 codes; colours, and shades between them: by their density
+  gan_small.dvae(stage)
+  stage.model.update({'channel_multipliers': (1, 2, 2, 4), 'codebook_size': 256, 'pixel_map': 0.1})
+  stage.loss.update({'pixel': 'logit_laplace', 'pixel_weight': 1.0, 'tau_steps': 4000})
+  stage.train.num_steps = 5000
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -72,6 +80,7 @@ SIZES = {
   'vqvae': _vqvae,
   'vqgan': _vqgan,
   'vqvae2': _vqvae2,
+  'dvae': _dvae,
 }
 
 

@@ -90,6 +90,14 @@ def _vqgan(stage):
   stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 1000, 'discriminator_start_step': 800})
 
 
+def _dvae(stage):
+  # 8x8 codes
+  gan_small.dvae(stage)
+  stage.model.update({'channel_multipliers': (1, 2, 2), 'codebook_size': 256})
+  stage.loss.tau_steps = 1500
+  stage.train.num_steps = 2000
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -101,6 +109,7 @@ SIZES = {
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
   'vqgan': _vqgan,
+  'dvae': _dvae,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }

@@ -13,6 +13,39 @@ def autoencoder(stage: ConfigDict) -> None:
   stage.train.update(TRAIN)
 
 
+def dvae(stage: ConfigDict) -> None:
+  """Relaxed codes: measured on digits, where the published weights code nothing at all."""
+  stage.model.update(
+    {
+      'network': 'taming',
+      'channels': 32,
+      'num_res_blocks': 1,
+      'latent_channels': 32,
+      'logits_scale': 0.1,
+      'pixel_map': 0.0,
+    }
+  )
+  stage.loss.update(
+    {
+      'pixel': 'l2',
+      'pixel_weight': 10.0,
+      'kl_token_weight': 0.01,
+      'kl_warmup_steps': 0,
+      'tau_steps': 800,
+    }
+  )
+  stage.optim.update(
+    {
+      'learning_rate': 2e-3,
+      'end_learning_rate': 0.0,
+      'b2': 0.99,
+      'weight_decay': 0.0,
+      'ema_decay': 0.0,
+    }
+  )
+  stage.train.update(TRAIN)
+
+
 def decoder(stage: ConfigDict) -> None:
   stage.model.update({'channels': 24, 'num_blocks': 1})
   stage.train.update(TRAIN)

@@ -9,6 +9,7 @@ from configs.stages import (
   ddgan,
   diffusion,
   distribution_matching,
+  dvae,
   light_decoder,
   noisy_classifier,
   progressive,
@@ -33,6 +34,7 @@ BY_NAME = {
   'noisy_classifier': noisy_classifier,
   'vqvae': vqvae,
   'vqgan': vqgan,
+  'dvae': dvae,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

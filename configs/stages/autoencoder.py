@@ -20,10 +20,13 @@ def section() -> ConfigDict:
       'num_res_blocks': 2,
       'attention_resolutions': (),  # in pixels; the middle always has attention
       'dropout': 0.0,
-      'bottleneck': 'kl',  # 'kl' | 'none' (deterministic, bounded by tanh) | 'vq'
-      'codebook_size': 0,  # codes; positive for 'vq' alone
+      'bottleneck': 'kl',  # 'kl' | 'none' (deterministic, bounded by tanh) | 'vq' | 'gumbel' (relaxed codes)
+      'codebook_size': 0,  # codes; positive for 'vq' and 'gumbel' alone
       'normalized_codes': False,  # vq: vectors and codes have length 1
       'inner_channels': 0,  # of the maps beside the 1x1 convolutions at the latents; 0 = latent_channels
+      'network': 'taming',  # 'taming' | 'openai' (of the discrete VAE, for 'gumbel' alone)
+      'logits_scale': 0.1,  # gumbel: of their first kernel; at 1 they may be one-hot from the start
+      'pixel_map': 0.0,  # margin of loss.pixel = 'logit_laplace': pixels in [0, 1] become m ... 1 - m
       'tanh_out': False,  # the decoder ends in a tanh
       'remat': False,
       'dtype': 'float32',
@@ -32,7 +35,10 @@ def section() -> ConfigDict:
   config.discriminator = ConfigDict({'channels': 64, 'num_layers': 3, 'norm': 'group', 'dtype': 'float32'})
   config.loss = ConfigDict(
     {
-      'pixel': 'l1',  # 'l1' | 'l2', mean over pixels in [-1, 1]
+      # 'l1' | 'l2', mean over pixels in [-1, 1] | 'logit_laplace', nats per number, needs model.pixel_map
+      'pixel': 'l1',
+      'pixel_weight': 1.0,
+      'least_scale': 0.006737947,  # logit_laplace: b is not below, ln b not below -5
       'perceptual': 'lpips_vgg16',  # 'lpips_vgg16' | 'lpips_alexnet' | '' = none
       'perceptual_weight': 1.0,
       'kl_weight': 1e-6,  # of the KL in nats per dimension of the image
@@ -41,6 +47,12 @@ def section() -> ConfigDict:
       'codebook_decay': 0.99,  # vq: of the averages; with 'gradient' they are of counts alone
       'restart_below': 1.0,  # vq: a code with a smaller average count starts anew at a vector of the batch
       'entropy_weight': 0.0,  # vq: of the mean entropy over codes less the entropy of the mean; 0 = off
+      'tau_start': 1.0,  # gumbel: temperature of the relaxation, half a cosine from here
+      'tau_end': 1 / 16,  # ... to here
+      'tau_steps': 150_000,  # ... in so many updates
+      'kl_token_weight': 0.01,  # gumbel: of the KL to uniform codes, nats per token
+      'kl_warmup_steps': 0,  # ... which it has after so many updates, in proportion from 0
+      'straight_through': False,  # gumbel: one code forwards, the mixture backwards
       'adversarial_weight': 0.5,  # 0 = no discriminator
       'adversarial_start_step': 50_000,
       'discriminator_start_step': 50_000,  # it learns from here on, at the latest from adversarial_start_step
@@ -63,7 +75,7 @@ def debug(stage: ConfigDict, image_size: int) -> None:
       'num_res_blocks': 1,
       'attention_resolutions': (),
       'latent_channels': 2,
-      'codebook_size': 16 if stage.model.bottleneck == 'vq' else 0,
+      'codebook_size': 0 if stage.model.bottleneck in ('kl', 'none') else 16,
     }
   )
   stage.discriminator.update({'channels': 4, 'num_layers': 1})

@@ -4,8 +4,9 @@
 
 with lambda the adaptive weight of VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 7) times a factor, from a
 start step on. The bottleneck is one of: KL (Rombach et al. 2022, arXiv:2112.10752, weight about 1e-6), none
-(deterministic and bounded by tanh: the free latents of LDDGAN), or VQ, whose codes follow averages or
-gradients. With VQ a later stage models the vectors before quantisation, and the decoder quantises.
+(deterministic and bounded by tanh: the free latents of LDDGAN), VQ, whose codes follow averages or
+gradients, or relaxed codes (the discrete VAE of DALL-E, Ramesh et al. 2021, arXiv:2102.12092). With VQ a
+later stage models the vectors before quantisation, and the decoder quantises; of relaxed codes the codes.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial
-from vaediff.experiments import autoencoder_checks, base, bottlenecks, bounds
+from vaediff.experiments import autoencoder_checks, base, bottlenecks, bounds, pixel_loss
 from vaediff.experiments.perceptual import Perceptual
-from vaediff.models.autoencoder import last_kernel, with_last_kernel
+from vaediff.models.autoencoder import Outputs, last_kernel, with_last_kernel
 from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
 from vaediff.optim import Optimizer, global_norm, is_kernel, make_optimizer
@@ -36,7 +37,8 @@ JUDGED = 'judged'
 """Kind of those from `loss.discriminator_start_step` to there: the discriminator learns, without a weight."""
 
 BOUNDS = {
-  'loss.pixel': checks.one_of(('l1', 'l2')),
+  **pixel_loss.BOUNDS,
+  **bottlenecks.RELAXED,
   'loss.codebook': checks.one_of(('ema', 'gradient')),
   'loss.codebook_decay': checks.below_one(),
   'loss.kl_weight': bounds.weight(),
@@ -64,6 +66,7 @@ class Autoencoder(base.Experiment):
   Attributes:
     autoencoder: encoder, decoder and codes.
     bottleneck: what lies between encoder and decoder.
+    pixel_loss: how far the decoder's output is from an image.
     discriminator: judges patches; None without an adversarial loss.
     optimizer: of the autoencoder.
     optimizer_discriminator: of the discriminator.
@@ -77,6 +80,7 @@ class Autoencoder(base.Experiment):
 
   autoencoder: Model
   bottleneck: bottlenecks.Bottleneck
+  pixel_loss: pixel_loss.PixelLoss
   discriminator: Model | None
   optimizer: Optimizer
   optimizer_discriminator: Optimizer
@@ -97,6 +101,8 @@ class Autoencoder(base.Experiment):
     autoencoder_checks.check(config, stage, autoencoder)
     bottleneck = bottlenecks.BY_KIND[section.model.bottleneck]
     bottleneck.check(section, latent_shape)
+    pixel_loss.check(section)
+    between = bottleneck(model=autoencoder, loss=section.loss.to_dict())
     discriminator = None
     if section.loss.adversarial_weight > 0:
       discriminator = Model(
@@ -105,7 +111,8 @@ class Autoencoder(base.Experiment):
       )
     return cls(
       autoencoder=autoencoder,
-      bottleneck=bottleneck(model=autoencoder, loss=section.loss.to_dict()),
+      bottleneck=between,
+      pixel_loss=pixel_loss.PixelLoss.of(section),
       discriminator=discriminator,
       optimizer=make_optimizer(section.optim, section.train.num_steps, decays=is_kernel),
       optimizer_discriminator=make_optimizer(
@@ -118,7 +125,7 @@ class Autoencoder(base.Experiment):
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       latent_shape=latent_shape,
-      notes=autoencoder_checks.notes_of(section),
+      notes=autoencoder_checks.notes_of(section) + between.notes(size * size * channels, section),
     )
 
   reconstructs = True
@@ -127,6 +134,7 @@ class Autoencoder(base.Experiment):
   metrics = {
     **dict.fromkeys(('loss', 'mse', 'lpips_vgg16', 'lpips_alexnet', 'discriminator_loss'), False),
     **{'codebook/used': True, 'codebook/perplexity': True, 'codebook/unused': False},
+    **bottlenecks.Gumbel.metrics,
   }
 
   @property
@@ -192,7 +200,7 @@ class Autoencoder(base.Experiment):
     if kind in (ADVERSARIAL, JUDGED):
 
       def judge_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        x_hat = self.reconstruct(network.params, batch['x'], key, state.step)[0]
+        x_hat = self.image_of(self.reconstruct(network.params, batch['x'], key, state.step)[0])
         return self.discriminator_loss(params, batch['x'], jax.lax.stop_gradient(x_hat))
 
       before = state.networks['discriminator']
@@ -205,17 +213,21 @@ class Autoencoder(base.Experiment):
 
   def reconstruct(
     self, params: Params, x: Image, key: jax.Array | None, step: jax.Array | None = None
-  ) -> tuple[Image, Array, bottlenecks.Passed]:
-    """Returns x_hat, the features before the last convolution, and what came out of the bottleneck.
+  ) -> tuple[Outputs, Array, bottlenecks.Passed]:
+    """Returns the decoder's output, its last features before, and what came out of the bottleneck.
 
     With a key, after `step` updates, the bottleneck may draw, and dropout is on.
     """
     key_noise, key_dropout = (None, None) if key is None else jax.random.split(key)
     dropout = {} if key is None else {'key_dropout': key_dropout, 'deterministic': False}
-    encoded = self.autoencoder.apply(params, x, method='encode', **dropout)
+    encoded = self.autoencoder.apply(params, x, method=self.bottleneck.reads, **dropout)
     passed = self.bottleneck.pass_on(params, encoded, x, key_noise, step)
     features = self.autoencoder.apply(params, passed.z, method='decode_features', **dropout)
     return self.autoencoder.apply(params, features, method='last_conv'), features, passed
+
+  def image_of(self, outputs: Outputs) -> Image:
+    """Returns x_hat, not clipped, of the decoder's output."""
+    return self.autoencoder.module.image_of(outputs)
 
   def autoencoder_loss(
     self,
@@ -231,8 +243,8 @@ class Autoencoder(base.Experiment):
 
     Without a `weight` of the adversarial loss it is the adaptive one of these images, or 1.
     """
-    x_hat, features, passed = self.reconstruct(params, x, key, step)
-    reconstruction = self.distance(frozen, x, x_hat)
+    outputs, features, passed = self.reconstruct(params, x, key, step)
+    reconstruction = self.distance(frozen, x, outputs)
     factors = self.bottleneck.factors(step)
     loss = reconstruction + sum(factors[name] * value for name, value in passed.terms.items())
     metrics = {'loss/reconstruction': reconstruction, **passed.metrics}
@@ -243,7 +255,7 @@ class Autoencoder(base.Experiment):
         gradients = jax.grad(lambda kernels: self.at_last_kernel(*fixed, kernels))(two_kernels(params))
         weight = adversarial.adaptive_weight(**gradients)
       weight = jnp.float32(1.0) if weight is None else weight
-      deception = self.deception(judge, x_hat)
+      deception = self.deception(judge, outputs)
       loss += self.loss['adversarial_weight'] * weight * deception
       metrics |= {'loss/adversarial': deception, 'adaptive_weight': weight}
     return loss, {'loss': loss, **metrics}
@@ -270,24 +282,20 @@ class Autoencoder(base.Experiment):
     """Returns the distance with the one last kernel plus the deception with the other; both means."""
     fixed = jax.lax.stop_gradient((params, features))
 
-    def image_of(kernel: Array) -> Image:
+    def outputs_of(kernel: Array) -> Outputs:
       return self.autoencoder.apply(with_last_kernel(fixed[0], kernel), fixed[1], method='last_conv')
 
-    distance = self.distance(frozen, x, image_of(kernels['of_reconstruction']))
-    return distance + self.deception(judge, image_of(kernels['of_adversary']))
+    distance = self.distance(frozen, x, outputs_of(kernels['of_reconstruction']))
+    return distance + self.deception(judge, outputs_of(kernels['of_adversary']))
 
-  def distance(self, frozen: Read, x: Image, x_hat: Image) -> jax.Array:
-    """Returns pixel and perceptual loss, a mean over the batch."""
-    return jnp.mean(self.pixel_loss(x, x_hat)) + jnp.mean(self.perceptual(frozen, x, x_hat))
+  def distance(self, frozen: Read, x: Image, outputs: Outputs) -> jax.Array:
+    """Returns pixel and perceptual loss of the decoder's output, a mean over the batch."""
+    x_hat = self.image_of(outputs)
+    return jnp.mean(self.pixel_loss(x, x_hat, outputs)) + jnp.mean(self.perceptual(frozen, x, x_hat))
 
-  def pixel_loss(self, x: Image, x_hat: Image) -> Float[Array, ' batch']:
-    """Returns the mean absolute or squared error per image, pixels in [-1, 1]."""
-    error = jnp.abs(x - x_hat) if self.loss['pixel'] == 'l1' else jnp.square(x - x_hat)
-    return jnp.mean(error, axis=(1, 2, 3))
-
-  def deception(self, judge: Params, x_hat: Image) -> jax.Array:
+  def deception(self, judge: Params, outputs: Outputs) -> jax.Array:
     """Returns minus the mean logit of the reconstructions, the generator's side of the hinge loss."""
-    return -jnp.mean(self.discriminator.apply(judge, x_hat))
+    return -jnp.mean(self.discriminator.apply(judge, self.image_of(outputs)))
 
   def discriminator_loss(self, params: Params, x: Image, x_hat: Image) -> tuple[jax.Array, Metrics]:
     """Returns the hinge loss over patches, and the mean logits."""
@@ -308,12 +316,13 @@ class Autoencoder(base.Experiment):
 
     With a discriminator also its hinge loss: 1 where it is at chance, or not trained yet.
     """
-    del key
     x = pixels.to_unit_range(batch['image'])
-    decoded = self.reconstruct(read['autoencoder'], x, None)[0]
+    outputs = self.reconstruct(read['autoencoder'], x, None)[0]
+    decoded = self.image_of(outputs)
     x_hat = jnp.clip(decoded, -1.0, 1.0)
-    pixel, perceptual = self.pixel_loss(x, x_hat), self.perceptual(read, x, x_hat)
+    pixel, perceptual = self.pixel_loss(x, x_hat, outputs), self.perceptual(read, x, x_hat)
     values = {'loss': pixel + perceptual, 'mse': jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3)) / 4}
+    values |= self.bottleneck.figures(read['autoencoder'], x, key)
     if self.perceptual.source:
       values[f'lpips_{self.perceptual.network}'] = perceptual / self.perceptual.weight
     if self.discriminator:
@@ -331,7 +340,7 @@ class Autoencoder(base.Experiment):
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
     """Returns the latents of each image: the mean, or with a key of a KL bottleneck drawn ones.
 
-    With a codebook they are those before quantisation.
+    With a codebook they are those before quantisation, with relaxed codes the most likely code.
     """
     del batch
     noise = None if key is None else encoders.normal(key, (x.shape[0], *self.latent_shape))

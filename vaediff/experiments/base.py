@@ -118,7 +118,7 @@ class Experiment(abc.ABC):
     no_likelihood: why it has no bound, where one could be asked for.
     measures: measurements of it that later stages read, of `vaediff.run.measurements`.
     metrics: all that `eval_step` may report, and `run.usage` of `counts`; whether the largest is the best.
-    notes: what is said when its training starts, a line each.
+    notes: what is said when its training starts, and by `describe`, a line each.
     bounds: of every number and name in its section but those that every stage has (`run.config`).
   """
 
@@ -383,10 +383,8 @@ def update_one(
   """Returns the state after an update of the one network that the stage trains, and its gradient norm."""
   network = apply_gradients(state.networks[name], grads, optimizer, state.step)
   networks = {**state.networks, name: network}
-  return (
-    TrainState(step=state.step + 1, networks=networks, extra=state.extra),
-    {f'grad_norm/{name}': global_norm(grads)},
-  )
+  after = TrainState(step=state.step + 1, networks=networks, extra=state.extra)
+  return after, {f'grad_norm/{name}': global_norm(grads)}
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -15,11 +15,25 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from vaediff.experiments import base
-from vaediff.models import codebook
+from vaediff import checks
+from vaediff.errors import UserError
+from vaediff.experiments import base, bounds
+from vaediff.models import codebook, relaxed_codes
+from vaediff.models.autoencoder import NETWORKS
 from vaediff.models.functional import Model
 from vaediff.spaces import encoders
 from vaediff.types import Image, LatentMap, Metrics, Params
+
+RELAXED = {
+  'loss.tau_start': bounds.number(0, 1000, above=True),
+  'loss.tau_end': bounds.number(0, 1000, above=True),
+  'loss.tau_steps': bounds.updates(0),
+  'loss.kl_token_weight': bounds.weight(),
+  'loss.kl_warmup_steps': bounds.updates(0),
+  'model.network': checks.one_of(NETWORKS),
+  'model.logits_scale': bounds.number(0, 1000, above=True),
+}
+"""Bounds of what only relaxed codes read."""
 
 
 class Passed(NamedTuple):
@@ -43,12 +57,16 @@ class Bottleneck(abc.ABC):
   Attributes:
     model: the autoencoder, whose parameters are the network that a step changes.
     loss: the stage's `loss` section.
+    reads: the method of the autoencoder whose output it takes.
+    metrics: what `figures` may have, and whether the largest value is the best.
   """
 
   model: Model
   loss: Mapping[str, Any]
 
   kind: ClassVar[str]
+  reads: ClassVar[str] = 'encode'
+  metrics: ClassVar[Mapping[str, bool]] = {}
 
   @classmethod
   def check(cls, section: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
@@ -78,7 +96,7 @@ class Bottleneck(abc.ABC):
   def pass_on(
     self,
     params: Params,
-    encoded: tuple[Array, Array | None],
+    encoded: Any,
     x: Image,
     key: jax.Array | None,
     step: jax.Array | None,
@@ -87,7 +105,7 @@ class Bottleneck(abc.ABC):
 
     Args:
       params: of the autoencoder.
-      encoded: what its `encode` returns.
+      encoded: what its method `reads` returns.
       x: the images of this part of the batch.
       key: of noise; None = as it is evaluated, without any.
       step: updates done, for what follows a schedule; None with no key.
@@ -107,6 +125,16 @@ class Bottleneck(abc.ABC):
     """Returns the network after the optimizer, with what it was not to change as it was `before`."""
     del before
     return after
+
+  def figures(self, params: Params, x: Image, key: jax.Array) -> dict[str, Array]:
+    """Returns what an evaluation reports of it beside the reconstructions: a number per image, by name."""
+    del params, x, key
+    return {}
+
+  def notes(self, num_numbers: int, section: ConfigDict) -> tuple[str, ...]:
+    """Returns what is said of it, a line each; of images of so many numbers, and of the stage's section."""
+    del num_numbers, section
+    return ()
 
 
 class Kl(Bottleneck):
@@ -246,5 +274,84 @@ def with_codes(network: base.Network, codes: Array, average: Array) -> base.Netw
   )
 
 
-BY_KIND: dict[str, type[Bottleneck]] = {kind.kind: kind for kind in (Kl, Plain, Vq)}
+class Gumbel(Bottleneck):
+  """A mixture of all codes in training, by a temperature that falls; the most likely code afterwards."""
+
+  kind = 'gumbel'
+  reads = 'logits'
+  metrics = {'mse_relaxed': False, 'kl_per_token': False}
+
+  @classmethod
+  def check(cls, section: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
+    """Raises UserError for a temperature that would rise."""
+    del latent_shape
+    if section.loss.tau_end > section.loss.tau_start:
+      raise UserError(
+        f'loss.tau_end is {section.loss.tau_end:g}, above loss.tau_start = {section.loss.tau_start:g}: the '
+        'temperature falls; choose an end in (0, loss.tau_start], as 0.0625'
+      )
+
+  def pass_on(self, params, encoded, x, key, step):
+    """Returns the mixture at the temperature of this step, or without a key the most likely codes."""
+    del x
+    ids = relaxed_codes.most_likely(encoded)
+    used, perplexity = codebook.usage(ids, encoded.shape[-1])
+    metrics = {'codebook/used': used, 'codebook/perplexity': perplexity}
+    terms = {'kl_per_token': jnp.mean(relaxed_codes.kl_to_uniform(encoded))}
+    if key is None:
+      return Passed(codebook.lookup(params[encoders.CODES], ids), terms, metrics)
+    metrics |= {'codebook/tau': self.tau(step), 'codebook/kl_weight': self.factors(step)['kl_per_token']}
+    return Passed(self.relaxed(params, encoded, key, metrics['codebook/tau']), terms, metrics)
+
+  def relaxed(self, params: Params, logits: Array, key: jax.Array, tau: float | Array) -> LatentMap:
+    """Returns the mixture of the codes; with `loss.straight_through` one code, of the mixture's gradient."""
+    y = relaxed_codes.relax(logits, relaxed_codes.gumbel(key, logits.shape), tau)
+    y = relaxed_codes.straight_through(y) if self.loss['straight_through'] else y
+    return relaxed_codes.mix(y, params[encoders.CODES])
+
+  def tau(self, step: jax.Array) -> Array:
+    """Returns the temperature after `step` updates."""
+    start, end = self.loss['tau_start'], self.loss['tau_end']
+    return relaxed_codes.temperature(step, start, end, self.loss['tau_steps'])
+
+  def factors(self, step):
+    """Returns that of the KL per token, which warms up; without a step the last."""
+    weight, num_steps = self.loss['kl_token_weight'], self.loss['kl_warmup_steps']
+    return {'kl_per_token': relaxed_codes.warmed_up(num_steps if step is None else step, weight, num_steps)}
+
+  def figures(self, params: Params, x: Image, key: jax.Array) -> dict[str, Array]:
+    """Returns KL per token, and squared error per pixel in [0, 1] of mixtures at the last temperature.
+
+    Where it is far below that of the codes themselves the decoder reads what codes do not carry.
+    """
+    logits = self.model.apply(params, x, method='logits')
+    z = self.relaxed(params, logits, key, self.loss['tau_end'])
+    x_hat = jnp.clip(self.model.apply(params, z, method='decode'), -1.0, 1.0)
+    return {
+      'mse_relaxed': jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3)) / 4,
+      'kl_per_token': jnp.mean(relaxed_codes.kl_to_uniform(logits), axis=(1, 2)),
+    }
+
+  def counts(self, params: Params, x: Image, weight: Array) -> dict[str, Array]:
+    """Returns those of the most likely codes."""
+    logits = self.model.apply(params, x, method='logits')
+    ids = relaxed_codes.most_likely(logits)
+    return {'codebook': codebook.histogram(ids, logits.shape[-1], weight)}
+
+  def notes(self, num_numbers: int, section: ConfigDict) -> tuple[str, ...]:
+    """Returns the memory of the logits, and the weight of the KL as that of a bound per dimension."""
+    module, batch_size = self.model.module, section.train.batch_size
+    tokens = (self.model.inputs[0].shape[1] // module.factor) ** 2
+    weight = self.loss['kl_token_weight']
+    megabytes = batch_size * tokens * module.codebook_size * 4 / 1e6
+    per_token = num_numbers / tokens
+    return (
+      f'logits: {tokens} tokens x {module.codebook_size} codes, float32: {megabytes:,.1f} MB for '
+      f'{batch_size} images, as much again for their noise and for the mixture',
+      f'KL: weight {weight:g} per token: beta = {weight * per_token:g} with the {per_token:g} numbers of the '
+      f'image per token here, {192 * weight:g} with the 192 of 256 pixels and f = 8',
+    )
+
+
+BY_KIND: dict[str, type[Bottleneck]] = {kind.kind: kind for kind in (Kl, Plain, Vq, Gumbel)}
 """The class of each `model.bottleneck`."""

@@ -8,6 +8,9 @@ smallest. Images are in [-1, 1]. What lies between its two halves is the `bottle
   'none'  z = tanh(...), deterministic and inside (-1, 1), for generators whose output is bounded
   'vq'    z continuous; the caller moves it to the nearest code (`codebook`), which is a matter of the decoder
           when a diffusion model is to learn the continuous z
+  'gumbel'  one logit per code; z is the code of the largest, and in training a mixture (`relaxed_codes`)
+
+With `network` 'openai' the two halves are those of DALL-E's discrete VAE instead (`dvae`).
 
 `LightDecoder` is a small decoder without norm and attention that learns to imitate a large one.
 
@@ -21,12 +24,18 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vaediff.errors import UserError
-from vaediff.models import codebook, layers
+from vaediff.models import codebook, dvae, layers, relaxed_codes
 from vaediff.models.autoencoder_blocks import VARIANT, Decoder, DecoderBody, Encoder, Features
+from vaediff.models.relaxed_codes import Logits
 from vaediff.models.unet_blocks import BlockOptions
 from vaediff.types import Image, LatentMap, Params
 
-BOTTLENECKS = ('kl', 'none', 'vq')
+BOTTLENECKS = ('kl', 'none', 'vq', 'gumbel')
+LEAST_CODES = {'vq': 1, 'gumbel': 2}
+"""By bottleneck with codes, how many it must have."""
+Outputs = Float[Array, 'batch height width outputs']
+"""What the decoder gives for each pixel: its channels, or mu and then ln b of each."""
+NETWORKS = ('taming', 'openai')
 # Bounds of the log variance: outside them its exponential is of no use in float32.
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 LAST_KERNEL = ('decoder', 'conv_out', 'kernel')
@@ -36,8 +45,8 @@ LAST_KERNEL = ('decoder', 'conv_out', 'kernel')
 class Autoencoder(nn.Module):
   """An image in [-1, 1] to a map of latents, f times smaller along each side, and back.
 
-  With L multipliers f is 2^(L - 1). The parameters have two branches, `encoder` and `decoder`, and a third,
-  `codes`, for 'vq'.
+  With L multipliers f is 2^(L - 1). The parameters have two branches, `encoder` and `decoder`; `codes` for
+  'vq' and 'gumbel'; and the head `logits_head` for 'gumbel'.
 
   Attributes:
     image_channels: 1 for grey, 3 for colour.
@@ -48,14 +57,19 @@ class Autoencoder(nn.Module):
     attention_resolutions: sides, in pixels, of the maps that get attention (not downsampling rates); the
       middle, on the map of the latents, always has it.
     dropout: rate in [0, 1), on when `deterministic` is False.
-    bottleneck: 'kl', 'none' or 'vq' (module docstring).
+    bottleneck: 'kl', 'none', 'vq' or 'gumbel' (module docstring).
     codebook_size: number of codes, the parameter `codes` [codebook_size, latent_channels]; positive exactly
-      for 'vq'. They are moved by the gradient of `codebook.codebook_loss`, or replaced after
-      `codebook.ema_update`.
+      for 'vq', where they are moved by the gradient of `codebook.codebook_loss` or replaced after
+      `codebook.ema_update`, and for 'gumbel', where they have a gradient as all parameters.
     normalized_codes: 'vq' alone: vectors and codes are compared, and decoded, at length 1. The encoder's
       output has it; codes are brought to it by whoever reads them (`codebook.unit`).
     inner_channels: of the maps between the 3x3 convolutions and the 1x1 ones at the latents; 0 =
       latent_channels. With 'kl' the encoder has twice as many.
+    network: 'taming' (the one above) or 'openai', for 'gumbel' alone: without attention and dropout.
+    logits_scale: of the first kernel of the logits. At full scale they can be as good as one-hot before
+      anything is learned, and stay so.
+    pixel_map: margin m of the logit-Laplace, whose mu and ln b the decoder then gives, twice as many channels
+      as the image has; the image is the one with x' = sigmoid(mu). 0 = the decoder gives the image.
     tanh_out: the decoder ends in a tanh, which bounds images to (-1, 1).
     remat: recompute the blocks' activations in the backward pass instead of storing them.
     dtype: 'float32' or 'bfloat16', the type of the arithmetic. Parameters, group norm statistics, softmax,
@@ -76,6 +90,9 @@ class Autoencoder(nn.Module):
   codebook_size: int = 0
   normalized_codes: bool = False
   inner_channels: int = 0
+  network: str = 'taming'
+  logits_scale: float = 0.1
+  pixel_map: float = 0.0
   tanh_out: bool = False
   remat: bool = False
   dtype: str = 'float32'
@@ -90,8 +107,37 @@ class Autoencoder(nn.Module):
     """f: the side of the image over the side of the latents."""
     return 2 ** (len(self.channel_multipliers) - 1)
 
+  @property
+  def out_channels(self) -> int:
+    """Of the last convolution: the image's, or mu and ln b of each."""
+    return self.image_channels * (2 if self.pixel_map else 1)
+
   def setup(self):
     """Creates the two halves; their attribute names are the first part of every parameter path."""
+    widths = tuple(multiplier * self.channels for multiplier in self.channel_multipliers)
+    if self.network == 'openai':
+      self._setup_openai(widths)
+    else:
+      self._setup_taming(widths)
+    if self.bottleneck in LEAST_CODES:
+      shape = (self.codebook_size, self.latent_channels)
+      start = codebook.uniform_codes if self.bottleneck == 'vq' else nn.initializers.normal(1.0)
+      self.codes = self.param('codes', dvae.normal_codes if self.network == 'openai' else start, shape)
+    if self.bottleneck == 'gumbel':
+      start = dvae.normal_fan_in if self.network == 'openai' else layers.uniform_fan_in
+      self.logits_head = nn.Dense(
+        self.codebook_size,
+        kernel_init=lambda *args: self.logits_scale * start(*args),
+        dtype=jnp.float32,
+      )
+
+  def _setup_openai(self, widths: tuple[int, ...]) -> None:
+    shared = {'widths': widths, 'num_blocks': self.num_res_blocks}
+    shared |= {'remat': self.remat, 'dtype': jnp.dtype(self.dtype)}
+    self.encoder = dvae.Encoder(channels=self.channels, **shared)
+    self.decoder = dvae.Decoder(body=dvae.DecoderBody(parent=None, **shared), out_channels=self.out_channels)
+
+  def _setup_taming(self, widths: tuple[int, ...]) -> None:
     options = BlockOptions(
       variant=VARIANT,
       num_heads=1,
@@ -102,7 +148,7 @@ class Autoencoder(nn.Module):
       dtype=jnp.dtype(self.dtype),
     )
     shared = {
-      'widths': tuple(multiplier * self.channels for multiplier in self.channel_multipliers),
+      'widths': widths,
       'num_res_blocks': self.num_res_blocks,
       'attention_resolutions': self.attention_resolutions,
       'options': options,
@@ -116,22 +162,23 @@ class Autoencoder(nn.Module):
     )
     self.decoder = Decoder(
       body=DecoderBody(inner_channels=inner, parent=None, **shared),
-      image_channels=self.image_channels,
+      image_channels=self.out_channels,
       tanh_out=self.tanh_out,
     )
-    if self.bottleneck == 'vq':
-      shape = (self.codebook_size, self.latent_channels)
-      self.codes = self.param('codes', codebook.uniform_codes, shape)
 
   def encode(self, x: Image, *, deterministic: bool = True) -> tuple[LatentMap, LatentMap | None]:
     """Returns the mean and the log variance of the latents of images in [-1, 1], float32.
 
     The log variance is in [-30, 20] for 'kl', and None for the others, whose latents are the mean: in (-1, 1)
-    for 'none', and for 'vq' not yet one of the codes: unbounded, or of length 1 where codes are normalised.
+    for 'none'; for 'vq' not yet one of the codes: unbounded, or of length 1 where codes are normalised; and
+    for 'gumbel' the code of the largest logit.
 
     Raises:
       UserError: the sides or the channels of the images do not fit the module.
     """
+    if self.bottleneck == 'gumbel':
+      ids = relaxed_codes.most_likely(self.logits(x, deterministic=deterministic))
+      return codebook.lookup(self.codes, ids), None
     self._check_image(x)
     h = self.encoder(x, deterministic=deterministic)
     match self.bottleneck:
@@ -143,9 +190,23 @@ class Autoencoder(nn.Module):
       case _:
         return codebook.unit(h) if self.normalized_codes else h, None
 
+  def logits(self, x: Image, *, deterministic: bool = True) -> Logits:
+    """Returns one logit per code and position, float32; for 'gumbel' alone."""
+    self._check_image(x)
+    if self.network == 'openai':  # its encoder reads [0, 1], or what the margin leaves of it
+      x = relaxed_codes.map_pixels(x, self.pixel_map)
+    return self.logits_head(self.encoder(x, deterministic=deterministic))
+
   def decode(self, z: LatentMap, *, deterministic: bool = True) -> Image:
     """Returns the image of latents, float32; for 'vq' the latents are to be codes already."""
-    return self.last_conv(self.decode_features(z, deterministic=deterministic))
+    return self.image_of(self.last_conv(self.decode_features(z, deterministic=deterministic)))
+
+  @nn.nowrap
+  def image_of(self, outputs: Outputs) -> Image:
+    """Returns the image, not clipped, of the decoder's last convolution; reads no parameters."""
+    if not self.pixel_map:
+      return outputs
+    return relaxed_codes.image_of(outputs[..., : self.image_channels], self.pixel_map)
 
   def decode_features(self, z: LatentMap, *, deterministic: bool = True) -> Features:
     """Returns the activations before the last convolution, float32, as many as `last_conv` reads.
@@ -159,8 +220,10 @@ class Autoencoder(nn.Module):
       )
     return self.decoder.features(z, deterministic=deterministic)
 
-  def last_conv(self, features: Features) -> Image:
+  def last_conv(self, features: Features) -> Outputs:
     """Returns the image of the decoder's last activations; reads no parameters but those of `conv_out`.
+
+    With a `pixel_map` it is what `image_of` reads: mu, then ln b, of each channel.
 
     The adaptive weight of Esser et al. 2021 (2012.09841, eq. 7) compares gradients with respect to
     `LAST_KERNEL`. Apply this method to `{'decoder': {'conv_out': ...}}` to differentiate nothing else.
@@ -301,9 +364,22 @@ def _check_fields(model: Autoencoder) -> None:
     )
   if not 0.0 <= model.dropout < 1.0:
     raise UserError(f'model.dropout is {model.dropout}; it must be in [0, 1).')
-  if (model.bottleneck == 'vq') != (model.codebook_size > 0):
-    needed = "at least 1 for model.bottleneck 'vq'" if model.bottleneck == 'vq' else "0 without 'vq'"
+  least = LEAST_CODES.get(model.bottleneck, 0)
+  if model.codebook_size < least or (not least and model.codebook_size):
+    coded = ' or '.join(map(repr, LEAST_CODES))
+    needed = f'at least {least} for model.bottleneck {model.bottleneck!r}' if least else f'0 without {coded}'
     raise UserError(f'model.codebook_size is {model.codebook_size}; it must be {needed}.')
+  if not 0.0 <= model.pixel_map < 0.5:
+    raise UserError(f'model.pixel_map is {model.pixel_map}; it must be in [0, 0.5), as 0.1, or 0 for none.')
+  if model.pixel_map and model.tanh_out:
+    raise UserError(
+      f'model.tanh_out is True, but with model.pixel_map = {model.pixel_map} the decoder gives a logit, '
+      'which has no bound: set the first to False, or the second to 0.'
+    )
+  if model.network not in NETWORKS:
+    raise UserError(f'model.network is {model.network!r}; choose one of {", ".join(NETWORKS)}.')
+  if model.network == 'openai':
+    dvae.check_fields(model)
   if model.normalized_codes and model.bottleneck != 'vq':
     raise UserError(
       f"model.normalized_codes is True, which is for model.bottleneck 'vq', not {model.bottleneck!r}: there "

@@ -35,10 +35,11 @@ def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, floa
   A GMAC is 1e9 multiply-accumulates of convolutions and matrix products in one forward pass of one image;
   a MB is 1e6 bytes.
   """
-  rows = []
+  rows, notes = [], []
   for stage in stages:
     experiment = experiments.build(config, stage)
     state = jax.eval_shape(experiment.init, jax.random.key(0))
+    notes += [f'{stage}: {note}' for note in experiment.notes]
     for name, model in experiment.networks.items():
       network = state.networks[name]
       log.say(f'\n{stage}/{name}\n{layers(network.params)}')
@@ -67,6 +68,8 @@ def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, floa
   log.say('')
   for line in cells:
     log.say('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+  if notes:
+    log.say('\n' + '\n'.join(notes))
   steps = {stage: config[stage].train.num_steps for stage in stages}
   shown = ', '.join(
     f'{stage} {count:,} steps of {config[stage].train.batch_size} images' for stage, count in steps.items()

@@ -11,6 +11,20 @@ AUTOENCODER = {
   'decoder_stage': '',
 }
 """What a diffusion in pixels says of latents: nothing reads it."""
+RELAXED = {
+  'model': {'network': 'taming', 'logits_scale': 0.1, 'pixel_map': 0.0},
+  'loss': {
+    'pixel_weight': 1.0,
+    'least_scale': 0.006737947,
+    'tau_start': 1.0,
+    'tau_end': 1 / 16,
+    'tau_steps': 150_000,
+    'kl_token_weight': 0.01,
+    'kl_warmup_steps': 0,
+    'straight_through': False,
+  },
+}
+"""What an autoencoder without relaxed codes says of them: nothing reads it, but for a weight of 1."""
 MODES = {
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25},
@@ -112,7 +126,11 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
 
 def _upgrade_autoencoder(section: dict[str, Any]) -> None:
   """The discriminator learned while it weighed, if it ever did; dead codes stayed with 'gradient'."""
-  if section['experiment'] != 'autoencoder' or 'entropy_weight' in section['loss']:
+  if section['experiment'] != 'autoencoder':
+    return
+  for part, settings in RELAXED.items():
+    section[part] = {**settings, **section[part]}
+  if 'entropy_weight' in section['loss']:
     return
   section['model'] = {'normalized_codes': False, 'inner_channels': 0, **section['model']}
   start = section['loss']['adversarial_start_step']

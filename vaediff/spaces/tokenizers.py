@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vaediff import reads
 from vaediff.errors import UserError
-from vaediff.models import codebook
+from vaediff.models import codebook, relaxed_codes
 from vaediff.spaces import encoders, hierarchies
 from vaediff.types import Image, LatentMap, Params
 
@@ -101,6 +101,18 @@ class Vq(Tokenizer):
     return self.source.model.apply(params, self.embed(params, codes), method='decode')
 
 
+class Relaxed(Vq):
+  """An autoencoder with relaxed codes: one level, whose ids are those of the largest logits."""
+
+  def codes(self, params: Params, x: Image) -> Grids:
+    """Returns the most likely code of each position: without noise."""
+    return (relaxed_codes.most_likely(self.source.model.apply(params, x, method='logits')),)
+
+
+BY_BOTTLENECK = {'vq': Vq, 'gumbel': Relaxed}
+"""By `model.bottleneck` of an autoencoder."""
+
+
 def vq(config: ConfigDict, stage: str, workdir: str) -> Vq:
   """Returns the tokenizer of a stage with the experiment 'autoencoder'.
 
@@ -108,10 +120,13 @@ def vq(config: ConfigDict, stage: str, workdir: str) -> Vq:
     UserError: when it has no codes.
   """
   section = config[stage]
-  if section.model.bottleneck != 'vq':
-    raise UserError(f"{stage}.model.bottleneck is {section.model.bottleneck!r}, which has no codes; 'vq' has")
+  bottleneck = section.model.bottleneck
+  if bottleneck not in BY_BOTTLENECK:
+    valid = ', '.join(BY_BOTTLENECK)
+    raise UserError(f'{stage}.model.bottleneck is {bottleneck!r}, which has no codes; with codes: {valid}')
   model = encoders.autoencoder_model(section.model, config.data)
-  return Vq(source=reads.FromStage(stage=stage, network=Vq.network, workdir=workdir, model=model))
+  source = reads.FromStage(stage=stage, network=Vq.network, workdir=workdir, model=model)
+  return BY_BOTTLENECK[bottleneck](source=source)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
