@@ -134,6 +134,8 @@ def reads(stage: ConfigDict) -> tuple[str, ...]:
     needed += tuple(filter(None, (stage.autoencoder.stage, stage.autoencoder.decoder_stage)))
   for named in (stage.sample.guide, stage.sample.classifier):
     needed += (named.stage,) if named.stage and not named.workdir else ()
+  for condition in stage.conditions.values():
+    needed += tuple(condition[field] for field in ('stage', 'prior_stage') if condition.get(field, ''))
   return needed
 
 

@@ -96,18 +96,18 @@ def test_attention_changes_nothing_at_first(position):
   plain = build(None)
   params = random_of(plain)
   model = build(Port(enters=position, how='attention', shape=(3, 5, 6)))
-  fresh = model.init(jax.random.key(0))
+  fresh = jax.jit(model.init)(jax.random.key(0))
 
   def laid_over(tree, known):
-    return {
-      name: (laid_over(leaf, known[name]) if isinstance(leaf, dict) else known[name]) if name in known else leaf
-      for name, leaf in tree.items()
-    }  # fmt: skip
+    both = {
+      name: laid_over(tree[name], leaf) if isinstance(leaf, dict) else leaf for name, leaf in known.items()
+    }
+    return {**tree, **both}
 
   x, t = images()
   values = {'tokens': tokens(grid=(3, 5, 6))}  # its grid is free
   np.testing.assert_array_equal(
-    model.apply(laid_over(fresh, params), x, t, values), plain.apply(params, x, t)
+    jax.jit(model.apply)(laid_over(fresh, params), x, t, values), jax.jit(plain.apply)(params, x, t)
   )
 
 
@@ -159,10 +159,10 @@ def test_memory_saving_and_bfloat16_compute_the_same():
   port = Port(enters='decoder', how='attention', shape=GRID)
   model, (x, t) = build(port), images()
   params = random_of(model)
-  known = model.apply(params, x, t, {'tokens': tokens()})
-  remat = build(port, remat=True).apply(params, x, t, {'tokens': tokens()})
+  known = jax.jit(model.apply)(params, x, t, {'tokens': tokens()})
+  remat = jax.jit(build(port, remat=True).apply)(params, x, t, {'tokens': tokens()})
   np.testing.assert_allclose(remat, known, atol=1e-5)
-  short = build(port, dtype='bfloat16').apply(params, x, t, {'tokens': tokens()})
+  short = jax.jit(build(port, dtype='bfloat16').apply)(params, x, t, {'tokens': tokens()})
   assert short.dtype == jnp.float32
   assert np.abs(short - known).max() < 0.1 * np.abs(known).max()
 
@@ -170,7 +170,7 @@ def test_memory_saving_and_bfloat16_compute_the_same():
 @pytest.mark.parametrize(
   ('shape', 'message'),
   [
-    ((1, 1, 4), r'tokens has a grid of 1 x 1, but .* U-Net has 2 x 2: .* 2 levels; take log2 f \+ 1 = 3 levels'),
+    ((1, 1, 4), r'tokens has a grid of 1 x 1, but .* has 2 x 2: .* 2 levels; take log2 f \+ 1 = 3 levels'),
     ((4, 4, 4), r'grid of 4 x 4, but .* has 2 x 2: .* take log2 f \+ 1 = 1 levels for f = 1'),
     ((3, 2, 4), "grid of 3 x 2, but .* has 2 x 2: .* 2 levels; use how = 'attention'"),
   ],

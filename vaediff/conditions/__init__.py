@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from vaediff.conditions import augmentation
 from vaediff.conditions.base import Condition, Conditions
+from vaediff.conditions.codes import CODES, codes_condition
 from vaediff.conditions.degraded import DEGRADED, degraded_condition
 from vaediff.conditions.label import LABEL, SAMPLE_BOUNDS, check_unread, label_condition
 from vaediff.conditions.low_resolution import LOW_RESOLUTION, low_resolution_condition
@@ -17,6 +18,7 @@ from vaediff.spaces import Space
 __all__ = ['BY_NAME', 'SAMPLE_BOUNDS', 'Condition', 'Conditions', 'make_conditions']
 BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
   LABEL: label_condition,
+  CODES: codes_condition,
   DEGRADED: degraded_condition,
   LOW_RESOLUTION: low_resolution_condition,
 }

@@ -1,0 +1,172 @@
+"""Codes of a tokenizer: what makes a diffusion the decoder of discrete codes (DiVAE, arXiv:2206.00386).
+
+The ids of an image are looked up, and the map of their codes enters the U-Net at its bottom level
+(`models.token_injection`). The tokenizer's own decoder is not needed: what it makes of the same ids is shown
+beside a sample. In sampling the ids are given, those of an image, or the samples of a stage that is named.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vaediff import checks, reads
+from vaediff.conditions.base import Condition
+from vaediff.errors import UserError
+from vaediff.models import token_injection
+from vaediff.models.ports import Port
+from vaediff.spaces import Space, tokenizers
+from vaediff.types import Batch, Given, Image, Read, Values
+
+CODES = 'codes'
+"""Name of the condition and of its value; of the input too, where there is one level."""
+DECODED = 'x0_codes'
+"""The image that the tokenizer's own decoder makes of the ids."""
+TOKENIZER = 'tokenizer'
+"""The tokenizer's name in `read`."""
+TRAINING = ('frozen',)
+BOUNDS = {
+  'conditions.codes.position': checks.one_of(token_injection.POSITIONS),
+  'conditions.codes.how': checks.one_of(token_injection.WAYS),
+  'conditions.codes.dropout': checks.below_one(),
+  'conditions.codes.training': checks.one_of(TRAINING),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codes(Condition):
+  """The ids of each level, coarse first.
+
+  Attributes:
+    tokenizer: whose ids they are.
+    shape: of one map of their codes.
+    position: where their map enters, of `token_injection.POSITIONS`.
+    how: of `token_injection.WAYS`.
+    dropout: probability of the learned stand-in, one vector for all positions.
+    flip: images are mirrored in training, so that their ids are not known before.
+    maker: the stage whose samples are the ids in sampling; None = they are seen in data.
+  """
+
+  tokenizer: tokenizers.Tokenizer
+  shape: tuple[int, int, int]
+  position: str
+  how: str
+  dropout: float
+  flip: bool
+  maker: reads.Sampled | None
+
+  name = CODES
+  title = CODES
+  titles = {DECODED: 'tokenizer'}
+  reconstructs = True
+
+  @property
+  def ports(self) -> Mapping[str, Port]:
+    """The map of the codes, inside the network."""
+    return {
+      CODES: Port(enters=self.position, how=self.how, shape=self.shape, droppable=self.dropout > 0),
+    }
+
+  @property
+  def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The ids."""
+    grids = self.tokenizer.grids
+    return {
+      name: jax.ShapeDtypeStruct(grid, jnp.int32)
+      for name, grid in zip(names_of(len(grids)), grids, strict=True)
+    }
+
+  @property
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """The tokenizer."""
+    return {TOKENIZER: self.tokenizer.source}
+
+  @property
+  def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The ids, unless images are mirrored: the ids of a mirrored image are not its ids mirrored."""
+    return {} if self.flip else self.inputs
+
+  def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:
+    """Returns the ids of the images; or what is stored."""
+    del key
+    if self.inputs.keys() <= batch.keys():
+      return {name: batch[name] for name in self.inputs}
+    return dict(zip(self.inputs, self.tokenizer.codes(read[TOKENIZER], x), strict=True))
+
+  def complete(self, read: Read, given: Given) -> Given:
+    """Returns the image of the tokenizer's own decoder beside the ids."""
+    return {**given, DECODED: self.tokenizer.decode(read[TOKENIZER], self.ids(given))}
+
+  def values(self, read: Read, given: Given) -> Values:
+    """Returns the map of the codes."""
+    return {CODES: self.tokenizer.embed(read[TOKENIZER], self.ids(given))}
+
+  def shown(self, given: Given) -> dict[str, Image]:
+    """Returns that image."""
+    return {DECODED: given[DECODED]}
+
+  def nats(self, read: Read, x: Image) -> Values:
+    """Returns 'codes', log K for each id: what a bound adds for ids that are taken to be equally likely."""
+    del read
+    levels = zip(self.tokenizer.grids, self.tokenizer.sizes, strict=True)
+    return {CODES: jnp.full(len(x), sum(math.prod(grid) * math.log(size) for grid, size in levels))}
+
+  def ids(self, given: Given) -> tokenizers.Grids:
+    """Returns the ids of each level, of what was given.
+
+    Raises:
+      UserError: when they have another grid, or are no whole numbers.
+    """
+    found = tuple(given[name] for name in self.inputs)
+    for (name, struct), ids in zip(self.inputs.items(), found, strict=True):
+      if ids.shape[1:] != struct.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise UserError(
+          f'{name} must be ids, {" x ".join(map(str, struct.shape))} whole numbers per image as the '
+          f'tokenizer {self.tokenizer.source.stage!r} makes them; got {" x ".join(map(str, ids.shape[1:]))} of type '
+          f'{ids.dtype}'
+        )
+    return found
+
+
+def names_of(levels: int) -> tuple[str, ...]:
+  """Returns the names of the ids of so many levels, coarse first: 'codes', or 'codes_0', 'codes_1', ..."""
+  return (CODES,) if levels == 1 else tuple(f'{CODES}_{level}' for level in range(levels))
+
+
+def codes_condition(config: ConfigDict, stage: str, space: Space) -> Codes:
+  """Returns the condition that `config.<stage>.conditions.codes` describes.
+
+  Raises:
+    UserError: for a value that is not allowed, or a stage without codes. Where the grid of the codes is not
+      that of the U-Net's bottom level, the U-Net says so.
+  """
+  del space
+  section = config[stage]
+  checks.check(section, BOUNDS)
+  named = section.conditions[CODES]
+  tokenizer = tokenizers.tokenizer_of(config, named.stage, named.workdir, 'conditions.codes.stage')
+  return Codes(
+    tokenizer=tokenizer,
+    shape=tokenizer.embedded,
+    position=named.position,
+    how=named.how,
+    dropout=named.dropout,
+    flip=section.train.flip,
+    maker=maker_of(config, named.prior_stage, len(tokenizer.grids)),
+  )
+
+
+def maker_of(config: ConfigDict, stage: str, levels: int) -> reads.Sampled | None:
+  """Returns the stage whose samples are the ids; None of ''.
+
+  Raises:
+    UserError: when it is no stage of the config.
+  """
+  if not stage:
+    return None
+  if stage not in config or not isinstance(config[stage], ConfigDict) or 'experiment' not in config[stage]:
+    raise UserError(f'conditions.codes.prior_stage is {stage!r}, which is no stage of this config')
+  return reads.Sampled(stage=stage, workdir='', feeds=names_of(levels)[-1], depth=1)
