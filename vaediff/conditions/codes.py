@@ -123,10 +123,10 @@ class Codes(Condition):
     found = tuple(given[name] for name in self.inputs)
     for (name, struct), ids in zip(self.inputs.items(), found, strict=True):
       if ids.shape[1:] != struct.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        wanted, got = (' x '.join(map(str, shape)) for shape in (struct.shape, ids.shape[1:]))
         raise UserError(
-          f'{name} must be ids, {" x ".join(map(str, struct.shape))} whole numbers per image as the '
-          f'tokenizer {self.tokenizer.source.stage!r} makes them; got {" x ".join(map(str, ids.shape[1:]))} of type '
-          f'{ids.dtype}'
+          f'{name} must be ids, {wanted} whole numbers per image, as the tokenizer '
+          f'{self.tokenizer.source.stage!r} makes them; got {got} of type {ids.dtype}'
         )
     return found
 
