@@ -19,14 +19,11 @@ from vaediff.errors import UserError
 from vaediff.models import token_injection
 from vaediff.models.ports import Port
 from vaediff.spaces import Space, tokenizers
+from vaediff.spaces.tokenizers import CODES, TOKENIZER, names_of
 from vaediff.types import Batch, Given, Image, Read, Values
 
-CODES = 'codes'
-"""Name of the condition and of its value; of the input too, where there is one level."""
 DECODED = 'x0_codes'
 """The image that the tokenizer's own decoder makes of the ids."""
-TOKENIZER = 'tokenizer'
-"""The tokenizer's name in `read`."""
 TRAINING = ('frozen',)
 BOUNDS = {
   'conditions.codes.position': checks.one_of(token_injection.POSITIONS),
@@ -129,11 +126,6 @@ class Codes(Condition):
           f'{self.tokenizer.source.stage!r} makes them; got {got} of type {ids.dtype}'
         )
     return found
-
-
-def names_of(levels: int) -> tuple[str, ...]:
-  """Returns the names of the ids of so many levels, coarse first: 'codes', or 'codes_0', 'codes_1', ..."""
-  return (CODES,) if levels == 1 else tuple(f'{CODES}_{level}' for level in range(levels))
 
 
 def codes_condition(config: ConfigDict, stage: str, space: Space) -> Codes:
