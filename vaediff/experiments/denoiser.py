@@ -322,7 +322,7 @@ class Denoiser:
     """Returns 'loss' of each example, at a time that is drawn or given; of a learned variance its parts too.
 
     These are 'simple', the weighted denoising loss, and 'bound', T vb_t: its mean over times is the bound in
-    bits per dimension but for what is lost at t = 1.
+    bits per dimension but for what is lost at t = 1. Those of the conditions come beside them.
     """
     key_t, key_eps, key_drop, key_dropout = jax.random.split(key, 4)
     t = schedules.sample_time(self.schedule, key_t, y0.shape[0]) if t is None else t
@@ -332,12 +332,12 @@ class Denoiser:
     output, fraction = self.outputs(read, y, t, values, drop, key_dropout if training else None)
     simple = losses.denoising_loss(self.prediction, output, y0, eps, t, self.schedule, self.loss_weight)
     if fraction is None:
-      return {'loss': simple}
+      return self.conditions.with_losses({'loss': simple}, values)
     x0_hat = gaussian.to_x0(self.prediction, output, y, t, self.schedule)
     alone = self.objective == 'bound'
     bound = self.bound_at(y0, x0_hat if alone else jax.lax.stop_gradient(x0_hat), fraction, t)
     loss = bound if alone else simple + self.vlb_weight * bound
-    return {'loss': loss, 'simple': simple, 'bound': bound}
+    return self.conditions.with_losses({'loss': loss, 'simple': simple, 'bound': bound}, values)
 
   def bound_at(self, y0: State, x0_hat: State, fraction: State, t: Time) -> Float[Array, ' batch']:
     """Returns T vb_t of each example, in bits per dimension; in training x0_hat is not clipped."""
