@@ -16,7 +16,7 @@ latents: 274,056,163 parameters, joined with `unconditional`; what it is conditi
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, parts, presets
+from configs import base, code_papers, gan_papers, parts, presets
 from configs.stages import diffusion
 
 DATA = {
@@ -63,6 +63,7 @@ def _vqvae(stage):
 
 SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae}
 OWN = {
+  **code_papers.VARIANTS,
   'folder': _folder,
   'pictures': _pictures,
   'ddgan': gan_papers.celeba256_ddgan,

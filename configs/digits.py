@@ -135,6 +135,12 @@ def _vqvae(stage):
   )
 
 
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 1})
+  stage.loss.update(gan_small.VQGAN)
+
+
 def _evaluate(section):
   section.update(
     {
@@ -158,6 +164,7 @@ SIZES = {
   'ddgan': _ddgan,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'vqgan': _vqgan,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
   'restore': lambda section: section.update({'num_images': 297}),

@@ -45,7 +45,20 @@ def _vqvae(stage):
   stage.train.num_steps = 5000
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae': _vqvae}
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 3})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 2500, 'discriminator_start_step': 2000})
+
+
+SIZES = {
+  **gan_small.SIZES,
+  'vae': _vae,
+  'refiner': _refiner,
+  'ddgan': _ddgan,
+  'vqvae': _vqvae,
+  'vqgan': _vqgan,
+}
 
 
 def get_config(variant: str = ''):

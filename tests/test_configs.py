@@ -43,6 +43,7 @@ OWN = [
   ('celeba256', 'latent_diffusion'),
   ('cifar10', 'wavelet_diffusion,unconditional'),
   ('digits', 'latent_diffusion,formulation2,z,guided'),
+  ('celeba256', 'llamagen_vq16'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 LABELLED = ('afhq256', 'cifar10', 'digits', 'emoji64', 'fashion_mnist')
@@ -91,6 +92,7 @@ def test_config_files_import_one_way_and_nothing_of_the_program():
     stages,
     ['configs.stages'],
     ['configs.base', 'configs.gan_small', 'configs.gan_papers'],
+    ['configs.code_papers'],
     [f'configs.{name}' for name in NAMES],
   ]
   floors = {}
@@ -369,8 +371,8 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   again = configs.read(workdir)  # the run describes itself
   assert again == config
   inputs = experiments.build(config, config.stages[-1]).inputs
-  # a stage that reads degraded images alone has nothing to make samples of by itself
-  wanted = ['reconstructions.png'] if 'degraded' in inputs else ['samples.png', 'interpolation.png']
+  # a stage that reads degraded images alone, or has codes, has nothing to make samples of by itself
+  wanted = ['reconstructions.png'] if {'degraded', 'latents'} & set(inputs) else ['samples.png', 'interpolation.png']
   if 'x0_vae' in inputs:
     wanted.append('reconstructions.png')
     for task in tasks:

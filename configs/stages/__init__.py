@@ -14,6 +14,7 @@ from configs.stages import (
   noisy_classifier,
   progressive,
   vae,
+  vqgan,
   vqvae,
 )
 
@@ -30,6 +31,7 @@ BY_NAME = {
   **dict.fromkeys(cascade.STAGES, cascade),
   'noisy_classifier': noisy_classifier,
   'vqvae': vqvae,
+  'vqgan': vqgan,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

@@ -94,11 +94,12 @@ class Vq(Tokenizer):
 
   def codes(self, params: Params, x: Image) -> Grids:
     """Returns the nearest code of each vector."""
-    return (codebook.nearest(encoders.encode(self.source.model, params, x, None), params[encoders.CODES]),)
+    z = encoders.encode(self.source.model, params, x, None)
+    return (codebook.nearest(z, encoders.codes_of(self.source.model, params)),)
 
   def embed(self, params: Params, codes: Grids) -> LatentMap:
     """Returns the codes themselves."""
-    return codebook.lookup(params[encoders.CODES], codes[0])
+    return codebook.lookup(encoders.codes_of(self.source.model, params), codes[0])
 
   def decode(self, params: Params, codes: Grids) -> Image:
     """Returns what the decoder makes of the codes."""
