@@ -35,7 +35,9 @@ def codes(stage: str) -> ConfigDict:
       'position': 'middle',  # where they enter, at the U-Net's bottom level: 'encoder' | 'middle' | 'decoder'
       'how': 'concat',  # 'concat' | 'add' | 'attention', whose grid is free
       'dropout': 0.0,  # probability, per example, of the learned null, one vector for all positions
-      'training': 'frozen',  # of the tokenizer: 'frozen'
+      # of the tokenizer: 'frozen', as its stage has trained it | 'joint', this stage trains its encoder and
+      # codes, with the settings of its section `loss` | 'warm', so too, beginning as the trained one
+      'training': 'frozen',
       'prior_stage': '',  # whose samples they are in sampling: this stage; '' = none, they are seen in data
     }
   )
@@ -76,9 +78,11 @@ def arrange(run: Run) -> None:
   named.stage = _chosen(stages) or named.stage
   named.prior_stage = PRIOR if PRIOR in stages else ''
   read = diffusion.reads(refiner)
-  before = dict.fromkeys((named.stage, *(stage for stage in stages if stage in read)))
+  own = (named.stage,) if named.training != 'joint' else ()
+  before = dict.fromkeys((*own, *(stage for stage in stages if stage in read and stage != named.stage)))
   unread = () if 'vae' in read else ('vae',)
-  run.only(*before, 'refiner', *(stage for stage in stages if stage not in (*before, 'refiner', *unread)))
+  known = {*before, 'refiner', named.stage, *unread}
+  run.only(*before, 'refiner', *(stage for stage in stages if stage not in known))
 
 
 def fill(run: Run, models: Mapping[int, dict[str, Any]]) -> None:
@@ -113,4 +117,19 @@ def fit(model: ConfigDict, factor: int, image_size: int) -> None:
   model.attention_resolutions = tuple(side for side in model.attention_resolutions if side in sides)
 
 
-VARIANTS = {'divae': divae}
+def divae_joint(run: Run) -> None:
+  """The tokenizer's encoder and codes are trained by the diffusion, from the start."""
+  _trained(run, 'joint')
+
+
+def divae_warm(run: Run) -> None:
+  """The same, beginning as a trained tokenizer."""
+  _trained(run, 'warm')
+
+
+def _trained(run: Run, training: str) -> None:
+  divae(run)
+  run.section('refiner').conditions.codes.training = training
+
+
+VARIANTS = {'divae': divae, 'divae_joint': divae_joint, 'divae_warm': divae_warm}

@@ -1,6 +1,7 @@
 """Codes as a condition: what the network reads of them, what is stored, what is refused."""
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import sys
@@ -185,9 +186,9 @@ def test_ids_of_another_grid_or_type_are_refused(ids, message):
   [
     ({'position': 'bottom'}, "config.refiner: conditions.codes.position is 'bottom'; valid: encoder, middle"),
     ({'how': 'multiply'}, "conditions.codes.how is 'multiply'; valid: concat, add, attention"),
-    ({'training': 'thawed'}, "conditions.codes.training is 'thawed'; valid: frozen"),
+    ({'training': 'thawed'}, "conditions.codes.training is 'thawed'; valid: frozen, joint, warm"),
     ({'dropout': 1.0}, r'conditions.codes.dropout must be in \[0, 1\), got 1.0'),
-    ({'stage': 'refiner'}, "conditions.codes.stage is 'refiner', which is no tokenizer of this config"),
+    ({'stage': 'refiner'}, "conditions.codes.stage is 'refiner', the stage itself; name one"),
     ({'stage': 'absent'}, "conditions.codes.stage is 'absent', which is no tokenizer of this config"),
     ({'prior_stage': 'prior'}, "conditions.codes.prior_stage is 'prior', which is no stage of this config"),
   ],
@@ -208,3 +209,132 @@ def test_a_grid_that_is_not_that_of_the_bottom_level_is_refused():
   with pytest.raises(UserError, match=message):
     build(**levels)
   assert build(**levels, **{'refiner.conditions.codes.how': 'attention'})
+
+
+# A tokenizer that the diffusion trains ----------------------------------------------------------------
+
+
+JOINT = {'refiner.train.batch_size': 16}
+
+
+def batch(count=16):
+  return {'image': jnp.asarray(np.random.default_rng(1).integers(0, 256, (count, 8, 8, 1), np.uint8))}
+
+
+def largest(tree):
+  return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def stepped():
+  """A joint experiment, a state before and after one update from random parameters, and the metrics.
+
+  Without a weight of the commitment: what the encoder gets is the gradient of the denoising loss alone.
+  """
+  changes = {'vqvae.loss.commitment_weight': 0.0, 'refiner.optim.warmup_steps': 0}
+  experiment = build('divae_joint,debug', **JOINT, **changes)
+  state = jax.jit(experiment.init)(jax.random.key(0))
+  network = state.networks['denoiser']
+  network = network.replace(params=made(experiment.denoiser.model, 1))  # a fresh one passes no gradient on
+  state = state.replace(networks={**state.networks, 'denoiser': network})
+  after, metrics = jax.jit(experiment.train_step)(state, {}, batch(), jax.random.key(2))
+  return experiment, state, after, metrics
+
+
+def test_a_frozen_tokenizer_is_not_trained():
+  experiment = build('divae,debug', **JOINT)
+  state, read = jax.eval_shape(experiment.init, jax.random.key(0)), frozen_of(experiment)
+  after, metrics = jax.eval_shape(experiment.train_step, state, read, batch(), jax.random.key(2))
+  assert set(after.networks) == {'denoiser'} and set(read) == {'tokenizer'} and after.extra == {}
+  assert set(metrics) == {'loss', 'simple', 'bound', 'grad_norm/denoiser'}
+
+
+def test_the_loss_trains_encoder_and_codes_of_a_joint_one():
+  experiment, state, after, metrics = stepped()
+  assert set(experiment.networks) == {'denoiser', 'tokenizer'} and experiment.frozen == {}
+  before, now = (one.networks['tokenizer'].params for one in (state, after))
+  assert set(now) == {'encoder', 'codes'}  # there is no decoder but the diffusion
+  assert float(metrics['grad_norm/tokenizer']) > 1e-4
+  assert largest(jax.tree.map(jnp.subtract, now['encoder'], before['encoder'])) > 1e-5
+  assert float(metrics['commitment']) > 0 and float(metrics['codebook/used']) > 0.2
+  # the first codes are vectors of the batch, then follow them; neither optimizer nor average moves them
+  book = after.extra['codebook']
+  assert np.any(now['codes'] != before['codes']) and bool(book['started'])
+  smoothed = book['counts'].sum() * (book['counts'] + 1e-5) / (book['counts'].sum() + 16e-5)
+  followed = np.isclose(now['codes'], book['sums'] / smoothed[:, None], atol=1e-5).all(axis=1)
+  assert np.all(followed | np.isclose(now['codes'], book['sums'], atol=1e-5).all(axis=1))
+  np.testing.assert_array_equal(after.networks['tokenizer'].ema_params['codes'], now['codes'])
+
+
+def test_the_commitment_is_a_term_of_the_loss_by_its_weight():
+  conditions = build('divae_joint,debug', **JOINT).conditions
+  terms, values = {'loss': jnp.float32([1.0, 2.0])}, {'commitment': jnp.float32([4.0, 8.0])}
+  found = conditions.with_losses(terms, values)
+  np.testing.assert_allclose(found['loss'], [2.0, 4.0])  # 1/4, of vqvae.loss.commitment_weight
+  np.testing.assert_array_equal(found['commitment'], values['commitment'])
+  assert conditions.with_losses(terms, {}) == terms  # of images that are not trained on
+
+
+def test_a_warm_one_begins_as_the_trained_one():
+  experiment = build('divae_warm,debug', **JOINT)
+  read = frozen_of(experiment)
+  assert set(read) == {'first_tokenizer'}
+  state = jax.jit(lambda key: experiment.start(experiment.init(key), read))(jax.random.key(0))
+  network, known = state.networks['tokenizer'], read['first_tokenizer']
+  for tree in (network.params, network.ema_params):
+    jax.tree.map(np.testing.assert_array_equal, tree, {part: known[part] for part in ('encoder', 'codes')})
+  np.testing.assert_array_equal(state.extra['codebook']['sums'], known['codes'])
+  assert bool(state.extra['codebook']['started'])  # no vectors of the batch take their place
+
+
+def test_samples_of_a_joint_one_are_made_of_its_own_ids():
+  experiment, _, after, _ = stepped()
+  read = after.eval_params
+  x = batch(2)['image'] / 127.5 - 1
+  seen = jax.jit(lambda x: experiment.observe(read, {}, x))(x)
+  assert set(seen) == {'codes'} and experiment.reconstructs and experiment.stored == {}
+  assert experiment.titles == {}
+  values = experiment.conditions.values(read, experiment.conditions.complete(read, seen))
+  np.testing.assert_array_equal(values['codes'], read['tokenizer']['codes'][seen['codes']])
+  assert experiment.conditions.shown(experiment.conditions.complete(read, seen)) == {}
+
+
+def test_a_student_reads_the_tokenizer_of_a_joint_teacher():
+  config = config_of('divae_joint,distill,debug', **JOINT)
+  assert config.stages == ('refiner', 'distill_2', 'distill_1')
+  for stage in ('distill_2', 'distill_1'):
+    named = config[stage].conditions.codes
+    assert (named.stage, named.training) == ('refiner', 'frozen')
+    student = experiments.build(config, stage)
+    source = student.frozen['tokenizer']
+    assert (source.stage, source.network) == ('refiner', 'tokenizer')
+    assert set(student.networks) == {'denoiser'}
+    shapes = jax.eval_shape(source.model.init, jax.random.key(0))
+    known = jax.eval_shape(build('divae_joint,debug', **JOINT).networks['tokenizer'].init, jax.random.key(0))
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, known)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'vqvae.loss.codebook': 'gradient'}, "training is 'joint', which takes .* loss.codebook = 'ema'"),
+    ({'refiner.train.batch_size': 1}, 'share the 16 vectors of a batch'),
+    ({'refiner.conditions.codes.stage': 'refiner'}, "codes.stage is 'refiner', the stage itself"),
+  ],
+)
+def test_tokenizers_that_cannot_be_trained_so_are_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    build('divae_joint,debug', **{**JOINT, **changes})
+
+
+def test_a_student_trains_no_tokenizer():
+  config = config_of('divae,distill,debug')
+  config.distill_1.conditions.codes.training = 'joint'
+  with pytest.raises(UserError, match='a student trains no tokenizer: it reads that of its teacher'):
+    experiments.build(config, 'distill_1')
+
+
+def test_a_diffusion_that_trains_no_tokenizer_is_none():
+  config = config_of('divae,debug')
+  with pytest.raises(UserError, match="'refiner' is a diffusion that trains no tokenizer"):
+    tokenizers.tokenizer_of(config, 'refiner', '', 'tokenizer.stage')

@@ -20,7 +20,7 @@ from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
 from vaediff.diffusion import gaussian, grids, importance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base, bounds, guides, variance
+from vaediff.experiments import base, bounds, guides, jointly, variance
 from vaediff.experiments.denoiser import LEARNED, Denoiser
 from vaediff.models import ports
 from vaediff.models.functional import Model
@@ -127,8 +127,8 @@ class Diffusion(base.InSpace):
 
   @property
   def networks(self) -> Mapping[str, Model]:
-    """The one network of this stage."""
-    return {self.denoiser.network: self.denoiser.model}
+    """The denoiser, and encoders that are trained with it."""
+    return {self.denoiser.network: self.denoiser.model, **jointly.models(self.conditions)}
 
   @property
   def num_function_evaluations(self) -> int:
@@ -188,7 +188,12 @@ class Diffusion(base.InSpace):
     extra = {}
     if self.draws_times:
       extra[variance.HISTORY] = importance.start(self.denoiser.schedule.train_steps)
-    return base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra=extra)
+    state = base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra=extra)
+    return jointly.init(state, self.conditions, self.optimizer, key)
+
+  def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
+    """Returns the state whose encoders are those that they begin as."""
+    return jointly.start(state, self.conditions, frozen)
 
   @property
   def draws_times(self) -> bool:
@@ -211,11 +216,12 @@ class Diffusion(base.InSpace):
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the loss."""
     del kind
-    name, count = self.denoiser.network, batch['image'].shape[0]
+    count = batch['image'].shape[0]
+    state, moved, key = jointly.before_update(state, self.conditions, batch, key, flip=self.flip)
     batch, key = self.marked(state, batch, key)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      read = {**frozen, name: params}
+      read = {**frozen, **params}
       key_example, key_loss = jax.random.split(key)
       y0, values = self.examples(read, batch, key_example, training=True)
       if not self.draws_times:
@@ -229,13 +235,13 @@ class Diffusion(base.InSpace):
       each = jnp.zeros(count).at[batch[POSITION]].set(self.microbatches * terms['loss'])
       return metrics['loss'], {**metrics, variance.HISTORY: each}
 
-    params = state.networks[name].params
+    params = {name: network.params for name, network in state.networks.items()}
     grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
     if self.draws_times:
       history = importance.update(state.extra[variance.HISTORY], batch[INDEX], metrics.pop(variance.HISTORY))
       state = state.replace(extra={**state.extra, variance.HISTORY: history})
-    state, norms = base.update_one(state, name, grads, self.optimizer)
-    return state, {**metrics, **norms}
+    state, norms = jointly.update(state, self.conditions, grads, self.optimizer)
+    return state, {**metrics, **moved, **norms}
 
   def marked(self, state: base.TrainState, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
     """Returns the batch with what is decided of it as a whole, and the key that is left."""

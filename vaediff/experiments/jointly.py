@@ -1,8 +1,8 @@
-"""Encoders that a diffusion trains with its denoiser, by the same loss: a tokenizer and the decoder of its codes.
+"""Encoders that a diffusion trains with its denoiser, by the same loss: a tokenizer and its decoder.
 
 The condition that reads an encoder says so (`Condition.trained`); its values carry the gradient. What lies
-behind the encoder moves as in the stage of an autoencoder (`experiments.bottlenecks`). Without such conditions
-nothing here does anything.
+behind the encoder moves as in the stage of an autoencoder (`experiments.bottlenecks`). Without such
+conditions nothing here does anything.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,9 @@ def models(conditions: Conditions) -> dict[str, Model]:
   return {name: trained.model for name, trained in conditions.trained.items()}
 
 
-def init(state: base.TrainState, conditions: Conditions, optimizer: Optimizer, key: jax.Array) -> base.TrainState:
+def init(
+  state: base.TrainState, conditions: Conditions, optimizer: Optimizer, key: jax.Array
+) -> base.TrainState:
   """Returns the state at step 0 with the encoders, and what their bottlenecks keep."""
   networks, extra = dict(state.networks), dict(state.extra)
   for number, (name, trained) in enumerate(conditions.trained.items(), 1):
@@ -41,7 +43,8 @@ def start(state: base.TrainState, conditions: Conditions, frozen: Read) -> base.
       params = {part: jax.tree.map(jnp.copy, known[part]) for part in network.params}
       average = None if network.ema_params is None else jax.tree.map(jnp.copy, params)
       networks[name] = network.replace(params=params, ema_params=average)
-      extra |= _bottleneck(trained).init(params, started=True)
+      kept = _bottleneck(trained).init(params)
+      extra |= {part: {**value, 'started': jnp.bool_(True)} for part, value in kept.items()}
   return state.replace(networks=networks, extra=extra)
 
 

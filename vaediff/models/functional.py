@@ -21,8 +21,8 @@ class Model:
     module: the Flax module.
     inputs: shapes of the arguments of one forward pass with batch 1, in order (None = not given, a dict =
       values by name); used by `init` and by cost counting, so that neither needs data.
-    entry: the module's method of a forward pass; None = its call. Parameters that it does not read are none of
-      the network's.
+    entry: the module's method of a forward pass; None = its call. What it does not read is no part of the
+      parameters.
   """
 
   module: nn.Module

@@ -128,8 +128,9 @@ class Coder(Vq):
     That is the mean squared distance of an image's vectors from their codes, which do not follow it.
     """
     z = encoders.encode(self.source.model, params, x, None)
-    embedded, ids = codebook.quantize(z, params[encoders.CODES])
-    fixed = jax.lax.stop_gradient(codebook.lookup(params[encoders.CODES], ids))
+    codes = encoders.codes_of(self.source.model, params)
+    embedded, ids = codebook.quantize(z, codes)
+    fixed = jax.lax.stop_gradient(codebook.lookup(codes, ids))
     return (ids,), embedded, jnp.mean(jnp.square(z - fixed), axis=(1, 2, 3))
 
 
@@ -161,7 +162,8 @@ def coder(config: ConfigDict, stage: str, workdir: str) -> Coder:
       f"'warm' there; name a stage that does"
     )
   named = conditions[CODES].stage
-  reads.need_stage(config, named, 'autoencoder', f'{stage}.conditions.{CODES}.stage', 'autoencoder with codes')
+  field = f'{stage}.conditions.{CODES}.stage'
+  reads.need_stage(config, named, 'autoencoder', field, 'autoencoder with codes')
   return Coder.of(vq(config, named, ''), stage, workdir)
 
 
