@@ -334,6 +334,11 @@ def test_a_student_trains_no_tokenizer():
     experiments.build(config, 'distill_1')
 
 
+def test_students_that_need_ids_of_nothing_are_refused():
+  with pytest.raises(UserError, match='data_free_fraction is 0.5, which needs .*; codes is seen in an image'):
+    build('divae,distill,debug', 'distill_2', **{'distill.data_free_fraction': 0.5})
+
+
 def test_a_diffusion_that_trains_no_tokenizer_is_none():
   config = config_of('divae,debug')
   with pytest.raises(UserError, match="'refiner' is a diffusion that trains no tokenizer"):

@@ -53,6 +53,7 @@ class Condition(abc.ABC):
     bounds_images: what it observes of an image is drawn from a known prior, or has a density of its own in
       `nats`, so that a loss given it bounds -log p of the image.
     trained: networks that the stage trains beside its own, by their names in `read`.
+    seen: of its inputs, those that an image shows, or another stage makes, and `draw` cannot.
     losses: of the values of training, those that are terms of the loss, a number per example: their weights.
   """
 
@@ -70,6 +71,7 @@ class Condition(abc.ABC):
   bounds_images = True
   trained: Mapping[str, Trained] = {}
   losses: Mapping[str, float] = {}
+  seen: tuple[str, ...] = ()
 
   @property
   @abc.abstractmethod
@@ -202,6 +204,11 @@ class Conditions:
   def makers(self) -> tuple[reads.Sampled, ...]:
     """The stages whose samples feed them."""
     return tuple(one.maker for one in self.each if one.maker)
+
+  @property
+  def seen(self) -> tuple[str, ...]:
+    """What cannot be drawn of nothing."""
+    return tuple(name for one in self.each for name in one.seen)
 
   @property
   def max_level(self) -> float:

@@ -87,6 +87,11 @@ class Codes(Condition):
     }
 
   @property
+  def seen(self) -> tuple[str, ...]:
+    """All."""
+    return tuple(self.inputs)
+
+  @property
   def frozen(self) -> Mapping[str, reads.Reads]:
     """The tokenizer."""
     return {TOKENIZER: self.tokenizer.source}

@@ -20,8 +20,9 @@ from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
 from vaediff.diffusion import gaussian, grids, importance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base, bounds, guides, jointly, variance
+from vaediff.experiments import base, bounds, diffusion_checks, guides, jointly, variance
 from vaediff.experiments.denoiser import LEARNED, Denoiser
+from vaediff.experiments.perceptual import Perceptual
 from vaediff.models import ports
 from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
@@ -99,8 +100,8 @@ class Diffusion(base.InSpace):
     checks.check(section, BOUNDS if taught else Diffusion.bounds, f'config.{stage}: ')
     space = make_space(config, stage)
     conditions = guides.with_target(config, stage, make_conditions(config, stage, space))
-    check_section(section, space, conditions)
-    plain = make_denoiser(section, space, conditions)
+    diffusion_checks.check(section, space, conditions)
+    plain = make_denoiser(section, space, conditions, perceptual_of(config, stage, space))
     variance.check(section, plain.schedule, taught=taught)
     denoiser, for_sampling = guides.guided(config, stage, space, plain, unguided)
     return cls(
@@ -119,6 +120,11 @@ class Diffusion(base.InSpace):
   def conditions(self) -> Conditions:
     """What it is conditioned on."""
     return self.denoiser.conditions
+
+  @property
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """What the space, the conditions and the loss read."""
+    return {**super().frozen, **(self.denoiser.perceptual.frozen if self.denoiser.perceptual else {})}
 
   @property
   def diffusion(self) -> 'Diffusion':
@@ -326,7 +332,9 @@ class Diffusion(base.InSpace):
     return {**self.conditions.nats(read, x0), **terms}
 
 
-def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> Denoiser:
+def make_denoiser(
+  section: ConfigDict, space: Space, conditions: Conditions, perceptual: Perceptual | None = None
+) -> Denoiser:
   """Returns the U-Net of a stage's section, and how it is read."""
   height, width, channels = space.shape
   if height != width:
@@ -355,8 +363,28 @@ def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> 
     shift=vae_conditions.IMAGE if section.diffusion.condition == 'formulation2' else '',
     variance=section.diffusion.variance,
     of_bytes=space.is_data,
+    perceptual=perceptual,
     **({} if 'teacher' in section else {name: section.loss[name] for name in ('objective', 'vlb_weight')}),
   )
+
+
+def perceptual_of(config: ConfigDict, stage: str, space: Space) -> Perceptual | None:
+  """Returns the perceptual distance of a stage's loss; None where it has none, as of students.
+
+  Raises:
+    UserError: where the maps are no images.
+  """
+  section = config[stage]
+  if 'teacher' in section:
+    return None
+  loss = section.loss
+  found = Perceptual.of(loss.perceptual, loss.perceptual_weight, config.evaluate.weights_dir)
+  if found.source and not space.is_data:
+    raise UserError(
+      f'loss.perceptual is {loss.perceptual!r}, a distance of images; the maps of space = {section.space!r} '
+      "are none: use 'pixel', or loss.perceptual = ''"
+    )
+  return found if found.source else None
 
 
 def unguided(config: ConfigDict, stage: str) -> tuple[Space, Denoiser]:
@@ -364,33 +392,3 @@ def unguided(config: ConfigDict, stage: str) -> tuple[Space, Denoiser]:
   checks.check(config[stage], BOUNDS, f'config.{stage}: ')
   space = make_space(config, stage)
   return space, make_denoiser(config[stage], space, make_conditions(config, stage, space))
-
-
-def check_section(section: ConfigDict, space: Space, conditions: Conditions) -> None:
-  """Raises UserError for fields of a section that contradict each other."""
-  diffusion, sample, train = section.diffusion, section.sample, section.train
-  if diffusion.condition_dropout > 0 and diffusion.condition == 'none' and not diffusion.z_conditioning:
-    raise UserError(
-      f'diffusion.condition_dropout is {diffusion.condition_dropout}, but the U-Net reads nothing of a VAE '
-      'that could be dropped; set diffusion.condition or z_conditioning, or set the dropout to 0'
-    )
-  if sample.t_start < 1 and diffusion.condition == 'none':
-    raise UserError(
-      "sample.t_start < 1 starts from a noised x0_vae, which diffusion.condition = 'none' does not have"
-    )
-  if sample.guidance_weight > 0 and not conditions.droppable:
-    raise UserError(
-      f'sample.guidance_weight is {sample.guidance_weight}; guidance_weight > 0 needs a network trained with '
-      'diffusion.condition_dropout > 0, or that of another condition, such as conditions.label.dropout > 0; '
-      'here none is dropped'
-    )
-  if sample.clip != 'none' and space.bound is None:
-    raise UserError(
-      f'sample.clip = {sample.clip!r} brings x0_hat into [-1, 1], where the maps of space = '
-      f"{section.space!r} of unit deviation are not; use 'none'"
-    )
-  if diffusion.x0_vae_source == 'precomputed' and diffusion.z_conditioning and train.flip:
-    raise UserError(
-      "diffusion.x0_vae_source = 'precomputed' with z_conditioning cannot be joined with train.flip: the "
-      "stored z belongs to the image as it is; use 'mean', or train.flip = False"
-    )
