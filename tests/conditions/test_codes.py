@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vaediff import experiments, reads
+from vaediff import experiments, identity, reads
 from vaediff.conditions import codes
 from vaediff.errors import UserError
 from vaediff.models.functional import Model
-from vaediff.run import students
+from vaediff.run import checkpoint, frozen, students
 from vaediff.spaces import tokenizers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / 'experiments'))
@@ -196,6 +196,20 @@ def test_ids_of_another_grid_or_type_are_refused(ids, message):
 def test_what_cannot_be_is_refused(changes, message):
   with pytest.raises(UserError, match=message):
     build(**{f'refiner.conditions.codes.{name}': value for name, value in changes.items()})
+
+
+def test_a_tokenizer_that_was_trained_anew_is_refused(monkeypatch, tmp_path):
+  experiment = build()
+  stored = {checkpoint.ID: 'own', 'frozen': {'tokenizer': 'first'}}
+  monkeypatch.setattr(checkpoint, 'load_meta', lambda folder, step=0: stored)
+  for now, refused in (('first', False), ('second', True)):
+    monkeypatch.setattr(checkpoint, 'identity_of', lambda folder, step=0, now=now: now)
+    assert frozen.ids(experiment, tmp_path) == {'tokenizer': now}
+    if not refused:
+      frozen.check_ids(experiment, tmp_path, tmp_path / 'refiner')
+    else:
+      with pytest.raises(identity.Stale, match="the network 'tokenizer'"):
+        frozen.check_ids(experiment, tmp_path, tmp_path / 'refiner')
 
 
 def test_a_stage_without_codes_is_refused():
