@@ -17,10 +17,13 @@ from vaediff.conditions.codes import Codes
 from vaediff.errors import UserError
 from vaediff.experiments.diffusion import make_denoiser, perceptual_of
 from vaediff.experiments.perceptual import Perceptual
+from vaediff.machine import sharding
 from vaediff.models import token_injection
 from vaediff.models.functional import Model
+from vaediff.modes import train
 from vaediff.optim import make_optimizer
 from vaediff.run import students
+from vaediff.run.trained import Trained
 from vaediff.spaces import tokenizers
 from vaediff.spaces.pixels import Pixels
 
@@ -150,6 +153,32 @@ def test_every_place_and_way_learns_what_the_codes_say(position, how):
   found, last, shuffled = train(denoiser.model.init(jax.random.key(0)))
   assert float(found[-20:].mean()) < 0.9 * float(found[0])
   assert float(shuffled) > 1.3 * float(last)
+
+
+# On data ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_samples_of_real_digits_are_those_of_a_posterior(tmp_path, one_device):
+  """E |x - x'|^2 of a posterior sample is twice, of the mean of 16 17/16 times the posterior mean's."""
+  config = students.resolve(config_of('divae', **{'data.data_dir': str(tmp_path / 'data')}))
+  train.run_stages(config, tmp_path / 'run', config.stages)
+  opened = Trained(config, tmp_path / 'run', 'refiner', sharding.make_mesh(config.mesh))
+  image, label = opened.eval_images(297)
+  given, wanted = opened.observe(image, label), image / 255
+
+  def error(images):
+    return float(np.mean((images / 255 - wanted) ** 2))
+
+  drawn = [opened.draw_all(given, first=number * len(image)) for number in range(16)]
+  decoder = error(drawn[0]['x0_codes'])
+  single, mean = error(drawn[0]['x0']), error(np.mean([images['x0'] for images in drawn], axis=0))
+  shuffled = error(opened.draw_all({name: np.roll(ids, 1, axis=0) for name, ids in given.items()})['x0'])
+  print(f'decoder {decoder:.5f}, one sample {single:.5f}, mean of 16 {mean:.5f}, shuffled {shuffled:.5f}')
+  assert decoder < 0.0057  # k-means of raw 2x2 patches with as many codes
+  assert 1.3 * decoder < single < 2.6 * decoder
+  assert 0.9 * decoder < mean < 1.3 * decoder
+  assert shuffled > 3 * single
 
 
 # The perceptual distance ----------------------------------------------------------------------------------
