@@ -120,10 +120,19 @@ def decoder_of(position, how):
   return one, make_denoiser(section, Pixels(shape=(4, 4, 1)), Conditions((one,)))
 
 
+@pytest.fixture
+def optimized():
+  """Programs are compiled to run fast: hundreds of updates."""
+  before = jax.config.jax_disable_most_optimizations
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('how', token_injection.WAYS)
 @pytest.mark.parametrize('position', token_injection.POSITIONS)
-def test_every_place_and_way_learns_what_the_codes_say(position, how):
+def test_every_place_and_way_learns_what_the_codes_say(position, how, optimized):
   """Images of random signs: of the mean of a quarter nothing but its code, or the state, tells."""
   one, denoiser = decoder_of(position, how)
   section = config_of().refiner.optim
@@ -132,7 +141,7 @@ def test_every_place_and_way_learns_what_the_codes_say(position, how):
 
   def losses(params, key, *, shuffled=False):
     key_x, key_loss = jax.random.split(key)
-    ids = jax.random.bernoulli(key_x, 0.5, (64, 2, 2)).astype(jnp.int32)
+    ids = jax.random.bernoulli(key_x, 0.5, (16, 2, 2)).astype(jnp.int32)
     x = one.tokenizer.decode({}, (ids,))
     seen = jnp.roll(ids, 1, axis=0) if shuffled else ids
     values = one.values({'tokenizer': {}}, {'codes': seen})
