@@ -9,6 +9,7 @@ from configs.stages import (
   ddgan,
   diffusion,
   distribution_matching,
+  divae,
   dvae,
   light_decoder,
   noisy_classifier,
@@ -38,6 +39,8 @@ BY_NAME = {
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {
-  name: variant for module in (*BY_NAME.values(), classifier) for name, variant in module.VARIANTS.items()
+  name: variant
+  for module in (*BY_NAME.values(), classifier, divae)
+  for name, variant in module.VARIANTS.items()
 }
 """Those that every config shares, but for `bfloat16` and `debug`."""

@@ -122,6 +122,8 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
   section['sample'].setdefault('bound_steps', 0)
   if section['experiment'] == 'diffusion':
     section.setdefault('loss', {'objective': 'hybrid', 'vlb_weight': 0.001, 'time_sampler': 'uniform'})
+    section['loss'].setdefault('perceptual', '')
+    section['loss'].setdefault('perceptual_weight', 0.0)
 
 
 def _upgrade_autoencoder(section: dict[str, Any]) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff import reads
@@ -19,6 +21,12 @@ from vaediff.models import codebook, relaxed_codes
 from vaediff.spaces import encoders, hierarchies
 from vaediff.types import Image, LatentMap, Params
 
+CODES = 'codes'
+"""Name of the ids, where there is one level."""
+FROZEN = 'frozen'
+"""What a tokenizer is that is trained before what reads it."""
+TOKENIZER = 'tokenizer'
+"""Name of the tokenizer's network in `read`."""
 FREQUENCIES = 'code_frequencies'
 """The measurement of how often each code is used over the training images, and the name it is read by."""
 LEAST_PERPLEXITY = 2.0
@@ -39,6 +47,8 @@ class Tokenizer(abc.ABC):
   source: reads.FromStage
 
   network: ClassVar[str]
+  decodes: ClassVar[bool] = True
+  """It has a decoder of its own."""
 
   @property
   @abc.abstractmethod
@@ -109,6 +119,34 @@ class Relaxed(Vq):
     return (relaxed_codes.most_likely(self.source.model.apply(params, x, method='logits')),)
 
 
+class Coder(Vq):
+  """The encoder and the codes of such an autoencoder, without its decoder: a diffusion is trained with it."""
+
+  network = TOKENIZER
+  decodes = False
+
+  @classmethod
+  def of(cls, tokenizer: Vq, stage: str, workdir: str) -> 'Coder':
+    """Returns that of a tokenizer's architecture, as a stage trains it."""
+    model = dataclasses.replace(tokenizer.source.model, entry='encode')
+    return cls(source=reads.FromStage(stage=stage, network=cls.network, workdir=workdir, model=model))
+
+  def decode(self, params: Params, codes: Grids) -> Image:
+    """There is none."""
+    raise UserError(f'the tokenizer of stage {self.source.stage!r} has no decoder but its diffusion')
+
+  def straight_through(self, params: Params, x: Image) -> tuple[Grids, LatentMap, Float[Array, ' batch']]:
+    """Returns the ids, the codes whose gradient passes straight through to the encoder, and the commitment.
+
+    That is the mean squared distance of an image's vectors from their codes, which do not follow it.
+    """
+    z = encoders.encode(self.source.model, params, x, None)
+    codes = encoders.codes_of(self.source.model, params)
+    embedded, ids = codebook.quantize(z, codes)
+    fixed = jax.lax.stop_gradient(codebook.lookup(codes, ids))
+    return (ids,), embedded, jnp.mean(jnp.square(z - fixed), axis=(1, 2, 3))
+
+
 BY_BOTTLENECK = {'vq': Vq, 'gumbel': Relaxed}
 """By `model.bottleneck` of an autoencoder."""
 
@@ -165,9 +203,33 @@ def levels(config: ConfigDict, stage: str, workdir: str) -> Levels:
   return Levels(source=reads.FromStage(stage=stage, network=Levels.network, workdir=workdir, model=model))
 
 
+def coder(config: ConfigDict, stage: str, workdir: str) -> Coder:
+  """Returns the tokenizer that a stage with the experiment 'diffusion' trains.
+
+  Raises:
+    UserError: when it trains none.
+  """
+  conditions = config[stage].conditions
+  if CODES not in conditions or conditions[CODES].training == FROZEN:
+    raise UserError(
+      f"{stage!r} is a diffusion that trains no tokenizer: conditions.{CODES}.training is not 'joint' or "
+      f"'warm' there; name a stage that does"
+    )
+  named = conditions[CODES].stage
+  field = f'{stage}.conditions.{CODES}.stage'
+  reads.need_stage(config, named, 'autoencoder', field, 'autoencoder with codes')
+  return Coder.of(vq(config, named, ''), stage, workdir)
+
+
+def names_of(levels: int) -> tuple[str, ...]:
+  """Returns the names of the ids of so many levels, coarse first: 'codes', or 'codes_0', 'codes_1', ..."""
+  return (CODES,) if levels == 1 else tuple(f'{CODES}_{level}' for level in range(levels))
+
+
 BY_EXPERIMENT: dict[str, Callable[[ConfigDict, str, str], Tokenizer]] = {
   'autoencoder': vq,
   'hierarchy': levels,
+  'diffusion': coder,
 }
 """By the experiment of the stage: (config, stage, workdir) -> the tokenizer."""
 
