@@ -55,7 +55,13 @@ def _folder(run):
   run.config.data.update({'source': 'image_folder', 'name': 'celeba256', 'resize': 'bilinear'})
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner}
+def _vqvae(stage):
+  # 32x32 codes
+  stage.model.update({'channel_multipliers': (1, 2, 2, 4), 'codebook_size': 1024})
+  stage.train.update({'batch_size': 32})
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae}
 OWN = {
   'folder': _folder,
   'pictures': _pictures,

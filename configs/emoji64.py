@@ -36,7 +36,16 @@ def _ddgan(stage):
   stage.train.num_steps = 50_000
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan}
+def _vqvae(stage):
+  # 8x8 codes
+  gan_small.autoencoder(stage)
+  stage.model.update(
+    {'channels': 32, 'channel_multipliers': (1, 2, 2, 4), 'latent_channels': 16, 'codebook_size': 256}
+  )
+  stage.train.num_steps = 5000
+
+
+SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae': _vqvae}
 
 
 def get_config(variant: str = ''):

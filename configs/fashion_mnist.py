@@ -62,6 +62,15 @@ def _noisy_classifier(stage):
   stage.train = parts.train(20_000, 128, grid_every_steps=0)
 
 
+def _vqvae(stage):
+  # 8x8 codes; k-means of raw 4x4 patches with as many has a squared error of 0.0065
+  gan_small.autoencoder(stage)
+  stage.model.update(
+    {'channels': 32, 'channel_multipliers': (1, 2, 2), 'latent_channels': 8, 'codebook_size': 256}
+  )
+  stage.train.num_steps = 2000
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -70,6 +79,7 @@ SIZES = {
   'autoencoder': _autoencoder,
   'decoder': _decoder,
   'noisy_classifier': _noisy_classifier,
+  'vqvae': _vqvae,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }

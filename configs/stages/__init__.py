@@ -13,6 +13,7 @@ from configs.stages import (
   noisy_classifier,
   progressive,
   vae,
+  vqvae,
 )
 
 BY_NAME = {
@@ -27,6 +28,7 @@ BY_NAME = {
   'matching': distribution_matching,
   **dict.fromkeys(cascade.STAGES, cascade),
   'noisy_classifier': noisy_classifier,
+  'vqvae': vqvae,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

@@ -20,9 +20,8 @@ from ml_collections import ConfigDict
 from vaediff import checks, reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial
-from vaediff.experiments import base, bounds
+from vaediff.experiments import base, bottlenecks, bounds
 from vaediff.experiments.perceptual import Perceptual
-from vaediff.models import codebook
 from vaediff.models.autoencoder import last_kernel, with_last_kernel
 from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
@@ -59,6 +58,7 @@ class Autoencoder(base.Experiment):
 
   Attributes:
     autoencoder: encoder, decoder and codes.
+    bottleneck: what lies between encoder and decoder.
     discriminator: judges patches; None without an adversarial loss.
     optimizer: of the autoencoder.
     optimizer_discriminator: of the discriminator.
@@ -70,6 +70,7 @@ class Autoencoder(base.Experiment):
   """
 
   autoencoder: Model
+  bottleneck: bottlenecks.Bottleneck
   discriminator: Model | None
   optimizer: Optimizer
   optimizer_discriminator: Optimizer
@@ -85,9 +86,9 @@ class Autoencoder(base.Experiment):
     section, size, channels = config[stage], config.data.image_size, config.data.channels
     base.check(cls, config, stage)
     latent_shape = encoders.latent_shape(section.model, config.data)
-    if section.model.bottleneck == 'vq' and section.loss.codebook == 'ema':
-      vectors = section.train.batch_size * latent_shape[0] * latent_shape[1]
-      codebook.check_restarts(vectors, section.model.codebook_size, section.loss.restart_below)
+    autoencoder = encoders.autoencoder_model(section.model, config.data)
+    bottleneck = bottlenecks.BY_KIND[section.model.bottleneck]
+    bottleneck.check(section, latent_shape)
     discriminator = None
     if section.loss.adversarial_weight > 0:
       discriminator = Model(
@@ -95,7 +96,8 @@ class Autoencoder(base.Experiment):
         inputs=(jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),),
       )
     return cls(
-      autoencoder=encoders.autoencoder_model(section.model, config.data),
+      autoencoder=autoencoder,
+      bottleneck=bottleneck(model=autoencoder, loss=section.loss.to_dict()),
       discriminator=discriminator,
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       optimizer_discriminator=make_optimizer(
@@ -131,31 +133,19 @@ class Autoencoder(base.Experiment):
     """The network of the perceptual distance."""
     return self.perceptual.frozen
 
-  @property
-  def has_codes(self) -> bool:
-    """Whether the bottleneck is a codebook."""
-    return self.autoencoder.module.bottleneck == 'vq'
-
   def kind_of(self, step: int) -> str:
     """Returns 'adversarial' from the start step on, where there is a discriminator."""
     return ADVERSARIAL if self.discriminator and step >= self.loss['adversarial_start_step'] else ''
 
   def init(self, key: jax.Array) -> base.TrainState:
-    """Returns the state at step 0.
-
-    In `extra['codebook']` are averaged counts and sums of the codes, and whether these have had their start.
-    """
+    """Returns the state at step 0; in `extra` is what the bottleneck keeps."""
     keys = dict(zip(('autoencoder', 'discriminator'), jax.random.split(key), strict=True))
     networks = {'autoencoder': base.init_network(self.autoencoder, self.optimizer, keys['autoencoder'])}
     if self.discriminator:
       networks['discriminator'] = base.init_network(
         self.discriminator, self.optimizer_discriminator, keys['discriminator']
       )
-    extra = {}
-    if self.has_codes:
-      codes = networks['autoencoder'].params[encoders.CODES]
-      counts = jnp.ones(codes.shape[0])
-      extra['codebook'] = {'counts': counts, 'sums': jnp.copy(codes), 'started': jnp.bool_(False)}
+    extra = self.bottleneck.init(networks['autoencoder'].params)
     return base.TrainState(step=jnp.int32(0), networks=networks, extra=extra)
 
   # Training ---------------------------------------------------------------------------------------
@@ -166,32 +156,27 @@ class Autoencoder(base.Experiment):
     """Returns the state after an update of the autoencoder and, if adversarial, one of the discriminator."""
     key_flip, key_codes, key_loss, key_discriminator = jax.random.split(key, 4)
     x = pixels.prepare(batch, key_flip if self.flip else None)['image']
-    network = state.networks['autoencoder']
-    metrics, extra = {}, state.extra
-    if self.has_codes:
-      network, book, metrics = self.move_codes(state, x, key_codes)
-      extra = {**extra, 'codebook': book}
+    network, extra, metrics = self.bottleneck.before_update(
+      state.networks['autoencoder'], state.extra, x, key_codes
+    )
     judge = state.networks['discriminator'].params if kind == ADVERSARIAL else None
     weight = None  # found with the loss, where one part is the whole batch
     if judge is not None and self.loss['adaptive_weight'] and self.microbatches > 1:
-      weight = self.whole_batch_weight(network.params, judge, frozen, x, key_loss)
+      weight = self.whole_batch_weight(network.params, judge, frozen, x, key_loss, state.step)
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.autoencoder_loss(params, judge, frozen, batch['x'], key, weight)
+      return self.autoencoder_loss(params, judge, frozen, batch['x'], key, state.step, weight)
 
     grads, found = base.gradients(loss_fn, network.params, {'x': x}, key_loss, self.microbatches)
     metrics |= found | {'grad_norm/autoencoder': global_norm(grads)}
-    if self.averages_codes:  # they have no gradient, and neither decay nor averaging is to move them
-      codes = network.params[encoders.CODES]
-    network = base.apply_gradients(network, grads, self.optimizer, state.step)
-    if self.averages_codes:
-      network = with_codes(network, codes, codes)
+    after = base.apply_gradients(network, grads, self.optimizer, state.step)
+    network = self.bottleneck.after_update(network, after)
     networks = {**state.networks, 'autoencoder': network}
 
     if kind == ADVERSARIAL:
 
       def judge_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        x_hat = self.reconstruct(network.params, batch['x'], key)[0]
+        x_hat = self.reconstruct(network.params, batch['x'], key, state.step)[0]
         return self.discriminator_loss(params, batch['x'], jax.lax.stop_gradient(x_hat))
 
       before = state.networks['discriminator']
@@ -202,66 +187,19 @@ class Autoencoder(base.Experiment):
       )
     return base.TrainState(step=state.step + 1, networks=networks, extra=extra), metrics
 
-  @property
-  def averages_codes(self) -> bool:
-    """Whether the codes follow averages, not gradients."""
-    return self.has_codes and self.loss['codebook'] == 'ema'
-
-  def move_codes(
-    self, state: base.TrainState, x: Image, key: jax.Array
-  ) -> tuple[base.Network, dict[str, Array], Metrics]:
-    """Returns the network with its codes moved, their averages, and how much of the codebook is in use.
-
-    Before the first update the codes are vectors of the batch, and so is their average; an update that the
-    guard leaves out was none. With 'ema' codes then follow the averages, and dead ones start anew; with
-    'gradient' the loss moves them, and they are averaged like every parameter. Vectors are those of the whole
-    global batch.
-    """
-    network, book, settings = state.networks['autoencoder'], state.extra['codebook'], self.loss
-    key_init, key_restart = jax.random.split(key)
-    z = jax.lax.stop_gradient(encoders.encode(self.autoencoder, network.params, x, None))
-    known = codebook.Codebook(
-      codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums']
-    )
-    size, started = known.codes.shape[0], book['started']
-    known = jax.lax.cond(started, lambda: known, lambda: codebook.data_init(z, key_init, size))
-    indices = codebook.nearest(z, known.codes)
-    used, perplexity = codebook.usage(indices, size)
-    metrics = {'codebook/used': used, 'codebook/perplexity': perplexity}
-    if self.averages_codes:
-      known = codebook.ema_update(known, z, indices, settings['codebook_decay'])
-      metrics['codebook/dead'] = jnp.mean(known.counts < settings['restart_below'])
-      known = codebook.restart_dead(known, z, key_restart, settings['restart_below'])
-    average = known.codes
-    if network.ema_params is not None and not self.averages_codes:
-      average = jnp.where(started, network.ema_params[encoders.CODES], known.codes)
-    book = {'counts': known.counts, 'sums': known.sums, 'started': jnp.ones_like(started)}
-    return with_codes(network, known.codes, average), book, metrics
-
   def reconstruct(
-    self, params: Params, x: Image, key: jax.Array | None
-  ) -> tuple[Image, Array, dict[str, jax.Array]]:
-    """Returns x_hat, the features before the last convolution, and the bottleneck's loss terms (scalars).
+    self, params: Params, x: Image, key: jax.Array | None, step: jax.Array | None = None
+  ) -> tuple[Image, Array, bottlenecks.Passed]:
+    """Returns x_hat, the features before the last convolution, and what came out of the bottleneck.
 
-    With a key the latents of a KL bottleneck are drawn from the posterior and dropout is on.
+    With a key, after `step` updates, the bottleneck may draw, and dropout is on.
     """
     key_noise, key_dropout = (None, None) if key is None else jax.random.split(key)
     dropout = {} if key is None else {'key_dropout': key_dropout, 'deterministic': False}
-    mean, logvar = self.autoencoder.apply(params, x, method='encode', **dropout)
-    z, terms = mean, {}
-    if logvar is not None:
-      if key is not None:
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key_noise, mean.shape)
-      kl = 0.5 * (mean**2 + jnp.expm1(logvar) - logvar)
-      terms['kl'] = jnp.sum(kl) / x.size  # nats per dimension of the image
-    if self.has_codes:
-      z, indices = codebook.quantize(mean, params[encoders.CODES])
-      e = codebook.lookup(params[encoders.CODES], indices)
-      terms['commitment'] = codebook.commitment_loss(mean, e, 1.0)
-      if not self.averages_codes:
-        terms['codebook'] = codebook.codebook_loss(mean, e)
-    features = self.autoencoder.apply(params, z, method='decode_features', **dropout)
-    return self.autoencoder.apply(params, features, method='last_conv'), features, terms
+    encoded = self.autoencoder.apply(params, x, method='encode', **dropout)
+    passed = self.bottleneck.pass_on(params, encoded, x, key_noise, step)
+    features = self.autoencoder.apply(params, passed.z, method='decode_features', **dropout)
+    return self.autoencoder.apply(params, features, method='last_conv'), features, passed
 
   def autoencoder_loss(
     self,
@@ -270,18 +208,19 @@ class Autoencoder(base.Experiment):
     frozen: Read,
     x: Image,
     key: jax.Array | None,
+    step: jax.Array | None,
     weight: jax.Array | None = None,
   ) -> tuple[jax.Array, Metrics]:
     """Returns the autoencoder's loss, a mean over the batch, and its terms.
 
     Without a `weight` of the adversarial loss it is the adaptive one of these images, or 1.
     """
-    x_hat, features, terms = self.reconstruct(params, x, key)
+    x_hat, features, passed = self.reconstruct(params, x, key, step)
     reconstruction = self.distance(frozen, x, x_hat)
-    factors = {'kl': self.loss['kl_weight'], 'commitment': self.loss['commitment_weight'], 'codebook': 1.0}
-    loss = reconstruction + sum(factors[name] * value for name, value in terms.items())
-    metrics = {'loss/reconstruction': reconstruction}
-    metrics |= {f'loss/{name}': value for name, value in terms.items()}
+    factors = self.bottleneck.factors(step)
+    loss = reconstruction + sum(factors[name] * value for name, value in passed.terms.items())
+    metrics = {'loss/reconstruction': reconstruction, **passed.metrics}
+    metrics |= {f'loss/{name}': value for name, value in passed.terms.items()}
     if judge is not None:
       if weight is None and self.loss['adaptive_weight']:
         fixed = (params, judge, frozen, x, features)
@@ -294,7 +233,7 @@ class Autoencoder(base.Experiment):
     return loss, {'loss': loss, **metrics}
 
   def whole_batch_weight(
-    self, params: Params, judge: Params, frozen: Read, x: Image, key: jax.Array
+    self, params: Params, judge: Params, frozen: Read, x: Image, key: jax.Array, step: jax.Array
   ) -> jax.Array:
     """Returns the adaptive weight of a batch that is split into parts: of the gradients of the whole.
 
@@ -303,7 +242,7 @@ class Autoencoder(base.Experiment):
     """
 
     def of_part(kernels: dict[str, Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      _, features, _ = self.reconstruct(params, batch['x'], key)
+      _, features, _ = self.reconstruct(params, batch['x'], key, step)
       return self.at_last_kernel(params, judge, frozen, batch['x'], features, kernels), {}
 
     gradients, _ = base.gradients(of_part, two_kernels(params), {'x': x}, key, self.microbatches)
@@ -371,15 +310,6 @@ class Autoencoder(base.Experiment):
     del keys
     images = encoders.decode(self.autoencoder, read['autoencoder'], given[LATENTS])
     return {'x0': jnp.clip(images, -1.0, 1.0)}
-
-
-def with_codes(network: base.Network, codes: Array, average: Array) -> base.Network:
-  """Returns the network with these codes, and its average, if there is one, with those."""
-  averaged = network.ema_params
-  return network.replace(
-    params={**network.params, encoders.CODES: codes},
-    ema_params=None if averaged is None else {**averaged, encoders.CODES: average},
-  )
 
 
 def two_kernels(params: Params) -> dict[str, Array]:

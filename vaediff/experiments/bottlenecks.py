@@ -1,0 +1,228 @@
+"""What lies between an autoencoder's two halves while it trains: one class per `model.bottleneck`.
+
+A bottleneck makes of the encoder's output what the decoder takes, and loss terms by name; it may keep arrays
+beside the parameters, and change the network before an update and what the optimizer makes of it after one.
+Whoever trains knows no more of it than this.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from vaediff.experiments import base
+from vaediff.models import codebook
+from vaediff.models.functional import Model
+from vaediff.spaces import encoders
+from vaediff.types import Image, LatentMap, Metrics, Params
+
+
+class Passed(NamedTuple):
+  """What comes out of a bottleneck.
+
+  Attributes:
+    z: what the decoder takes.
+    terms: of the loss, scalars by name; each is logged as `loss/<name>`.
+    metrics: other scalars to log.
+  """
+
+  z: LatentMap
+  terms: Mapping[str, Array]
+  metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bottleneck(abc.ABC):
+  """One way from the encoder to the decoder.
+
+  Attributes:
+    model: the autoencoder, whose parameters are the network that a step changes.
+    loss: the stage's `loss` section.
+  """
+
+  model: Model
+  loss: Mapping[str, Any]
+
+  kind: ClassVar[str]
+
+  @classmethod
+  def check(cls, section: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
+    """Raises UserError for what does not go together in the stage's section."""
+    del section, latent_shape
+
+  def init(self, params: Params) -> dict[str, Any]:
+    """Returns what is kept beside the parameters, by name in `extra`; made of those at step 0."""
+    del params
+    return {}
+
+  def before_update(
+    self, network: base.Network, extra: Mapping[str, Any], x: Image, key: jax.Array
+  ) -> tuple[base.Network, dict[str, Any], Metrics]:
+    """Returns the network and `extra` as the update that follows sees them, and scalars to log.
+
+    Args:
+      network: the autoencoder.
+      extra: of the state.
+      x: the images of the whole global batch, in [-1, 1].
+      key: its own.
+    """
+    del x, key
+    return network, dict(extra), {}
+
+  @abc.abstractmethod
+  def pass_on(
+    self,
+    params: Params,
+    encoded: tuple[Array, Array | None],
+    x: Image,
+    key: jax.Array | None,
+    step: jax.Array | None,
+  ) -> Passed:
+    """Returns what the decoder takes of the encoder's output, and the terms of the loss.
+
+    Args:
+      params: of the autoencoder.
+      encoded: what its `encode` returns.
+      x: the images of this part of the batch.
+      key: of noise; None = as it is evaluated, without any.
+      step: updates done, for what follows a schedule; None with no key.
+    """
+
+  def factors(self, step: jax.Array | None) -> Mapping[str, float | Array]:
+    """Returns the factor of each term in the loss, after `step` updates."""
+    del step
+    return {}
+
+  def after_update(self, before: base.Network, after: base.Network) -> base.Network:
+    """Returns the network after the optimizer, with what it was not to change as it was `before`."""
+    del before
+    return after
+
+
+class Kl(Bottleneck):
+  """A normal distribution per latent, drawn from in training."""
+
+  kind = 'kl'
+
+  def pass_on(self, params, encoded, x, key, step):
+    """Returns latents of the posterior, and its KL in nats per dimension of the image."""
+    del params, step
+    mean, logvar = encoded
+    z = mean
+    if key is not None:
+      z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    kl = 0.5 * (mean**2 + jnp.expm1(logvar) - logvar)
+    return Passed(z, {'kl': jnp.sum(kl) / x.size}, {})
+
+  def factors(self, step):
+    """Returns that of the KL."""
+    del step
+    return {'kl': self.loss['kl_weight']}
+
+
+class Plain(Bottleneck):
+  """The encoder's output as it is."""
+
+  kind = 'none'
+
+  def pass_on(self, params, encoded, x, key, step):
+    """Returns the latents; there is no term."""
+    del params, x, key, step
+    return Passed(encoded[0], {}, {})
+
+
+class Vq(Bottleneck):
+  """The nearest code of each vector; the codes follow averages or gradients.
+
+  In `extra['codebook']` are averaged counts and sums of the codes, and whether these have had their start.
+  """
+
+  kind = 'vq'
+
+  @property
+  def averages(self) -> bool:
+    """Whether the codes follow averages, not gradients."""
+    return self.loss['codebook'] == 'ema'
+
+  @classmethod
+  def check(cls, section: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where codes would start anew at every update."""
+    if section.loss.codebook == 'ema':
+      vectors = section.train.batch_size * latent_shape[0] * latent_shape[1]
+      codebook.check_restarts(vectors, section.model.codebook_size, section.loss.restart_below)
+
+  def init(self, params: Params) -> dict[str, Any]:
+    """Returns the averages: a count of 1 per code."""
+    codes = params[encoders.CODES]
+    counts = jnp.ones(codes.shape[0])
+    return {'codebook': {'counts': counts, 'sums': jnp.copy(codes), 'started': jnp.bool_(False)}}
+
+  def before_update(
+    self, network: base.Network, extra: Mapping[str, Any], x: Image, key: jax.Array
+  ) -> tuple[base.Network, dict[str, Any], Metrics]:
+    """Returns the network with its codes moved, their averages, and how much of the codebook is in use.
+
+    Before the first update the codes are vectors of the batch, and so is their average; an update that the
+    guard leaves out was none. With 'ema' codes then follow the averages, and dead ones start anew; with
+    'gradient' the loss moves them, and they are averaged like every parameter. Vectors are those of the whole
+    global batch.
+    """
+    book, settings = extra['codebook'], self.loss
+    key_init, key_restart = jax.random.split(key)
+    z = jax.lax.stop_gradient(encoders.encode(self.model, network.params, x, None))
+    known = codebook.Codebook(codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums'])
+    size, started = known.codes.shape[0], book['started']
+    known = jax.lax.cond(started, lambda: known, lambda: codebook.data_init(z, key_init, size))
+    indices = codebook.nearest(z, known.codes)
+    used, perplexity = codebook.usage(indices, size)
+    metrics = {'codebook/used': used, 'codebook/perplexity': perplexity}
+    if self.averages:
+      known = codebook.ema_update(known, z, indices, settings['codebook_decay'])
+      metrics['codebook/dead'] = jnp.mean(known.counts < settings['restart_below'])
+      known = codebook.restart_dead(known, z, key_restart, settings['restart_below'])
+    average = known.codes
+    if network.ema_params is not None and not self.averages:
+      average = jnp.where(started, network.ema_params[encoders.CODES], known.codes)
+    book = {'counts': known.counts, 'sums': known.sums, 'started': jnp.ones_like(started)}
+    return with_codes(network, known.codes, average), {**extra, 'codebook': book}, metrics
+
+  def pass_on(self, params, encoded, x, key, step):
+    """Returns the codes, straight through, with the commitment of the vectors, and of the codes."""
+    del x, key, step
+    mean = encoded[0]
+    z, indices = codebook.quantize(mean, params[encoders.CODES])
+    e = codebook.lookup(params[encoders.CODES], indices)
+    terms = {'commitment': codebook.commitment_loss(mean, e, 1.0)}
+    if not self.averages:
+      terms['codebook'] = codebook.codebook_loss(mean, e)
+    return Passed(z, terms, {})
+
+  def factors(self, step):
+    """Returns those of the commitment and of the codes' own loss."""
+    del step
+    return {'commitment': self.loss['commitment_weight'], 'codebook': 1.0}
+
+  def after_update(self, before: base.Network, after: base.Network) -> base.Network:
+    """Returns the network with averaged codes as they were: neither decay nor averaging is to move them."""
+    if not self.averages:
+      return after
+    codes = before.params[encoders.CODES]
+    return with_codes(after, codes, codes)
+
+
+def with_codes(network: base.Network, codes: Array, average: Array) -> base.Network:
+  """Returns the network with these codes, and its average, if there is one, with those."""
+  averaged = network.ema_params
+  return network.replace(
+    params={**network.params, encoders.CODES: codes},
+    ema_params=None if averaged is None else {**averaged, encoders.CODES: average},
+  )
+
+
+BY_KIND: dict[str, type[Bottleneck]] = {kind.kind: kind for kind in (Kl, Plain, Vq)}
+"""The class of each `model.bottleneck`."""
