@@ -61,7 +61,14 @@ def _vqvae(stage):
   stage.train.update({'batch_size': 32})
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae}
+def _prior(stage):
+  # of 32x32 codes: as large as taming's for faces, 24 blocks of width 1024
+  stage.model.update({**presets.PRIOR['taming_1024x24'], 'dropout': 0.0})
+  stage.optim = parts.optim(4.5e-6 * 64, b2=0.95, weight_decay=0.01, clip_norm=1.0)
+  stage.train = parts.train(300_000, 64, flip=True)
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae, 'prior': _prior}
 OWN = {
   'folder': _folder,
   'pictures': _pictures,

@@ -9,6 +9,7 @@ Variants: configs/base.py.
 """
 
 from configs import base, gan_small, parts, presets
+from configs.stages import prior
 
 DATA = {'name': 'digits', 'image_size': 8, 'channels': 1, 'num_classes': 10}
 
@@ -135,6 +136,11 @@ def _vqvae(stage):
   )
 
 
+def _prior(stage):
+  prior.small(stage)
+  stage.train.eval_images = 0
+
+
 def _evaluate(section):
   section.update(
     {
@@ -158,6 +164,7 @@ SIZES = {
   'ddgan': _ddgan,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'prior': _prior,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
   'restore': lambda section: section.update({'num_images': 297}),

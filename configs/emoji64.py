@@ -10,6 +10,7 @@ Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
+from configs.stages import prior
 
 DATA = {'name': 'noto_emoji', 'image_size': 64, 'channels': 3, 'num_classes': 10}
 
@@ -45,7 +46,21 @@ def _vqvae(stage):
   stage.train.num_steps = 5000
 
 
-SIZES = {**gan_small.SIZES, 'vae': _vae, 'refiner': _refiner, 'ddgan': _ddgan, 'vqvae': _vqvae}
+def _prior(stage):
+  prior.small(stage)
+  stage.model.update({'width': 256, 'num_layers': 6, 'num_heads': 8, 'dropout': 0.2})
+  stage.optim.learning_rate = 1e-3
+  stage.train.num_steps = 10_000
+
+
+SIZES = {
+  **gan_small.SIZES,
+  'vae': _vae,
+  'refiner': _refiner,
+  'ddgan': _ddgan,
+  'vqvae': _vqvae,
+  'prior': _prior,
+}
 
 
 def get_config(variant: str = ''):

@@ -11,6 +11,7 @@ On one core: GANs of 4 steps (`latent`, `wavelet`, `ddgan`) in 5 minutes each; V
 """
 
 from configs import base, gan_small, parts, presets
+from configs.stages import prior
 
 DATA = {'name': 'fashion_mnist', 'image_size': 32, 'channels': 1, 'num_classes': 10, 'resize': 'pad'}
 
@@ -71,6 +72,13 @@ def _vqvae(stage):
   stage.train.num_steps = 2000
 
 
+def _prior(stage):
+  prior.small(stage)
+  stage.model.update({'width': 128, 'num_layers': 4})
+  stage.optim.learning_rate = 1e-3
+  stage.train.num_steps = 4000
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -80,6 +88,7 @@ SIZES = {
   'decoder': _decoder,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'prior': _prior,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }

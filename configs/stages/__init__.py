@@ -11,6 +11,7 @@ from configs.stages import (
   distribution_matching,
   light_decoder,
   noisy_classifier,
+  prior,
   progressive,
   vae,
   vqvae,
@@ -29,6 +30,7 @@ BY_NAME = {
   **dict.fromkeys(cascade.STAGES, cascade),
   'noisy_classifier': noisy_classifier,
   'vqvae': vqvae,
+  'prior': prior,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.presets import PRIOR as SIZES
 from vaediff.errors import UserError
 from vaediff.machine import cost
 from vaediff.models import token_sampling
-from vaediff.models.transformer import SIZES, Decoder, EncoderDecoder
+from vaediff.models.transformer import Decoder, EncoderDecoder
 from vaediff.models.transformer_blocks import hidden_width, rotated, rotations
 
 WIDTH, CODES, GRID = 32, 11, (4, 4)

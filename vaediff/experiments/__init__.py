@@ -15,6 +15,7 @@ from vaediff.experiments.distribution_matching import DistributionMatching
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.noisy_classifier import NoisyClassifier
 from vaediff.experiments.progressive import Progressive
+from vaediff.experiments.token_prior import TokenPrior
 from vaediff.experiments.vae import Vae
 
 SHARED = ('train.', 'sample.', 'conditions.')
@@ -31,6 +32,7 @@ BY_NAME: dict[str, type[Experiment]] = {
   'distribution_matching': DistributionMatching,
   'classifier': Classifier,
   'noisy_classifier': NoisyClassifier,
+  'token_prior': TokenPrior,
 }
 
 

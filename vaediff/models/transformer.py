@@ -43,18 +43,6 @@ Context = Float[Array, 'batch places width']
 Logits = Float[Array, 'batch tokens codes']
 Level = tuple[tuple[int, int], int]
 """Of ids: the grid, (height, width), and how many there are."""
-SIZES = {
-  'taming_1024x24': {'style': 'gpt', 'width': 1024, 'num_layers': 24, 'num_heads': 16},
-  'taming_1408x40': {'style': 'gpt', 'width': 1408, 'num_layers': 40, 'num_heads': 16},
-  'taming_1536x36': {'style': 'gpt', 'width': 1536, 'num_layers': 36, 'num_heads': 16},
-  'taming_1536x48': {'style': 'gpt', 'width': 1536, 'num_layers': 48, 'num_heads': 24},
-  'llamagen_b': {'style': 'llama', 'width': 768, 'num_layers': 12, 'num_heads': 12},
-  'llamagen_l': {'style': 'llama', 'width': 1024, 'num_layers': 24, 'num_heads': 16},
-  'llamagen_xl': {'style': 'llama', 'width': 1280, 'num_layers': 36, 'num_heads': 20},
-  'llamagen_xxl': {'style': 'llama', 'width': 1536, 'num_layers': 48, 'num_heads': 24},
-  'llamagen_3b': {'style': 'llama', 'width': 3200, 'num_layers': 24, 'num_heads': 32},
-}
-"""Fields of `Decoder` by the names of published sizes."""
 
 
 class Cache(NamedTuple):

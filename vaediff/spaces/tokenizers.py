@@ -19,6 +19,10 @@ from vaediff.models import codebook
 from vaediff.spaces import encoders
 from vaediff.types import Image, LatentMap, Params
 
+CODES = 'codes'
+"""Name of the ids, where there is one level."""
+TOKENIZER = 'tokenizer'
+"""Name of the tokenizer's network in `read`."""
 Grids = tuple[Int32[Array, 'batch height width'], ...]
 """Ids of each level, coarse first."""
 
@@ -109,6 +113,11 @@ def vq(config: ConfigDict, stage: str, workdir: str) -> Vq:
     )
   model = encoders.autoencoder_model(section.model, config.data)
   return Vq(source=reads.FromStage(stage=stage, network=Vq.network, workdir=workdir, model=model))
+
+
+def names_of(levels: int) -> tuple[str, ...]:
+  """Returns the names of the ids of so many levels, coarse first: 'codes', or 'codes_0', 'codes_1', ..."""
+  return (CODES,) if levels == 1 else tuple(f'{CODES}_{level}' for level in range(levels))
 
 
 BY_EXPERIMENT: dict[str, Callable[[ConfigDict, str, str], Tokenizer]] = {'autoencoder': vq}
