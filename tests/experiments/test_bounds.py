@@ -30,6 +30,7 @@ VARIANTS = {
   'matching': 'matching,debug',
   'sr_8': 'cascade,debug',
   'noisy_classifier': 'classifier_guided,debug',
+  'prior': 'prior,label,debug',
 }
 """By stage, a variant of configs/digits.py that has it."""
 ELSEWHERE = {

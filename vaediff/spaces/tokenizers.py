@@ -23,7 +23,7 @@ CODES = 'codes'
 """Name of the ids, where there is one level."""
 TOKENIZER = 'tokenizer'
 """Name of the tokenizer's network in `read`."""
-Grids = tuple[Int32[Array, 'batch height width'], ...]
+Grids = tuple[Int32[Array, 'batch _ _'], ...]
 """Ids of each level, coarse first."""
 
 
