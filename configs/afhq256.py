@@ -9,7 +9,7 @@ classes, cat, dog and wild; the dogs alone have one label.
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, parts, presets
+from configs import base, code_papers, parts, presets
 
 DATA = {
   'source': 'image_folder',
@@ -38,4 +38,4 @@ SIZES = {'vae': _vae, 'refiner': _refiner}
 
 
 def get_config(variant: str = ''):
-  return base.make('afhq256', DATA, SIZES, variant)
+  return base.make('afhq256', DATA, SIZES, variant, own=code_papers.VARIANTS)

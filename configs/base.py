@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import stages as known
 from configs.run import Edit, Run
-from configs.stages import classifier
+from configs.stages import classifier, divae
 
 Variants = Mapping[str, Callable[[Run], None]]
 STAGES = ('vae', 'refiner')
@@ -245,6 +245,7 @@ def debug(config: ConfigDict, sections: Mapping[str, ConfigDict]) -> None:
   for stage, section in sections.items():
     known.BY_NAME[stage].debug(section, config.data.image_size)
     _debug_training(section)
+  divae.fit_all(sections, config.data.image_size)
   classifier.debug(config.classifier, config.data.image_size)
   _debug_modes(config)
 

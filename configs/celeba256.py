@@ -12,12 +12,14 @@ Figures are those of temperature 1. `pictures` draws as the paper's pictures wer
 Denoising GANs with their papers' settings (2 steps): `ddgan`, `wavelet`, `latent` (64x64x3, 8,192 codes).
 `latent_diffusion` has the size of latent diffusion's network for these images (arXiv:2112.10752), in the same
 latents: 274,056,163 parameters, joined with `unconditional`; what it is conditioned on comes on top.
+`divae` is DiVAE (arXiv:2206.00386) of codes that are 8 or 16 times smaller than the image: 296,029,190 or
+350,341,638 parameters before what the codes add, 10,000 updates of 256 images.
 
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, parts, presets
-from configs.stages import diffusion
+from configs import base, code_papers, gan_papers, parts, presets
+from configs.stages import diffusion, divae
 
 DATA = {
   'name': 'celeb_a_hq/256',
@@ -68,8 +70,23 @@ def _prior(stage):
   stage.train = parts.train(300_000, 64, flip=True)
 
 
+def _published_decoder(stage):
+  # 256 images at a time for 10,000 updates; average, weight decay and clipping are not in the paper
+  stage.diffusion.update({'prediction': 'eps', 'loss_weight': 'snr'})
+  stage.optim = parts.optim(1e-4, warmup_steps=1000, ema_decay=0.9999)
+  stage.train = parts.train(10_000, 256, flip=True)
+  stage.sample.update({'num_steps': 1000, 'batch_size': 16})
+
+
+def _divae(run):
+  divae.divae(run, {16: presets.UNET['divae_f16'], 8: presets.UNET['divae_f8']})
+  _published_decoder(run.section('refiner'))
+
+
 SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae, 'prior': _prior}
 OWN = {
+  **code_papers.VARIANTS,
+  'divae': _divae,
   'folder': _folder,
   'pictures': _pictures,
   'ddgan': gan_papers.celeba256_ddgan,

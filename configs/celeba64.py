@@ -9,7 +9,7 @@ Attention at 4 pixels, as the official code has it in effect.
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, parts, presets
+from configs import base, code_papers, parts, presets
 
 DATA = {'name': 'celeb_a', 'image_size': 64, 'resize': 'squash_bilinear', 'eval_split': 'validation'}
 
@@ -28,7 +28,7 @@ def _crop140(run):
   run.config.data.update({'crop': 'center', 'crop_size': 140, 'resize': 'bilinear'})
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner}
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqgan': code_papers.vqgan_f4}
 
 
 def get_config(variant: str = ''):

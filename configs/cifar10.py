@@ -10,7 +10,7 @@ Denoising GANs with their papers' settings: `ddgan`, `wavelet`, `latent` (4 step
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, parts, presets
+from configs import base, code_papers, gan_papers, parts, presets
 
 DATA = {'name': 'cifar10', 'image_size': 32, 'num_classes': 10}
 
@@ -38,7 +38,7 @@ def _ddim_unet(run):
   run.edit('refiner', _ddim)
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner}
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqgan': code_papers.vqgan_f4}
 OWN = {
   'large': _large,
   'ddim_unet': _ddim_unet,

@@ -141,6 +141,12 @@ def _prior(stage):
   stage.train.eval_images = 0
 
 
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 1})
+  stage.loss.update(gan_small.VQGAN)
+
+
 def _evaluate(section):
   section.update(
     {
@@ -165,6 +171,7 @@ SIZES = {
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
   'prior': _prior,
+  'vqgan': _vqgan,
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
   'restore': lambda section: section.update({'num_images': 297}),

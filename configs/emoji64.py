@@ -53,6 +53,12 @@ def _prior(stage):
   stage.train.num_steps = 10_000
 
 
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 3})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 2500, 'discriminator_start_step': 2000})
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -60,6 +66,7 @@ SIZES = {
   'ddgan': _ddgan,
   'vqvae': _vqvae,
   'prior': _prior,
+  'vqgan': _vqgan,
 }
 
 

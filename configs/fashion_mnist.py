@@ -79,6 +79,12 @@ def _prior(stage):
   stage.train.num_steps = 4000
 
 
+def _vqgan(stage):
+  _vqvae(stage)
+  stage.discriminator.update({'channels': 32, 'num_layers': 2})
+  stage.loss.update({**gan_small.VQGAN, 'adversarial_start_step': 1000, 'discriminator_start_step': 800})
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -89,6 +95,7 @@ SIZES = {
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
   'prior': _prior,
+  'vqgan': _vqgan,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }

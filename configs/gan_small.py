@@ -18,6 +18,13 @@ def decoder(stage: ConfigDict) -> None:
   stage.train.update(TRAIN)
 
 
+VQGAN = {
+  'perceptual': '',
+  'codebook': 'ema',
+  'adversarial_start_step': 500,
+  'discriminator_start_step': 400,
+}
+"""Of 1,000 updates, the second half against a discriminator that has learned before; without LPIPS."""
 TRAIN = {'num_steps': 1000, 'batch_size': 64, 'eval_every_steps': 500, 'save_every_steps': 500, 'flip': False}
 
 

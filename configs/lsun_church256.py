@@ -12,7 +12,7 @@ betas are those of the paper's other data sets, to 0.0195; for these images it h
 Hardware, hours and figures: not yet measured.
 """
 
-from configs import base, gan_papers, parts, presets
+from configs import base, code_papers, gan_papers, parts, presets
 from configs.stages import diffusion
 
 DATA = {
@@ -49,6 +49,7 @@ def _folder(run):
 
 SIZES = {'vae': _vae, 'refiner': _refiner}
 OWN = {
+  **code_papers.VARIANTS,
   'folder': _folder,
   'ddgan': gan_papers.lsun_church256_ddgan,
   'wavelet': gan_papers.lsun_church256_wavelet,

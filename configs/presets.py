@@ -89,6 +89,9 @@ UNET = {
   'adm_upsampler_64_256': _adm(192, (1, 1, 2, 2, 4, 4), 2, head_channels=0),
   # 302.88 M; with the multipliers (1, 1, 2, 2, 4, 4) of today's repository it has 308.84 M
   'adm_upsampler_128_512': _adm(192, (0.5, 1, 1, 2, 2, 4, 4), 2, (32, 16)),
+  # DiVAE (arXiv:2206.00386) of codes 16 and 8 times smaller than the image, before what joins them
+  'divae_f16': _adm(256, (1, 1, 2, 2, 4), 2, (32, 16)),
+  'divae_f8': _adm(256, (1, 1, 2, 4), 2, (32,)),
   # of latents, with a fixed variance: latent diffusion (arXiv:2112.10752)
   'ldm_celeba256': unet(224, (1, 2, 3, 4), 2, (32, 16, 8), head_channels=32),
   'ldm_lsun_church256': unet(

@@ -43,6 +43,7 @@ OWN = [
   ('celeba256', 'latent_diffusion'),
   ('cifar10', 'wavelet_diffusion,unconditional'),
   ('digits', 'latent_diffusion,formulation2,z,guided'),
+  ('celeba256', 'llamagen_vq16'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 LABELLED = ('afhq256', 'cifar10', 'digits', 'emoji64', 'fashion_mnist')
@@ -91,6 +92,7 @@ def test_config_files_import_one_way_and_nothing_of_the_program():
     stages,
     ['configs.stages'],
     ['configs.base', 'configs.gan_small', 'configs.gan_papers'],
+    ['configs.code_papers'],
     [f'configs.{name}' for name in NAMES],
   ]
   floors = {}
@@ -108,8 +110,9 @@ def test_a_section_exists_only_where_a_stage_uses_it(name, variant):
   config = made(name, variant)
   students_of = {'consistency', 'adversarial', 'matching'} & set(config.stages)
   template = {'distill'} if students_of else set()  # of the student between a teacher of eps and theirs
-  assert sections(config) == {*config.stages, 'classifier', *template}
-  assert sections(get(name, variant)) == {*get(name, variant).stages, 'classifier'}
+  built = {'vqvae'} if variant == 'divae_joint' else set()  # the tokenizer that the refiner trains
+  assert sections(config) == {*config.stages, 'classifier', *template, *built}
+  assert sections(get(name, variant)) == {*get(name, variant).stages, 'classifier', *built}
   assert config.is_locked
 
 
@@ -139,6 +142,36 @@ def test_bfloat16_reaches_every_network_but_those_that_stay():
   config = get('digits', 'bfloat16,distill,adversarial')
   assert config.refiner.model.dtype == config.distill_1.model.dtype == 'bfloat16'
   assert config.adversarial.model.dtype == config.adversarial.discriminator.dtype == 'bfloat16'
+
+
+def test_a_diffusion_decoder_fits_the_tokenizer_of_its_run_in_any_order():
+  for others in itertools.permutations(['divae', 'distill', 'guided']):
+    config = get('digits', ','.join(others))
+    assert config.stages == ('vqvae', 'refiner', 'distill')
+    assert config.refiner.conditions.codes.stage == 'vqvae' and config.refiner.conditions.codes.dropout == 0.1
+    assert config.refiner.diffusion.variance == config.refiner.sample.variance == 'learned'
+    assert config.refiner.diffusion.condition == 'none' and config.distill.guided
+  for first, last in itertools.permutations(['vqgan', 'divae']):
+    assert get('fashion_mnist', f'{first},{last}').stages[-1] in ('vqgan', 'refiner')
+  assert get('fashion_mnist', 'vqgan,divae').stages == ('vqgan', 'refiner')
+  assert get('fashion_mnist', 'divae,vqgan').stages == ('vqgan', 'refiner')
+  for name, factor in (('digits', 2), ('fashion_mnist', 4), ('emoji64', 8), ('celeba256', 8)):
+    for size in ('', ',debug'):
+      config = get(name, f'divae{size}')
+      model = config.refiner.model
+      halvings = len(config.vqvae.model.channel_multipliers) - 1
+      assert len(model.channel_multipliers) == halvings + 1 and (size or 2**halvings == factor)
+      experiments.build(config, 'refiner')
+  assert get('digits', 'divae_joint').stages == ('refiner',)
+  assert get('digits', 'divae_warm').stages == ('vqvae', 'refiner')
+
+
+def test_the_published_diffusion_decoder_has_its_size():
+  config = get('celeba256', 'divae')
+  experiment = experiments.build(config, 'refiner')
+  shapes = jax.eval_shape(experiment.denoiser.model.init, jax.random.key(0))
+  added = 9 * 64 * 1024 + 2 * 64 + (1024 + 64) * 1024 + 1024  # of 64 numbers per code, in the middle
+  assert cost.num_parameters(shapes) == 296_029_190 + added
 
 
 def test_variants_may_come_before_the_stage_that_they_are_about():
@@ -368,9 +401,13 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   assert all(np.isfinite(value) for summary in summaries for value in summary['last'].values())
   again = configs.read(workdir)  # the run describes itself
   assert again == config
-  inputs = experiments.build(config, config.stages[-1]).inputs
-  # a stage that reads degraded images alone has nothing to make samples of by itself
-  wanted = ['reconstructions.png'] if 'degraded' in inputs else ['samples.png', 'interpolation.png']
+  experiment = experiments.build(config, config.stages[-1])
+  inputs = experiment.inputs
+  # a stage that reads degraded images alone, or has codes, has nothing to make samples of by itself
+  seen = {'degraded', 'latents', 'codes', 'codes_0'} & set(inputs)
+  wanted = ['reconstructions.png'] if seen else ['samples.png', 'interpolation.png']
+  if experiment.handed:  # it draws what others see
+    wanted = ['samples.png']
   if 'x0_vae' in inputs:
     wanted.append('reconstructions.png')
     for task in tasks:

@@ -1,6 +1,7 @@
 """Optimizers: warm-up, schedule, clipping, Adam(W) and the exponential moving average of parameters."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,19 @@ BOUNDS = {
 """Of a section that describes an optimizer."""
 
 
-def make_optimizer(config: ConfigDict, num_steps: int, name: str = 'optim') -> Optimizer:
+def make_optimizer(
+  config: ConfigDict,
+  num_steps: int,
+  name: str = 'optim',
+  decays: Callable[[tuple[str, ...]], bool] = lambda path: True,
+) -> Optimizer:
   """Returns the optimizer that a section of a stage describes.
+
+  Args:
+    config: the section.
+    num_steps: of the stage.
+    name: of the section, for messages.
+    decays: of the names on the way to a parameter, whether `weight_decay` is about it.
 
   Raises:
     UserError: for a value that is not allowed; the message has the section's name.
@@ -99,9 +111,26 @@ def make_optimizer(config: ConfigDict, num_steps: int, name: str = 'optim') -> O
     chain.append(clip_by_global_norm(config.clip_norm))
   chain.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
   if config.weight_decay > 0:
-    chain.append(optax.add_decayed_weights(config.weight_decay))
+    chain.append(decay_of(config.weight_decay, decays))
   chain.append(optax.scale_by_learning_rate(learning_rate(config, num_steps)))
   return Optimizer(transform=optax.chain(*chain), ema_decay=config.ema_decay, ema_warmup=config.ema_warmup)
+
+
+def is_kernel(path: tuple[str, ...]) -> bool:
+  """Returns whether a parameter is the kernel of a layer: no bias, no scale of a norm, no table of codes."""
+  return path[-1] == 'kernel'
+
+
+def decay_of(weight: float, decays: Callable[[tuple[str, ...]], bool]) -> optax.GradientTransformation:
+  """Returns u -> u + weight * p for the parameters p that decay, as `optax.add_decayed_weights`."""
+
+  def update(updates: Params, state: optax.EmptyState, params: Params | None = None):
+    def decayed(path: tuple[jax.tree_util.DictKey, ...], u: jax.Array, p: jax.Array) -> jax.Array:
+      return u + weight * p if decays(tuple(key.key for key in path)) else u
+
+    return jax.tree_util.tree_map_with_path(decayed, updates, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:

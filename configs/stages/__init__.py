@@ -9,11 +9,13 @@ from configs.stages import (
   ddgan,
   diffusion,
   distribution_matching,
+  divae,
   light_decoder,
   noisy_classifier,
   prior,
   progressive,
   vae,
+  vqgan,
   vqvae,
 )
 
@@ -31,9 +33,12 @@ BY_NAME = {
   'noisy_classifier': noisy_classifier,
   'vqvae': vqvae,
   'prior': prior,
+  'vqgan': vqgan,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {
-  name: variant for module in (*BY_NAME.values(), classifier) for name, variant in module.VARIANTS.items()
+  name: variant
+  for module in (*BY_NAME.values(), classifier, divae)
+  for name, variant in module.VARIANTS.items()
 }
 """Those that every config shares, but for `bfloat16` and `debug`."""

@@ -22,6 +22,8 @@ def section() -> ConfigDict:
       'dropout': 0.0,
       'bottleneck': 'kl',  # 'kl' | 'none' (deterministic, bounded by tanh) | 'vq'
       'codebook_size': 0,  # codes; positive for 'vq' alone
+      'normalized_codes': False,  # vq: vectors and codes have length 1
+      'inner_channels': 0,  # of the maps beside the 1x1 convolutions at the latents; 0 = latent_channels
       'tanh_out': False,  # the decoder ends in a tanh
       'remat': False,
       'dtype': 'float32',
@@ -36,10 +38,12 @@ def section() -> ConfigDict:
       'kl_weight': 1e-6,  # of the KL in nats per dimension of the image
       'commitment_weight': 0.25,  # vq: of |z - sg(e)|^2
       'codebook': 'ema',  # vq: codes follow averages, 'ema', or the loss |sg(z) - e|^2, 'gradient'
-      'codebook_decay': 0.99,  # ema
-      'restart_below': 1.0,  # ema: a code with a smaller average count starts anew at a vector of the batch
+      'codebook_decay': 0.99,  # vq: of the averages; with 'gradient' they are of counts alone
+      'restart_below': 1.0,  # vq: a code with a smaller average count starts anew at a vector of the batch
+      'entropy_weight': 0.0,  # vq: of the mean entropy over codes less the entropy of the mean; 0 = off
       'adversarial_weight': 0.5,  # 0 = no discriminator
       'adversarial_start_step': 50_000,
+      'discriminator_start_step': 50_000,  # it learns from here on, at the latest from adversarial_start_step
       'adaptive_weight': True,  # times the ratio of the gradients at the decoder's last kernel
     }
   )

@@ -57,6 +57,8 @@ def section() -> ConfigDict:
       'objective': 'hybrid',  # of a learned variance: 'hybrid', the bound beside the denoising loss | 'bound'
       'vlb_weight': 0.001,  # hybrid: of the bound, in bits per dimension
       'time_sampler': 'uniform',  # 'uniform' | bound: 'loss_second_moment', importance sampling
+      'perceptual': '',  # of x0_hat, beside the rest: 'lpips_vgg16' | 'lpips_alexnet' | '' = none
+      'perceptual_weight': 0.0,
     }
   )
   config.optim = parts.optim(2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999)
@@ -137,6 +139,8 @@ def reads(stage: ConfigDict) -> tuple[str, ...]:
     needed += tuple(filter(None, (stage.autoencoder.stage, stage.autoencoder.decoder_stage)))
   for named in (stage.sample.guide, stage.sample.classifier):
     needed += (named.stage,) if named.stage and not named.workdir else ()
+  for condition in stage.conditions.values():
+    needed += tuple(condition[field] for field in ('stage', 'prior_stage') if condition.get(field, ''))
   return needed
 
 

@@ -85,17 +85,22 @@ def _chosen(stages: tuple[str, ...]) -> str:
 
 
 def arrange(run: Run) -> None:
-  """Puts the prior right after the tokenizer that the run has by now: what reads its ids comes later."""
+  """Puts the prior right after the tokenizer that the run has by now: what reads its ids comes later.
+
+  A diffusion decoder that trains the tokenizer too is the tokenizer.
+  """
   stages, tokenizer = run.config.stages, _chosen(run.config.stages)
+  codes = run.section('refiner').conditions.get('codes') if 'refiner' in stages else None
+  if codes is not None:
+    tokenizer = tokenizer if codes.training == 'frozen' else 'refiner'
   if STAGE not in stages or not tokenizer:
     return  # a later variant has made the run another's
   run.section(STAGE).tokenizer.stage = tokenizer
   others = [stage for stage in stages if stage != STAGE]
   place = others.index(tokenizer) + 1
   run.only(*others[:place], STAGE, *others[place:])
-  refiner = run.section('refiner') if 'refiner' in others else None
-  if refiner is not None and 'codes' in refiner.conditions:
-    refiner.conditions.codes.prior_stage = STAGE
+  if codes is not None:
+    codes.prior_stage = STAGE
 
 
 VARIANTS = {'prior': prior}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from vaediff import reads
 from vaediff.models.functional import Model
 
-SEEDS = {'teacher': 1, 'vae': 2, 'start': 7, 'autoencoder': 8}
+SEEDS = {'teacher': 1, 'vae': 2, 'start': 7, 'autoencoder': 8, 'tokenizer': 9, 'first_tokenizer': 10}
 
 
 def made(model, seed):

@@ -138,7 +138,7 @@ def small(**changes):
 def test_codes_that_follow_the_gradient_are_averaged_like_every_parameter():
   """They were overwritten by the codes themselves, one update behind."""
   changes = {'loss.codebook': 'gradient', 'loss.adversarial_weight': 0.0, 'optim.learning_rate': 1e-2}
-  experiment = small(**changes)
+  experiment = small(**changes, **{'loss.restart_below': 0.0})
   states = [updates(experiment, 1)[0]]
   for k in (1, 2):
     states.append(updates(experiment, k + 1, states[-1], first=k)[0])

@@ -89,7 +89,7 @@ def test_every_number_of_every_section_has_a_bound():
   tables = {stage: bounds_of(stage) for stage in VARIANTS}
   tables = {**tables, 'distill': {**tables['distill_2'], **progressive.TEMPLATE_BOUNDS}}
   tables |= dict.fromkeys(known.cascade.STAGES, tables['sr_8'])
-  tables |= {'vqvae': tables['autoencoder']}
+  tables |= dict.fromkeys(('vqvae', 'vqgan'), tables['autoencoder'])
   for stage, module in known.BY_NAME.items():
     missing = set(bounds.numeric_fields(module.section())) - set(tables[stage]) - ELSEWHERE
     assert not missing, f'{stage}: {missing}'

@@ -95,6 +95,31 @@ def test_perplexity():
   np.testing.assert_allclose(id_usage.perplexity(np.array([8, 4, 2, 1, 1, 0, 0, 0])), 3.66801617, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ('variant', 'stages', 'tokenizer'),
+  [
+    ('prior', ('vqvae', 'prior'), 'vqvae'),
+    ('vqgan,prior', ('vqgan', 'prior'), 'vqgan'),
+    ('prior,label', ('vqvae', 'prior'), 'vqvae'),
+    ('divae,prior,label', ('vqvae', 'prior', 'refiner'), 'vqvae'),
+    ('divae,distill,prior', ('vqvae', 'prior', 'refiner', 'distill'), 'vqvae'),
+    ('vqgan,divae,prior,distill', ('vqgan', 'prior', 'refiner', 'distill'), 'vqgan'),
+  ],
+)
+def test_the_prior_comes_between_tokenizer_and_decoder(variant, stages, tokenizer):
+  config = made(variant)
+  assert config.stages == stages and config.prior.tokenizer.stage == tokenizer
+  assert ('label' in config.prior.conditions) == ('label' in variant)
+  assert experiments.build(config, 'prior').tokenizer.source.stage == tokenizer
+  if 'refiner' in stages:
+    assert set(config.refiner.conditions) - {'vae'} == {'codes'}  # the classes are the prior's alone
+    (maker,) = experiments.build(config, 'refiner').makers
+    assert (maker.stage, maker.feeds, maker.depth) == ('prior', 'codes', 1)
+    theirs = experiments.build(config, 'prior').handed
+    own = experiments.build(config, 'refiner').inputs
+    assert theirs.keys() <= own.keys() and own['codes'] == theirs['codes']
+
+
 # A known tokenizer -------------------------------------------------------------------------------------
 
 

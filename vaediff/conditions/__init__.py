@@ -1,11 +1,14 @@
 """On what a diffusion is conditioned: one file per condition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from vaediff.conditions import augmentation
+from vaediff.conditions import codes as codes_file
 from vaediff.conditions.base import Condition, Conditions
+from vaediff.conditions.codes import CODES, codes_condition
 from vaediff.conditions.degraded import DEGRADED, degraded_condition
 from vaediff.conditions.label import LABEL, SAMPLE_BOUNDS, check_unread, label_condition
 from vaediff.conditions.low_resolution import LOW_RESOLUTION, low_resolution_condition
@@ -17,10 +20,25 @@ from vaediff.spaces import Space
 __all__ = ['BY_NAME', 'SAMPLE_BOUNDS', 'Condition', 'Conditions', 'make_conditions']
 BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
   LABEL: label_condition,
+  CODES: codes_condition,
   DEGRADED: degraded_condition,
   LOW_RESOLUTION: low_resolution_condition,
 }
 """By section of `config.<stage>.conditions`: (config, stage, space) -> the condition."""
+
+
+FOR_STUDENTS: dict[str, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = {
+  CODES: codes_file.for_student,
+}
+"""By section, of those that say what a stage trains: (section, teacher, workdir) -> that of a student."""
+
+
+def for_student(sections: Mapping[str, Any], teacher: str, workdir: str) -> dict[str, Any]:
+  """Returns the sections of the conditions of a student, which reads what its teacher was trained with."""
+  return {
+    name: FOR_STUDENTS[name](section, teacher, workdir) if name in FOR_STUDENTS else section
+    for name, section in sections.items()
+  }
 
 
 def make_conditions(config: ConfigDict, stage: str, space: Space) -> Conditions:

@@ -7,14 +7,31 @@ nothing (`draw`), and what the network reads of it (`values`, each entering by a
 import abc
 import dataclasses
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from vaediff import reads
+from vaediff.models.functional import Model
 from vaediff.models.ports import Named, Port
 from vaediff.types import Batch, Drop, Given, Image, Keys, Read, Values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+  """A network of a condition that the stage trains beside its own.
+
+  Attributes:
+    model: its architecture: an encoder with a bottleneck.
+    settings: of the bottleneck while it trains.
+    start: the name in `read` of a network whose parameters it starts with; '' = fresh ones.
+  """
+
+  model: Model
+  settings: Mapping[str, Any]
+  start: str = ''
 
 
 class Condition(abc.ABC):
@@ -35,6 +52,9 @@ class Condition(abc.ABC):
     max_level: of the noise that training adds to what it observes; 0 = none.
     bounds_images: what it observes of an image is drawn from a known prior, or has a density of its own in
       `nats`, so that a loss given it bounds -log p of the image.
+    trained: networks that the stage trains beside its own, by their names in `read`.
+    seen: of its inputs, those that an image shows, or another stage makes, and `draw` cannot.
+    losses: of the values of training, those that are terms of the loss, a number per example: their weights.
   """
 
   name: str
@@ -49,6 +69,9 @@ class Condition(abc.ABC):
   maker: reads.Sampled | None = None
   max_level = 0.0
   bounds_images = True
+  trained: Mapping[str, Trained] = {}
+  losses: Mapping[str, float] = {}
+  seen: tuple[str, ...] = ()
 
   @property
   @abc.abstractmethod
@@ -143,6 +166,11 @@ class Conditions:
     return {name: source for one in self.each for name, source in one.frozen.items()}
 
   @property
+  def trained(self) -> dict[str, Trained]:
+    """Networks that the stage trains beside its own."""
+    return {name: network for one in self.each for name, network in one.trained.items()}
+
+  @property
   def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
     """What is read beside the batch."""
     return {name: struct for one in self.each for name, struct in one.stored.items()}
@@ -176,6 +204,11 @@ class Conditions:
   def makers(self) -> tuple[reads.Sampled, ...]:
     """The stages whose samples feed them."""
     return tuple(one.maker for one in self.each if one.maker)
+
+  @property
+  def seen(self) -> tuple[str, ...]:
+    """What cannot be drawn of nothing."""
+    return tuple(name for one in self.each for name in one.seen)
 
   @property
   def max_level(self) -> float:
@@ -224,6 +257,14 @@ class Conditions:
   def values(self, read: Read, given: Given) -> Values:
     """Returns what the network reads of a complete `given`."""
     return {name: value for one in self.each for name, value in one.values(read, given).items()}
+
+  def with_losses(self, terms: dict[str, Array], values: Values) -> dict[str, Array]:
+    """Returns terms of a loss of each example with those that are among the values, added to 'loss'."""
+    for one in self.each:
+      for name, weight in one.losses.items():
+        if name in values:
+          terms = {**terms, 'loss': terms['loss'] + weight * values[name], name: values[name]}
+    return terms
 
   def shown(self, given: Given) -> dict[str, Image]:
     """Returns the images that are shown beside a sample."""

@@ -84,6 +84,11 @@ class Degraded(Condition):
       inputs[KNOWN] = jax.ShapeDtypeStruct((*self.image_shape[:2], 1), jnp.float32)
     return inputs
 
+  @property
+  def seen(self) -> tuple[str, ...]:
+    """All."""
+    return tuple(self.inputs)
+
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:
     """Returns the images degraded; without a key noise and holes depend on each image alone."""
     del read, batch

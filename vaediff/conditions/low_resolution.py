@@ -64,6 +64,7 @@ class LowResolution(Condition):
   name = LOW_RESOLUTION
   title = LOW_RESOLUTION
   titles = {LOW: 'low resolution'}
+  seen = (LOW,)
   reconstructs = True
   bounds_images = False
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vaediff import files
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.evaluation import likelihoods, measures, networks, plots, report
+from vaediff.evaluation import codebooks, likelihoods, measures, networks, plots, report
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
@@ -41,7 +41,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   real = real_images(config, opened)
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
-  model = {'': trained.stage, **likelihoods.figures(trained)}
+  model = {'': trained.stage, **likelihoods.figures(trained), **codebooks.figures(trained)}
   result = {
     **header(trained),
     'num_images': settings.num_images,
@@ -168,7 +168,7 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
     parts.append(shown(report.turned([result['model']], '')))
     parts.append(
       'Bounds are over the first N images of the evaluation split; ± is the standard error over images. elbo '
-      'is in nats.'
+      'is in nats. Codes are counted in the first N images.'
     )
   rows = [*result['samples'], *result['reconstructions'], result['model']]
   parts += [f'note: {line}' for line in result['notes']]

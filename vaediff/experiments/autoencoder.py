@@ -20,18 +20,20 @@ from ml_collections import ConfigDict
 from vaediff import checks, reads
 from vaediff.data import pixels
 from vaediff.diffusion import adversarial
-from vaediff.experiments import base, bottlenecks, bounds
+from vaediff.experiments import autoencoder_checks, base, bottlenecks, bounds
 from vaediff.experiments.perceptual import Perceptual
 from vaediff.models.autoencoder import last_kernel, with_last_kernel
 from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
-from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.optim import Optimizer, global_norm, is_kernel, make_optimizer
 from vaediff.spaces import encoders
 from vaediff.spaces.latents import LATENTS
 from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
 ADVERSARIAL = 'adversarial'
-"""Kind of the updates from `loss.adversarial_start_step` on: of both networks."""
+"""Kind of the updates from `loss.adversarial_start_step` on: of both networks, each against the other."""
+JUDGED = 'judged'
+"""Kind of those from `loss.discriminator_start_step` to there: the discriminator learns, without a weight."""
 
 BOUNDS = {
   'loss.pixel': checks.one_of(('l1', 'l2')),
@@ -42,9 +44,12 @@ BOUNDS = {
   'loss.restart_below': bounds.weight(),
   'loss.adversarial_weight': bounds.weight(),
   'loss.adversarial_start_step': bounds.updates(0),
+  'loss.discriminator_start_step': bounds.updates(0),
+  'loss.entropy_weight': bounds.weight(),
   'loss.perceptual_weight': bounds.weight(),
   'model.latent_channels': bounds.whole(1, bounds.MAX_WIDTH),
   'model.codebook_size': bounds.whole(0, 2**22),
+  'model.inner_channels': bounds.whole(0, bounds.MAX_WIDTH),
   **bounds.within('model', bounds.CONVOLUTIONAL),
   'discriminator.channels': bounds.whole(1, bounds.MAX_WIDTH),
   'discriminator.num_layers': bounds.whole(1, 16),
@@ -67,6 +72,7 @@ class Autoencoder(base.Experiment):
     flip: random horizontal flips.
     microbatches: parts that a batch is split into for the gradient.
     latent_shape: (height, width, channels).
+    notes: see `base.Experiment`.
   """
 
   autoencoder: Model
@@ -79,6 +85,7 @@ class Autoencoder(base.Experiment):
   flip: bool
   microbatches: int
   latent_shape: tuple[int, int, int]
+  notes: tuple[str, ...] = ()
 
   @classmethod
   def from_config(cls, config: ConfigDict, stage: str) -> 'Autoencoder':
@@ -87,6 +94,7 @@ class Autoencoder(base.Experiment):
     base.check(cls, config, stage)
     latent_shape = encoders.latent_shape(section.model, config.data)
     autoencoder = encoders.autoencoder_model(section.model, config.data)
+    autoencoder_checks.check(config, stage, autoencoder)
     bottleneck = bottlenecks.BY_KIND[section.model.bottleneck]
     bottleneck.check(section, latent_shape)
     discriminator = None
@@ -99,9 +107,9 @@ class Autoencoder(base.Experiment):
       autoencoder=autoencoder,
       bottleneck=bottleneck(model=autoencoder, loss=section.loss.to_dict()),
       discriminator=discriminator,
-      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      optimizer=make_optimizer(section.optim, section.train.num_steps, decays=is_kernel),
       optimizer_discriminator=make_optimizer(
-        section.optim_discriminator, section.train.num_steps, 'optim_discriminator'
+        section.optim_discriminator, section.train.num_steps, 'optim_discriminator', is_kernel
       ),
       perceptual=Perceptual.of(
         section.loss.perceptual, section.loss.perceptual_weight, config.evaluate.weights_dir
@@ -110,12 +118,16 @@ class Autoencoder(base.Experiment):
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       latent_shape=latent_shape,
+      notes=autoencoder_checks.notes_of(section),
     )
 
   reconstructs = True
   bounds = BOUNDS
   measures = (LATENTS,)
-  metrics = {'loss': False, 'mse': False, **dict.fromkeys(('lpips_vgg16', 'lpips_alexnet'), False)}
+  metrics = {
+    **dict.fromkeys(('loss', 'mse', 'lpips_vgg16', 'lpips_alexnet', 'discriminator_loss'), False),
+    **{'codebook/used': True, 'codebook/perplexity': True, 'codebook/unused': False},
+  }
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -134,8 +146,12 @@ class Autoencoder(base.Experiment):
     return self.perceptual.frozen
 
   def kind_of(self, step: int) -> str:
-    """Returns 'adversarial' from the start step on, where there is a discriminator."""
-    return ADVERSARIAL if self.discriminator and step >= self.loss['adversarial_start_step'] else ''
+    """Returns 'adversarial' from its start step on, before it 'judged' from its own, with a discriminator."""
+    if not self.discriminator:
+      return ''
+    if step >= self.loss['adversarial_start_step']:
+      return ADVERSARIAL
+    return JUDGED if step >= self.loss['discriminator_start_step'] else ''
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0; in `extra` is what the bottleneck keeps."""
@@ -153,7 +169,7 @@ class Autoencoder(base.Experiment):
   def train_step(
     self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
-    """Returns the state after an update of the autoencoder and, if adversarial, one of the discriminator."""
+    """Returns the state after an update of the autoencoder and, by kind, one of the discriminator."""
     key_flip, key_codes, key_loss, key_discriminator = jax.random.split(key, 4)
     x = pixels.prepare(batch, key_flip if self.flip else None)['image']
     network, extra, metrics = self.bottleneck.before_update(
@@ -173,7 +189,7 @@ class Autoencoder(base.Experiment):
     network = self.bottleneck.after_update(network, after)
     networks = {**state.networks, 'autoencoder': network}
 
-    if kind == ADVERSARIAL:
+    if kind in (ADVERSARIAL, JUDGED):
 
       def judge_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         x_hat = self.reconstruct(network.params, batch['x'], key, state.step)[0]
@@ -275,7 +291,7 @@ class Autoencoder(base.Experiment):
 
   def discriminator_loss(self, params: Params, x: Image, x_hat: Image) -> tuple[jax.Array, Metrics]:
     """Returns the hinge loss over patches, and the mean logits."""
-    real, fake = (self.discriminator.apply(params, image) for image in (x, x_hat))
+    real, fake = self.judged(params, x, x_hat)
     loss = jnp.mean(adversarial.hinge_discriminator_loss(real, fake))
     return loss, {
       'loss/discriminator': loss,
@@ -283,16 +299,32 @@ class Autoencoder(base.Experiment):
       'logits/fake': jnp.mean(fake),
     }
 
+  def judged(self, params: Params, x: Image, x_hat: Image) -> tuple[Array, Array]:
+    """Returns the logits of the patches of images and of reconstructions, [batch, rows, columns]."""
+    return self.discriminator.apply(params, x), self.discriminator.apply(params, x_hat)
+
   def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
-    """Returns pixel and perceptual loss, and the squared error per pixel in [0, 1], from the mean latents."""
+    """Returns pixel and perceptual loss, and the squared error per pixel in [0, 1], from the mean latents.
+
+    With a discriminator also its hinge loss: 1 where it is at chance, or not trained yet.
+    """
     del key
     x = pixels.to_unit_range(batch['image'])
-    x_hat = jnp.clip(self.reconstruct(read['autoencoder'], x, None)[0], -1.0, 1.0)
+    decoded = self.reconstruct(read['autoencoder'], x, None)[0]
+    x_hat = jnp.clip(decoded, -1.0, 1.0)
     pixel, perceptual = self.pixel_loss(x, x_hat), self.perceptual(read, x, x_hat)
     values = {'loss': pixel + perceptual, 'mse': jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3)) / 4}
     if self.perceptual.source:
       values[f'lpips_{self.perceptual.network}'] = perceptual / self.perceptual.weight
+    if self.discriminator:
+      logits = self.judged(read['discriminator'], x, decoded)
+      values['discriminator_loss'] = jnp.mean(adversarial.hinge_discriminator_loss(*logits), axis=(1, 2))
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  def counts(self, read: Read, batch: Batch) -> dict[str, jax.Array]:
+    """Returns those of the bottleneck's codes."""
+    x = pixels.to_unit_range(batch['image'])
+    return self.bottleneck.counts(read['autoencoder'], x, batch['mask'])
 
   # What later stages read -------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ of it in one way is not independent of what is made in another. The keys of samp
 """
 
 import abc
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from vaediff import checks, reads
 from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
+from vaediff.experiments.columns import Columns
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm
 from vaediff.spaces import Space
@@ -71,25 +71,6 @@ NOISE = 'noise'
 """Name of what a diffusion starts from, among what its samples can be given: unit variance."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Columns:
-  """What a table of several runs says of one.
-
-  Attributes:
-    condition: what the samples are conditioned on.
-    sampler: how they are drawn.
-    method: what names its line in a plot.
-    steps: of the sampler.
-    guidance: its weight.
-  """
-
-  condition: str
-  sampler: str
-  method: str
-  steps: int
-  guidance: float
-
-
 class SampleKeys(NamedTuple):
   """The keys of samples, each used once, one per image.
 
@@ -136,7 +117,8 @@ class Experiment(abc.ABC):
     likelihood: what its bound is of: `BYTES`, `IDS`, 'density of pixels in [0, 1]', or '' without one.
     no_likelihood: why it has no bound, where one could be asked for.
     measures: measurements of it that later stages read, of `vaediff.run.measurements`.
-    metrics: all that `eval_step` may report, and whether the largest value is the best.
+    metrics: all that `eval_step` may report, and `run.usage` of `counts`; whether the largest is the best.
+    notes: what is said when its training starts, a line each.
     bounds: of every number and name in its section but those that every stage has (`run.config`).
   """
 
@@ -160,6 +142,7 @@ class Experiment(abc.ABC):
   no_likelihood = ''
   measures: tuple[str, ...] = ()
   metrics: Mapping[str, bool] = {'loss': False}
+  notes: tuple[str, ...] = ()
   bounds: checks.Bounds = {}
 
   @property
@@ -199,6 +182,11 @@ class Experiment(abc.ABC):
   @abc.abstractmethod
   def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns scalars averaged over the examples with `batch['mask'] == 1`."""
+
+  def counts(self, read: Read, batch: Batch) -> dict[str, jax.Array]:
+    """Returns how often each code of a codebook occurs in the images with mask 1, by codebook; float."""
+    del read, batch
+    return {}
 
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:
     """Returns what a sample would be given to be like each image; see `Condition.observe`."""

@@ -98,6 +98,11 @@ class Bottleneck(abc.ABC):
     del step
     return {}
 
+  def counts(self, params: Params, x: Image, weight: Array) -> dict[str, Array]:
+    """Returns how often each code occurs in images; see `Experiment.counts`."""
+    del params, x, weight
+    return {}
+
   def after_update(self, before: base.Network, after: base.Network) -> base.Network:
     """Returns the network after the optimizer, with what it was not to change as it was `before`."""
     del before
@@ -152,9 +157,8 @@ class Vq(Bottleneck):
   @classmethod
   def check(cls, section: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
     """Raises UserError where codes would start anew at every update."""
-    if section.loss.codebook == 'ema':
-      vectors = section.train.batch_size * latent_shape[0] * latent_shape[1]
-      codebook.check_restarts(vectors, section.model.codebook_size, section.loss.restart_below)
+    vectors = section.train.batch_size * latent_shape[0] * latent_shape[1]
+    codebook.check_restarts(vectors, section.model.codebook_size, section.loss.restart_below)
 
   def init(self, params: Params) -> dict[str, Any]:
     """Returns the averages: a count of 1 per code."""
@@ -168,44 +172,62 @@ class Vq(Bottleneck):
     """Returns the network with its codes moved, their averages, and how much of the codebook is in use.
 
     Before the first update the codes are vectors of the batch, and so is their average; an update that the
-    guard leaves out was none. With 'ema' codes then follow the averages, and dead ones start anew; with
-    'gradient' the loss moves them, and they are averaged like every parameter. Vectors are those of the whole
-    global batch.
+    guard leaves out was none. With 'ema' codes then follow the averages; with 'gradient' the loss moves them,
+    and they are averaged like every parameter. Either way dead ones start anew, and so do their averages.
+    Vectors are those of the whole global batch.
     """
-    book, settings = extra['codebook'], self.loss
+    book, decay, least = extra['codebook'], self.loss['codebook_decay'], self.loss['restart_below']
     key_init, key_restart = jax.random.split(key)
     z = jax.lax.stop_gradient(encoders.encode(self.model, network.params, x, None))
     known = codebook.Codebook(codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums'])
     size, started = known.codes.shape[0], book['started']
     known = jax.lax.cond(started, lambda: known, lambda: codebook.data_init(z, key_init, size))
-    indices = codebook.nearest(z, known.codes)
+    indices = codebook.nearest(z, self.compared(known.codes))
     used, perplexity = codebook.usage(indices, size)
     metrics = {'codebook/used': used, 'codebook/perplexity': perplexity}
     if self.averages:
-      known = codebook.ema_update(known, z, indices, settings['codebook_decay'])
-      metrics['codebook/dead'] = jnp.mean(known.counts < settings['restart_below'])
-      known = codebook.restart_dead(known, z, key_restart, settings['restart_below'])
+      known = codebook.ema_update(known, z, indices, decay)
+    else:
+      known = codebook.count(known, indices, decay)
+    dead = known.counts < least
+    metrics['codebook/dead'] = jnp.mean(dead)
+    known = codebook.restart_dead(known, z, key_restart, least)
     average = known.codes
     if network.ema_params is not None and not self.averages:
-      average = jnp.where(started, network.ema_params[encoders.CODES], known.codes)
+      average = jnp.where(started & ~dead[:, None], network.ema_params[encoders.CODES], known.codes)
     book = {'counts': known.counts, 'sums': known.sums, 'started': jnp.ones_like(started)}
     return with_codes(network, known.codes, average), {**extra, 'codebook': book}, metrics
 
   def pass_on(self, params, encoded, x, key, step):
     """Returns the codes, straight through, with the commitment of the vectors, and of the codes."""
-    del x, key, step
-    mean = encoded[0]
-    z, indices = codebook.quantize(mean, params[encoders.CODES])
-    e = codebook.lookup(params[encoders.CODES], indices)
+    del x, step
+    mean, codes = encoded[0], self.compared(params[encoders.CODES])
+    z, indices = codebook.quantize(mean, codes)
+    e = codebook.lookup(codes, indices)
     terms = {'commitment': codebook.commitment_loss(mean, e, 1.0)}
     if not self.averages:
       terms['codebook'] = codebook.codebook_loss(mean, e)
+    if self.loss['entropy_weight'] > 0:
+      terms['entropy'] = codebook.entropy_loss(mean, jax.lax.stop_gradient(codes) if self.averages else codes)
+    if key is None:
+      z = e  # not z + (e - z), which is rounded: an image of ids is the reconstruction, bit for bit
     return Passed(z, terms, {})
 
   def factors(self, step):
-    """Returns those of the commitment and of the codes' own loss."""
+    """Returns those of the commitment, of the codes' own loss and of the entropies."""
     del step
-    return {'commitment': self.loss['commitment_weight'], 'codebook': 1.0}
+    entropy = self.loss['entropy_weight']
+    return {'commitment': self.loss['commitment_weight'], 'codebook': 1.0, 'entropy': entropy}
+
+  def compared(self, codes: Array) -> Array:
+    """Returns codes as vectors are compared with them."""
+    return codebook.unit(codes) if self.model.module.normalized_codes else codes
+
+  def counts(self, params: Params, x: Image, weight: Array) -> dict[str, Array]:
+    """Returns those of the one codebook."""
+    z = encoders.encode(self.model, params, x, None)
+    codes = self.compared(params[encoders.CODES])
+    return {'codebook': codebook.histogram(codebook.nearest(z, codes), codes.shape[0], weight)}
 
   def after_update(self, before: base.Network, after: base.Network) -> base.Network:
     """Returns the network with averaged codes as they were: neither decay nor averaging is to move them."""

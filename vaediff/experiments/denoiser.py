@@ -36,6 +36,7 @@ from vaediff.conditions.base import Conditions
 from vaediff.conditions.weight import WEIGHT
 from vaediff.diffusion import gaussian, guidance, likelihood, losses, schedules
 from vaediff.diffusion.gaussian import Denoise, DenoiseBoth
+from vaediff.experiments.perceptual import Perceptual
 from vaediff.models.functional import Model
 from vaediff.types import Drop, Read, Time, Values
 
@@ -104,6 +105,7 @@ class Denoiser:
     objective: of a learned variance, 'hybrid' or 'bound'.
     vlb_weight: of the bound in the hybrid objective.
     of_bytes: the data are bytes scaled to [-1, 1], whose bound is of a mass; else it is of a density.
+    perceptual: the distance of x0_hat from the image, beside the denoising loss; None = without it.
   """
 
   model: Model
@@ -123,6 +125,7 @@ class Denoiser:
   objective: str = 'hybrid'
   vlb_weight: float = 0.0
   of_bytes: bool = False
+  perceptual: Perceptual | None = None
 
   @property
   def reads_weight(self) -> bool:
@@ -322,7 +325,7 @@ class Denoiser:
     """Returns 'loss' of each example, at a time that is drawn or given; of a learned variance its parts too.
 
     These are 'simple', the weighted denoising loss, and 'bound', T vb_t: its mean over times is the bound in
-    bits per dimension but for what is lost at t = 1.
+    bits per dimension but for what is lost at t = 1. Those of the conditions come beside them.
     """
     key_t, key_eps, key_drop, key_dropout = jax.random.split(key, 4)
     t = schedules.sample_time(self.schedule, key_t, y0.shape[0]) if t is None else t
@@ -331,13 +334,25 @@ class Denoiser:
     y = gaussian.q_sample(y0, eps, t, self.schedule)
     output, fraction = self.outputs(read, y, t, values, drop, key_dropout if training else None)
     simple = losses.denoising_loss(self.prediction, output, y0, eps, t, self.schedule, self.loss_weight)
-    if fraction is None:
-      return {'loss': simple}
     x0_hat = gaussian.to_x0(self.prediction, output, y, t, self.schedule)
+    if fraction is None:
+      return self.with_others({'loss': simple}, read, y0, x0_hat, values)
     alone = self.objective == 'bound'
     bound = self.bound_at(y0, x0_hat if alone else jax.lax.stop_gradient(x0_hat), fraction, t)
     loss = bound if alone else simple + self.vlb_weight * bound
-    return {'loss': loss, 'simple': simple, 'bound': bound}
+    return self.with_others({'loss': loss, 'simple': simple, 'bound': bound}, read, y0, x0_hat, values)
+
+  def with_others(
+    self, terms: dict[str, Array], read: Read, y0: State, x0_hat: State, values: Values
+  ) -> dict[str, Array]:
+    """Returns terms of each example with the perceptual distance and those of the conditions, all in 'loss'.
+
+    The distance is that of an image: of x0_hat clipped, which at high noise is far from one.
+    """
+    if self.perceptual is not None:
+      distance = self.perceptual(read, jnp.clip(x0_hat, -1.0, 1.0), y0)
+      terms = {**terms, 'loss': terms['loss'] + distance, 'perceptual': distance}
+    return self.conditions.with_losses(terms, values)
 
   def bound_at(self, y0: State, x0_hat: State, fraction: State, t: Time) -> Float[Array, ' batch']:
     """Returns T vb_t of each example, in bits per dimension; in training x0_hat is not clipped."""

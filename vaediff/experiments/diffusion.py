@@ -20,8 +20,9 @@ from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
 from vaediff.diffusion import gaussian, grids, importance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base, bounds, guides, variance
+from vaediff.experiments import base, bounds, diffusion_checks, guides, jointly, variance
 from vaediff.experiments.denoiser import LEARNED, Denoiser
+from vaediff.experiments.perceptual import Perceptual
 from vaediff.models import ports
 from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
@@ -99,8 +100,8 @@ class Diffusion(base.InSpace):
     checks.check(section, BOUNDS if taught else Diffusion.bounds, f'config.{stage}: ')
     space = make_space(config, stage)
     conditions = guides.with_target(config, stage, make_conditions(config, stage, space))
-    check_section(section, space, conditions)
-    plain = make_denoiser(section, space, conditions)
+    diffusion_checks.check(section, space, conditions)
+    plain = make_denoiser(section, space, conditions, perceptual_of(config, stage, space))
     variance.check(section, plain.schedule, taught=taught)
     denoiser, for_sampling = guides.guided(config, stage, space, plain, unguided)
     return cls(
@@ -121,14 +122,19 @@ class Diffusion(base.InSpace):
     return self.denoiser.conditions
 
   @property
+  def frozen(self) -> Mapping[str, reads.Reads]:
+    """What the space, the conditions and the loss read."""
+    return {**super().frozen, **(self.denoiser.perceptual.frozen if self.denoiser.perceptual else {})}
+
+  @property
   def diffusion(self) -> 'Diffusion':
     """Itself."""
     return self
 
   @property
   def networks(self) -> Mapping[str, Model]:
-    """The one network of this stage."""
-    return {self.denoiser.network: self.denoiser.model}
+    """The denoiser, and encoders that are trained with it."""
+    return {self.denoiser.network: self.denoiser.model, **jointly.models(self.conditions)}
 
   @property
   def num_function_evaluations(self) -> int:
@@ -188,7 +194,12 @@ class Diffusion(base.InSpace):
     extra = {}
     if self.draws_times:
       extra[variance.HISTORY] = importance.start(self.denoiser.schedule.train_steps)
-    return base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra=extra)
+    state = base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra=extra)
+    return jointly.init(state, self.conditions, self.optimizer, key)
+
+  def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
+    """Returns the state whose encoders are those that they begin as."""
+    return jointly.start(state, self.conditions, frozen)
 
   @property
   def draws_times(self) -> bool:
@@ -211,11 +222,12 @@ class Diffusion(base.InSpace):
   ) -> tuple[base.TrainState, Metrics]:
     """Returns the state after one update of the loss."""
     del kind
-    name, count = self.denoiser.network, batch['image'].shape[0]
+    count = batch['image'].shape[0]
+    state, moved, key = jointly.before_update(state, self.conditions, batch, key, flip=self.flip)
     batch, key = self.marked(state, batch, key)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      read = {**frozen, name: params}
+      read = {**frozen, **params}
       key_example, key_loss = jax.random.split(key)
       y0, values = self.examples(read, batch, key_example, training=True)
       if not self.draws_times:
@@ -229,13 +241,13 @@ class Diffusion(base.InSpace):
       each = jnp.zeros(count).at[batch[POSITION]].set(self.microbatches * terms['loss'])
       return metrics['loss'], {**metrics, variance.HISTORY: each}
 
-    params = state.networks[name].params
+    params = {name: network.params for name, network in state.networks.items()}
     grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
     if self.draws_times:
       history = importance.update(state.extra[variance.HISTORY], batch[INDEX], metrics.pop(variance.HISTORY))
       state = state.replace(extra={**state.extra, variance.HISTORY: history})
-    state, norms = base.update_one(state, name, grads, self.optimizer)
-    return state, {**metrics, **norms}
+    state, norms = jointly.update(state, self.conditions, grads, self.optimizer)
+    return state, {**metrics, **moved, **norms}
 
   def marked(self, state: base.TrainState, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
     """Returns the batch with what is decided of it as a whole, and the key that is left."""
@@ -320,7 +332,9 @@ class Diffusion(base.InSpace):
     return {**self.conditions.nats(read, x0), **terms}
 
 
-def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> Denoiser:
+def make_denoiser(
+  section: ConfigDict, space: Space, conditions: Conditions, perceptual: Perceptual | None = None
+) -> Denoiser:
   """Returns the U-Net of a stage's section, and how it is read."""
   height, width, channels = space.shape
   if height != width:
@@ -349,8 +363,28 @@ def make_denoiser(section: ConfigDict, space: Space, conditions: Conditions) -> 
     shift=vae_conditions.IMAGE if section.diffusion.condition == 'formulation2' else '',
     variance=section.diffusion.variance,
     of_bytes=space.is_data,
+    perceptual=perceptual,
     **({} if 'teacher' in section else {name: section.loss[name] for name in ('objective', 'vlb_weight')}),
   )
+
+
+def perceptual_of(config: ConfigDict, stage: str, space: Space) -> Perceptual | None:
+  """Returns the perceptual distance of a stage's loss; None where it has none, as of students.
+
+  Raises:
+    UserError: where the maps are no images.
+  """
+  section = config[stage]
+  if 'teacher' in section:
+    return None
+  loss = section.loss
+  found = Perceptual.of(loss.perceptual, loss.perceptual_weight, config.evaluate.weights_dir)
+  if found.source and not space.is_data:
+    raise UserError(
+      f'loss.perceptual is {loss.perceptual!r}, a distance of images; the maps of space = {section.space!r} '
+      "are none: use 'pixel', or loss.perceptual = ''"
+    )
+  return found if found.source else None
 
 
 def unguided(config: ConfigDict, stage: str) -> tuple[Space, Denoiser]:
@@ -358,33 +392,3 @@ def unguided(config: ConfigDict, stage: str) -> tuple[Space, Denoiser]:
   checks.check(config[stage], BOUNDS, f'config.{stage}: ')
   space = make_space(config, stage)
   return space, make_denoiser(config[stage], space, make_conditions(config, stage, space))
-
-
-def check_section(section: ConfigDict, space: Space, conditions: Conditions) -> None:
-  """Raises UserError for fields of a section that contradict each other."""
-  diffusion, sample, train = section.diffusion, section.sample, section.train
-  if diffusion.condition_dropout > 0 and diffusion.condition == 'none' and not diffusion.z_conditioning:
-    raise UserError(
-      f'diffusion.condition_dropout is {diffusion.condition_dropout}, but the U-Net reads nothing of a VAE '
-      'that could be dropped; set diffusion.condition or z_conditioning, or set the dropout to 0'
-    )
-  if sample.t_start < 1 and diffusion.condition == 'none':
-    raise UserError(
-      "sample.t_start < 1 starts from a noised x0_vae, which diffusion.condition = 'none' does not have"
-    )
-  if sample.guidance_weight > 0 and not conditions.droppable:
-    raise UserError(
-      f'sample.guidance_weight is {sample.guidance_weight}; guidance_weight > 0 needs a network trained with '
-      'diffusion.condition_dropout > 0, or that of another condition, such as conditions.label.dropout > 0; '
-      'here none is dropped'
-    )
-  if sample.clip != 'none' and space.bound is None:
-    raise UserError(
-      f'sample.clip = {sample.clip!r} brings x0_hat into [-1, 1], where the maps of space = '
-      f"{section.space!r} of unit deviation are not; use 'none'"
-    )
-  if diffusion.x0_vae_source == 'precomputed' and diffusion.z_conditioning and train.flip:
-    raise UserError(
-      "diffusion.x0_vae_source = 'precomputed' with z_conditioning cannot be joined with train.flip: the "
-      "stored z belongs to the image as it is; use 'mean', or train.flip = False"
-    )

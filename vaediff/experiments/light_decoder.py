@@ -99,7 +99,8 @@ class LightDecoder(base.Experiment):
     """Returns what teacher and student make of the same latents of x."""
     model, known = self.autoencoder.model, frozen['autoencoder']
     z = encoders.encode(model, known, x, jax.random.normal(key, (x.shape[0], *self.latent_shape)))
-    return encoders.decode(model, known, z), self.decoder.apply(params, encoders.quantized(known, z))
+    taught = encoders.decode(model, known, z)
+    return taught, self.decoder.apply(params, encoders.quantized(model, known, z))
 
   def train_step(
     self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
@@ -146,5 +147,5 @@ class LightDecoder(base.Experiment):
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Image]:
     """Returns {'x0': images of the latents by the light decoder}."""
     del keys
-    z = encoders.quantized(read['autoencoder'], given[LATENTS])
+    z = encoders.quantized(self.autoencoder.model, read['autoencoder'], given[LATENTS])
     return {'x0': jnp.clip(self.decoder.apply(read['decoder'], z), -1.0, 1.0)}

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
+from vaediff.conditions.base import Conditions
 from vaediff.conditions.weight import WEIGHT
 from vaediff.diffusion import distillation, gaussian, losses, schedules
 from vaediff.errors import UserError
@@ -77,7 +78,7 @@ class Progressive(LossStudent):
     """Builds the experiment of `config.<stage>`."""
     section, shared = config[stage], parts(config, stage)
     base.check(cls, config, stage)
-    check(section, shared['teacher'].conditions.droppable)
+    check(section, shared['teacher'].conditions)
     if section.num_steps:
       distillation.halving(shared['student'].denoiser.schedule, section.num_steps)  # checks them
     if section.num_steps and shared['teacher'].prediction == 'eps':
@@ -194,22 +195,28 @@ class Progressive(LossStudent):
     )
 
 
-def check(section: ConfigDict, droppable: tuple[str, ...]) -> None:
+def check(section: ConfigDict, conditions: Conditions) -> None:
   """Raises UserError for fields of the stage's section that contradict each other.
 
   Args:
     section: of the stage.
-    droppable: conditions that the teacher's training drops.
+    conditions: of the teacher.
   """
   if section.diffusion.prediction == 'eps':
     raise UserError("prediction is 'eps'; a student of few steps must predict 'v' or 'x0'")
   if section.data_free_fraction and not section.num_steps:
     raise UserError('data_free_fraction needs a halving (num_steps > 0): it starts from the grid')
+  if section.data_free_fraction and conditions.seen:
+    raise UserError(
+      f'data_free_fraction is {section.data_free_fraction}, which needs conditions that can be drawn of '
+      f'nothing; {conditions.seen[0]} is seen in an image, or comes of the samples of another stage. Set it '
+      'to 0'
+    )
   if section.model.guidance_embedding:
     weights = section.guidance_weights
     if not weights[0] <= weights[1]:
       raise UserError(f'guidance_weights must be (least, most) with 0 <= least <= most, got {weights}')
-    if not droppable:
+    if not conditions.droppable:
       raise UserError(
         'a guided student needs a teacher trained with diffusion.condition_dropout > 0, or the dropout of '
         'another condition; here none is dropped'

@@ -134,15 +134,7 @@ class Student(base.InSpace):
 
     They are those of samples anywhere in a long row: of conditions that come in turn, as classes do, `count`
     that are not the same at every update.
-
-    Raises:
-      UserError: where a condition is fed by the samples of another stage.
     """
-    if self.conditions.makers:
-      raise UserError(
-        'data_free_fraction needs conditions that can be drawn of nothing; '
-        f'{self.conditions.makers[0].feeds} comes of the samples of another stage. Set it to 0'
-      )
     conditions, keys = self.conditions.for_training(), jax.random.split(key, count + 1)
     first = jax.random.randint(keys[count], (), 0, FIRST_INDEX)
     given = conditions.draw(read, keys[:count], first + jnp.arange(count))

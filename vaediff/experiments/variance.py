@@ -15,6 +15,7 @@ HISTORY = 'losses'
 LOSS_BOUNDS = {
   'loss.objective': checks.one_of(OBJECTIVES),
   'loss.vlb_weight': bounds.weight(),
+  'loss.perceptual_weight': bounds.weight(),
   'loss.time_sampler': checks.one_of(TIME_SAMPLERS),
 }
 """Of how a learned variance is trained, which students do not have."""

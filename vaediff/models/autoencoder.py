@@ -52,6 +52,10 @@ class Autoencoder(nn.Module):
     codebook_size: number of codes, the parameter `codes` [codebook_size, latent_channels]; positive exactly
       for 'vq'. They are moved by the gradient of `codebook.codebook_loss`, or replaced after
       `codebook.ema_update`.
+    normalized_codes: 'vq' alone: vectors and codes are compared, and decoded, at length 1. The encoder's
+      output has it; codes are brought to it by whoever reads them (`codebook.unit`).
+    inner_channels: of the maps between the 3x3 convolutions and the 1x1 ones at the latents; 0 =
+      latent_channels. With 'kl' the encoder has twice as many.
     tanh_out: the decoder ends in a tanh, which bounds images to (-1, 1).
     remat: recompute the blocks' activations in the backward pass instead of storing them.
     dtype: 'float32' or 'bfloat16', the type of the arithmetic. Parameters, group norm statistics, softmax,
@@ -70,6 +74,8 @@ class Autoencoder(nn.Module):
   dropout: float = 0.0
   bottleneck: str = 'kl'
   codebook_size: int = 0
+  normalized_codes: bool = False
+  inner_channels: int = 0
   tanh_out: bool = False
   remat: bool = False
   dtype: str = 'float32'
@@ -101,10 +107,15 @@ class Autoencoder(nn.Module):
       'attention_resolutions': self.attention_resolutions,
       'options': options,
     }
-    outputs = 2 * self.latent_channels if self.bottleneck == 'kl' else self.latent_channels
-    self.encoder = Encoder(channels=self.channels, out_channels=outputs, **shared)
+    inner, outputs = self.inner_channels or self.latent_channels, 2 if self.bottleneck == 'kl' else 1
+    self.encoder = Encoder(
+      channels=self.channels,
+      inner_channels=outputs * inner,
+      out_channels=outputs * self.latent_channels,
+      **shared,
+    )
     self.decoder = Decoder(
-      body=DecoderBody(latent_channels=self.latent_channels, parent=None, **shared),
+      body=DecoderBody(inner_channels=inner, parent=None, **shared),
       image_channels=self.image_channels,
       tanh_out=self.tanh_out,
     )
@@ -116,7 +127,7 @@ class Autoencoder(nn.Module):
     """Returns the mean and the log variance of the latents of images in [-1, 1], float32.
 
     The log variance is in [-30, 20] for 'kl', and None for the others, whose latents are the mean: in (-1, 1)
-    for 'none', unbounded and not yet one of the codes for 'vq'.
+    for 'none', and for 'vq' not yet one of the codes: unbounded, or of length 1 where codes are normalised.
 
     Raises:
       UserError: the sides or the channels of the images do not fit the module.
@@ -130,7 +141,7 @@ class Autoencoder(nn.Module):
       case 'none':
         return jnp.tanh(h), None
       case _:
-        return h, None
+        return codebook.unit(h) if self.normalized_codes else h, None
 
   def decode(self, z: LatentMap, *, deterministic: bool = True) -> Image:
     """Returns the image of latents, float32; for 'vq' the latents are to be codes already."""
@@ -282,6 +293,7 @@ def _check_fields(model: Autoencoder) -> None:
     raise UserError(f"model.bottleneck is '{model.bottleneck}'; choose one of {', '.join(BOTTLENECKS)}.")
   for field in ('image_channels', 'latent_channels', 'channels', 'num_res_blocks'):
     _check_at_least(field, getattr(model, field), 1)
+  _check_at_least('inner_channels', model.inner_channels, 0)
   if not model.channel_multipliers or min(model.channel_multipliers) < 1:
     raise UserError(
       f'model.channel_multipliers is {tuple(model.channel_multipliers)}; give one multiplier per level, '
@@ -292,3 +304,13 @@ def _check_fields(model: Autoencoder) -> None:
   if (model.bottleneck == 'vq') != (model.codebook_size > 0):
     needed = "at least 1 for model.bottleneck 'vq'" if model.bottleneck == 'vq' else "0 without 'vq'"
     raise UserError(f'model.codebook_size is {model.codebook_size}; it must be {needed}.')
+  if model.normalized_codes and model.bottleneck != 'vq':
+    raise UserError(
+      f"model.normalized_codes is True, which is for model.bottleneck 'vq', not {model.bottleneck!r}: there "
+      'are no codes.'
+    )
+  if model.normalized_codes and model.latent_channels < 2:
+    raise UserError(
+      f'model.normalized_codes is True, but model.latent_channels is {model.latent_channels}; numbers of '
+      'length 1 are two codes: take at least 2 channels.'
+    )

@@ -111,6 +111,7 @@ class Encoder(nn.Module):
     num_res_blocks: residual blocks per level.
     attention_resolutions: sides of the maps that get attention, besides the last.
     out_channels: of the output.
+    inner_channels: of the last convolution but one, the 3x3.
     options: of all blocks; `deterministic` is replaced at each call.
   """
 
@@ -119,6 +120,7 @@ class Encoder(nn.Module):
   num_res_blocks: int
   attention_resolutions: tuple[int, ...]
   out_channels: int
+  inner_channels: int
   options: BlockOptions
 
   @nn.compact
@@ -137,7 +139,7 @@ class Encoder(nn.Module):
       )(h)
     h = Middle(options=options, name='middle')(h)
     h = nn.silu(layers.GroupNorm(epsilon=options.variant.norm_epsilon, name='norm_out')(h))
-    h = layers.conv3x3(self.out_channels, name='conv_out', dtype=options.dtype)(h)
+    h = layers.conv3x3(self.inner_channels, name='conv_out', dtype=options.dtype)(h)
     return layers.dense(self.out_channels, name='quant_conv', dtype=jnp.float32)(h.astype(jnp.float32))
 
 
@@ -145,14 +147,14 @@ class DecoderBody(nn.Module):
   """From the latent to the activations before the last convolution.
 
   Attributes:
-    latent_channels: channels of z, and of what the first convolution reads.
+    inner_channels: of what the first 3x3 convolution reads, made of z by a 1x1.
     widths: channels of each level, highest resolution first.
     num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
     attention_resolutions: sides of the maps that get attention, besides the first.
     options: of all blocks; `deterministic` is replaced at each call.
   """
 
-  latent_channels: int
+  inner_channels: int
   widths: tuple[int, ...]
   num_res_blocks: int
   attention_resolutions: tuple[int, ...]
@@ -162,7 +164,7 @@ class DecoderBody(nn.Module):
   def __call__(self, z: LatentMap, *, deterministic: bool) -> Features:
     """Returns normalised and rectified activations, float32."""
     options = dataclasses.replace(self.options, deterministic=deterministic)
-    h = layers.dense(self.latent_channels, name='post_quant_conv', dtype=options.dtype)(z)
+    h = layers.dense(self.inner_channels, name='post_quant_conv', dtype=options.dtype)(z)
     h = layers.conv3x3(self.widths[-1], name='conv_in', dtype=options.dtype)(h)
     h = Middle(options=options, name='middle')(h)
     for level in reversed(range(len(self.widths))):

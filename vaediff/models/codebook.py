@@ -33,6 +33,11 @@ from vaediff.types import Scalar
 # largest array of a training step.
 CHUNK = 2048
 
+# Squares below it are taken for it, where vectors are brought to length 1.
+UNIT_EPSILON = 1e-24
+# Of the softmax over codes in `entropy_loss`: that of MaskGIT's tokenizer (2202.04200) and of LlamaGen.
+ENTROPY_TEMPERATURE = 0.01
+
 Vectors = Float[Array, '*positions dim']
 """Vectors along the last axis, of any leading shape."""
 Codes = Float[Array, 'codes dim']
@@ -103,6 +108,13 @@ def nearest(z: Vectors, codes: Codes) -> Indices:
   return indices.reshape(z.shape[:-1])
 
 
+def unit(vectors: Vectors) -> Vectors:
+  """Returns the vectors at length 1, float32; of length 0 where they are, with a gradient that is finite."""
+  vectors = vectors.astype(jnp.float32)
+  squares = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
+  return vectors * jax.lax.rsqrt(jnp.maximum(squares, UNIT_EPSILON))
+
+
 def lookup(codes: Codes, indices: Indices) -> Vectors:
   """Returns the codes at the indices; differentiable with respect to the codes."""
   return jnp.take(codes, indices, axis=0)
@@ -133,6 +145,31 @@ def commitment_loss(z: Vectors, e: Vectors, beta: float = 0.25) -> Scalar:
 def codebook_loss(z: Vectors, e: Vectors) -> Scalar:
   """Returns mean (sg(z) - e)^2, the second term of eq. 3: codes move to their vectors, by gradient."""
   return jnp.mean(jnp.square(jax.lax.stop_gradient(z.astype(jnp.float32)) - e))
+
+
+def entropy_loss(z: Vectors, codes: Codes, temperature: float = ENTROPY_TEMPERATURE) -> Scalar:
+  """Returns the mean entropy of p(code | z) less that of its mean over z, in nats, in [-log K, 0].
+
+  p = softmax(-|z - e|^2 / temperature). Least where every vector is sure of its code and all codes are used
+  alike. It holds an array of all distances, vectors times codes. Differentiable in z and in the codes.
+  """
+  flat = z.reshape(-1, z.shape[-1]).astype(jnp.float32)
+  products = jnp.matmul(flat, codes.T, precision=jax.lax.Precision.HIGHEST)
+  distances = jnp.square(flat).sum(axis=1)[:, None] - 2.0 * products + jnp.square(codes).sum(axis=1)[None]
+  log_p = jax.nn.log_softmax(-distances / temperature, axis=-1)
+  p = jnp.exp(log_p)
+  mean = p.mean(axis=0)
+  own = -jnp.sum(p * log_p, axis=-1).mean()
+  return own + jnp.sum(mean * jnp.log(mean + 1e-10))
+
+
+def count(state: Codebook, indices: Indices, decay: float = 0.99) -> Codebook:
+  """Returns the codebook with the averaged counts of one batch; codes and sums as they were.
+
+  Of codes that the gradient moves: their counts say which are dead.
+  """
+  found = _histogram(indices.reshape(-1), state.codes.shape[0])
+  return state.replace(counts=decay * state.counts + (1.0 - decay) * found)
 
 
 def ema_update(
@@ -185,6 +222,14 @@ def check_restarts(num_vectors: int, size: int, threshold: float) -> None:
       f'batch needs twice loss.restart_below vectors per code: lower it to {num_vectors / (2 * size):.3g} or '
       'less (0 = none start anew), take a larger train.batch_size, or fewer codes'
     )
+
+
+def histogram(indices: Indices, size: int, weight: Array | None = None) -> Float[Array, ' size']:
+  """Returns how often each of the `size` codes occurs; a row of the batch counts `weight` times."""
+  if weight is None:
+    return _histogram(indices.reshape(-1), size)
+  each = jnp.broadcast_to(weight.reshape(-1, *[1] * (indices.ndim - 1)), indices.shape)
+  return jax.ops.segment_sum(each.reshape(-1).astype(jnp.float32), indices.reshape(-1), size)
 
 
 def usage(indices: Indices, size: int) -> tuple[Scalar, Scalar]:

@@ -3,12 +3,15 @@
 A network declares its ports, and what is learned about a value (a stand-in, a projection, a table) is made
 here, beside the network's own parameters:
 
-    null_<name>    the stand-in of a dropped value that is concatenated or a vector; zero at first
+    null_<name>    the stand-in of a dropped value that is concatenated or a vector; zero at first. Of a map
+                   that enters inside it is one vector, for every position
     <name>_mlp     a vector, to the width of the embedding
     <name>_table   a whole number below `classes`, to the width of the embedding; its last row is the null
     <name>         a number, as waves, to the width of the embedding; zero at first
     <name>_mlp     a level, as waves, to the same width; its last layer is zero at first, and null_<name>
                    stands for the waves
+
+What is learned where a map enters inside is made there (`models.token_injection`).
 
 Must not import diffusion, experiments, run, config or data.
 """
@@ -22,10 +25,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vaediff.models.token_injection import POSITIONS, WAYS, Entering, Tokens
 from vaediff.models.unet_blocks import Mlp
 from vaediff.types import Drop, Values
 
-PLACES = ('concat', 'vector')
+PLACES = ('concat', 'vector', *POSITIONS)
 NUMBER_SCALE = 250
 """Times a number, such as a guidance weight of 0 ... 4, before it is embedded as a step index is."""
 LEVEL_SCALE = 1000
@@ -39,11 +43,13 @@ class Port:
   """How one value enters a network.
 
   Attributes:
-    enters: 'concat' (a map beside the state, along the channels) or 'vector' (added to the time embedding).
+    enters: 'concat' (a map beside the state, along the channels), 'vector' (added to the time embedding), or
+      inside a U-Net, a map at its 'encoder', 'middle' or 'decoder'.
     shape: of one example; () = a number, or one of `classes`.
     classes: above 0, the value is a whole number below it.
     level: the number is a time in [0, 1], how strongly another value is noised: embedded as the time is.
     droppable: it has a learned stand-in, which a dropped example reads.
+    how: a map joins inside, one of `token_injection.WAYS`.
   """
 
   enters: str
@@ -51,11 +57,14 @@ class Port:
   classes: int = 0
   level: bool = False
   droppable: bool = False
+  how: str = 'concat'
 
   def __post_init__(self):
     if self.enters not in PLACES:
       raise ValueError(f'A port enters at one of {", ".join(PLACES)}, not at {self.enters!r}.')
-    fits = len(self.shape) == 3 if self.enters == 'concat' else len(self.shape) <= 1
+    if self.how not in (WAYS if self.enters in POSITIONS else ('concat',)):
+      raise ValueError(f'A {self.enters} port cannot join by {self.how!r}; inside a network: {WAYS}.')
+    fits = len(self.shape) <= 1 if self.enters == 'vector' else len(self.shape) == 3
     number = self.enters == 'vector' and not self.shape and not self.classes
     if not fits or self.classes < 0 or (self.classes and self.shape) or (self.level and not number):
       raise ValueError(
@@ -81,6 +90,16 @@ def structs(ports: Mapping[str, Port]) -> dict[str, jax.ShapeDtypeStruct]:
 def channels(ports: Named) -> int:
   """Returns how many channels the concatenated values have together."""
   return sum(port.shape[-1] for _, port in ports if port.enters == 'concat')
+
+
+def inside(module: nn.Module, ports: Named, values: Values, drop: Drop) -> dict[str, Entering]:
+  """Returns the maps that enter inside, by position; call it within the module's compact method."""
+  found = {position: () for position in POSITIONS}
+  for name, port in ports:
+    if port.enters in POSITIONS:
+      kept = _kept(module, name, port, values[name], drop)
+      found[port.enters] += (Tokens(name, port.how, kept),)
+  return found
 
 
 def check(ports: Named, values: Values, drop: Drop) -> None:
@@ -175,12 +194,16 @@ def _level_embedding(
 
 
 def _kept(module: nn.Module, name: str, port: Port, value: Array, drop: Drop) -> Array:
-  """Returns the value with the stand-in, of its shape, where it is dropped; creates the stand-in."""
+  """Returns the value with the stand-in where it is dropped; creates the stand-in.
+
+  It has the shape of the value, or is one vector for all positions of a map that enters inside.
+  """
   if not port.droppable:
     return value
   shape = value.shape[1:]
-  null = module.param(f'null_{name}', nn.initializers.zeros, shape)
+  own = shape[-1:] if port.enters in POSITIONS else shape
+  null = module.param(f'null_{name}', nn.initializers.zeros, own)
   if name not in drop:
     return value
   mask = drop[name].reshape(-1, *[1] * len(shape))
-  return jnp.where(mask, null[None], value)
+  return jnp.where(mask, null.reshape(*[1] * (value.ndim - len(own)), *own), value)

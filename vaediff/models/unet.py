@@ -11,6 +11,7 @@ ways are a residual, an attention and a residual block.
 Must not import diffusion, experiments, run, config or data.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 from vaediff.errors import UserError
 from vaediff.models import layers
 from vaediff.models import ports as entering
+from vaediff.models.token_injection import POSITIONS, Entering
 from vaediff.models.unet_blocks import VARIANTS, BlockOptions, DownLevel, Middle, Mlp, UpLevel
 from vaediff.types import Drop, Image, Params, Time, Values
 
@@ -154,10 +156,11 @@ class UNet(nn.Module):
     x = entering.join(self, self.ports, x_t, values, drop)
     # A first level that is narrower than the base width begins so; no wider one does.
     h = layers.conv3x3(min(self.channels, _level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
-    skips, features = self._down(h, emb, options)
+    inside = entering.inside(self, self.ports, values, drop)
+    skips, features = self._down(h, emb, options, inside)
     if encoder_only:
       return features
-    h = self._up(features[-1], skips, emb, options)
+    h = self._up(features[-1], skips, emb, options, inside['decoder'])
     h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
     return self._conv_out(variant.zero_init)(h.astype(jnp.float32))
 
@@ -169,26 +172,29 @@ class UNet(nn.Module):
     init = _zero_behind(self.image_channels)
     return nn.Conv(outputs, kernel_size=(3, 3), kernel_init=init, dtype=jnp.float32, name='conv_out')
 
-  def _down(self, h: Array, emb: Array, options: BlockOptions) -> tuple[list[Array], list[Array]]:
+  def _down(
+    self, h: Array, emb: Array, options: BlockOptions, inside: Mapping[str, Entering]
+  ) -> tuple[list[Array], list[Array]]:
     """Returns the maps that the way up reads back, and those of `features`."""
     sizes, widths = _level_sizes(self), _level_widths(self)
+    bottom = len(sizes) - 1
     skips, features = [h], []
     for level, width in enumerate(widths):
       outputs = DownLevel(
         features=width,
         num_blocks=self.num_res_blocks,
         attend=sizes[level] in self.attention_resolutions,
-        downsample=level < len(sizes) - 1,
+        downsample=level < bottom,
         options=options,
         name=f'down_{level}',
-      )(skips[-1], emb)
+      )(skips[-1], emb, inside['encoder'] if level == bottom else ())
       features.append(outputs[self.num_res_blocks - 1])
       skips += outputs
-    features.append(Middle(options=options, name='middle')(skips[-1], emb))
+    features.append(Middle(options=options, name='middle')(skips[-1], emb, inside['middle']))
     return skips, features
 
-  def _up(self, h: Array, skips: list[Array], emb: Array, options: BlockOptions) -> Array:
-    """Returns the map after all levels of the way up; at full resolution."""
+  def _up(self, h: Array, skips: list[Array], emb: Array, options: BlockOptions, tokens: Entering) -> Array:
+    """Returns the map after all levels of the way up, at full resolution; tokens enter at the first."""
     sizes, widths = _level_sizes(self), _level_widths(self)
     for level in reversed(range(len(sizes))):
       # A level reads back what it wrote, and the map that entered it.
@@ -199,7 +205,7 @@ class UNet(nn.Module):
         upsample=level > 0,
         options=options,
         name=f'up_{level}',
-      )(h, skips[first:], emb)
+      )(h, skips[first:], emb, tokens if level == len(sizes) - 1 else ())
       skips = skips[:first]
     return h
 
@@ -295,11 +301,22 @@ def _check_shape(unet: UNet) -> None:
 
 
 def _check_ports(unet: UNet) -> None:
-  """Raises ValueError unless the maps that are concatenated have the sides of x_t."""
-  sides = (unet.image_size, unet.image_size)
+  """Raises an error unless maps have the sides of what they join: ValueError beside x_t, UserError inside."""
+  sides, bottom = (unet.image_size, unet.image_size), _level_sizes(unet)[-1]
   for name, port in unet.ports:
     if port.enters == 'concat' and port.shape[:2] != sides:
       raise ValueError(f'{name} has sides {port.shape[:2]}, x_t has {sides}; they must be equal.')
+    if port.enters not in POSITIONS or port.how == 'attention' or port.shape[:2] == (bottom, bottom):
+      continue
+    height, width, _ = port.shape
+    factor = unet.image_size // height
+    fits = height == width and factor * height == unet.image_size and not factor & (factor - 1)
+    advice = f'take log2 f + 1 = {factor.bit_length()} levels for f = {factor}, or' if fits else 'use'
+    raise UserError(
+      f'{name} has a grid of {height} x {width}, but the bottom level of the U-Net has {bottom} x {bottom}: '
+      f"model.channel_multipliers has {len(unet.channel_multipliers)} levels; {advice} how = 'attention', "
+      'whose grid is free.'
+    )
 
 
 def _check_attention(unet: UNet) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vaediff.models import layers
+from vaediff.models import layers, token_injection
+from vaediff.models.token_injection import Entering
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,14 +139,18 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
+    self,
+    x: Float[Array, 'batch height width channels'],
+    emb: Float[Array, 'batch embedding'],
+    added: Float[Array, 'batch height width features'] | None = None,
   ) -> Float[Array, 'batch height_out width_out features']:
-    """Returns x plus what the block adds to it."""
+    """Returns x plus what the block adds to it; `added` joins what the first convolution gives."""
     options, dtype = self.options, self.options.dtype
     epsilon = options.variant.norm_epsilon
     h = nn.silu(layers.GroupNorm(epsilon=epsilon, name='norm_1')(x))
     h, x = RESIZE[self.resize](h), RESIZE[self.resize](x)
     h = layers.conv3x3(self.features, name='conv_1', dtype=dtype)(h)
+    h = h if added is None else h + added
     width = 2 * self.features if options.scale_shift_norm else self.features
     emb = layers.dense(width, name='emb', dtype=dtype)(nn.silu(emb))[:, None, None, :]
     norm_2 = layers.GroupNorm(epsilon=epsilon, name='norm_2')
@@ -213,6 +218,25 @@ def attention_block(options: BlockOptions, name: str) -> nn.Module:
   return block(options=options, name=name)
 
 
+def block_with(
+  entering: Entering, features: int, options: BlockOptions, name: str, x: Array, emb: Array
+) -> Array:
+  """Returns what a residual block makes of a map, and of the maps of tokens that enter there."""
+  added = token_injection.added(features, name, entering, options.dtype)
+  inputs = (token_injection.beside(x, entering), emb)
+  h = residual_block(features, options, name)(*inputs, *([] if added is None else [added]))
+  for tokens in entering:
+    if tokens.how == 'attention':
+      attention = (
+        nn.remat(token_injection.TokenAttention) if options.remat else token_injection.TokenAttention
+      )
+      h = attention(
+        heads=options.heads(features), norm_epsilon=options.variant.norm_epsilon, dtype=options.dtype,
+        name=f'{name}_{tokens.name}',
+      )(h, tokens.map)  # fmt: skip
+  return h
+
+
 class DownLevel(nn.Module):
   """The blocks of one resolution on the way down.
 
@@ -232,12 +256,15 @@ class DownLevel(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
+    self,
+    x: Float[Array, 'batch height width channels'],
+    emb: Float[Array, 'batch embedding'],
+    entering: Entering = (),
   ) -> list[Array]:
     """Returns the output of each block, then of what halves; the last is the level's output."""
     outputs = []
     for i in range(self.num_blocks):
-      x = residual_block(self.features, self.options, f'res_{i}')(x, emb)
+      x = block_with(entering, self.features, self.options, f'res_{i}', x, emb)
       if self.attend:
         x = attention_block(self.options, f'attn_{i}')(x)
       outputs.append(x)
@@ -266,10 +293,13 @@ class Middle(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'batch height width channels'], emb: Float[Array, 'batch embedding']
+    self,
+    x: Float[Array, 'batch height width channels'],
+    emb: Float[Array, 'batch embedding'],
+    entering: Entering = (),
   ) -> Float[Array, 'batch height width channels']:
-    """Returns the map that starts the way up."""
-    x = residual_block(x.shape[-1], self.options, 'res_0')(x, emb)
+    """Returns the map that starts the way up; tokens enter at its first block."""
+    x = block_with(entering, x.shape[-1], self.options, 'res_0', x, emb)
     x = attention_block(self.options, 'attn')(x)
     return residual_block(x.shape[-1], self.options, 'res_1')(x, emb)
 
@@ -295,11 +325,12 @@ class UpLevel(nn.Module):
     x: Float[Array, 'batch height width channels'],
     skips: list[Array],
     emb: Float[Array, 'batch embedding'],
+    entering: Entering = (),
   ) -> Float[Array, 'batch height_out width_out features']:
     """Returns the level's output; each block reads one skip, the last of the list first."""
     for i, skip in enumerate(reversed(skips)):
       x = jnp.concatenate([x, skip], axis=-1)
-      x = residual_block(self.features, self.options, f'res_{i}')(x, emb)
+      x = block_with(entering, self.features, self.options, f'res_{i}', x, emb)
       if self.attend:
         x = attention_block(self.options, f'attn_{i}')(x)
     if self.upsample and self.options.resblock_updown:

@@ -42,6 +42,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config['data'].setdefault('check_fingerprint', True)
   for section in filter(_is_stage, config.values()):
     _upgrade_diffusion(section)
+    _upgrade_autoencoder(section)
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
@@ -100,6 +101,21 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
   section['sample'].setdefault('bound_steps', 0)
   if section['experiment'] == 'diffusion':
     section.setdefault('loss', {'objective': 'hybrid', 'vlb_weight': 0.001, 'time_sampler': 'uniform'})
+    section['loss'].setdefault('perceptual', '')
+    section['loss'].setdefault('perceptual_weight', 0.0)
+
+
+def _upgrade_autoencoder(section: dict[str, Any]) -> None:
+  """The discriminator learned while it weighed, if it ever did; dead codes stayed with 'gradient'."""
+  if section['experiment'] != 'autoencoder' or 'entropy_weight' in section['loss']:
+    return
+  section['model'] = {'normalized_codes': False, 'inner_channels': 0, **section['model']}
+  start = section['loss']['adversarial_start_step']
+  section['loss'] |= {'entropy_weight': 0.0, 'discriminator_start_step': start}
+  if section['loss']['codebook'] == 'gradient':
+    section['loss']['restart_below'] = 0.0
+  if start >= section['train']['num_steps']:
+    section['loss']['adversarial_weight'] = 0.0
 
 
 def _is_denoised(section: dict[str, Any]) -> bool:

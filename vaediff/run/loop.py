@@ -128,6 +128,8 @@ def train_with(
     state, stored = checkpointer.restore(abstract)
     start_step, seconds_before, last = position_of(checkpointer, stored)
     log.say(f'{stage.name}: resuming at step {start_step} of {num_steps}')
+  for note in stage.experiment.notes:
+    log.say(f'{stage.name}: {note}')
 
   # Compile -----------------------------------------------------------------------------------------
   batch_where, replicated = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)

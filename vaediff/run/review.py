@@ -14,7 +14,7 @@ from vaediff import identity
 from vaediff.data import loader
 from vaediff.errors import UserError
 from vaediff.machine import distributed, sharding
-from vaediff.run import best, draw, log
+from vaediff.run import best, draw, log, usage
 
 
 class Reviewer:
@@ -131,15 +131,19 @@ class Evaluator:
     self._batch_size = sharding.round_up(min(section.train.batch_size, len(stage.eval_source)), stage.mesh)
     self._limit, self._grid_images = section.train.eval_images, section.train.grid_images
     self._key = sharding.replicate(key, stage.mesh)
-    self._eval_step = jax.jit(stage.experiment.eval_step, out_shardings=sharding.replicated(stage.mesh))
+    experiment = stage.experiment
+    self._eval_step = jax.jit(
+      lambda read, batch, key: (experiment.eval_step(read, batch, key), experiment.counts(read, batch)),
+      out_shardings=sharding.replicated(stage.mesh),
+    )
     shape, source = stage.eval_source.image_shape, stage.eval_source
     self._draw = draw.make_draw(
       stage.experiment, stage.mesh, stage.config.seed, shape, lambda: source, f'stage {stage.name!r}'
     )
 
   def __call__(self, state: Any) -> dict[str, float]:
-    """Returns the metrics of the evaluation split, averaged over its examples."""
-    totals, count = collections.defaultdict(float), 0.0
+    """Returns the metrics of the evaluation split: means over its examples, and of what is counted in it."""
+    totals, counted, count = collections.defaultdict(float), collections.defaultdict(float), 0.0
     total = min(self._limit or len(self._stage.eval_source), len(self._stage.eval_source))
     batches = loader.eval_batches(
       self._stage.eval_source,
@@ -153,14 +157,16 @@ class Evaluator:
     for index, batch in enumerate(batches):
       weight = float(min(self._batch_size, total - index * self._batch_size))  # of all processes
       key = jax.random.fold_in(self._key, index)
-      metrics = self._eval_step(
+      metrics, counts = self._eval_step(
         {**self._stage.frozen, **state.eval_params}, sharding.put_batch(batch, self._where), key
       )
       distributed.beat(f'batch {index} of the evaluation')
       for name, value in jax.device_get(metrics).items():
         totals[name] += float(value) * weight
+      for name, value in jax.device_get(counts).items():
+        counted[name] += np.asarray(value, np.float64)
       count += weight
-    return {name: total / count for name, total in totals.items()}
+    return {**{name: total / count for name, total in totals.items()}, **usage.figures(counted)}
 
   def figure(self, state: Any, measure: str) -> float:
     """Returns a validation metric ('val/loss') or what `Stage.measure` makes of the averaged parameters."""

@@ -33,6 +33,7 @@ MAY_CHANGE = (
   'train.profile_steps',
   'sample.*',
   'prior.*',
+  'conditions.*.prior_stage',
   '*.workdir',
   'data_dir',
   'path',

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff import checks
+from vaediff import checks, conditions
 from vaediff.errors import UserError
 from vaediff.experiments import guides, progressive
 
@@ -188,6 +188,7 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
   }
   # a teacher that reads the weight has one to be sampled with; that of another is distilled into the student
   weight = teacher['sample']['guidance_weight'] if teacher['model']['guidance_embedding'] else 0.0
+  taken['conditions'] = conditions.for_student(taken['conditions'], section['teacher']['stage'], workdir)
   taken['model']['dropout'] = 0.0
   taken['diffusion']['variance'] = 'fixed'  # few steps have no noise between them
   taken['sample'] |= {

@@ -83,12 +83,21 @@ def encode(model: Model, params: Params, x: Image, noise: LatentMap | None) -> L
 
 def decode(model: Model, params: Params, z: LatentMap) -> Image:
   """Returns the images of latents; a codebook moves them to its codes first."""
-  return model.apply(params, quantized(params, z), method='decode')
+  return model.apply(params, quantized(model, params, z), method='decode')
 
 
-def quantized(params: Params, z: LatentMap) -> LatentMap:
-  """Returns the latents as the decoder takes them: at their codes, where there is a codebook."""
-  return codebook.quantize(z, params[CODES])[0] if CODES in params else z
+def quantized(model: Model, params: Params, z: LatentMap) -> LatentMap:
+  """Returns the latents as the decoder takes them: at their codes, exactly, where there is a codebook."""
+  if CODES not in params:
+    return z
+  codes = codes_of(model, params)
+  return codebook.lookup(codes, codebook.nearest(z, codes))
+
+
+def codes_of(model: Model, params: Params) -> codebook.Codes:
+  """Returns the codes of an autoencoder as they are compared and decoded: at length 1 where it says so."""
+  codes = params[CODES]
+  return codebook.unit(codes) if model.module.normalized_codes else codes
 
 
 def light_decoder_of(config: ConfigDict, named: ConfigDict) -> reads.FromStage:

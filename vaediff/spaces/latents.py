@@ -81,7 +81,8 @@ class Latents(Space):
     z = y * scale + mean
     if self.decoder is None:
       return encoders.decode(self.source.model, read['autoencoder'], z)
-    return self.decoder.model.apply(read['decoder'], encoders.quantized(read['autoencoder'], z))
+    z = encoders.quantized(self.source.model, read['autoencoder'], z)
+    return self.decoder.model.apply(read['decoder'], z)
 
   def num_decoder_parameters(self, read: Read) -> int:
     """Returns those of the light decoder, or of the autoencoder's own with its codes."""

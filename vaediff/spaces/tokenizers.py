@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import jax
-from jaxtyping import Array, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 from ml_collections import ConfigDict
 
 from vaediff import reads
@@ -21,6 +22,8 @@ from vaediff.types import Image, LatentMap, Params
 
 CODES = 'codes'
 """Name of the ids, where there is one level."""
+FROZEN = 'frozen'
+"""What a tokenizer is that is trained before what reads it."""
 TOKENIZER = 'tokenizer'
 """Name of the tokenizer's network in `read`."""
 Grids = tuple[Int32[Array, 'batch _ _'], ...]
@@ -39,6 +42,8 @@ class Tokenizer(abc.ABC):
   source: reads.FromStage
 
   network: ClassVar[str]
+  decodes: ClassVar[bool] = True
+  """It has a decoder of its own."""
 
   @property
   @abc.abstractmethod
@@ -89,15 +94,44 @@ class Vq(Tokenizer):
 
   def codes(self, params: Params, x: Image) -> Grids:
     """Returns the nearest code of each vector."""
-    return (codebook.nearest(encoders.encode(self.source.model, params, x, None), params[encoders.CODES]),)
+    z = encoders.encode(self.source.model, params, x, None)
+    return (codebook.nearest(z, encoders.codes_of(self.source.model, params)),)
 
   def embed(self, params: Params, codes: Grids) -> LatentMap:
     """Returns the codes themselves."""
-    return codebook.lookup(params[encoders.CODES], codes[0])
+    return codebook.lookup(encoders.codes_of(self.source.model, params), codes[0])
 
   def decode(self, params: Params, codes: Grids) -> Image:
     """Returns what the decoder makes of the codes."""
     return self.source.model.apply(params, self.embed(params, codes), method='decode')
+
+
+class Coder(Vq):
+  """The encoder and the codes of such an autoencoder, without its decoder: a diffusion is trained with it."""
+
+  network = TOKENIZER
+  decodes = False
+
+  @classmethod
+  def of(cls, tokenizer: Vq, stage: str, workdir: str) -> 'Coder':
+    """Returns that of a tokenizer's architecture, as a stage trains it."""
+    model = dataclasses.replace(tokenizer.source.model, entry='encode')
+    return cls(source=reads.FromStage(stage=stage, network=cls.network, workdir=workdir, model=model))
+
+  def decode(self, params: Params, codes: Grids) -> Image:
+    """There is none."""
+    raise UserError(f'the tokenizer of stage {self.source.stage!r} has no decoder but its diffusion')
+
+  def straight_through(self, params: Params, x: Image) -> tuple[Grids, LatentMap, Float[Array, ' batch']]:
+    """Returns the ids, the codes whose gradient passes straight through to the encoder, and the commitment.
+
+    That is the mean squared distance of an image's vectors from their codes, which do not follow it.
+    """
+    z = encoders.encode(self.source.model, params, x, None)
+    codes = encoders.codes_of(self.source.model, params)
+    embedded, ids = codebook.quantize(z, codes)
+    fixed = jax.lax.stop_gradient(codebook.lookup(codes, ids))
+    return (ids,), embedded, jnp.mean(jnp.square(z - fixed), axis=(1, 2, 3))
 
 
 def vq(config: ConfigDict, stage: str, workdir: str) -> Vq:
@@ -115,12 +149,33 @@ def vq(config: ConfigDict, stage: str, workdir: str) -> Vq:
   return Vq(source=reads.FromStage(stage=stage, network=Vq.network, workdir=workdir, model=model))
 
 
+def coder(config: ConfigDict, stage: str, workdir: str) -> Coder:
+  """Returns the tokenizer that a stage with the experiment 'diffusion' trains.
+
+  Raises:
+    UserError: when it trains none.
+  """
+  conditions = config[stage].conditions
+  if CODES not in conditions or conditions[CODES].training == FROZEN:
+    raise UserError(
+      f'{stage!r} is a diffusion that trains no tokenizer: conditions.{CODES}.training is not \'joint\' or '
+      f"'warm' there; name a stage that does"
+    )
+  named = conditions[CODES].stage
+  field = f'{stage}.conditions.{CODES}.stage'
+  reads.need_stage(config, named, 'autoencoder', field, 'autoencoder with codes')
+  return Coder.of(vq(config, named, ''), stage, workdir)
+
+
 def names_of(levels: int) -> tuple[str, ...]:
   """Returns the names of the ids of so many levels, coarse first: 'codes', or 'codes_0', 'codes_1', ..."""
   return (CODES,) if levels == 1 else tuple(f'{CODES}_{level}' for level in range(levels))
 
 
-BY_EXPERIMENT: dict[str, Callable[[ConfigDict, str, str], Tokenizer]] = {'autoencoder': vq}
+BY_EXPERIMENT: dict[str, Callable[[ConfigDict, str, str], Tokenizer]] = {
+  'autoencoder': vq,
+  'diffusion': coder,
+}
 """By the experiment of the stage: (config, stage, workdir) -> the tokenizer."""
 
 
