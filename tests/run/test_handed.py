@@ -46,6 +46,11 @@ class ImagesAlone(Maker):
     return {name: drawn[name] for name in ('low', 'x0')}
 
 
+class OfClasses(Maker):
+  classes = (7, 3)
+  num_groups = 2
+
+
 class OtherGrid(Maker):
   handed = {'codes_0': IDS, 'codes_1': jax.ShapeDtypeStruct((4, 4), jnp.int32)}
 
@@ -106,6 +111,14 @@ def test_ids_are_handed_over_as_they_are():
   np.testing.assert_array_equal(found['codes_1'], -found['codes_0'])
   assert reader.draws_alone
   np.testing.assert_array_equal(reader.draw(np.array([3]))['x0'][0, :, 0, 0], [255, 255, 0, 0])
+
+
+def test_samples_are_of_the_classes_of_the_stage_that_feeds_them():
+  reader, maker = opened(Reader(), OfClasses())
+  assert reader.asked is maker.experiment and maker.asked is maker.experiment
+  np.testing.assert_array_equal(reader.asked.classes_of(np.arange(3)), [7, 3, 7])
+  reader, _ = opened(Reader(), Maker())
+  assert reader.asked is reader.experiment and reader.asked.classes_of(np.arange(3)) is None
 
 
 def test_images_alone_are_shown_and_the_rest_is_asked_for():

@@ -244,6 +244,15 @@ class Trained:
     maker = self.maker(source)
     return all(maker.has_maker(before) for before in maker.experiment.makers)
 
+  @property
+  def asked(self) -> Experiment:
+    """The experiment whose classes its samples are of: its own, or that of a stage that feeds it."""
+    if not self.experiment.classes:
+      for source in filter(self.has_maker, self.experiment.makers):
+        if (found := self.maker(source).asked).classes:
+          return found
+    return self.experiment
+
   def _folder_of(self, source: reads.Sampled) -> pathlib.Path:
     return pathlib.Path(source.workdir) if source.workdir else self.workdir
 
