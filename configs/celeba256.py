@@ -69,6 +69,13 @@ def _vqvae(stage):
   stage.train.update({'batch_size': 32})
 
 
+def _prior(stage):
+  # of 32x32 codes: as large as taming's for faces, 24 blocks of width 1024
+  stage.model.update({**presets.PRIOR['taming_1024x24'], 'dropout': 0.0})
+  stage.optim = parts.optim(4.5e-6 * 64, b2=0.95, weight_decay=0.01, clip_norm=1.0)
+  stage.train = parts.train(300_000, 64, flip=True)
+
+
 def _published_decoder(stage):
   # 256 images at a time for 10,000 updates; average, weight decay and clipping are not in the paper
   stage.diffusion.update({'prediction': 'eps', 'loss_weight': 'snr'})
@@ -82,7 +89,7 @@ def _divae(run):
   _published_decoder(run.section('refiner'))
 
 
-SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae, 'vqvae2': _vqvae2}
+SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae, 'vqvae2': _vqvae2, 'prior': _prior}
 OWN = {
   **code_papers.VARIANTS,
   'divae': _divae,

@@ -9,6 +9,7 @@ Variants: configs/base.py.
 """
 
 from configs import base, gan_small, parts, presets
+from configs.stages import prior
 
 DATA = {'name': 'digits', 'image_size': 8, 'channels': 1, 'num_classes': 10}
 
@@ -151,6 +152,11 @@ def _vqvae(stage):
   )
 
 
+def _prior(stage):
+  prior.small(stage)
+  stage.train.eval_images = 0
+
+
 def _vqgan(stage):
   _vqvae(stage)
   stage.discriminator.update({'channels': 32, 'num_layers': 1})
@@ -187,6 +193,7 @@ SIZES = {
   'vqvae2': _vqvae2,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'prior': _prior,
   'vqgan': _vqgan,
   'dvae': _dvae,
   'evaluate': _evaluate,

@@ -10,6 +10,7 @@ Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
+from configs.stages import prior
 
 DATA = {'name': 'noto_emoji', 'image_size': 64, 'channels': 3, 'num_classes': 10}
 
@@ -58,6 +59,13 @@ def _vqvae(stage):
   stage.train.num_steps = 5000
 
 
+def _prior(stage):
+  prior.small(stage)
+  stage.model.update({'width': 256, 'num_layers': 6, 'num_heads': 8, 'dropout': 0.2})
+  stage.optim.learning_rate = 1e-3
+  stage.train.num_steps = 10_000
+
+
 def _vqgan(stage):
   _vqvae(stage)
   stage.discriminator.update({'channels': 32, 'num_layers': 3})
@@ -78,6 +86,7 @@ SIZES = {
   'refiner': _refiner,
   'ddgan': _ddgan,
   'vqvae': _vqvae,
+  'prior': _prior,
   'vqgan': _vqgan,
   'vqvae2': _vqvae2,
   'dvae': _dvae,

@@ -11,6 +11,7 @@ On one core: GANs of 4 steps (`latent`, `wavelet`, `ddgan`) in 5 minutes each; V
 """
 
 from configs import base, gan_small, parts, presets
+from configs.stages import prior
 
 DATA = {'name': 'fashion_mnist', 'image_size': 32, 'channels': 1, 'num_classes': 10, 'resize': 'pad'}
 
@@ -84,6 +85,13 @@ def _vqvae(stage):
   stage.train.num_steps = 2000
 
 
+def _prior(stage):
+  prior.small(stage)
+  stage.model.update({'width': 128, 'num_layers': 4})
+  stage.optim.learning_rate = 1e-3
+  stage.train.num_steps = 4000
+
+
 def _vqgan(stage):
   _vqvae(stage)
   stage.discriminator.update({'channels': 32, 'num_layers': 2})
@@ -108,6 +116,7 @@ SIZES = {
   'vqvae2': _vqvae2,
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
+  'prior': _prior,
   'vqgan': _vqgan,
   'dvae': _dvae,
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),

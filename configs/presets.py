@@ -1,4 +1,4 @@
-"""Network sizes of the papers: DiffuseVAE's block strings, and U-Nets.
+"""Network sizes of the papers: DiffuseVAE's block strings, U-Nets, and transformers.
 
 DiffuseVAE (arXiv:2201.00308), of its official configuration files; Improved DDPM, ADM and latent diffusion.
 Block grammar: `RxN` N residual blocks at resolution R; `RdK` one block, then average pooling by K; `RuK`
@@ -99,6 +99,24 @@ UNET = {
   ),
 }
 """Fields of `config.refiner.model`; those with a half as multiplier are for `models.unet.UNet` itself."""
+
+
+def _prior(style: str, width: int, num_layers: int, num_heads: int) -> dict:
+  return {'style': style, 'width': width, 'num_layers': num_layers, 'num_heads': num_heads}
+
+
+PRIOR = {
+  'taming_1024x24': _prior('gpt', 1024, 24, 16),
+  'taming_1408x40': _prior('gpt', 1408, 40, 16),
+  'taming_1536x36': _prior('gpt', 1536, 36, 16),
+  'taming_1536x48': _prior('gpt', 1536, 48, 24),
+  'llamagen_b': _prior('llama', 768, 12, 12),
+  'llamagen_l': _prior('llama', 1024, 24, 16),
+  'llamagen_xl': _prior('llama', 1280, 36, 20),
+  'llamagen_xxl': _prior('llama', 1536, 48, 24),
+  'llamagen_3b': _prior('llama', 3200, 24, 32),
+}
+"""Fields of `config.prior.model`: transformers of taming-transformers and of LlamaGen."""
 
 
 def tiny_vae(image_size: int) -> dict:

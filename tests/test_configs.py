@@ -401,10 +401,13 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
   assert all(np.isfinite(value) for summary in summaries for value in summary['last'].values())
   again = configs.read(workdir)  # the run describes itself
   assert again == config
-  inputs = experiments.build(config, config.stages[-1]).inputs
+  experiment = experiments.build(config, config.stages[-1])
+  inputs = experiment.inputs
   # a stage that reads degraded images alone, or has codes, has nothing to make samples of by itself
-  of_images = {'degraded', 'latents', 'codes', 'codes_0'} & set(inputs)
-  wanted = ['reconstructions.png'] if of_images else ['samples.png', 'interpolation.png']
+  seen = {'degraded', 'latents', 'codes', 'codes_0'} & set(inputs)
+  wanted = ['reconstructions.png'] if seen else ['samples.png', 'interpolation.png']
+  if experiment.handed:  # it draws what others see
+    wanted = ['samples.png']
   if 'x0_vae' in inputs:
     wanted.append('reconstructions.png')
     for task in tasks:

@@ -75,7 +75,8 @@ class Sampled:
   Attributes:
     stage: name of the stage.
     workdir: the run that holds it; '' = this run.
-    feeds: which of the condition's inputs its images are.
+    feeds: which of the condition's inputs its images are. Where it draws ids, or another array, of that name,
+      they are this input, and what else it draws of the name of an input is that one.
     depth: how many stages are sampled, one after the other, before the one that it feeds: 1 or more.
   """
 

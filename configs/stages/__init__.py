@@ -13,6 +13,7 @@ from configs.stages import (
   dvae,
   light_decoder,
   noisy_classifier,
+  prior,
   progressive,
   vae,
   vqgan,
@@ -34,6 +35,7 @@ BY_NAME = {
   **dict.fromkeys(cascade.STAGES, cascade),
   'noisy_classifier': noisy_classifier,
   'vqvae': vqvae,
+  'prior': prior,
   'vqgan': vqgan,
   'dvae': dvae,
 }

@@ -5,6 +5,9 @@ from ml_collections import ConfigDict
 from configs import parts
 from configs.run import Run
 
+PRIOR = 'prior'
+"""The stage of a token prior: where there is one, the classes are its own, and the diffusion decodes ids."""
+
 
 def section() -> ConfigDict:
   """The refiner of a VAE's image, with DiffuseVAE's common settings."""
@@ -248,19 +251,19 @@ def learned_variance(run: Run) -> None:
   run.edit('refiner', _learned_variance)
 
 
-def _label(refiner: ConfigDict) -> None:
-  with refiner.conditions.unlocked():
-    refiner.conditions.label = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
+def _label(stage: ConfigDict) -> None:
+  with stage.conditions.unlocked():
+    stage.conditions.label = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
 
 
 def label(run: Run) -> None:
-  """The U-Net also reads the class of the image.
+  """The U-Net also reads the class of the image; a token prior does in its place, where there is one.
 
   Raises:
     ValueError: the data set has no classes, or it is not known how many.
   """
   run.need_classes('label')
-  run.edit('refiner', _label)
+  run.edit(PRIOR if PRIOR in run.config.stages else 'refiner', _label)
 
 
 def _restoration(refiner: ConfigDict) -> None:

@@ -34,7 +34,7 @@ class Trained(opened_stages.Trained):
 
   def __init__(self, classes=(0, 2)):
     classes_of = lambda indices: np.array(classes)[indices % len(classes)] if classes else None
-    self.experiment = types.SimpleNamespace(classes=classes, classes_of=classes_of)
+    self.experiment = types.SimpleNamespace(classes=classes, classes_of=classes_of, makers=())
 
 
 class Classifier(networks.Features):

@@ -82,7 +82,11 @@ class Trained(opened.Trained):
     self.workdir = self.folder = tmp_path / 'run'
     self.mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:1])
     self.experiment = types.SimpleNamespace(
-      titles={'x0': 'refined'}, num_function_evaluations=4, classes=(), classes_of=lambda indices: None
+      titles={'x0': 'refined'},
+      num_function_evaluations=4,
+      classes=(),
+      makers=(),
+      classes_of=lambda indices: None,
     )
     self.drawn_source, self._sources = drawn, {}
 

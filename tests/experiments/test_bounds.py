@@ -31,6 +31,7 @@ VARIANTS = {
   'sr_8': 'cascade,debug',
   'noisy_classifier': 'classifier_guided,debug',
   'vqvae2': 'vqvae2,debug',
+  'prior': 'prior,label,debug',
 }
 """By stage, a variant of configs/digits.py that has it."""
 ELSEWHERE = {

@@ -45,7 +45,9 @@ class Trained(opened.Trained):
   def __init__(self, run, **settings):
     self.config, self.workdir = run.config, run.workdir
     self.settings.update({'num_images': 5, 'batch_size': 2, 'save_images': True, **settings})
-    self.experiment = types.SimpleNamespace(num_groups=0, classes_of=lambda indices: None)
+    self.experiment = types.SimpleNamespace(
+      num_groups=0, classes=(), makers=(), classes_of=lambda indices: None
+    )
     self.grey, self.broken_at = 0, None
 
   def draw(self, indices):

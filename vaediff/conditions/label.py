@@ -105,7 +105,7 @@ class Label(Condition):
     return {LABEL: given[LABEL]}
 
 
-def label_condition(config: ConfigDict, stage: str, space: Space) -> Label:
+def label_condition(config: ConfigDict, stage: str, space: Space | None = None) -> Label:
   """Returns the condition that `config.<stage>.conditions.label` describes.
 
   Raises:

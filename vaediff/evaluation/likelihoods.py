@@ -1,4 +1,4 @@
-"""Figures of a model rather than of its samples: variational bounds, and what of z is in use."""
+"""Figures of a model rather than of its samples: bounds, what of z is in use, nats of a prior of ids."""
 
 import functools
 from collections.abc import Callable
@@ -12,8 +12,9 @@ from vaediff.conditions.vae import CODE
 from vaediff.data import sources
 from vaediff.diffusion.likelihood import bits_per_dimension
 from vaediff.errors import UserError
+from vaediff.evaluation import id_counts
 from vaediff.evaluation.measures import Figure
-from vaediff.experiments.base import BYTES, Experiment
+from vaediff.experiments.base import BYTES, IDS, Experiment
 from vaediff.machine import sharding
 from vaediff.run import draw
 from vaediff.run.trained import Trained
@@ -27,11 +28,14 @@ def figures(trained: Trained) -> dict[str, Figure]:
   """Returns the bounds of the stage and of its VAE over the evaluation split, and the active units of z.
 
   'bits_per_dimension' and 'elbo' (nats per image) with the standard error of their mean over images as the
-  spread, each with its terms; 'active_units' of the VAE, as a count.
+  spread, each with its terms; 'active_units' of the VAE, as a count. Of a prior of ids see `id_counts`.
   """
   settings, found = trained.config.evaluate, {}
   for experiment, read in [(trained.experiment, trained.read), *encoders_of(trained)]:
     if not settings.num_bound or not experiment.likelihood:
+      continue
+    if experiment.likelihood == IDS:
+      found |= id_counts.figures(trained)
       continue
     dimensions = int(np.prod(trained.eval_source.image_shape))
     try:
@@ -84,7 +88,7 @@ def encoders_of(trained: Trained) -> list[tuple[Experiment, Read]]:
     if not isinstance(source, reads.FromStage):
       continue
     experiment = experiments.build(trained.config, source.stage)
-    if experiment.likelihood and experiment.likelihood != BYTES:
+    if experiment.likelihood and experiment.likelihood not in (BYTES, IDS):
       opened.append((experiment, {source.network: trained.read[name]}))
   return opened
 

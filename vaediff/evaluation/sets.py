@@ -183,7 +183,7 @@ def class_accuracy(
   Returns:
     {} where samples are asked to be of no class.
   """
-  asked = trained.experiment.classes_of(np.arange(count)) if seen else None
+  asked = trained.asked.classes_of(np.arange(count)) if seen else None
   if asked is None:
     return {}
   name, network = measures.CLASS_ACCURACY, measures.CLASSIFIER
@@ -290,7 +290,7 @@ def data_row(trained: Trained, opened: Networks, real: Real, count: int, keep: i
   count = min(count, len(trained.eval_source))
   count = min([count, *(len(held_out.features) for held_out in real.held_out.values())])
   figures = {}
-  if trained.experiment.classes and measures.CLASSIFIER in opened.features:
+  if trained.asked.classes and measures.CLASSIFIER in opened.features:
     accuracy = Figure(value=opened.features[measures.CLASSIFIER].accuracy)
     figures[measures.CLASS_ACCURACY] = of_fewer(accuracy, len(trained.eval_source), count)
   for network, held_out in real.held_out.items():

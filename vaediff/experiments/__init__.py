@@ -16,6 +16,7 @@ from vaediff.experiments.hierarchy import Hierarchy
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.noisy_classifier import NoisyClassifier
 from vaediff.experiments.progressive import Progressive
+from vaediff.experiments.token_prior import TokenPrior
 from vaediff.experiments.vae import Vae
 
 SHARED = ('train.', 'sample.', 'conditions.')
@@ -33,6 +34,7 @@ BY_NAME: dict[str, type[Experiment]] = {
   'distribution_matching': DistributionMatching,
   'classifier': Classifier,
   'noisy_classifier': NoisyClassifier,
+  'token_prior': TokenPrior,
 }
 
 

@@ -65,8 +65,8 @@ def check(experiment: type['Experiment'], config: ConfigDict, stage: str) -> Non
   checks.check(config[stage], experiment.bounds, f'config.{stage}: ')
 
 
-BYTES = 'mass of bytes'
-"""What the bound of a diffusion of the images themselves is of."""
+BYTES, IDS = 'mass of bytes', 'mass of ids'
+"""What the bound of a diffusion of the images themselves is of, and what that of a prior of ids is of."""
 NOISE = 'noise'
 """Name of what a diffusion starts from, among what its samples can be given: unit variance."""
 
@@ -101,6 +101,7 @@ class Experiment(abc.ABC):
     frozen: what it reads of earlier stages, measurements and published arrays.
     for_sampling: what it reads beside that when it is sampled, and training does not know of.
     draws_images: it can be sampled.
+    handed: of what `sample` returns, what is no image, such as ids: stages that it feeds get it as it is.
     inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
     stored: of these, what is observed once for every training image and then read beside the batch.
     titles: of the images that it draws beside, or before, its own, for tables.
@@ -114,7 +115,7 @@ class Experiment(abc.ABC):
     image_factor: the sides of the data over those of the images that it draws.
     max_level: of the noise on what it reads of an image, in training; 0 = there is none.
     can_be_guided: conditions are dropped in training, so that a guidance weight above 0 is possible.
-    likelihood: what its bound is of: `BYTES`, 'density of pixels in [0, 1]', or '' without one.
+    likelihood: what its bound is of: `BYTES`, `IDS`, 'density of pixels in [0, 1]', or '' without one.
     no_likelihood: why it has no bound, where one could be asked for.
     measures: measurements of it that later stages read, of `vaediff.run.measurements`.
     metrics: all that `eval_step` may report, and `run.usage` of `counts`; whether the largest is the best.
@@ -125,6 +126,7 @@ class Experiment(abc.ABC):
   frozen: Mapping[str, reads.Reads] = {}
   for_sampling: Mapping[str, reads.Reads] = {}
   draws_images = True
+  handed: Mapping[str, jax.ShapeDtypeStruct] = {}
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
@@ -198,13 +200,17 @@ class Experiment(abc.ABC):
     del read, batch, x
     return {}
 
+  def check_stored(self, stored: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError where nothing can be learned of what is stored of the training images."""
+    del stored
+
   def draw(self, read: Read, keys: SampleKeys, indices: Int[Array, ' batch']) -> Given:
     """Returns what a sample starts from, drawn of nothing for the images with these indices."""
     del read, keys, indices
     return {}
 
   def sample(self, read: Read, given: Given, keys: SampleKeys) -> dict[str, Image]:
-    """Returns images in [-1, 1] by name, the stage's own last; image i depends on row i alone.
+    """Returns images in [-1, 1] by name, the stage's own last, and what is `handed`; row i is of row i alone.
 
     Args:
       read: what the stage reads.

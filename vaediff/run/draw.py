@@ -41,8 +41,11 @@ def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array],
   """Returns (read, indices, given, seed) -> (images by name, finite): what draws, here and on other machines.
 
   The images are bytes; `finite` [n] says of which every one was finite before it was made bytes of. What is
-  not given is drawn.
+  handed to other stages is among them, as it is. What is not given is drawn.
   """
+
+  def stored(name: str, value: jax.Array) -> jax.Array:
+    return value if name in experiment.handed else pixels.to_bytes(value)
 
   def run(
     read: Read, indices: jax.Array, given: Given, seed: jax.Array
@@ -52,7 +55,7 @@ def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array],
     finite = jnp.ones(len(indices), bool)
     for image in drawn.values():
       finite &= jnp.isfinite(image).all(axis=tuple(range(1, image.ndim)))
-    return {name: pixels.to_bytes(image) for name, image in drawn.items()}, finite
+    return {name: stored(name, value) for name, value in drawn.items()}, finite
 
   return run
 
@@ -90,7 +93,9 @@ def make_draw(
   source: Callable[[], sources.Source],
   about: str = '',
 ) -> Callable[..., HostArrays]:
-  """Returns draw(read, indices, given={}, seed=seed) -> uint8 images on the host, by name.
+  """Returns draw(read, indices, given={}, seed=seed, *, handed=False) -> uint8 images on the host, by name.
+
+  With `handed` what the stage hands to others is there too, before its images.
 
   Where what a sample starts from comes from: what is `given`, with one row per index, by the caller or by the
   stages that feed this one (`run.trained`); else what the stage draws; else what it observes of the images of
@@ -110,7 +115,14 @@ def make_draw(
   compiled = jax.jit(sampler(experiment), out_shardings=sharding.replicated(mesh))
   observe, needed = make_observe(experiment, mesh), None
 
-  def draw(read: Read, indices: np.ndarray, given: HostArrays | None = None, seed: int = seed) -> HostArrays:
+  def draw(
+    read: Read,
+    indices: np.ndarray,
+    given: HostArrays | None = None,
+    seed: int = seed,
+    *,
+    handed: bool = False,
+  ) -> HostArrays:
     nonlocal needed
     if needed is None:
       needed = observed_alone(experiment, read, image_shape)
@@ -131,7 +143,8 @@ def make_draw(
     distributed.beat('a batch of images')
     check_finite(finite[:count], indices, seed, about)
     # jit sorts the names; what an image was made from comes before it
-    names = sorted(result, key=lambda name: (name == 'x0', name))
+    names = sorted(result, key=lambda name: (name not in experiment.handed, name == 'x0', name))
+    names = names if handed else [name for name in names if name not in experiment.handed]
     return {name: result[name][:count] for name in names}
 
   return draw

@@ -39,7 +39,7 @@ def precomputed(
   Computed once; of other networks or other images it is another folder.
 
   Raises:
-    UserError: when the folder is damaged, or cannot be written.
+    UserError: when the folder is damaged, or cannot be written, or nothing can be learned of what is stored.
   """
   if not experiment.stored:
     return {}
@@ -63,7 +63,9 @@ def precomputed(
     finally:
       shutil.rmtree(temporary, ignore_errors=True)
     distributed.wait_for_all(f'wrote {folder}')
-  return read(folder, experiment, made_of, len(source))
+  stored = read(folder, experiment, made_of, len(source))
+  experiment.check_stored(stored)
+  return stored
 
 
 def read(

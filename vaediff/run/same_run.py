@@ -53,6 +53,7 @@ OF_PICTURES = (
   'sample.with_vae',
   'sample.labels',
   'sample.temperature',
+  'sample.top_*',
 )
 """Of those, what a student's training does not read: it is made for its own times and way of sampling."""
 OF_TEACHERS = (

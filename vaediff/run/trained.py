@@ -159,11 +159,21 @@ class Trained:
     shape = (data.image_size, data.image_size, data.channels)
     if not self.experiment.draws_images:
       return False
-    made = {source.feeds for source in self.experiment.makers if self.has_maker(source)}
+    makers = [source for source in self.experiment.makers if self.has_maker(source)]
+    made = {name for source in makers for name in (source.feeds, *self.handed(source))}
     return draw.observed_alone(self.experiment, self.read, shape) <= made
 
-  def draw(self, indices: np.ndarray, given: HostArrays | None = None, seed: int | None = None) -> HostArrays:
-    """Returns uint8 images by name. Without a seed it is `sample.seed`.
+  def draw(
+    self,
+    indices: np.ndarray,
+    given: HostArrays | None = None,
+    seed: int | None = None,
+    *,
+    handed: bool = False,
+  ) -> HostArrays:
+    """Returns uint8 images by name, with `handed` what the stage hands to others too.
+
+    Without a seed it is `sample.seed`.
 
     Where what they start from comes from: what is `given`; else the samples of the stages that feed this one,
     of the same indices and seed; else see `draw.make_draw`.
@@ -174,11 +184,14 @@ class Trained:
     if not self.experiment.draws_images:
       raise UserError(f'stage {self.stage!r} draws no images; name one that does, as --stages=refiner')
     seed, given = self.settings.seed if seed is None else seed, given or {}
-    return self._draw(self.read, indices, {**self.fed(indices, given, seed), **given}, seed)
+    whole = {**self.fed(indices, given, seed), **given}
+    return self._draw(self.read, indices, whole, seed, handed=handed)
 
   def fed(self, indices: np.ndarray, given: HostArrays, seed: int) -> HostArrays:
-    """Returns what the stages that feed this one draw, of its inputs that are not given, in [-1, 1].
+    """Returns what the stages that feed this one draw, of its inputs that are not given.
 
+    That is what such a stage hands over as it is, where the input that it feeds is among that, as ids are;
+    else its image, in [-1, 1].
     A stage before it reads what this one reads, where both have an input of the same name, shape and type, be
     it given or drawn: a cascade has one label and one level throughout. Each starts from noise of its own.
     """
@@ -190,9 +203,33 @@ class Trained:
       maker = self.maker(source)
       inputs, own = maker.experiment.inputs, self.experiment.inputs
       names = [name for name in own if name in inputs and name in shared and inputs[name] == own[name]]
-      images = maker.draw(indices, {name: shared[name] for name in names if name != NOISE}, seed)
-      found[source.feeds] = images[list(images)[-1]].astype(np.float32) / 127.5 - 1
+      same = {name: shared[name] for name in names if name != NOISE}
+      if handed := self.handed(source):
+        drawn = maker.draw(indices, same, seed, handed=True)
+        found |= {name: drawn[name] for name in handed if name not in given}
+      else:
+        images = maker.draw(indices, same, seed)
+        found[source.feeds] = images[list(images)[-1]].astype(np.float32) / 127.5 - 1
     return found
+
+  def handed(self, source: reads.Sampled) -> tuple[str, ...]:
+    """Returns the names of the inputs that a stage hands to this one as they are; () = it feeds an image.
+
+    Raises:
+      UserError: when they have another shape or type than this stage reads.
+    """
+    theirs, own = self.maker(source).experiment.handed, self.experiment.inputs
+    if source.feeds not in theirs:
+      return ()
+    names = tuple(name for name in theirs if name in own)
+    for name in names:
+      if (theirs[name].shape, theirs[name].dtype) != (own[name].shape, own[name].dtype):
+        raise UserError(
+          f'stage {self.stage!r} reads {name} of shape {own[name].shape} and type {own[name].dtype}, but '
+          f'stage {source.stage!r}, whose samples they are, draws {theirs[name].shape} of type '
+          f'{theirs[name].dtype}: they are not of the same tokenizer'
+        )
+    return names
 
   def maker(self, source: reads.Sampled) -> 'Trained':
     """Returns a stage that feeds this one, opened once."""
@@ -206,6 +243,15 @@ class Trained:
       return False
     maker = self.maker(source)
     return all(maker.has_maker(before) for before in maker.experiment.makers)
+
+  @property
+  def asked(self) -> Experiment:
+    """The experiment whose classes its samples are of: its own, or that of a stage that feeds it."""
+    if not self.experiment.classes:
+      for source in filter(self.has_maker, self.experiment.makers):
+        if (found := self.maker(source).asked).classes:
+          return found
+    return self.experiment
 
   def _folder_of(self, source: reads.Sampled) -> pathlib.Path:
     return pathlib.Path(source.workdir) if source.workdir else self.workdir

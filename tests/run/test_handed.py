@@ -1,0 +1,151 @@
+"""What a stage hands to the one that it feeds: ids as they are, by name, and otherwise its image."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vaediff.errors import UserError
+from vaediff.experiments import base
+from vaediff.machine import sharding
+from vaediff.reads import Sampled
+from vaediff.run.trained import Trained
+
+IDS = jax.ShapeDtypeStruct((2, 2), jnp.int32)
+CONFIG = {
+  'data': {'image_size': 2, 'channels': 1},
+  'mesh': {'data': -1, 'fsdp': 1, 'rules': ()},
+  **{name: {'sample': {'seed': 4, 'batch_size': 4}} for name in ('maker', 'reader')},
+}
+
+
+class Maker(base.Experiment):
+  """Draws ids that no byte could hold, and two images; one has the name of an input of the reader."""
+
+  networks, init, train_step, eval_step = {}, None, None, None  # it is not trained here
+  handed = {'codes_0': IDS, 'codes_1': IDS}
+  inputs = {'label': jax.ShapeDtypeStruct((), jnp.int32)}
+
+  def draw(self, read, keys, indices):
+    return {'label': indices % 10}
+
+  def sample(self, read, given, keys):
+    ids = 1000 * (1 + given['label'].reshape(-1, 1, 1)) + jnp.arange(4).reshape(1, 2, 2)
+    image = jnp.full((len(ids), 2, 2, 1), 1.0)
+    return {'codes_0': ids, 'codes_1': -ids, 'low': -image, 'x0': image}
+
+
+class ImagesAlone(Maker):
+  handed = {}
+
+  def sample(self, read, given, keys):
+    drawn = super().sample(read, given, keys)
+    return {name: drawn[name] for name in ('low', 'x0')}
+
+
+class OfClasses(Maker):
+  classes = (7, 3)
+  num_groups = 2
+
+
+class OtherGrid(Maker):
+  handed = {'codes_0': IDS, 'codes_1': jax.ShapeDtypeStruct((4, 4), jnp.int32)}
+
+
+class Reader(base.Experiment):
+  """Shows what it was given."""
+
+  networks, init, train_step, eval_step = {}, None, None, None
+  inputs = {'codes_0': IDS, 'codes_1': IDS}
+  feeds = 'codes_1'
+
+  @property
+  def makers(self):
+    return (Sampled(stage='maker', workdir='', feeds=self.feeds, depth=1),)
+
+  def observe(self, read, batch, x, key=None):
+    return {name: jnp.zeros((len(x), *struct.shape), struct.dtype) for name, struct in self.inputs.items()}
+
+  def sample(self, read, given, keys):
+    return {'x0': jnp.concatenate([jnp.sign(given[name] * 1.0)[..., None] for name in self.inputs], axis=1)}
+
+
+class ReaderOfImages(Reader):
+  """The next stage of a cascade, whose maker shows an image of the input's own name beside its samples."""
+
+  inputs = {'low': jax.ShapeDtypeStruct((2, 2, 1), jnp.float32)}
+  feeds = 'low'
+
+  def sample(self, read, given, keys):
+    return {'x0': given['low']}
+
+
+def opened(reader, maker, stages=('reader', 'maker')):
+  """A trained stage without a checkpoint, and the one that feeds it."""
+  config, found = ConfigDict(CONFIG), []
+  for stage, experiment in zip(stages, (reader, maker), strict=True):
+    trained = object.__new__(Trained)
+    trained.config, trained.workdir, trained.stage = config, pathlib.Path('none'), stage
+    trained.mesh = sharding.make_mesh(config.mesh)
+    trained.experiment, trained.read, trained._sources, trained._makers = experiment, {}, {}, {}
+    trained._prepare()
+    found.append(trained)
+  for source in reader.makers:
+    found[0]._makers[source] = found[1]
+  return found
+
+
+@pytest.fixture(autouse=True)
+def trained_makers(one_device, monkeypatch):
+  monkeypatch.setattr(Trained, 'has_maker', lambda self, source: True)
+
+
+def test_ids_are_handed_over_as_they_are():
+  reader, maker = opened(Reader(), Maker())
+  found = reader.fed(np.array([3, 5]), {}, 4)
+  assert set(found) == {'codes_0', 'codes_1'} and found['codes_0'].dtype == np.int32
+  np.testing.assert_array_equal(found['codes_0'][:, 0, 1], [4001, 6001])
+  np.testing.assert_array_equal(found['codes_1'], -found['codes_0'])
+  assert reader.draws_alone
+  np.testing.assert_array_equal(reader.draw(np.array([3]))['x0'][0, :, 0, 0], [255, 255, 0, 0])
+
+
+def test_samples_are_of_the_classes_of_the_stage_that_feeds_them():
+  reader, maker = opened(Reader(), OfClasses())
+  assert reader.asked is maker.experiment and maker.asked is maker.experiment
+  np.testing.assert_array_equal(reader.asked.classes_of(np.arange(3)), [7, 3, 7])
+  reader, _ = opened(Reader(), Maker())
+  assert reader.asked is reader.experiment and reader.asked.classes_of(np.arange(3)) is None
+
+
+def test_images_alone_are_shown_and_the_rest_is_asked_for():
+  _, maker = opened(Reader(), Maker())
+  drawn = maker.draw(np.array([3, 5]))
+  assert list(drawn) == ['low', 'x0'] and all(value.dtype == np.uint8 for value in drawn.values())
+  both = maker.draw(np.array([3, 5]), handed=True)
+  assert list(both) == ['codes_0', 'codes_1', 'low', 'x0']
+  np.testing.assert_array_equal(both['x0'], drawn['x0'])
+
+
+def test_what_is_given_is_not_drawn():
+  reader, _ = opened(Reader(), Maker())
+  ids = np.full((1, 2, 2), 7, np.int32)
+  assert set(reader.fed(np.array([3]), {'codes_0': ids}, 4)) == {'codes_1'}
+  assert reader.fed(np.array([3]), {'codes_0': ids, 'codes_1': ids}, 4) == {}
+
+
+def test_an_image_of_the_name_of_the_input_is_not_what_feeds_it():
+  """The maker shows its own small image by that name: what it hands on is its sample."""
+  reader, _ = opened(ReaderOfImages(), ImagesAlone())
+  np.testing.assert_array_equal(reader.fed(np.array([3]), {}, 4)['low'], np.ones((1, 2, 2, 1)))
+  reader, _ = opened(ReaderOfImages(), Maker())  # it hands over ids too, which are no input here
+  np.testing.assert_array_equal(reader.fed(np.array([3]), {}, 4)['low'], np.ones((1, 2, 2, 1)))
+
+
+def test_ids_of_another_grid_are_refused():
+  reader, _ = opened(Reader(), OtherGrid())
+  with pytest.raises(UserError, match=r"'reader' reads codes_1 of shape \(2, 2\).* stage 'maker'.*\(4, 4\)"):
+    reader.fed(np.array([3]), {}, 4)
