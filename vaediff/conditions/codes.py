@@ -64,6 +64,7 @@ class Codes(Condition):
   name = CODES
   title = CODES
   reconstructs = True
+  reads_codes = True
 
   @property
   def titles(self) -> Mapping[str, str]:

@@ -117,8 +117,8 @@ class Hierarchy(base.Experiment):
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The ids of each level."""
-    grids = zip(self.names, hierarchies.grids(self.hierarchy), strict=True)
-    return {hierarchies.codes_key(name): jax.ShapeDtypeStruct(grid, jnp.int32) for name, grid in grids}
+    grids = zip(tokenizers.names_of(len(self.names)), hierarchies.grids(self.hierarchy), strict=True)
+    return {name: jax.ShapeDtypeStruct(grid, jnp.int32) for name, grid in grids}
 
   @property
   def for_sampling(self) -> Mapping[str, reads.Reads]:
