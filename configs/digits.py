@@ -132,7 +132,13 @@ def _vqvae(stage):
   # 4x4 codes; k-means of raw 2x2 patches with as many has a squared error of 0.0057
   gan_small.autoencoder(stage)
   stage.model.update(
-    {'channels': 32, 'channel_multipliers': (1, 2), 'latent_channels': 8, 'codebook_size': 64}
+    {
+      'channels': 32,
+      'channel_multipliers': (1, 2),
+      'attention_resolutions': (),  # the middle has it
+      'latent_channels': 8,
+      'codebook_size': 64,
+    }
   )
 
 

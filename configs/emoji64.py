@@ -41,7 +41,13 @@ def _vqvae(stage):
   # 8x8 codes
   gan_small.autoencoder(stage)
   stage.model.update(
-    {'channels': 32, 'channel_multipliers': (1, 2, 2, 4), 'latent_channels': 16, 'codebook_size': 256}
+    {
+      'channels': 32,
+      'channel_multipliers': (1, 2, 2, 4),
+      'attention_resolutions': (),  # the middle has it
+      'latent_channels': 16,
+      'codebook_size': 256,
+    }
   )
   stage.train.num_steps = 5000
 

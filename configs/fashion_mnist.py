@@ -67,7 +67,13 @@ def _vqvae(stage):
   # 8x8 codes; k-means of raw 4x4 patches with as many has a squared error of 0.0065
   gan_small.autoencoder(stage)
   stage.model.update(
-    {'channels': 32, 'channel_multipliers': (1, 2, 2), 'latent_channels': 8, 'codebook_size': 256}
+    {
+      'channels': 32,
+      'channel_multipliers': (1, 2, 2),
+      'attention_resolutions': (),  # the middle has it
+      'latent_channels': 8,
+      'codebook_size': 256,
+    }
   )
   stage.train.num_steps = 2000
 

@@ -88,7 +88,7 @@ def test_config_files_import_one_way_and_nothing_of_the_program():
   stages = [name for name in paths if name.startswith('configs.stages.')]
   order = [
     ['configs.presets', 'configs.parts', 'configs.run'],
-    ['configs.stages.diffusion', 'configs.stages.vae'],
+    ['configs.stages.diffusion', 'configs.stages.vae', 'configs.stages.autoencoder'],
     stages,
     ['configs.stages'],
     ['configs.base', 'configs.gan_small', 'configs.gan_papers'],

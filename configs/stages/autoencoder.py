@@ -67,7 +67,7 @@ def debug(stage: ConfigDict, image_size: int) -> None:
     }
   )
   stage.discriminator.update({'channels': 4, 'num_layers': 1})
-  stage.loss.update({'adversarial_start_step': 2, 'perceptual': ''})
+  stage.loss.update({'adversarial_start_step': 1, 'perceptual': ''})
 
 
 VARIANTS = {}

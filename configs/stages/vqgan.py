@@ -42,9 +42,9 @@ def section() -> ConfigDict:
 
 
 def debug(stage: ConfigDict, image_size: int) -> None:
-  """With both players from the second update on."""
+  """The discriminator learns in the first update, and weighs from the second on."""
   autoencoder.debug(stage, image_size)
-  stage.loss.update({'adversarial_start_step': 1, 'discriminator_start_step': 0})
+  stage.loss.discriminator_start_step = 0
 
 
 def vqgan(run: Run) -> None:

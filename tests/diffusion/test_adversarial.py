@@ -57,4 +57,6 @@ def test_adaptive_weight_is_a_clamped_ratio_without_gradient():
   a, b = jnp.full((2, 2), 3.0), jnp.full((2, 2), 1.5)
   assert float(adversarial.adaptive_weight(a, b)) == pytest.approx(2.0, rel=1e-4)
   assert float(adversarial.adaptive_weight(a, jnp.zeros((2, 2)))) == 1e4
+  five, two = jnp.float32([3, 4]), jnp.float32([0, 2])
+  assert float(adversarial.adaptive_weight(five, two)) == pytest.approx(2.49987501, rel=1e-6)
   assert float(jnp.abs(jax.grad(lambda a: adversarial.adaptive_weight(a, b))(a)).max()) == 0.0

@@ -145,6 +145,51 @@ def test_moving_average_is_the_formula(rng):
   np.testing.assert_allclose(actual['codes'], sums / smoothed[:, None], rtol=1e-4, atol=1e-6)
 
 
+def test_moving_average_against_numbers_found_by_hand():
+  codes = jnp.float32([[0, 0], [1, 0], [0, 2]])
+  state = codebook.Codebook(codes=codes, counts=jnp.ones(3), sums=codes)
+  z = jnp.float32([[0.1, 0], [0.2, 0.1], [0.9, 0.2], [0, 0]])
+  indices = codebook.nearest(z, codes)
+  np.testing.assert_array_equal(indices, [0, 0, 1, 0])
+  after = arrays(codebook.ema_update(state, z, indices, 0.99, 1e-5))
+  np.testing.assert_allclose(after['counts'], [1.02, 1, 0.99], rtol=1e-6)
+  np.testing.assert_allclose(after['sums'], [[0.003, 0.001], [0.999, 0.002], [0, 1.98]], rtol=1e-5)
+  wanted = [[0.00294117695, 0.000980392317], [0.998999967, 0.00199999993], [0, 1.99999973]]
+  np.testing.assert_allclose(after['codes'], wanted, rtol=1e-5)
+  counted = codebook.count(state, indices, 0.99)
+  np.testing.assert_allclose(counted.counts, after['counts'], rtol=1e-6)
+  np.testing.assert_array_equal(counted.codes, codes)
+  np.testing.assert_array_equal(counted.sums, codes)
+
+
+def test_perplexities_against_numbers_found_by_hand():
+  indices = jnp.repeat(jnp.arange(5), jnp.array([8, 4, 2, 1, 1]), total_repeat_length=16)
+  used, perplexity = codebook.usage(indices, 8)
+  np.testing.assert_allclose([used, perplexity], [5 / 8, 3.66801617], rtol=1e-6)
+  np.testing.assert_allclose(codebook.usage(jnp.arange(512), 512)[1], 511.9999738, rtol=1e-5)
+
+
+def test_vectors_at_length_one(rng):
+  z = jnp.float32(rng.normal(size=(3, 4, 5)))
+  np.testing.assert_allclose(np.linalg.norm(codebook.unit(z), axis=-1), 1, rtol=1e-6)
+  np.testing.assert_allclose(codebook.unit(1e-6 * z), codebook.unit(1e3 * z), rtol=1e-5)
+  gradient = jax.grad(lambda z: codebook.unit(z).sum())(jnp.zeros((2, 3)))
+  assert np.isfinite(gradient).all()
+
+
+def test_entropies_of_codes():
+  """log K less where every vector has its own code, nothing where none has, or all have one."""
+  codes = 3.0 * jnp.eye(4)
+  assert float(codebook.entropy_loss(codes, codes)) == pytest.approx(-np.log(4), abs=1e-5)
+  assert float(codebook.entropy_loss(jnp.zeros((6, 4)), codes)) == pytest.approx(0, abs=1e-5)
+  assert float(codebook.entropy_loss(codes[:1].repeat(5, 0), codes)) == pytest.approx(0, abs=1e-5)
+  # two vectors between two codes at distances 0 and 1: p = (1, e^-1) / (1 + e^-1) at temperature 1
+  p = 1 / (1 + np.exp(-1))
+  own = -p * np.log(p) - (1 - p) * np.log(1 - p)
+  found = codebook.entropy_loss(jnp.float32([[0.0], [1.0]]), jnp.float32([[0.0], [1.0]]), 1.0)
+  assert float(found) == pytest.approx(own - np.log(2), abs=1e-5)
+
+
 def test_only_dead_codes_restart(key, rng):
   z = jnp.float32(rng.normal(size=(20, 2)))
   codes = jnp.float32(10.0 + rng.normal(size=(4, 2)))

@@ -27,7 +27,7 @@ FROZEN = 'frozen'
 TOKENIZER = 'tokenizer'
 """Name of the tokenizer's network in `read`."""
 Grids = tuple[Int32[Array, 'batch _ _'], ...]
-"""Ids of each level, coarse first."""
+"""Ids of each level, coarse first, [batch, height, width] of its grid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
