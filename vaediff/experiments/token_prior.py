@@ -52,6 +52,7 @@ BOUNDS = {
   'sample.temperature': bounds.number(0, 1000),
   'sample.top_k': bounds.whole(0, 2**22),
   'sample.top_p': bounds.number(0, 1, above=True),
+  **label.SAMPLE_BOUNDS,
   **bounds.optimizers('optim'),
 }
 
