@@ -147,12 +147,10 @@ def test_bfloat16_reaches_every_network_but_those_that_stay():
 def test_a_diffusion_decoder_fits_the_tokenizer_of_its_run_in_any_order():
   for others in itertools.permutations(['divae', 'distill', 'guided']):
     config = get('digits', ','.join(others))
-    assert config.stages[:3] == ('vqvae', 'refiner', 'distill_guided')
+    assert config.stages[:2] == ('vqvae', 'refiner') and config.stages[-1] == 'distill_1'
     assert config.refiner.conditions.codes.stage == 'vqvae' and config.refiner.conditions.codes.dropout == 0.1
     assert config.refiner.diffusion.variance == config.refiner.sample.variance == 'learned'
-    assert config.refiner.diffusion.condition == 'none' and config.distill_1.model.guidance_embedding
-  for first, last in itertools.permutations(['vqgan', 'divae']):
-    assert get('fashion_mnist', f'{first},{last}').stages[-1] in ('vqgan', 'refiner')
+    assert config.refiner.diffusion.condition == 'none'
   assert get('fashion_mnist', 'vqgan,divae').stages == ('vqgan', 'refiner')
   assert get('fashion_mnist', 'divae,vqgan').stages == ('vqgan', 'refiner')
   for name, factor in (('digits', 2), ('fashion_mnist', 4), ('emoji64', 8), ('celeba256', 8)):
