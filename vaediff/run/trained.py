@@ -245,7 +245,7 @@ class Trained:
     return all(maker.has_maker(before) for before in maker.experiment.makers)
 
   @property
-  def asked(self) -> Experiment:
+  def asked(self) -> Any:
     """The experiment whose classes its samples are of: its own, or that of a stage that feeds it."""
     if not self.experiment.classes:
       for source in filter(self.has_maker, self.experiment.makers):
