@@ -126,6 +126,7 @@ def debug(stage: ConfigDict, image_size: int) -> None:
       'num_res_blocks': 1,
       'attention_resolutions': (image_size // 2,),  # occurs in all three spaces
       'num_heads': 2,
+      'head_channels': 0,
     }
   )
   stage.sample.num_steps = 4
