@@ -87,8 +87,9 @@ class Trained(opened.Trained):
       classes=(),
       makers=(),
       classes_of=lambda indices: None,
+      counts=lambda read, batch: {},
     )
-    self.drawn_source, self._sources = drawn, {}
+    self.drawn_source, self._sources, self.read = drawn, {}, {}
 
   def images(self, split):
     return sources.open_source(self.config.data, split)

@@ -200,10 +200,9 @@ class TokenPrior(base.Experiment):
 
   def ids(self, read: Read, batch: Batch, key: jax.Array | None) -> Grids:
     """Returns the ids of a batch, stored or made of its images; with a key and flips those of one view."""
-    if not self.handed.keys() <= batch.keys():
-      stored = self.store(read, batch, pixels.to_unit_range(batch['image']))
-    else:
-      stored = {name: batch[name] for name in self.names}
+    known = self.handed.keys() <= batch.keys()
+    made = batch if known else self.store(read, batch, pixels.to_unit_range(batch['image']))
+    stored = {name: made[name] for name in self.names}
     if not self.flip:
       return tuple(stored.values())
     if key is None:
@@ -397,9 +396,5 @@ def rule_of(sample: ConfigDict, tokenizer: Tokenizer, conditions: Conditions) ->
       f'sample.guidance_weight is {sample.guidance_weight}; above 0 it needs a prior that was trained with a '
       'label (variant label) and conditions.label.dropout > 0, such as 0.1'
     )
-  return token_sampling.Rule(
-    guidance_weight=sample.guidance_weight,
-    temperature=sample.temperature,
-    top_k=sample.top_k,
-    top_p=sample.top_p,
-  )
+  fields = [field.name for field in dataclasses.fields(token_sampling.Rule)]
+  return token_sampling.Rule(**{name: sample[name] for name in fields})
