@@ -11,6 +11,7 @@ from PIL import Image
 
 from vaediff import experiments, modes
 from vaediff.errors import UserError
+from vaediff.evaluation import sweep
 from vaediff.experiments.base import SampleKeys
 from vaediff.machine import sharding
 from vaediff.modes import checked, train
@@ -139,6 +140,26 @@ def test_samples_are_made_of_the_stages_before(runs):
   name = "the samples of 'base'"
   assert other.pop(name) != together[name]
   assert other == {key: value for key, value in together.items() if key != name}
+
+
+def test_the_stage_before_may_be_of_another_run(runs):
+  """It is what its own run says, however often it was trained there; how it is sampled is said here."""
+  config, base = configs.read(runs / 'alone'), opened(runs / 'together', 'base', num_steps=3)
+  config.base.train.num_steps = 7
+  config.base.sample.num_steps = 3
+  config.sr_8.conditions.low_resolution.workdir = str(runs / 'together')
+  trained = Trained(config, runs / 'alone', 'sr_8', sharding.make_mesh(config.mesh))
+  assert trained.draws_alone
+  drawn = trained.draw(np.arange(3))
+  np.testing.assert_array_equal(drawn['low'][:, ::2, ::2], base.draw(np.arange(3))['x0'])
+
+
+def test_the_cost_of_a_sample_is_that_of_the_whole_chain(runs):
+  last, base = opened(runs / 'together'), opened(runs / 'together', 'base')
+  whole, first = sweep.giga_macs(last), sweep.giga_macs(base)
+  twice = sweep.giga_macs(last.with_settings(num_steps=2 * last.settings.num_steps))
+  assert 0 < first < whole
+  assert twice - first == pytest.approx(2 * (whole - first), rel=0.01)
 
 
 def test_the_level_of_samples_changes_the_last_stage_alone(runs):

@@ -220,9 +220,18 @@ def names_of(network: str) -> tuple[str, ...]:
 
 
 def giga_macs(chosen: Trained) -> float:
-  """Returns the multiply-accumulates of one sample, all passes and the decoder of its space, times 1e-9."""
+  """Returns the multiply-accumulates of one sample times 1e-9.
+
+  Those of all passes, of the decoder of its space, and of the stages that feed it.
+  """
   row, seed = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((), np.int32)
-  return cost.macs(draw.sampler(chosen.experiment), chosen.read, row, {}, seed) / 1e9
+  inputs, makers = chosen.experiment.inputs, chosen.experiment.makers
+  fed = {
+    name: jax.ShapeDtypeStruct((1, *inputs[name].shape), inputs[name].dtype)
+    for name in (source.feeds for source in makers)
+  }
+  own = cost.macs(draw.sampler(chosen.experiment), chosen.read, row, fed, seed) / 1e9
+  return own + sum(giga_macs(chosen.maker(source)) for source in makers)
 
 
 def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:

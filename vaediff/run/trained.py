@@ -234,7 +234,8 @@ class Trained:
   def maker(self, source: reads.Sampled) -> 'Trained':
     """Returns a stage that feeds this one, opened once."""
     if source not in self._makers:
-      self._makers[source] = Trained(self.config, self._folder_of(source), source.stage, self.mesh)
+      config, folder = self._config_of(source), self._folder_of(source)
+      self._makers[source] = Trained(config, folder, source.stage, self.mesh)
     return self._makers[source]
 
   def has_maker(self, source: reads.Sampled) -> bool:
@@ -252,6 +253,22 @@ class Trained:
         if (found := self.maker(source).asked).classes:
           return found
     return self.experiment
+
+  def _config_of(self, source: reads.Sampled) -> ConfigDict:
+    """Returns the config of a stage that feeds this one.
+
+    Of another run it is that inside the checkpoint. Images, and how stages are sampled, are said by this run.
+    """
+    folder = self._folder_of(source) / source.stage
+    if not source.workdir or checkpoint.latest_step(folder) is None:
+      return self.config
+    config = same_run.stored_config(folder)
+    with config.unlocked():
+      config.data = self.config.data
+      for stage in config.stages:
+        if stage in self.config and 'sample' in self.config[stage]:
+          config[stage].sample = self.config[stage].sample
+    return guides.resolve(config)
 
   def _folder_of(self, source: reads.Sampled) -> pathlib.Path:
     return pathlib.Path(source.workdir) if source.workdir else self.workdir
