@@ -198,6 +198,28 @@ def test_what_cannot_be_is_refused(changes, message):
     build(**{f'refiner.conditions.codes.{name}': value for name, value in changes.items()})
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'prior.tokenizer.stage': 'other'}, "whose ids are those of the tokenizer 'other' of this run; here"),
+    ({'prior.tokenizer.workdir': '/runs/a'}, "'vqvae' of /runs/a; here they are read as those of 'vqvae'"),
+    ({'refiner.conditions.codes.prior_stage': 'vqvae'}, "prior_stage is 'vqvae', whose samples are no ids"),
+  ],
+)
+def test_a_prior_of_another_tokenizer_is_refused(changes, message):
+  config = config_of('divae,prior,debug')
+  assert experiments.build(config, 'refiner').makers[0].stage == 'prior'
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=message):
+    experiments.build(config, 'refiner')
+
+
+def test_a_student_of_another_run_knows_nothing_of_its_prior():
+  named = {'stage': 'vqvae', 'workdir': '/runs/a', 'training': 'frozen', 'prior_stage': 'prior'}
+  assert codes.for_student(named, 'refiner', '/runs/a')['prior_stage'] == ''
+  assert codes.for_student(named, 'refiner', '')['prior_stage'] == 'prior'
+
+
 def test_a_tokenizer_that_was_trained_anew_is_refused(monkeypatch, tmp_path):
   experiment = build()
   stored = {checkpoint.ID: 'own', 'frozen': {'tokenizer': 'first'}}

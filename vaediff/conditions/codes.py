@@ -192,7 +192,12 @@ class JointCodes(Codes):
 
 
 def for_student(named: Mapping[str, Any], teacher: str, workdir: str) -> dict[str, Any]:
-  """Returns the section of a student of a stage: it reads the tokenizer that the teacher was trained with."""
+  """Returns the section of a student of a stage: it reads the tokenizer that the teacher was trained with.
+
+  Where that is of another run, so is its prior, which the student does not know of.
+  """
+  if workdir:
+    named = {**named, 'prior_stage': ''}
   if named['training'] == tokenizers.FROZEN:
     return dict(named)
   return {**named, 'stage': teacher, 'workdir': workdir, 'training': tokenizers.FROZEN}
@@ -218,7 +223,7 @@ def codes_condition(config: ConfigDict, stage: str, space: Space) -> Codes:
     'how': named.how,
     'dropout': named.dropout,
     'flip': section.train.flip,
-    'maker': maker_of(config, named.prior_stage, len(tokenizer.grids)),
+    'maker': maker_of(config, stage, len(tokenizer.grids)),
   }
   if named.training == tokenizers.FROZEN:
     return Codes(tokenizer=tokenizer, **fields)
@@ -254,14 +259,26 @@ def coder(config: ConfigDict, stage: str, tokenizer: tokenizers.Tokenizer) -> to
   return tokenizers.Coder.of(tokenizer, stage, '')
 
 
-def maker_of(config: ConfigDict, stage: str, levels: int) -> reads.Sampled | None:
-  """Returns the stage whose samples are the ids; None of ''.
+def maker_of(config: ConfigDict, reader: str, levels: int) -> reads.Sampled | None:
+  """Returns the stage whose samples are the ids that the stage `reader` reads; None of ''.
 
   Raises:
-    UserError: when it is no stage of the config.
+    UserError: when it is no stage of the config, or one of another tokenizer.
   """
+  named = config[reader].conditions[CODES]
+  stage = named.prior_stage
   if not stage:
     return None
   if stage not in config or not isinstance(config[stage], ConfigDict) or 'experiment' not in config[stage]:
     raise UserError(f'conditions.codes.prior_stage is {stage!r}, which is no stage of this config')
+  own = (named.stage, named.workdir) if named.training == tokenizers.FROZEN else (reader, '')
+  if TOKENIZER not in config[stage]:
+    raise UserError(f'conditions.codes.prior_stage is {stage!r}, whose samples are no ids')
+  theirs = (config[stage].tokenizer.stage, config[stage].tokenizer.workdir)
+  if theirs != own:
+    said, read = (f'{name!r} of {workdir or "this run"}' for name, workdir in (theirs, own))
+    raise UserError(
+      f'conditions.codes.prior_stage is {stage!r}, whose ids are those of the tokenizer {said}; here they '
+      f'are read as those of {read}'
+    )
   return reads.Sampled(stage=stage, workdir='', feeds=names_of(levels)[-1], depth=1)
