@@ -38,6 +38,8 @@ def test_an_earlier_config_is_read_as_one_of_today(run):
   for mode in ('restore', 'reconstruct', 'interpolate'):
     assert set(read[mode]) == set(expected[mode])
     expected[mode].update(read[mode])
+  assert set(read.evaluate.decoders) == set(expected.evaluate.decoders)
+  expected.evaluate.decoders.update(read.evaluate.decoders)  # a full size run's, which earlier ones did not have
   assert read == expected
   assert read.is_locked
 
