@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from PIL import Image
 
 from vaediff import experiments, modes
 from vaediff.errors import UserError
-from vaediff.evaluation import sweep
+from vaediff.evaluation import networks, sets, sweep
+from vaediff.evaluation.measures import Figure
 from vaediff.experiments.base import SampleKeys
 from vaediff.machine import sharding
 from vaediff.modes import checked, train
@@ -152,6 +154,29 @@ def test_the_stage_before_may_be_of_another_run(runs):
   assert trained.draws_alone
   drawn = trained.draw(np.arange(3))
   np.testing.assert_array_equal(drawn['low'][:, ::2, ::2], base.draw(np.arange(3))['x0'])
+
+
+def test_a_sweep_of_levels_has_the_distance_of_reconstructions_beside_that_of_samples(runs, monkeypatch):
+  """As many images as samples are made of the evaluation images, the first of these in turn."""
+  trained = opened(runs / 'together', batch_size=4)
+  trained.config.evaluate.update({'num_images': 6, 'extractors': ('classifier', 'inception')})
+  data, labels = trained.eval_images(4)
+  monkeypatch.setattr(trained, 'eval_images', lambda count: (data, labels))
+  given, seen, compared = trained.observe(data, labels), [], []
+  stream = types.SimpleNamespace(add=seen.append, finish=lambda: {'features': 'seen'})
+  known = networks.Networks(features={}, lpips=None, missing={'inception': 'no weights'})
+  known.features['classifier'] = types.SimpleNamespace(stream=lambda: stream)
+  real = sets.Real(train={}, held_out={})
+  real.train['classifier'] = 'real'
+  figure = {'fd_classifier': Figure(value=1.5)}
+  monkeypatch.setattr(sweep, 'distances_of', lambda *of: compared.append(of[:3]) or figure)
+  found = sweep.of_reconstructions(trained, known, real)
+  assert found == {'fd_classifier of reconstructions': Figure(value=1.5)}
+  assert compared == [('classifier', ['seen'], 'real')]
+  in_turn = {name: value[[0, 1, 2, 3, 0, 1]] for name, value in given.items()}
+  wanted = trained.draw(np.arange(6), in_turn)['x0']
+  assert [len(part) for part in seen] == [4, 2]
+  assert np.abs(np.concatenate(seen).astype(int) - wanted).max() <= 1
 
 
 def test_the_cost_of_a_sample_is_that_of_the_whole_chain(runs):

@@ -29,6 +29,7 @@ from vaediff.evaluation.sets import (
   FOLDER,
   Real,
   class_accuracy,
+  distances_of,
   draw_sets,
   floors_at,
   of_network,
