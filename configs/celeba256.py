@@ -12,8 +12,14 @@ Figures are those of temperature 1. `pictures` draws as the paper's pictures wer
 Denoising GANs with their papers' settings (2 steps): `ddgan`, `wavelet`, `latent` (64x64x3, 8,192 codes).
 `latent_diffusion` has the size of latent diffusion's network for these images (arXiv:2112.10752), in the same
 latents: 274,056,163 parameters, joined with `unconditional`; what it is conditioned on comes on top.
-`divae` is DiVAE (arXiv:2206.00386) of codes that are 8 or 16 times smaller than the image: 296,029,190 or
-350,341,638 parameters before what the codes add, 10,000 updates of 256 images.
+Codes: `vqvae` (32x32 of 1,024), `vqvae2` (64x64 and 32x32 of 512), `dvae` (DALL-E's, 32x32 of 8,192),
+`vqgan`, and published settings of it: `vqgan_f16_1024`, `vqgan_f16_16384`, `vqgan_f8_gumbel`, `ldm_vq_f4`,
+`ldm_vq_f8`, `ldm_vq_f16`, `llamagen_vq16`, `llamagen_vq8`. `divae` is DiVAE (arXiv:2206.00386) of codes that
+are 8 or 16 times smaller than the image: 296,029,190 or 350,341,638 parameters before what the codes add,
+10,000 updates of 256 images. `prior` is as large as taming-transformers' for faces: 24 blocks of width 1024.
+
+    python -m vaediff.main --config=configs/celeba256.py:divae                         # of vqvae, f = 8
+    python -m vaediff.main --config=configs/celeba256.py:vqgan_f16_1024,divae,prior    # f = 16
 
 Hardware, hours and figures: not yet measured.
 """

@@ -6,6 +6,11 @@ Data: the npm package emoji-datasource-google, unpacked in a folder that `--conf
 (`npm pack emoji-datasource-google`, then `tar xf`); 3,786 images, split by base emoji. A small set: expect
 memorisation, and look at the nearest training images.
 
+Codes, 8x8 of 256 (`vqvae2`: 16x16, 8x8 and 4x4):
+
+    python -m vaediff.main --config=configs/emoji64.py:vqvae     # or vqvae2, vqgan, dvae (logit-Laplace)
+    python -m vaediff.main --config=configs/emoji64.py:divae,prior,label
+
 Hardware, hours and figures: not yet measured.
 """
 

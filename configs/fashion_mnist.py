@@ -8,6 +8,14 @@ Networks: a quarter of the width of the CIFAR-10 ones.
 
 On one core: GANs of 4 steps (`latent`, `wavelet`, `ddgan`) in 5 minutes each; VAE, U-Net and six halvings
 (`small,distill`) in an hour: docs/results.md. The full sizes: not yet measured.
+
+Codes, 8x8 of 256 (`vqvae2`: 8x8 and 4x4 of 64):
+
+    python -m vaediff.main --config=configs/fashion_mnist.py:idx,vqvae            # or vqgan, dvae
+    python -m vaediff.main --config=configs/fashion_mnist.py:idx,small,vqvae2     # 145 seconds: docs/codes.md
+    python -m vaediff.main --config=configs/fashion_mnist.py:idx,divae,prior,label
+
+`vqvae`, `vqgan`, `dvae`, `divae`, `prior`: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
