@@ -39,7 +39,7 @@ def test_an_earlier_config_is_read_as_one_of_today(run):
     assert set(read[mode]) == set(expected[mode])
     expected[mode].update(read[mode])
   assert set(read.evaluate.decoders) == set(expected.evaluate.decoders)
-  expected.evaluate.decoders.update(read.evaluate.decoders)  # a full size run's, which earlier ones did not have
+  expected.evaluate.decoders.update(read.evaluate.decoders)  # those of a full size
   assert read == expected
   assert read.is_locked
 
