@@ -90,15 +90,18 @@ def _published_decoder(stage):
   stage.sample.update({'num_steps': 1000, 'batch_size': 16})
 
 
-def _divae(run):
-  divae.divae(run, {16: presets.UNET['divae_f16'], 8: presets.UNET['divae_f8']})
-  _published_decoder(run.section('refiner'))
+def _published(variant):
+  def of_published_size(run):
+    variant(run, {16: presets.UNET['divae_f16'], 8: presets.UNET['divae_f8']})
+    _published_decoder(run.section('refiner'))
+
+  return of_published_size
 
 
 SIZES = {'vae': _vae, 'refiner': _refiner, 'vqvae': _vqvae, 'vqvae2': _vqvae2, 'prior': _prior}
 OWN = {
   **code_papers.VARIANTS,
-  'divae': _divae,
+  **{name: _published(variant) for name, variant in divae.VARIANTS.items()},
   'folder': _folder,
   'pictures': _pictures,
   'ddgan': gan_papers.celeba256_ddgan,

@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 from configs import parts
 from configs.run import Run
 
+LABEL = 'label'
+"""The condition, and its variant."""
 PRIOR = 'prior'
 """The stage of a token prior: where there is one, the classes are its own, and the diffusion decodes ids."""
 
@@ -254,7 +256,7 @@ def learned_variance(run: Run) -> None:
 
 def _label(stage: ConfigDict) -> None:
   with stage.conditions.unlocked():
-    stage.conditions.label = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
+    stage.conditions[LABEL] = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
 
 
 def label(run: Run) -> None:

@@ -117,18 +117,18 @@ def fit(model: ConfigDict, factor: int, image_size: int) -> None:
   model.attention_resolutions = tuple(side for side in model.attention_resolutions if side in sides)
 
 
-def divae_joint(run: Run) -> None:
+def divae_joint(run: Run, models: Mapping[int, dict[str, Any]] = NO_MODELS) -> None:
   """The tokenizer's encoder and codes are trained by the diffusion, from the start."""
-  _trained(run, 'joint')
+  _trained(run, 'joint', models)
 
 
-def divae_warm(run: Run) -> None:
+def divae_warm(run: Run, models: Mapping[int, dict[str, Any]] = NO_MODELS) -> None:
   """The same, beginning as a trained tokenizer."""
-  _trained(run, 'warm')
+  _trained(run, 'warm', models)
 
 
-def _trained(run: Run, training: str) -> None:
-  divae(run)
+def _trained(run: Run, training: str, models: Mapping[int, dict[str, Any]]) -> None:
+  divae(run, models)
   run.section('refiner').conditions.codes.training = training
 
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import parts, presets
 from configs.run import Run
+from configs.stages import diffusion
 
 STAGE = 'prior'
 TOKENIZERS = ('vqvae', 'vqvae2', 'vqgan', 'dvae')
@@ -76,6 +77,11 @@ def prior(run: Run) -> None:
   if not _chosen(run.config.stages):
     run.only(TOKENIZERS[0])
   run.add(STAGE)
+  refiner = run.section('refiner')
+  if diffusion.LABEL in refiner.conditions:  # `label` came first: the class is the prior's
+    with refiner.conditions.unlocked():
+      del refiner.conditions[diffusion.LABEL]
+    diffusion.label(run)
   run.at_end(arrange)
 
 

@@ -95,6 +95,26 @@ def test_perplexity():
   np.testing.assert_allclose(id_usage.perplexity(np.array([8, 4, 2, 1, 1, 0, 0, 0])), 3.66801617, rtol=1e-6)
 
 
+@pytest.mark.parametrize('variant', ['label,prior', 'prior,label', 'divae,label,prior', 'divae,prior,label'])
+def test_the_class_is_the_priors_in_any_order(variant):
+  config = made(f'{variant},debug')
+  assert list(config.prior.conditions) == ['label']
+  assert 'refiner' not in config or 'label' not in config.refiner.conditions
+
+
+def test_a_tokenizer_without_a_decoder_shows_no_images():
+  """One that a diffusion trains: its prior hands over ids, and draws no images of its own."""
+  alone = build('divae_joint,prior,debug')
+  assert not alone.draws_images and build('vqvae,prior,debug').draws_images
+  read = {
+    name: jax.eval_shape(model.init, jax.random.key(0))
+    for name, model in {**alone.networks, TOKENIZER: alone.tokenizer.source.model}.items()
+  }
+  keys = base.sampling_keys(jax.random.split(jax.random.key(0), 2))
+  drawn = jax.eval_shape(lambda read, keys: alone.sample(read, {}, keys), read, keys)
+  assert set(drawn) == {'codes'} and drawn['codes'].shape == (2, *alone.tokenizer.grids[0])
+
+
 @pytest.mark.parametrize(
   ('variant', 'stages', 'tokenizer'),
   [

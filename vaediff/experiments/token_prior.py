@@ -132,6 +132,11 @@ class TokenPrior(base.Experiment):
     return {TOKENIZER: self.tokenizer.source}
 
   @property
+  def draws_images(self) -> bool:
+    """Whether the tokenizer has a decoder of its own: one that a diffusion trains has none."""
+    return self.tokenizer.decodes
+
+  @property
   def handed(self) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The ids."""
     grids = zip(self.names, self.tokenizer.grids, strict=True)
@@ -306,7 +311,7 @@ class TokenPrior(base.Experiment):
     return self.conditions.draw(read, keys.conditions, indices)
 
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
-    """Returns the ids of each level, and {'x0': their images by the tokenizer's decoder}.
+    """Returns the ids of each level, and {'x0': their images by the tokenizer's decoder}, if it has one.
 
     Raises:
       UserError: for ids on another grid than the tokenizer's.
@@ -319,8 +324,10 @@ class TokenPrior(base.Experiment):
         codes += (self.checked(name, given[name]),)
       else:
         codes += (self.drawn(read, level, source, codes, own[:, level]),)
-    image = jnp.clip(self.tokenizer.decode(read[TOKENIZER], codes), -1.0, 1.0)
-    return {**dict(zip(self.names, codes, strict=True)), 'x0': image}
+    ids = dict(zip(self.names, codes, strict=True))
+    if not self.draws_images:
+      return ids
+    return {**ids, 'x0': jnp.clip(self.tokenizer.decode(read[TOKENIZER], codes), -1.0, 1.0)}
 
   def checked(self, name: str, codes: Array) -> Array:
     """Returns ids that are given; raises UserError where they have another grid."""
