@@ -166,7 +166,9 @@ def test_of_several_levels_the_coarse_one_comes_first():
   np.testing.assert_array_equal(values['codes'][..., 1], seen['codes_1'])
   nats = one.nats({}, images())['codes']
   np.testing.assert_allclose(nats, np.full(4, np.log(4) + 4 * np.log(8)), rtol=1e-6)
-  assert codes.maker_of(config_of(), '', 2) is None
+  assert codes.maker_of(config_of(), 'refiner', 2) is None
+  fed = config_of('divae,prior,debug')
+  assert codes.maker_of(fed, 'refiner', 2).feeds == 'codes_1'
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,26 @@ def test_ids_of_another_grid_or_type_are_refused(ids, message):
 def test_what_cannot_be_is_refused(changes, message):
   with pytest.raises(UserError, match=message):
     build(**{f'refiner.conditions.codes.{name}': value for name, value in changes.items()})
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'prior_stage': 'refiner'}, "prior_stage is 'refiner', which draws no ids; name a stage with the exper"),
+    ({'prior_stage': 'vqvae'}, "prior_stage is 'vqvae', which draws no ids"),
+    ({'stage': 'copy'}, "prior_stage is 'prior', whose tokenizer.stage is 'vqvae', but .* of 'refiner' are "
+     "those of 'copy'"),
+    ({'training': 'joint'}, "tokenizer.stage is 'vqvae', but the codes of 'refiner' are those of 'refiner'"),
+  ],
+)  # fmt: skip
+def test_a_stage_that_draws_no_ids_of_the_same_tokenizer_is_refused(changes, message):
+  """On the same grid and below the same number of codes: their shapes do not tell them apart."""
+  config = config_of('divae,prior,debug')
+  with config.unlocked():
+    config.copy = config.vqvae.copy_and_resolve_references()
+    config.refiner.conditions.codes.update(changes)
+  with pytest.raises(UserError, match=message):
+    experiments.build(config, 'refiner')
 
 
 def test_a_tokenizer_that_was_trained_anew_is_refused(monkeypatch, tmp_path):

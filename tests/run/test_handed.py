@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
+from vaediff.evaluation import sweep
 from vaediff.experiments import base
 from vaediff.machine import sharding
 from vaediff.reads import Sampled
@@ -149,3 +150,16 @@ def test_ids_of_another_grid_are_refused():
   reader, _ = opened(Reader(), OtherGrid())
   with pytest.raises(UserError, match=r"'reader' reads codes_1 of shape \(2, 2\).* stage 'maker'.*\(4, 4\)"):
     reader.fed(np.array([3]), {}, 4)
+
+
+class Multiplies(Reader):
+  """A product of the ids of both grids: 8 multiply-accumulates."""
+
+  def sample(self, read, given, keys):
+    first, second = (given[name].astype(jnp.float32) for name in self.inputs)
+    return {'x0': jnp.einsum('bij,bjk->bik', first, second)[..., None]}
+
+
+def test_the_cost_of_a_sample_is_told_where_several_grids_are_handed_over():
+  reader, _ = opened(Multiplies(), Maker())
+  assert sweep.giga_macs(reader) == pytest.approx(8e-9)

@@ -218,7 +218,7 @@ def codes_condition(config: ConfigDict, stage: str, space: Space) -> Codes:
     'how': named.how,
     'dropout': named.dropout,
     'flip': section.train.flip,
-    'maker': maker_of(config, named.prior_stage, len(tokenizer.grids)),
+    'maker': maker_of(config, stage, len(tokenizer.grids)),
   }
   if named.training == tokenizers.FROZEN:
     return Codes(tokenizer=tokenizer, **fields)
@@ -255,13 +255,28 @@ def coder(config: ConfigDict, stage: str, tokenizer: tokenizers.Tokenizer) -> to
 
 
 def maker_of(config: ConfigDict, stage: str, levels: int) -> reads.Sampled | None:
-  """Returns the stage whose samples are the ids; None of ''.
+  """Returns the stage whose samples are the ids that a stage reads; None where it names none.
 
   Raises:
-    UserError: when it is no stage of the config.
+    UserError: when it is no prior of this config, or one of another tokenizer, whose ids mean other codes.
   """
-  if not stage:
+  named = config[stage].conditions[CODES]
+  prior = named.prior_stage
+  if not prior:
     return None
-  if stage not in config or not isinstance(config[stage], ConfigDict) or 'experiment' not in config[stage]:
-    raise UserError(f'conditions.codes.prior_stage is {stage!r}, which is no stage of this config')
-  return reads.Sampled(stage=stage, workdir='', feeds=names_of(levels)[-1], depth=1)
+  section = config[prior] if prior in config else None
+  if not isinstance(section, ConfigDict) or 'experiment' not in section:
+    raise UserError(f'conditions.codes.prior_stage is {prior!r}, which is no stage of this config')
+  if TOKENIZER not in section:
+    raise UserError(
+      f'conditions.codes.prior_stage is {prior!r}, which draws no ids; name a stage with the experiment '
+      "'token_prior', or '' for none"
+    )
+  own = named.stage if named.training == tokenizers.FROZEN else stage
+  if section.tokenizer.stage != own:
+    raise UserError(
+      f'conditions.codes.prior_stage is {prior!r}, whose tokenizer.stage is {section.tokenizer.stage!r}, but '
+      f'the codes of {stage!r} are those of {own!r}: the same ids mean others. Name a prior of {own!r}, or '
+      "'' for none"
+    )
+  return reads.Sampled(stage=prior, workdir='', feeds=names_of(levels)[-1], depth=1)
