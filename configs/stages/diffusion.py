@@ -4,9 +4,7 @@ from ml_collections import ConfigDict
 
 from configs import parts
 from configs.run import Run
-
-PRIOR = 'prior'
-"""The stage of a token prior: where there is one, the classes are its own, and the diffusion decodes ids."""
+from configs.stages import prior
 
 
 def section() -> ConfigDict:
@@ -264,7 +262,7 @@ def label(run: Run) -> None:
     ValueError: the data set has no classes, or it is not known how many.
   """
   run.need_classes('label')
-  run.edit(PRIOR if PRIOR in run.config.stages else 'refiner', _label)
+  run.edit(prior.STAGE if prior.STAGE in run.config.stages else 'refiner', _label)
 
 
 def _restoration(refiner: ConfigDict) -> None:

@@ -73,13 +73,13 @@ def prior(run: Run) -> None:
 
   A diffusion decoder of the same ids is given those of the prior; the tokenizer's own decoder shows them too.
   """
-  if not _chosen(run.config.stages):
+  if not chosen(run.config.stages):
     run.only(TOKENIZERS[0])
   run.add(STAGE)
   run.at_end(arrange)
 
 
-def _chosen(stages: tuple[str, ...]) -> str:
+def chosen(stages: tuple[str, ...]) -> str:
   """Returns the tokenizer among stages; '' = none."""
   return next((stage for stage in stages if stage in TOKENIZERS), '')
 
@@ -89,7 +89,7 @@ def arrange(run: Run) -> None:
 
   A diffusion decoder that trains the tokenizer too is the tokenizer.
   """
-  stages, tokenizer = run.config.stages, _chosen(run.config.stages)
+  stages, tokenizer = run.config.stages, chosen(run.config.stages)
   codes = run.section('refiner').conditions.get('codes') if 'refiner' in stages else None
   if codes is not None:
     tokenizer = tokenizer if codes.training == 'frozen' else 'refiner'
