@@ -12,7 +12,7 @@ import pytest
 from vaediff import experiments, reads
 from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
-from vaediff.experiments import base, id_usage, token_prior
+from vaediff.experiments import base, token_prior
 from vaediff.models import token_sampling
 from vaediff.models.functional import Model
 from vaediff.models.transformer import Decoder
@@ -89,10 +89,6 @@ def test_a_level_that_says_nothing_is_refused():
     two[0, 0, 0] = wrong
     with pytest.raises(UserError, match=f"the ids 'codes' hold {wrong}; .* of 16 codes are 0 ... 15"):
       experiment.check_stored({'codes': two})
-
-
-def test_perplexity():
-  np.testing.assert_allclose(id_usage.perplexity(np.array([8, 4, 2, 1, 1, 0, 0, 0])), 3.66801617, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
