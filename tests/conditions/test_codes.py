@@ -353,6 +353,7 @@ def test_a_student_reads_the_tokenizer_of_a_joint_teacher():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
+    ({'vqvae.loss.entropy_weight': 0.1}, "vqvae.loss.entropy_weight is 0.1, .*'joint'.* set it to 0"),
     ({'vqvae.loss.codebook': 'gradient'}, "training is 'joint', which takes .* loss.codebook = 'ema'"),
     ({'refiner.train.batch_size': 1}, 'share the 16 vectors of a batch'),
     ({'refiner.conditions.codes.stage': 'refiner'}, "codes.stage is 'refiner', the stage itself"),

@@ -248,6 +248,11 @@ def coder(config: ConfigDict, stage: str, tokenizer: tokenizers.Tokenizer) -> to
       f"model.bottleneck = 'vq' and loss.codebook = 'ema', as the stage vqvae; {named.stage!r} has another. "
       f'Use training = {tokenizers.FROZEN!r}, or such a stage'
     )
+  if section.loss.entropy_weight > 0:
+    raise UserError(
+      f'{named.stage}.loss.entropy_weight is {section.loss.entropy_weight:g}, which a tokenizer trained by a '
+      f'diffusion (conditions.codes.training = {named.training!r}) does not read; set it to 0'
+    )
   (height, width), (size,) = tokenizer.grids[0], tokenizer.sizes
   vectors = config[stage].train.batch_size * height * width
   codebook.check_restarts(vectors, size, section.loss.restart_below)
