@@ -305,6 +305,23 @@ def test_what_is_declared():
   assert experiment.id_sizes == {'codes': 16} and experiment.num_tokens == 16
 
 
+def test_ids_of_a_tokenizer_without_a_decoder_are_drawn_alone(key):
+  """A diffusion that has trained it decodes them: it is fed the ids."""
+  config = made('divae_joint,prior,debug', **{'refiner.train.batch_size': 16})
+  assert config.stages == ('refiner', 'prior') and config.refiner.conditions.codes.prior_stage == 'prior'
+  experiment = experiments.build(config, 'prior')
+  model = experiment.tokenizer.source.model
+  assert not experiment.draws_images and build().draws_images
+  state = jax.eval_shape(experiment.init, key)
+  read = {name: network.params for name, network in state.networks.items()}
+  drawn = jax.eval_shape(
+    lambda read, keys: experiment.sample(read, {}, base.sampling_keys(keys)),
+    {**read, TOKENIZER: jax.eval_shape(model.init, key)},
+    jax.eval_shape(lambda key: jax.random.split(key, 2), key),
+  )
+  assert {name: ids.shape for name, ids in drawn.items()} == {'codes': (2, 4, 4)}
+
+
 @pytest.mark.parametrize(
   'changes',
   [

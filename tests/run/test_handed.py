@@ -47,6 +47,14 @@ class ImagesAlone(Maker):
     return {name: drawn[name] for name in ('low', 'x0')}
 
 
+class IdsAlone(Maker):
+  draws_images = False
+
+  def sample(self, read, given, keys):
+    drawn = super().sample(read, given, keys)
+    return {name: drawn[name] for name in self.handed}
+
+
 class OfClasses(Maker):
   classes = (7, 3)
   num_groups = 2
@@ -129,6 +137,15 @@ def test_images_alone_are_shown_and_the_rest_is_asked_for():
   both = maker.draw(np.array([3, 5]), handed=True)
   assert list(both) == ['codes_0', 'codes_1', 'low', 'x0']
   np.testing.assert_array_equal(both['x0'], drawn['x0'])
+
+
+def test_ids_are_handed_over_where_there_is_no_image_of_them():
+  reader, maker = opened(Reader(), IdsAlone())
+  assert set(reader.fed(np.array([3, 5]), {}, 4)) == {'codes_0', 'codes_1'}
+  assert reader.draws_alone and not maker.draws_alone
+  assert list(reader.draw(np.array([3]))) == ['x0']
+  with pytest.raises(UserError, match="stage 'maker' draws no images"):
+    maker.draw(np.array([3]))
 
 
 def test_what_is_given_is_not_drawn():

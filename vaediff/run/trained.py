@@ -181,7 +181,7 @@ class Trained:
     Raises:
       UserError: for a stage that draws none, or when a stage that feeds it is not trained.
     """
-    if not self.experiment.draws_images:
+    if not (self.experiment.draws_images or handed):
       raise UserError(f'stage {self.stage!r} draws no images; name one that does, as --stages=refiner')
     seed, given = self.settings.seed if seed is None else seed, given or {}
     whole = {**self.fed(indices, given, seed), **given}
