@@ -21,10 +21,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff.data import pixels
-from vaediff.evaluation import against_teacher, quality
+from vaediff.evaluation import against_teacher, measures, quality
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, pair_figures
+from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, of_first, pair_figures
 from vaediff.evaluation.sets import Real, distances_of, title_of
 from vaediff.run import checkpoint, draw, log
 from vaediff.run.trained import Trained
@@ -45,7 +45,10 @@ def decoder_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[st
   root = against_teacher.chain(trained)[0]
   if not root.experiment.reads_codes or not settings.decoders.num_images:
     return []
-  image, label = root.eval_images(settings.decoders.num_images)
+  count, total = settings.decoders.num_images, len(root.eval_source)
+  if count < total:
+    count = min(count, settings.max_features)  # of so many images the features are kept
+  image, label = root.eval_images(count)
   given = root.observe(image, label)
   rows, spread = [], 0.0
   for title, sets, cost in decoders(root, trained, given, settings.decoders):
@@ -55,7 +58,7 @@ def decoder_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[st
       spread = spread or own
       found['diversity'] = Figure(value=own / spread if spread else float('nan'))
     found |= missing_pair_figures(settings, opened, root.eval_source)
-    found |= distances(sets[0], opened, real, settings)
+    found |= distances(sets[0], opened, real, settings, total)
     rows.append({'decoder': title, 'N': len(image), **found})
   return rows
 
@@ -147,14 +150,27 @@ def figures_of(image: np.ndarray, sets: Sets, opened: Networks) -> dict[str, Fig
   return {**figures, 'sharpness': Figure(value=sharpness)}
 
 
-def distances(images: np.ndarray, opened: Networks, real: Real, settings: ConfigDict) -> dict[str, Figure]:
-  """Returns the distances to the evaluation split, and why others are missing."""
+def distances(
+  images: np.ndarray, opened: Networks, real: Real, settings: ConfigDict, total: int
+) -> dict[str, Figure]:
+  """Returns the distances to the first images of the evaluation split, and why others are missing.
+
+  Args:
+    images: what is made of the codes of these.
+    opened: the feature networks.
+    real: the real images, as they see them.
+    settings: the section `evaluate`.
+    total: how many images the split has.
+  """
   figures = {}
   for network in settings.extractors:
-    if network not in opened.features:
+    if network in opened.missing:
+      names = measures.distance_names(network)
+      figures |= {f'r{name}': Figure(missing=opened.missing[network]) for name in names}
       continue
     stream = opened.features[network].stream()
     stream.add(images)
-    found = distances_of(network, [stream.finish()['features']], real.held_out[network], settings)
+    held_out = of_first(real.held_out[network], len(images), total)
+    found = distances_of(network, [stream.finish()['features']], held_out, settings)
     figures |= {f'r{name}': figure for name, figure in found.items()}
   return figures
