@@ -101,6 +101,16 @@ def arrange(run: Run) -> None:
   run.only(*others[:place], STAGE, *others[place:])
   if codes is not None:
     codes.prior_stage = STAGE
+  if codes is not None or 'refiner' not in stages:
+    _take_label(run.section('refiner').conditions, run.section(STAGE).conditions)
+
+
+def _take_label(decoder: ConfigDict, own: ConfigDict) -> None:
+  """The classes are the prior's, whichever variant came first: ids of nothing are of no class."""
+  if 'label' in decoder:
+    with decoder.unlocked(), own.unlocked():
+      own.label = decoder.label
+      del decoder.label
 
 
 VARIANTS = {'prior': prior}

@@ -98,6 +98,8 @@ def test_a_level_that_says_nothing_is_refused():
     ('vqgan,prior', ('vqgan', 'prior'), 'vqgan'),
     ('prior,label', ('vqvae', 'prior'), 'vqvae'),
     ('divae,prior,label', ('vqvae', 'prior', 'refiner'), 'vqvae'),
+    ('label,prior', ('vqvae', 'prior'), 'vqvae'),
+    ('label,divae,prior', ('vqvae', 'prior', 'refiner'), 'vqvae'),
     ('divae,distill,prior', ('vqvae', 'prior', 'refiner', 'distill'), 'vqvae'),
     ('vqgan,divae,prior,distill', ('vqgan', 'prior', 'refiner', 'distill'), 'vqgan'),
   ],
