@@ -189,7 +189,7 @@ def evaluate() -> ConfigDict:
       'num_bound_times': 20,  # times drawn per image for the bound's sum over diffusion steps
       'decoders': {  # of stages that read codes: the same ones drawn again by every decoder of the run
         'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),  # and their steps, of the first teacher
-        'num_images': 256,  # of the evaluation split
+        'num_images': 256,  # of the evaluation split; 0 = none
         'num_samples': 4,  # of each image
       },
       'sweep': {  # --sweep: one row for each of the product

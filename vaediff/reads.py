@@ -46,15 +46,12 @@ class Measured:
     workdir: the run that holds it; '' = this run.
     measurement: its name, of `vaediff.run.measurements`.
     neutral: returns arrays of the same shapes without a meaning, to compile and to measure speed with.
-    check: raises UserError where what was measured is of no use to the reader; it is called once, when that
-      is loaded.
   """
 
   stage: str
   workdir: str
   measurement: str
   neutral: Callable[[], Any]
-  check: Callable[[Any], None] = lambda found: None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,7 @@ from ml_collections import ConfigDict
 
 from configs import parts
 from configs.run import Run
-
-LABEL = 'label'
-"""The condition, and its variant."""
-PRIOR = 'prior'
-"""The stage of a token prior: where there is one, the classes are its own, and the diffusion decodes ids."""
+from configs.stages import prior
 
 
 def section() -> ConfigDict:
@@ -256,7 +252,7 @@ def learned_variance(run: Run) -> None:
 
 def _label(stage: ConfigDict) -> None:
   with stage.conditions.unlocked():
-    stage.conditions[LABEL] = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
+    stage.conditions.label = ConfigDict({'dropout': 0.1})  # probability, per example, of the learned null
 
 
 def label(run: Run) -> None:
@@ -266,7 +262,7 @@ def label(run: Run) -> None:
     ValueError: the data set has no classes, or it is not known how many.
   """
   run.need_classes('label')
-  run.edit(PRIOR if PRIOR in run.config.stages else 'refiner', _label)
+  run.edit(prior.STAGE if prior.STAGE in run.config.stages else 'refiner', _label)
 
 
 def _restoration(refiner: ConfigDict) -> None:

@@ -10,14 +10,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.run import Run
-from configs.stages import diffusion
+from configs.stages import diffusion, prior
 
-TOKENIZERS = ('vqvae', 'vqvae2', 'vqgan', 'dvae')
-"""Stages with codes; without one of their variants it is the first."""
 DROPOUT = 0.1
 """Of the codes, where samples are guided."""
-PRIOR = 'prior'
-"""The stage whose samples are the codes, where a run has one."""
 FACTORS: Mapping[str, Callable[[ConfigDict], int]] = {
   'autoencoder': lambda section: 2 ** (len(section.model.channel_multipliers) - 1),
   'hierarchy': lambda section: 4,
@@ -61,22 +57,17 @@ def divae(run: Run, models: Mapping[int, dict[str, Any]] = NO_MODELS) -> None:
       the refiner's levels are kept or repeated.
   """
   diffusion.learned_variance(run)
-  _divae(_chosen(run.config.stages) or TOKENIZERS[0], run.section('refiner'))
+  _divae(prior.chosen(run.config.stages) or prior.TOKENIZERS[0], run.section('refiner'))
   arrange(run)
   run.at_end(lambda run: fill(run, models))
-
-
-def _chosen(stages: tuple[str, ...]) -> str:
-  """Returns the tokenizer among stages; '' = none."""
-  return next((stage for stage in stages if stage in TOKENIZERS), '')
 
 
 def arrange(run: Run) -> None:
   """Puts the tokenizer and the decoder before all that comes after them."""
   refiner, stages = run.section('refiner'), run.config.stages
   named = refiner.conditions.codes
-  named.stage = _chosen(stages) or named.stage
-  named.prior_stage = PRIOR if PRIOR in stages else ''
+  named.stage = prior.chosen(stages) or named.stage
+  named.prior_stage = prior.STAGE if prior.STAGE in stages else ''
   read = diffusion.reads(refiner)
   own = (named.stage,) if named.training != 'joint' else ()
   before = dict.fromkeys((*own, *(stage for stage in stages if stage in read and stage != named.stage)))

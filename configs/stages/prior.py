@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from configs import parts, presets
 from configs.run import Run
-from configs.stages import diffusion
 
 STAGE = 'prior'
 TOKENIZERS = ('vqvae', 'vqvae2', 'vqgan', 'dvae')
@@ -74,18 +73,13 @@ def prior(run: Run) -> None:
 
   A diffusion decoder of the same ids is given those of the prior; the tokenizer's own decoder shows them too.
   """
-  if not _chosen(run.config.stages):
+  if not chosen(run.config.stages):
     run.only(TOKENIZERS[0])
   run.add(STAGE)
-  refiner = run.section('refiner')
-  if diffusion.LABEL in refiner.conditions:  # `label` came first: the class is the prior's
-    with refiner.conditions.unlocked():
-      del refiner.conditions[diffusion.LABEL]
-    diffusion.label(run)
   run.at_end(arrange)
 
 
-def _chosen(stages: tuple[str, ...]) -> str:
+def chosen(stages: tuple[str, ...]) -> str:
   """Returns the tokenizer among stages; '' = none."""
   return next((stage for stage in stages if stage in TOKENIZERS), '')
 
@@ -95,7 +89,7 @@ def arrange(run: Run) -> None:
 
   A diffusion decoder that trains the tokenizer too is the tokenizer.
   """
-  stages, tokenizer = run.config.stages, _chosen(run.config.stages)
+  stages, tokenizer = run.config.stages, chosen(run.config.stages)
   codes = run.section('refiner').conditions.get('codes') if 'refiner' in stages else None
   if codes is not None:
     tokenizer = tokenizer if codes.training == 'frozen' else 'refiner'
@@ -107,6 +101,16 @@ def arrange(run: Run) -> None:
   run.only(*others[:place], STAGE, *others[place:])
   if codes is not None:
     codes.prior_stage = STAGE
+  if codes is not None or 'refiner' not in stages:
+    _take_label(run.section('refiner').conditions, run.section(STAGE).conditions)
+
+
+def _take_label(decoder: ConfigDict, own: ConfigDict) -> None:
+  """The classes are the prior's, whichever variant came first: ids of nothing are of no class."""
+  if 'label' in decoder:
+    with decoder.unlocked(), own.unlocked():
+      own.label = decoder.label
+      del decoder.label
 
 
 VARIANTS = {'prior': prior}

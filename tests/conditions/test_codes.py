@@ -166,7 +166,9 @@ def test_of_several_levels_the_coarse_one_comes_first():
   np.testing.assert_array_equal(values['codes'][..., 1], seen['codes_1'])
   nats = one.nats({}, images())['codes']
   np.testing.assert_allclose(nats, np.full(4, np.log(4) + 4 * np.log(8)), rtol=1e-6)
-  assert codes.maker_of(config_of(), '', 2) is None
+  assert codes.maker_of(config_of(), 'refiner', 2) is None
+  fed = config_of('divae,prior,debug')
+  assert codes.maker_of(fed, 'refiner', 2).feeds == 'codes_1'
 
 
 @pytest.mark.parametrize(
@@ -201,15 +203,19 @@ def test_what_cannot_be_is_refused(changes, message):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'prior.tokenizer.stage': 'other'}, "whose ids are those of the tokenizer 'other' of this run; here"),
-    ({'prior.tokenizer.workdir': '/runs/a'}, "'vqvae' of /runs/a; here they are read as those of 'vqvae'"),
-    ({'refiner.conditions.codes.prior_stage': 'vqvae'}, "prior_stage is 'vqvae', whose samples are no ids"),
+    ({'prior_stage': 'refiner'}, "prior_stage is 'refiner', which draws no ids; name a stage with the exper"),
+    ({'prior_stage': 'vqvae'}, "prior_stage is 'vqvae', which draws no ids"),
+    ({'stage': 'copy'}, "prior_stage is 'prior', whose tokenizer.stage is 'vqvae', but .* of 'refiner' are "
+     "those of 'copy'"),
+    ({'training': 'joint'}, "tokenizer.stage is 'vqvae', but the codes of 'refiner' are those of 'refiner'"),
   ],
-)
-def test_a_prior_of_another_tokenizer_is_refused(changes, message):
+)  # fmt: skip
+def test_a_stage_that_draws_no_ids_of_the_same_tokenizer_is_refused(changes, message):
+  """On the same grid and below the same number of codes: their shapes do not tell them apart."""
   config = config_of('divae,prior,debug')
-  assert experiments.build(config, 'refiner').makers[0].stage == 'prior'
-  config.update_from_flattened_dict(changes)
+  with config.unlocked():
+    config.copy = config.vqvae.copy_and_resolve_references()
+    config.refiner.conditions.codes.update(changes)
   with pytest.raises(UserError, match=message):
     experiments.build(config, 'refiner')
 
@@ -353,6 +359,7 @@ def test_a_student_reads_the_tokenizer_of_a_joint_teacher():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
+    ({'vqvae.loss.entropy_weight': 0.1}, "vqvae.loss.entropy_weight is 0.1, .*'joint'.* set it to 0"),
     ({'vqvae.loss.codebook': 'gradient'}, "training is 'joint', which takes .* loss.codebook = 'ema'"),
     ({'refiner.train.batch_size': 1}, 'share the 16 vectors of a batch'),
     ({'refiner.conditions.codes.stage': 'refiner'}, "codes.stage is 'refiner', the stage itself"),

@@ -1,11 +1,13 @@
 """The same codes by every decoder: what a row says of errors, sharpness and diversity."""
 
+import importlib
+
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from vaediff import checks
 from vaediff.errors import UserError
-from vaediff.evaluation import decoders, quality
+from vaediff.evaluation import decoders, networks, quality
 from vaediff.evaluation.networks import Networks
 
 NOTHING = Networks(features={}, lpips=None, missing={})
@@ -57,13 +59,21 @@ def test_in_batches_keeps_every_row_once_and_in_order():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'num_images': 1}, 'num_images must be >= 2, got 1'),
-    ({'num_samples': 1}, 'num_samples must be >= 2, got 1'),
-    ({'samplers': (('ddim', '25'),)}, r"samplers has \('ddim', '25'\)"),
-    ({'samplers': ('ddim',)}, "samplers has 'ddim'"),
+    ({'num_images': 1}, r'config.evaluate.decoders.num_images must be 0 \(off\) or above 1, got 1'),
+    ({'num_samples': 1}, 'config.evaluate.decoders.num_samples must be >= 2, got 1'),
+    ({'samplers': (('ddim', '25'),)}, r"decoders.samplers = .* is \('ddim', '25'\); each must be a sampler"),
+    ({'samplers': (('ddim', 0),)}, r"decoders.samplers = .* is \('ddim', 0\)"),
+    ({'samplers': (('dim', 25),)}, r"is \('dim', 25\); .* samplers: ddpm, ddim"),
+    ({'samplers': ('ddim',)}, r"decoders.samplers = .* is 'ddim'"),
   ],
 )
-def test_settings_that_cannot_be_are_refused(changes, message):
-  settings = ConfigDict({'num_images': 8, 'num_samples': 2, 'samplers': (('ddim', 25),), **changes})
+def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(changes, message):
+  settings = importlib.import_module('configs.digits').get_config('debug').evaluate
+  with settings.unlocked():
+    settings.decoders.samplers = ()
+  settings.decoders.update({'num_images': 0})
+  checks.check(settings, networks.BOUNDS, 'config.evaluate.')
+  with settings.unlocked():
+    settings.decoders.update({'num_images': 8, **changes})
   with pytest.raises(UserError, match=message):
-    decoders.check(settings)
+    checks.check(settings, networks.BOUNDS, 'config.evaluate.')

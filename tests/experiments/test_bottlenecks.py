@@ -260,6 +260,11 @@ def test_the_rate_that_counts_is_said():
      "normalized_codes is True, which is for model.bottleneck 'vq', not 'kl'"),
     ('vqvae', {'model.inner_channels': -1}, 'model.inner_channels must be >= 0, got -1'),
     ('vqvae', {'loss.entropy_weight': -0.1}, 'loss.entropy_weight must be >= 0, got -0.1'),
+    (
+      'vqvae',
+      {'loss.entropy_weight': 0.1, 'train.microbatches': 2},
+      'loss.entropy_weight is 0.1 and train.microbatches is 2: .* Set train.microbatches to 1',
+    ),
   ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_before_any_program(variant, changes, message, monkeypatch):

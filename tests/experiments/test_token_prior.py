@@ -12,7 +12,7 @@ import pytest
 from vaediff import experiments, reads
 from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
-from vaediff.experiments import base, id_usage, token_prior
+from vaediff.experiments import base, token_prior
 from vaediff.models import token_sampling
 from vaediff.models.functional import Model
 from vaediff.models.transformer import Decoder
@@ -91,30 +91,6 @@ def test_a_level_that_says_nothing_is_refused():
       experiment.check_stored({'codes': two})
 
 
-def test_perplexity():
-  np.testing.assert_allclose(id_usage.perplexity(np.array([8, 4, 2, 1, 1, 0, 0, 0])), 3.66801617, rtol=1e-6)
-
-
-@pytest.mark.parametrize('variant', ['label,prior', 'prior,label', 'divae,label,prior', 'divae,prior,label'])
-def test_the_class_is_the_priors_in_any_order(variant):
-  config = made(f'{variant},debug')
-  assert list(config.prior.conditions) == ['label']
-  assert 'refiner' not in config or 'label' not in config.refiner.conditions
-
-
-def test_a_tokenizer_without_a_decoder_shows_no_images():
-  """One that a diffusion trains: its prior hands over ids, and draws no images of its own."""
-  alone = build('divae_joint,prior,debug')
-  assert not alone.draws_images and build('vqvae,prior,debug').draws_images
-  read = {
-    name: jax.eval_shape(model.init, jax.random.key(0))
-    for name, model in {**alone.networks, TOKENIZER: alone.tokenizer.source.model}.items()
-  }
-  keys = base.sampling_keys(jax.random.split(jax.random.key(0), 2))
-  drawn = jax.eval_shape(lambda read, keys: alone.sample(read, {}, keys), read, keys)
-  assert set(drawn) == {'codes'} and drawn['codes'].shape == (2, *alone.tokenizer.grids[0])
-
-
 @pytest.mark.parametrize(
   ('variant', 'stages', 'tokenizer'),
   [
@@ -122,6 +98,8 @@ def test_a_tokenizer_without_a_decoder_shows_no_images():
     ('vqgan,prior', ('vqgan', 'prior'), 'vqgan'),
     ('prior,label', ('vqvae', 'prior'), 'vqvae'),
     ('divae,prior,label', ('vqvae', 'prior', 'refiner'), 'vqvae'),
+    ('label,prior', ('vqvae', 'prior'), 'vqvae'),
+    ('label,divae,prior', ('vqvae', 'prior', 'refiner'), 'vqvae'),
     ('divae,distill,prior', ('vqvae', 'prior', 'refiner', 'distill'), 'vqvae'),
     ('vqgan,divae,prior,distill', ('vqgan', 'prior', 'refiner', 'distill'), 'vqgan'),
   ],
@@ -327,6 +305,23 @@ def test_what_is_declared():
   assert experiment.frozen[TOKENIZER].stage == 'vqvae' and experiment.networks.keys() == {'prior'}
   assert experiment.classes == (7, 3) and experiment.models[0].module.source_size == 11
   assert experiment.id_sizes == {'codes': 16} and experiment.num_tokens == 16
+
+
+def test_ids_of_a_tokenizer_without_a_decoder_are_drawn_alone(key):
+  """A diffusion that has trained it decodes them: it is fed the ids."""
+  config = made('divae_joint,prior,debug', **{'refiner.train.batch_size': 16})
+  assert config.stages == ('refiner', 'prior') and config.refiner.conditions.codes.prior_stage == 'prior'
+  experiment = experiments.build(config, 'prior')
+  model = experiment.tokenizer.source.model
+  assert not experiment.draws_images and build().draws_images
+  state = jax.eval_shape(experiment.init, key)
+  read = {name: network.params for name, network in state.networks.items()}
+  drawn = jax.eval_shape(
+    lambda read, keys: experiment.sample(read, {}, base.sampling_keys(keys)),
+    {**read, TOKENIZER: jax.eval_shape(model.init, key)},
+    jax.eval_shape(lambda key: jax.random.split(key, 2), key),
+  )
+  assert {name: ids.shape for name, ids in drawn.items()} == {'codes': (2, 4, 4)}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
+from vaediff.evaluation import sweep
 from vaediff.experiments import base
 from vaediff.machine import sharding
 from vaediff.reads import Sampled
@@ -44,6 +45,14 @@ class ImagesAlone(Maker):
   def sample(self, read, given, keys):
     drawn = super().sample(read, given, keys)
     return {name: drawn[name] for name in ('low', 'x0')}
+
+
+class IdsAlone(Maker):
+  draws_images = False
+
+  def sample(self, read, given, keys):
+    drawn = super().sample(read, given, keys)
+    return {name: drawn[name] for name in self.handed}
 
 
 class OfClasses(Maker):
@@ -130,6 +139,15 @@ def test_images_alone_are_shown_and_the_rest_is_asked_for():
   np.testing.assert_array_equal(both['x0'], drawn['x0'])
 
 
+def test_ids_are_handed_over_where_there_is_no_image_of_them():
+  reader, maker = opened(Reader(), IdsAlone())
+  assert set(reader.fed(np.array([3, 5]), {}, 4)) == {'codes_0', 'codes_1'}
+  assert reader.draws_alone and not maker.draws_alone
+  assert list(reader.draw(np.array([3]))) == ['x0']
+  with pytest.raises(UserError, match="stage 'maker' draws no images"):
+    maker.draw(np.array([3]))
+
+
 def test_what_is_given_is_not_drawn():
   reader, _ = opened(Reader(), Maker())
   ids = np.full((1, 2, 2), 7, np.int32)
@@ -149,3 +167,16 @@ def test_ids_of_another_grid_are_refused():
   reader, _ = opened(Reader(), OtherGrid())
   with pytest.raises(UserError, match=r"'reader' reads codes_1 of shape \(2, 2\).* stage 'maker'.*\(4, 4\)"):
     reader.fed(np.array([3]), {}, 4)
+
+
+class Multiplies(Reader):
+  """A product of the ids of both grids: 8 multiply-accumulates."""
+
+  def sample(self, read, given, keys):
+    first, second = (given[name].astype(jnp.float32) for name in self.inputs)
+    return {'x0': jnp.einsum('bij,bjk->bik', first, second)[..., None]}
+
+
+def test_the_cost_of_a_sample_is_told_where_several_grids_are_handed_over():
+  reader, _ = opened(Multiplies(), Maker())
+  assert sweep.giga_macs(reader) == pytest.approx(8e-9)

@@ -1,6 +1,5 @@
 """What later stages read of a trained one is measured once: when it is trained, or when it is first read."""
 
-import dataclasses
 import importlib
 import io
 import json
@@ -154,18 +153,6 @@ def test_how_often_codes_are_used_is_counted_when_it_is_missing(untrained, run, 
   for key, value in measurements.load(usage, config, run, mesh).items():
     np.testing.assert_array_equal(value, made[key])
   assert capsys.readouterr().out == ''
-
-
-def test_what_was_measured_can_be_refused_by_its_reader(untrained, run):
-  """A prior of codes that are not in use; what else reads them takes them as they are."""
-  config = digits(untrained, 'vqvae2,debug')
-  experiment = experiments.build(config, 'vqvae2')
-  tokenizer = tokenizers.tokenizer_of(config, 'vqvae2', '', 'prior.tokenizer.stage')
-  read = frozen_networks.load(experiment, config, run, mesh_of(config))
-  assert tokenizers.perplexity(np.asarray(read['code_frequencies']['level_0'])) < 2  # it is not trained
-  reader = dataclasses.replace(experiment, usage=tokenizers.frequencies(tokenizer, for_prior=True))
-  with pytest.raises(UserError, match="stage 'vqvae2' uses its codes of 1x1 so little that a prior of them"):
-    frozen_networks.load(reader, config, run, mesh_of(config))
 
 
 def test_codes_to_fit_to_do_not_depend_on_batches_and_devices(untrained, run):

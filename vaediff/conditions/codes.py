@@ -253,32 +253,40 @@ def coder(config: ConfigDict, stage: str, tokenizer: tokenizers.Tokenizer) -> to
       f"model.bottleneck = 'vq' and loss.codebook = 'ema', as the stage vqvae; {named.stage!r} has another. "
       f'Use training = {tokenizers.FROZEN!r}, or such a stage'
     )
+  if section.loss.entropy_weight > 0:
+    raise UserError(
+      f'{named.stage}.loss.entropy_weight is {section.loss.entropy_weight:g}, which a tokenizer trained by a '
+      f'diffusion (conditions.codes.training = {named.training!r}) does not read; set it to 0'
+    )
   (height, width), (size,) = tokenizer.grids[0], tokenizer.sizes
   vectors = config[stage].train.batch_size * height * width
   codebook.check_restarts(vectors, size, section.loss.restart_below)
   return tokenizers.Coder.of(tokenizer, stage, '')
 
 
-def maker_of(config: ConfigDict, reader: str, levels: int) -> reads.Sampled | None:
-  """Returns the stage whose samples are the ids that the stage `reader` reads; None of ''.
+def maker_of(config: ConfigDict, stage: str, levels: int) -> reads.Sampled | None:
+  """Returns the stage whose samples are the ids that a stage reads; None where it names none.
 
   Raises:
-    UserError: when it is no stage of the config, or one of another tokenizer.
+    UserError: when it is no prior of this config, or one of another tokenizer, whose ids mean other codes.
   """
-  named = config[reader].conditions[CODES]
-  stage = named.prior_stage
-  if not stage:
+  named = config[stage].conditions[CODES]
+  prior = named.prior_stage
+  if not prior:
     return None
-  if stage not in config or not isinstance(config[stage], ConfigDict) or 'experiment' not in config[stage]:
-    raise UserError(f'conditions.codes.prior_stage is {stage!r}, which is no stage of this config')
-  own = (named.stage, named.workdir) if named.training == tokenizers.FROZEN else (reader, '')
-  if TOKENIZER not in config[stage]:
-    raise UserError(f'conditions.codes.prior_stage is {stage!r}, whose samples are no ids')
-  theirs = (config[stage].tokenizer.stage, config[stage].tokenizer.workdir)
-  if theirs != own:
-    said, read = (f'{name!r} of {workdir or "this run"}' for name, workdir in (theirs, own))
+  section = config[prior] if prior in config else None
+  if not isinstance(section, ConfigDict) or 'experiment' not in section:
+    raise UserError(f'conditions.codes.prior_stage is {prior!r}, which is no stage of this config')
+  if TOKENIZER not in section:
     raise UserError(
-      f'conditions.codes.prior_stage is {stage!r}, whose ids are those of the tokenizer {said}; here they '
-      f'are read as those of {read}'
+      f'conditions.codes.prior_stage is {prior!r}, which draws no ids; name a stage with the experiment '
+      "'token_prior', or '' for none"
     )
-  return reads.Sampled(stage=stage, workdir='', feeds=names_of(levels)[-1], depth=1)
+  own = named.stage if named.training == tokenizers.FROZEN else stage
+  if section.tokenizer.stage != own:
+    raise UserError(
+      f'conditions.codes.prior_stage is {prior!r}, whose tokenizer.stage is {section.tokenizer.stage!r}, but '
+      f'the codes of {stage!r} are those of {own!r}: the same ids mean others. Name a prior of {own!r}, or '
+      "'' for none"
+    )
+  return reads.Sampled(stage=prior, workdir='', feeds=names_of(levels)[-1], depth=1)

@@ -21,11 +21,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff.data import pixels
-from vaediff.errors import UserError
-from vaediff.evaluation import against_teacher, quality
+from vaediff.evaluation import against_teacher, measures, quality
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, pair_figures
+from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, of_first, pair_figures
 from vaediff.evaluation.sets import Real, distances_of, title_of
 from vaediff.run import checkpoint, draw, log
 from vaediff.run.trained import Trained
@@ -37,20 +36,19 @@ Decoder = tuple[str, Sets, dict[str, Any]]
 
 
 def decoder_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[str, Any]]:
-  """Returns one row per decoder of the codes that a stage reads; [] where it reads none.
+  """Returns one row per decoder of the codes that a stage reads; [] where it reads none, or none is wanted.
 
   First what is shown beside a sample, such as what the tokenizer's own decoder makes; then the first teacher
   of the stage by each of `evaluate.decoders.samplers`; then those of its students that are trained.
-
-  Raises:
-    UserError: for a setting that is not allowed.
   """
-  root = against_teacher.chain(trained)[0]
-  if not root.experiment.reads_codes:
-    return []
   settings = trained.config.evaluate
-  check(settings.decoders)
-  image, label = root.eval_images(settings.decoders.num_images)
+  root = against_teacher.chain(trained)[0]
+  if not root.experiment.reads_codes or not settings.decoders.num_images:
+    return []
+  count, total = settings.decoders.num_images, len(root.eval_source)
+  if count < total:
+    count = min(count, settings.max_features)  # of so many images the features are kept
+  image, label = root.eval_images(count)
   given = root.observe(image, label)
   rows, spread = [], 0.0
   for title, sets, cost in decoders(root, trained, given, settings.decoders):
@@ -60,22 +58,9 @@ def decoder_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[st
       spread = spread or own
       found['diversity'] = Figure(value=own / spread if spread else float('nan'))
     found |= missing_pair_figures(settings, opened, root.eval_source)
-    found |= distances(sets[0], opened, real, settings)
+    found |= distances(sets[0], opened, real, settings, total)
     rows.append({'decoder': title, 'N': len(image), **found})
   return rows
-
-
-def check(settings: ConfigDict) -> None:
-  """Raises UserError for a value of `config.evaluate.decoders` that is not allowed."""
-  for field in ('num_images', 'num_samples'):
-    if settings[field] < 2:
-      raise UserError(f'config.evaluate.decoders.{field} must be >= 2, got {settings[field]}')
-  for pair in settings.samplers:
-    if not isinstance(pair, list | tuple) or tuple(map(type, pair)) != (str, int):
-      raise UserError(
-        f'config.evaluate.decoders.samplers has {pair!r}; each must be a sampler and how many steps it '
-        "takes, as (('ddim', 25),)"
-      )
 
 
 def decoders(
@@ -100,7 +85,7 @@ def decoders(
 
 
 def students(root: Trained, trained: Trained) -> list[Trained]:
-  """Returns the trained students of a stage that its run or that of `trained` has, in their order."""
+  """Returns the trained students of a stage that the run of `trained` has, in their order."""
   found = []
   for stage in trained.config.stages:
     taught = 'teacher' in trained.config[stage]
@@ -155,7 +140,8 @@ def figures_of(image: np.ndarray, sets: Sets, opened: Networks) -> dict[str, Fig
   """Returns the figures of images beside the real ones: errors of a sample, those of the mean, sharpness."""
   figures = {name: mean_of([values]) for name, values in pair_figures(opened, image, sets[0]).items()}
   if len(sets) > 1:
-    one = float(np.mean((sets.astype(np.float64) - image) ** 2)) / 255**2
+    # one set at a time: in float64 all are as large as 32 of them
+    one = float(np.mean([np.mean((each.astype(np.float64) - image) ** 2) for each in sets])) / 255**2
     mean = float(np.mean((sets.mean(axis=0, dtype=np.float64) - image) ** 2)) / 255**2
     figures['mse'] = Figure(value=one)  # over all samples
     figures['mse of the mean'] = Figure(value=mean, n=len(sets))
@@ -164,14 +150,27 @@ def figures_of(image: np.ndarray, sets: Sets, opened: Networks) -> dict[str, Fig
   return {**figures, 'sharpness': Figure(value=sharpness)}
 
 
-def distances(images: np.ndarray, opened: Networks, real: Real, settings: ConfigDict) -> dict[str, Figure]:
-  """Returns the distances to the evaluation split, and why others are missing."""
+def distances(
+  images: np.ndarray, opened: Networks, real: Real, settings: ConfigDict, total: int
+) -> dict[str, Figure]:
+  """Returns the distances to the first images of the evaluation split, and why others are missing.
+
+  Args:
+    images: what is made of the codes of these.
+    opened: the feature networks.
+    real: the real images, as they see them.
+    settings: the section `evaluate`.
+    total: how many images the split has.
+  """
   figures = {}
   for network in settings.extractors:
-    if network not in opened.features:
+    if network in opened.missing:
+      names = measures.distance_names(network)
+      figures |= {f'r{name}': Figure(missing=opened.missing[network]) for name in names}
       continue
     stream = opened.features[network].stream()
     stream.add(images)
-    found = distances_of(network, [stream.finish()['features']], real.held_out[network], settings)
+    held_out = of_first(real.held_out[network], len(images), total)
+    found = distances_of(network, [stream.finish()['features']], held_out, settings)
     figures |= {f'r{name}': figure for name, figure in found.items()}
   return figures

@@ -22,6 +22,19 @@ NAMES = ('inception', 'mobilenetv2', 'vgg16', 'classifier')
 PUBLISHED = {'mobilenetv2': 'mobilenetv2', 'vgg16': 'lpips_vgg16'}
 """Name of the file of weights of a network that `prepare` fetches."""
 LPIPS = ('lpips_vgg16', 'lpips_alexnet')
+SAMPLER_AND_STEPS = checks.Bound(
+  lambda value: (
+    isinstance(value, list | tuple)
+    and len(value) == 2
+    and value[0] in tuple(samplers.SAMPLERS)
+    and checks.count(1).holds(value[1])
+    and isinstance(value[1], int)
+  ),
+  lambda field, value: (
+    f"{field} is {value!r}; each must be a sampler and how many steps it takes, as (('ddim', 25),); "
+    f'samplers: {", ".join(samplers.SAMPLERS)}'
+  ),
+)
 BOUNDS = {
   'name': checks.file_name(or_empty=True),
   'extractors': checks.each(checks.one_of(NAMES)),
@@ -39,6 +52,9 @@ BOUNDS = {
   'num_memorisation': checks.count(0),
   'num_bound': checks.count(0),
   'num_bound_times': checks.count(1),
+  'decoders.samplers': checks.each(SAMPLER_AND_STEPS),
+  'decoders.num_images': checks.zero_or_above(1),
+  'decoders.num_samples': checks.count(2),
   'sweep.samplers': checks.each(checks.one_of(samplers.SAMPLERS)),
   'sweep.num_steps': checks.each(checks.count(1)),
   'sweep.guidance_weights': checks.each(checks.at_least(0)),

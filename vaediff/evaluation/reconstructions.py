@@ -12,6 +12,7 @@ from vaediff.evaluation import measures, quality
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
+from vaediff.evaluation.references import Reference
 from vaediff.evaluation.sets import Real, distances_of, floors_at, title_of, with_floors
 from vaediff.run import log
 from vaediff.run.trained import Trained
@@ -46,10 +47,7 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
         names = measures.distance_names(network)
         figures |= {f'r{key}': Figure(missing=opened.missing[network]) for key in names}
         continue
-      held_out = real.held_out[network]
-      if count < len(source):
-        kept = held_out.features[:count]
-        held_out = dataclasses.replace(held_out, moments=Moments.of(kept), features=kept)
+      held_out = of_first(real.held_out[network], count, len(source))
       seen = streams[name][network].finish()['features']
       found = distances_of(network, [seen], held_out, settings)
       figures |= {f'r{key}': figure for key, figure in found.items()}
@@ -57,6 +55,14 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
     label = title_of(trained, name)
     rows.append({'set': f'{label} reconstructions', 'N': count, **with_floors(figures, floors_r)})
   return rows
+
+
+def of_first(held_out: Reference, count: int, total: int) -> Reference:
+  """Returns the statistics of the first `count` of the `total` images of a split, whose features are kept."""
+  if count == total:
+    return held_out
+  kept = held_out.features[:count]
+  return dataclasses.replace(held_out, moments=Moments.of(kept), features=kept)
 
 
 def in_chunks(source: sources.Source, count: int, size: int) -> Iterator[tuple[np.ndarray, ...]]:

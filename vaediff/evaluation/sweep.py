@@ -226,13 +226,14 @@ def giga_macs(chosen: Trained) -> float:
   Those of all passes, of the decoder of its space, and of the stages that feed it.
   """
   row, seed = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((), np.int32)
-  inputs, makers = chosen.experiment.inputs, chosen.experiment.makers
-  fed = {
+  data, inputs = chosen.config.data, chosen.experiment.inputs
+  shape = (data.image_size, data.image_size, data.channels)
+  fed = {  # by stages before it: of several grids of ids all
     name: jax.ShapeDtypeStruct((1, *inputs[name].shape), inputs[name].dtype)
-    for name in (source.feeds for source in makers)
+    for name in draw.observed_alone(chosen.experiment, chosen.read, shape)
   }
   own = cost.macs(draw.sampler(chosen.experiment), chosen.read, row, fed, seed) / 1e9
-  return own + sum(giga_macs(chosen.maker(source)) for source in makers)
+  return own + sum(giga_macs(chosen.maker(source)) for source in chosen.experiment.makers)
 
 
 def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:

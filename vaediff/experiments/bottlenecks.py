@@ -184,9 +184,15 @@ class Vq(Bottleneck):
 
   @classmethod
   def check(cls, section: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
-    """Raises UserError where codes would start anew at every update."""
+    """Raises UserError where codes would start anew at every update, or entropies be those of parts."""
     vectors = section.train.batch_size * latent_shape[0] * latent_shape[1]
     codebook.check_restarts(vectors, section.model.codebook_size, section.loss.restart_below)
+    weight, parts = section.loss.entropy_weight, section.train.microbatches
+    if weight > 0 and parts > 1:
+      raise UserError(
+        f'loss.entropy_weight is {weight:g} and train.microbatches is {parts}: the entropy of the mean '
+        'over a batch is no mean over its parts. Set train.microbatches to 1, or loss.entropy_weight to 0'
+      )
 
   def init(self, params: Params) -> dict[str, Any]:
     """Returns the averages: a count of 1 per code."""

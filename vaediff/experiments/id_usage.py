@@ -3,6 +3,7 @@
 import numpy as np
 
 from vaediff.errors import UserError
+from vaediff.spaces import tokenizers
 
 LEAST_PERPLEXITY = 2.0
 """Of the ids of a level: below it there is nothing to learn, and samples of the lower levels are noise."""
@@ -22,7 +23,8 @@ def check(name: str, ids: np.ndarray, size: int, stage: str) -> None:
   Raises:
     UserError: for ids that are no codes, or nearly all the same.
   """
-  found = perplexity(counts_of(name, ids, size))
+  counts = counts_of(name, ids, size)
+  found = tokenizers.perplexity(counts / counts.sum())
   if found < LEAST_PERPLEXITY:
     raise UserError(
       f'the ids {name!r} of the tokenizer {stage!r} have a perplexity of {found:.3g} over the training '
@@ -43,9 +45,3 @@ def counts_of(name: str, ids: np.ndarray, size: int) -> np.ndarray:
       )
     counts += np.bincount(part, minlength=size)
   return counts
-
-
-def perplexity(counts: np.ndarray) -> float:
-  """Returns exp of the entropy of counts."""
-  p = counts[counts > 0] / counts.sum()
-  return float(np.exp(-np.sum(p * np.log(p))))

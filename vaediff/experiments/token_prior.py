@@ -133,7 +133,7 @@ class TokenPrior(base.Experiment):
 
   @property
   def draws_images(self) -> bool:
-    """Whether the tokenizer has a decoder of its own: one that a diffusion trains has none."""
+    """Whether the tokenizer has a decoder of its own; else ids alone, for the diffusion that decodes them."""
     return self.tokenizer.decodes
 
   @property
@@ -155,10 +155,8 @@ class TokenPrior(base.Experiment):
   @property
   def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The ids of every training image; of its mirror image too, whose ids are not the mirrored ones."""
-    views = (2,) if self.flip else ()
-    return {
-      name: jax.ShapeDtypeStruct((*views, *each.shape), each.dtype) for name, each in self.handed.items()
-    }
+    views, struct = (2,) if self.flip else (), jax.ShapeDtypeStruct
+    return {name: struct((*views, *each.shape), each.dtype) for name, each in self.handed.items()}
 
   @property
   def classes(self) -> tuple[int, ...]:
@@ -257,10 +255,8 @@ class TokenPrior(base.Experiment):
   def report(self, nats: Mapping[str, Array]) -> dict[str, Array]:
     """Returns nats per token, those of each level of several, and bits per dimension; per image."""
     total = sum(nats.values())
-    figures = {
-      'loss': total / self.num_tokens,
-      'bits_per_dimension': bits_per_dimension(total, self.dimensions),
-    }
+    bits = bits_per_dimension(total, self.dimensions)
+    figures = {'loss': total / self.num_tokens, 'bits_per_dimension': bits}
     if len(nats) > 1:
       grids = zip(nats.items(), self.tokenizer.grids, strict=True)
       figures |= {f'nats_per_token/{name}': value / math.prod(grid) for (name, value), grid in grids}
@@ -311,11 +307,7 @@ class TokenPrior(base.Experiment):
     return self.conditions.draw(read, keys.conditions, indices)
 
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
-    """Returns the ids of each level, and {'x0': their images by the tokenizer's decoder}, if it has one.
-
-    Raises:
-      UserError: for ids on another grid than the tokenizer's.
-    """
+    """Returns the ids of each level, and {'x0': their images} where the tokenizer has a decoder."""
     own = jax.vmap(lambda key: jax.random.split(key, len(self.models)))(keys.sampler)
     source = self.source(given[label.LABEL] if self.classes else None, len(own))
     codes = ()
@@ -324,10 +316,10 @@ class TokenPrior(base.Experiment):
         codes += (self.checked(name, given[name]),)
       else:
         codes += (self.drawn(read, level, source, codes, own[:, level]),)
-    ids = dict(zip(self.names, codes, strict=True))
+    found = dict(zip(self.names, codes, strict=True))
     if not self.draws_images:
-      return ids
-    return {**ids, 'x0': jnp.clip(self.tokenizer.decode(read[TOKENIZER], codes), -1.0, 1.0)}
+      return found
+    return {**found, 'x0': jnp.clip(self.tokenizer.decode(read[TOKENIZER], codes), -1.0, 1.0)}
 
   def checked(self, name: str, codes: Array) -> Array:
     """Returns ids that are given; raises UserError where they have another grid."""
@@ -381,9 +373,8 @@ def models_of(section: ConfigDict, tokenizer: Tokenizer, num_classes: int) -> tu
     module = FORMS[form](
       grid=grid, codebook_size=size, above=above, source_size=num_classes + 1, **fields, **own
     )
-    found.append(
-      Model(module=module, inputs=(ids(math.prod(grid)), ids(1), *(ids(*each) for each, _ in above)))
-    )
+    inputs = (ids(math.prod(grid)), ids(1), *(ids(*each) for each, _ in above))
+    found.append(Model(module=module, inputs=inputs))
   return tuple(found)
 
 

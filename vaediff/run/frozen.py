@@ -60,9 +60,7 @@ def load(
         return sharding.replicate(source.neutral(), mesh)
       case reads.Measured():
         of = own[1] if own and own[0] == source.stage and not source.workdir else None
-        found = measurements.load(source, config, workdir, mesh, of)
-        source.check(found)
-        return sharding.replicate(found, mesh)
+        return sharding.replicate(measurements.load(source, config, workdir, mesh, of), mesh)
       case reads.Published():
         return sharding.replicate(source.load(), mesh)
 

@@ -29,8 +29,6 @@ TOKENIZER = 'tokenizer'
 """Name of the tokenizer's network in `read`."""
 FREQUENCIES = 'code_frequencies'
 """The measurement of how often each code is used over the training images, and the name it is read by."""
-LEAST_PERPLEXITY = 2.0
-"""Of a level that a prior is worth training on: below it its ids are nearly always one."""
 Grids = hierarchies.Grids
 """Ids of each level, coarse first."""
 
@@ -263,34 +261,17 @@ def level_key(level: int) -> str:
   return f'level_{level}'
 
 
-def frequencies(tokenizer: Tokenizer, *, for_prior: bool = False) -> reads.Measured:
+def frequencies(tokenizer: Tokenizer) -> reads.Measured:
   """Returns the declaration of how often each code of a tokenizer is used over the training images.
 
   What is read holds a float32 array [codes] per level, by `level_key`, each with the sum 1.
-
-  Args:
-    tokenizer: a stage with codes.
-    for_prior: refuse, as it is loaded, a level whose perplexity is below `LEAST_PERPLEXITY`.
   """
   source = tokenizer.source
-
-  def check(found: dict[str, np.ndarray]) -> None:
-    for level, (height, width) in enumerate(tokenizer.grids):
-      value = perplexity(found[level_key(level)])
-      if value < LEAST_PERPLEXITY:
-        raise UserError(
-          f'stage {source.stage!r} uses its codes of {height}x{width} so little that a prior of them would '
-          f'learn nothing: over the training images their perplexity is {value:.3g}, and it must be at least '
-          f'{LEAST_PERPLEXITY:g}. Train {source.stage!r} anew with fewer codes, fewer levels or a larger '
-          'loss.restart_below, so that they are in use'
-        )
-
   return reads.Measured(
     stage=source.stage,
     workdir=source.workdir,
     measurement=FREQUENCIES,
     neutral=lambda: uniform(tokenizer),
-    **({'check': check} if for_prior else {}),
   )
 
 
