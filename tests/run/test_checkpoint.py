@@ -20,7 +20,7 @@ import pytest
 from vaediff import identity
 from vaediff.errors import UserError
 from vaediff.experiments.base import Network, TrainState
-from vaediff.run import checkpoint
+from vaediff.run import checkpoint, quiet
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -273,7 +273,7 @@ def test_messages_are_not_nested(tmp_path):
 def test_writes_that_end_after_their_save_failed_print_nothing(error, said, monkeypatch):
   heard = []
   monkeypatch.setattr(absl.logging, 'get_verbosity', lambda: absl.logging.ERROR)
-  hook = checkpoint._not_said_of_closed_loops(heard.append)
+  hook = quiet.not_of_closed_loops(heard.append)
   hook(types.SimpleNamespace(exc_value=RuntimeError(error)))
   assert len(heard) == said
 

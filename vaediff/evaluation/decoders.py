@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vaediff import identity
 from vaediff.data import pixels
 from vaediff.evaluation import against_teacher, measures, quality
 from vaediff.evaluation.measures import Figure
@@ -85,13 +86,20 @@ def decoders(
 
 
 def students(root: Trained, trained: Trained) -> list[Trained]:
-  """Returns the trained students of a stage that the run of `trained` has, in their order."""
+  """Returns the trained students of a stage that the run of `trained` has, in their order.
+
+  One that does not belong to the stage as it is now is said, and left out.
+  """
   found = []
   for stage in trained.config.stages:
     taught = 'teacher' in trained.config[stage]
     if taught and checkpoint.latest_step(trained.workdir / stage) is not None:
-      student = Trained(trained.config, trained.workdir, stage, trained.mesh)
-      first = against_teacher.chain(student)[0]
+      try:
+        student = Trained(trained.config, trained.workdir, stage, trained.mesh)
+        first = against_teacher.chain(student)[0]
+      except identity.Stale as error:
+        log.say(f'without the student {stage!r}: {error}')
+        continue
       if (first.stage, first.folder) == (root.stage, root.folder):
         found.append(student)
   return found

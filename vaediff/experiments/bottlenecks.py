@@ -78,6 +78,10 @@ class Bottleneck(abc.ABC):
     del params
     return {}
 
+  def trained(self, params: Params) -> dict[str, Any]:
+    """Returns the same of parameters that were trained before."""
+    return self.init(params)
+
   def before_update(
     self, network: base.Network, extra: Mapping[str, Any], x: Image, key: jax.Array
   ) -> tuple[base.Network, dict[str, Any], Metrics]:
@@ -199,6 +203,13 @@ class Vq(Bottleneck):
     codes = params[encoders.CODES]
     counts = jnp.ones(codes.shape[0])
     return {'codebook': {'counts': counts, 'sums': jnp.copy(codes), 'started': jnp.bool_(False)}}
+
+  def trained(self, params: Params) -> dict[str, Any]:
+    """Returns averages of trained codes: none starts anew because the first batches have no vector of it."""
+    kept = self.init(params)['codebook']
+    mass = max(1.0, 2.0 * self.loss['restart_below'])
+    moved = {'counts': mass * kept['counts'], 'sums': mass * kept['sums'], 'started': jnp.bool_(True)}
+    return {'codebook': moved}
 
   def before_update(
     self, network: base.Network, extra: Mapping[str, Any], x: Image, key: jax.Array

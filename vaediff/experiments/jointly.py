@@ -43,8 +43,7 @@ def start(state: base.TrainState, conditions: Conditions, frozen: Read) -> base.
       params = {part: jax.tree.map(jnp.copy, known[part]) for part in network.params}
       average = None if network.ema_params is None else jax.tree.map(jnp.copy, params)
       networks[name] = network.replace(params=params, ema_params=average)
-      kept = _bottleneck(trained).init(params)
-      extra |= {part: {**value, 'started': jnp.bool_(True)} for part, value in kept.items()}
+      extra |= _bottleneck(trained).trained(params)
   return state.replace(networks=networks, extra=extra)
 
 

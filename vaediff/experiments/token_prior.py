@@ -29,7 +29,7 @@ from vaediff.errors import UserError
 from vaediff.experiments import base, bounds, id_usage
 from vaediff.models import layers, token_sampling, transformer, transformer_blocks
 from vaediff.models.functional import Model
-from vaediff.optim import Optimizer, global_norm, make_optimizer
+from vaediff.optim import Optimizer, global_norm, is_kernel, make_optimizer
 from vaediff.spaces import tokenizers
 from vaediff.spaces.tokenizers import TOKENIZER, Grids, Tokenizer
 from vaediff.types import Batch, Given, Image, Keys, Labels, Metrics, Params, Read
@@ -103,7 +103,7 @@ class TokenPrior(base.Experiment):
       tokenizer=tokenizer,
       models=models_of(section.model, tokenizer, data.num_classes if conditions.each else 0),
       conditions=conditions,
-      optimizer=make_optimizer(section.optim, section.train.num_steps),
+      optimizer=make_optimizer(section.optim, section.train.num_steps, decays=is_kernel),
       rule=rule_of(section.sample, tokenizer, conditions),
       keep_probability=section.loss.keep_probability,
       flip=section.train.flip,

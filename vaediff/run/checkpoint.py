@@ -6,13 +6,10 @@ of, data position, seconds trained). Saving is asynchronous; an unfinished save 
 the next run removes, never a step.
 """
 
-import logging
 import pathlib
 import secrets
-import sys
 from typing import Any
 
-import absl.logging
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -21,7 +18,7 @@ from vaediff import files, identity
 from vaediff.errors import UserError
 from vaediff.machine import distributed, sharding
 from vaediff.models.functional import Model
-from vaediff.run import digests
+from vaediff.run import digests, quiet
 from vaediff.types import Params
 
 FOLDER = 'checkpoints'
@@ -33,32 +30,7 @@ ID, ARRAYS = 'id', 'arrays'
 """In `meta`: the id of the saved state, and the digests of its parts."""
 
 
-class _SaidHere(logging.Filter):
-  """Drops the tracebacks that Orbax logs of errors that it raises as well: here they become one message."""
-
-  def filter(self, record: logging.LogRecord) -> bool:
-    quiet = absl.logging.get_verbosity() <= absl.logging.ERROR
-    return not (quiet and record.exc_info and 'orbax' in record.pathname)
-
-
-absl.logging.get_absl_logger().addFilter(_SaidHere())
-
-
-def _not_said_of_closed_loops(before: Any) -> Any:
-  """Returns a `sys.unraisablehook` that says nothing of writes that ended after their save had failed.
-
-  Orbax closes the event loop of a save when one write fails; each that is under way then prints a traceback.
-  """
-
-  def hook(unraisable: Any) -> None:
-    quiet = absl.logging.get_verbosity() <= absl.logging.ERROR
-    if not (quiet and str(unraisable.exc_value) == 'Event loop is closed'):
-      before(unraisable)
-
-  return hook
-
-
-sys.unraisablehook = _not_said_of_closed_loops(sys.unraisablehook)
+quiet.install()
 
 
 class DamagedCheckpoint(UserError):
