@@ -83,6 +83,7 @@ def test_mirrored_images_are_encoded_as_they_are_seen():
   np.testing.assert_array_equal(values['codes'], one.values(read, one.observe(read, {}, y0, None))['codes'])
 
 
+@pytest.mark.slow
 def test_beside_a_sample_is_the_image_of_the_tokenizers_decoder():
   one = codes_of(build())
   model = one.tokenizer.source.model
@@ -94,6 +95,7 @@ def test_beside_a_sample_is_the_image_of_the_tokenizers_decoder():
   np.testing.assert_allclose(shown['x0_codes'], decoded, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ids_that_are_given_make_the_sample():
   experiment = build(**{'refiner.sample.num_steps': 2, 'refiner.sample.sampler': 'ddim'})
   read = {**frozen_of(experiment), 'denoiser': made(experiment.denoiser.model, 1)}
@@ -333,6 +335,7 @@ def test_a_warm_one_begins_as_the_trained_one():
   assert kept['counts'].min() * settings['codebook_decay'] > settings['restart_below']
 
 
+@pytest.mark.slow
 def test_samples_of_a_joint_one_are_made_of_its_own_ids():
   experiment, _, after, _ = stepped()
   read = after.eval_params

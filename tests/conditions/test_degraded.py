@@ -116,6 +116,7 @@ def test_a_train_step_reads_it_and_the_gradient_reaches_it():
   assert np.isfinite(metrics['loss']) and metrics['grad_norm/denoiser'] > 0
 
 
+@pytest.mark.slow
 def test_a_sample_is_made_on_the_degraded_image_that_is_given():
   experiment = stage()
   params = experiment.init(jax.random.key(0)).networks['denoiser'].params

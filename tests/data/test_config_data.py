@@ -30,7 +30,7 @@ REAL = {
   ('digits', ''): [(8, 8, 1)],
   ('emoji64', ''): [(64, 64, 3)],
 }
-NO_DATA = ('base', 'gan_papers', 'gan_small', 'parts', 'presets', 'run')
+NO_DATA = ('base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run')
 CASES = [(name, variant, size) for (name, variant), sizes in REAL.items() for size in sizes]
 
 

@@ -57,6 +57,7 @@ def test_an_image_depends_on_its_own_key_alone(name):
   assert np.any(np.abs(whole - other) > 1e-3)
 
 
+@pytest.mark.slow
 def test_bsr_makes_every_image_worse_and_keeps_its_range():
   x = images(64, 1)
   worse = degrade.bsr(x, keys(64))

@@ -97,6 +97,7 @@ def test_the_first_updates_have_probabilities_of_their_own():
   np.testing.assert_allclose(build(**changes).probabilities(jnp.int32(0)), (0.7, 0.1, 0.1, 0.1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_of_few_steps_can_be_the_teacher():
   changes = {
     'teacher.stage': 'distill_2',
@@ -176,6 +177,7 @@ def test_a_distilled_teacher_is_called_on_its_own_grid():
 # What the players read --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_student_starts_as_its_teacher():
   experiment = build()
   frozen = frozen_of(experiment)

@@ -135,6 +135,7 @@ def small(**changes):
   )
 
 
+@pytest.mark.slow
 def test_codes_that_follow_the_gradient_are_averaged_like_every_parameter():
   """They were overwritten by the codes themselves, one update behind."""
   changes = {'loss.codebook': 'gradient', 'loss.adversarial_weight': 0.0, 'optim.learning_rate': 1e-2}
@@ -211,6 +212,7 @@ def test_codes_start_at_vectors_in_the_first_update_that_counts():
   assert np.abs(np.asarray(second.networks['autoencoder'].params['codes']) - codes)[alive].max() < 0.1
 
 
+@pytest.mark.slow
 def test_the_last_kernel_is_the_decoders(vq):
   experiment, state, _ = vq
   params = state.networks['autoencoder'].params

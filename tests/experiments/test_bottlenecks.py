@@ -170,6 +170,7 @@ def test_the_entropy_term_is_in_the_loss_and_moves_no_averaged_code(kind):
   assert set(plain.terms) == ({'commitment', 'codebook'} if kind == 'gradient' else {'commitment'})
 
 
+@pytest.mark.slow
 def test_decay_is_of_kernels_alone():
   """It pulled codes that the gradient moves to 0."""
   optim = {'optim.weight_decay': 0.5, 'optim.learning_rate': 0.1, 'loss.codebook': 'gradient'}

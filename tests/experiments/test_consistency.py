@@ -54,6 +54,7 @@ def test_bad_settings_are_named(changes, message):
     build(**changes)
 
 
+@pytest.mark.slow
 def test_small_levels_are_taught_the_image_itself():
   """At q = 2 and the smallest levels r is 0: the loss is that of denoising, of a given noise."""
   experiment = build(**{'consistency.loss.q': 2.0, 'consistency.loss.level_mean': -20.0})

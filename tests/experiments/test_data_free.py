@@ -49,6 +49,7 @@ def test_the_share_free_of_data_is_that_of_the_whole_batch(fraction, batch_size,
   assert float(found['free']) * batch_size == pytest.approx(count)
 
 
+@pytest.mark.slow
 def test_labels_free_of_data_are_not_the_first_classes_alone():
   """One example free of data at each update was always of class 0."""
   experiment = build('label,distill,debug')

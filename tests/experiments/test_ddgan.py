@@ -48,6 +48,7 @@ def test_both_kinds_are_chosen_by_the_step():
   assert {without.kind_of(step) for step in range(9)} == {''}
 
 
+@pytest.mark.slow
 def test_metrics_are_the_same_in_both_kinds_and_r1_is_kept_between():
   state, history = updates(toy_gan.make(2), 5)
   assert len({frozenset(metrics) for metrics in history}) == 1

@@ -319,7 +319,7 @@ def test_x0_vae_is_fresh_or_fixed_at_each_step(source):
 
 @pytest.mark.parametrize('prediction', ['eps', 'x0', 'v'])
 @pytest.mark.parametrize('weight', ['constant', 'snr', 'truncated_snr', 'min_snr', 'v'])
-@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+@pytest.mark.parametrize('schedule', ['linear', pytest.param('cosine', marks=pytest.mark.slow)])
 def test_every_prediction_weight_and_schedule_gives_a_finite_loss(prediction, weight, schedule):
   experiment = build(
     **{

@@ -145,6 +145,7 @@ def test_the_student_is_updated_where_it_is_due_and_the_others_always():
     state = after
 
 
+@pytest.mark.slow
 def test_a_fake_denoiser_that_is_the_teacher_moves_no_image():
   experiment = build(**{'matching.loss.adversarial_weight': 0.0})
   frozen = frozen_of(experiment)

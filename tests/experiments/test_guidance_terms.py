@@ -316,6 +316,7 @@ def other_stage(**changes):
   return config
 
 
+@pytest.mark.slow
 def test_a_smaller_network_of_the_same_inputs_can_guide():
   config = other_stage(**{'model.channels': 4, 'model.num_heads': 1, 'diffusion.prediction': 'x0'})
   experiment = experiments.build(config, 'refiner')

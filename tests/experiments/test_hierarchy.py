@@ -126,6 +126,7 @@ def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been(decayed):
   jax.tree.map(np.testing.assert_array_equal, state, three)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_part_but_the_codes(decayed):
   experiment, one, _, _ = decayed
   x = pixels.to_unit_range(jnp.asarray(images(8)))
@@ -177,7 +178,8 @@ def test_a_level_that_is_left_out_is_its_mean_code_or_zeros(decayed):
     'x0', 'x0_mean_below_top', 'x0_mean_below_top_middle', 'x0_zeros_below_top', 'x0_zeros_below_top_middle'
   }  # fmt: skip
   mean = usage['level_2'] @ np.asarray(params['codes_bottom'])
-  vectors = [params[hierarchies.codes_key(name)][ids[f'codes_{name}']] for name in ('top', 'middle')]
+  levels = (('top', 'codes_0'), ('middle', 'codes_1'))
+  vectors = [params[hierarchies.codes_key(name)][ids[own]] for name, own in levels]
   for fill, vector in (('mean', mean), ('zeros', np.zeros(4))):
     bottom = jnp.broadcast_to(jnp.asarray(vector, jnp.float32).reshape(1, 1, 1, 4), (4, 4, 4, 4))
     carried = hierarchies.join(experiment.hierarchy, params, [*vectors, bottom])

@@ -74,6 +74,7 @@ def test_the_hybrid_bound_moves_the_variance_alone_and_the_simple_loss_the_predi
   assert of_prediction > 0 and of_variance == 0
 
 
+@pytest.mark.slow
 def test_the_bound_alone_moves_both():
   of_prediction, of_variance = gradients_of_halves(build(**BOUND), 'loss')
   assert of_prediction > 0 and of_variance > 0
@@ -195,6 +196,7 @@ def sample(experiment, read, rows, **settings):
   return experiment.sample(read, given, own)['x0']
 
 
+@pytest.mark.slow
 def test_samplers_that_read_no_variance_work_on_the_prediction():
   learned, fixed = build(), build('unconditional,debug')
   read = read_of(learned)
@@ -244,6 +246,7 @@ def test_fewer_steps_of_a_published_grid_are_counted():
 # Students -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_student_starts_as_the_prediction_of_its_teacher():
   config = students.resolve(config_of('unconditional,learned_variance,distill,debug'))
   stage = config.stages[-1]

@@ -141,7 +141,9 @@ def test_the_teacher_of_another_run_must_be_of_this_kind(trained):
 # Targets ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('variant', ['distill,debug', 'guided,distill,debug'])
+@pytest.mark.parametrize(
+  'variant', ['distill,debug', pytest.param('guided,distill,debug', marks=pytest.mark.slow)]
+)
 def test_the_student_starts_as_its_teacher(variant):
   config = get(variant)
   for stage in config.stages[2:]:

@@ -212,6 +212,7 @@ def learned():
   return experiment, state, metrics
 
 
+@pytest.mark.slow
 def test_a_hierarchy_learns_a_known_joint_distribution(learned):
   experiment, state, metrics = learned
   held_out = known(np.random.default_rng(1), 4000)
@@ -232,6 +233,7 @@ def test_a_hierarchy_learns_a_known_joint_distribution(learned):
   np.testing.assert_allclose(figures['nats_per_token/codes_1'], np.mean(found['codes_1']) / 4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_of_a_hierarchy_have_the_joint_distribution_and_follow_what_is_given(learned):
   experiment, state, _ = learned
   read = {**state.eval_params, TOKENIZER: {}}

@@ -53,7 +53,8 @@ def test_presets_have_the_published_counts(name):
 
 
 def test_every_preset_is_counted():
-  assert set(PUBLISHED) == set(code_papers.PRESETS)
+  relaxed = {'vqgan_f8_gumbel'}  # which has logits too: tests/models/test_dvae.py
+  assert {*PUBLISHED, *relaxed} == set(code_papers.PRESETS)
 
 
 def test_the_kl_autoencoder_of_latent_diffusion():

@@ -89,7 +89,7 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', ['openai', pytest.param('ddim', marks=pytest.mark.slow)])
 def test_the_variance_starts_at_zero_and_the_prediction_alone_is_the_same(variant):
   model, alone = (build(8, {**TINY, 'variant': variant}, learned=flag) for flag in (True, False))
   params = jax.jit(model.init)(jax.random.key(0))

@@ -43,14 +43,20 @@ def one():
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory, one):
-  """The stages trained in their order, and each for itself, the last first and alone in its folder."""
+  """The folder in which lies the run of both stages, trained in their order."""
   folder = tmp_path_factory.mktemp('cascade')
-  config = made(folder / 'data')
-  train.run_stages(config, folder / 'together', ('base', 'sr_8'))
-  train.run_stages(config, folder / 'alone', ('sr_8',))
-  shutil.copytree(folder / 'alone', folder / 'reverse')
-  train.run_stages(config, folder / 'reverse', ('base',))
+  train.run_stages(made(folder / 'data'), folder / 'together', ('base', 'sr_8'))
   return folder
+
+
+@pytest.fixture(scope='module')
+def more(runs):
+  """The same with each stage trained for itself: the last alone in its folder, then the first after it."""
+  config = made(runs / 'data')
+  train.run_stages(config, runs / 'alone', ('sr_8',))
+  shutil.copytree(runs / 'alone', runs / 'reverse')
+  train.run_stages(config, runs / 'reverse', ('base',))
+  return runs
 
 
 def opened(workdir, stage='sr_8', **changes):
@@ -67,8 +73,8 @@ def state_of(workdir, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['base', 'sr_8'])
-def test_the_order_of_training_changes_no_byte(runs, stage):
-  first, second = (state_of(runs / name, stage) for name in ('together', 'reverse'))
+def test_the_order_of_training_changes_no_byte(more, stage):
+  first, second = (state_of(more / name, stage) for name in ('together', 'reverse'))
   jax.tree.map(np.testing.assert_array_equal, first, second)
   moved = jax.tree.map(lambda leaf: bool(np.any(leaf)), first.networks)
   assert any(jax.tree.leaves(moved))
@@ -87,6 +93,7 @@ def test_the_last_stage_draws_the_whole_chain(runs):
   assert np.any(another['low'] != images['low'])
 
 
+@pytest.mark.slow
 def test_image_i_is_the_same_among_others(runs):
   trained = opened(runs / 'together')
   whole, part = trained.draw(np.arange(4)), trained.draw(np.array([9, 2, 7, 2]))
@@ -95,6 +102,7 @@ def test_image_i_is_the_same_among_others(runs):
     assert np.array_equal(part[name][1], part[name][3])
 
 
+@pytest.mark.slow
 def test_one_label_is_that_of_every_stage(runs):
   """What is given to the last stage is given to those before it, where it is the same thing."""
   trained, base = opened(runs / 'together'), opened(runs / 'together', 'base')
@@ -110,16 +118,18 @@ def test_one_label_is_that_of_every_stage(runs):
   assert set(base.experiment.inputs) == {'label', 'noise'}
 
 
-def test_a_given_image_takes_the_place_of_samples(runs):
-  trained = opened(runs / 'alone')
+@pytest.mark.slow
+def test_a_given_image_takes_the_place_of_samples(more):
+  trained = opened(more / 'alone')
   low = np.zeros((2, 4, 4, 1), np.float32)
   assert (trained.draw(np.arange(2), {'low': low})['low'] == 128).all()
   with pytest.raises(UserError, match='low-resolution image must be 4 x 4 x 1, .* got 8 x 8 x 1'):
     trained.draw(np.arange(2), {'low': np.zeros((2, 8, 8, 1), np.float32)})
 
 
-def test_without_the_stage_before_it_repeats_images_and_draws_none(runs):
-  trained = opened(runs / 'alone')
+@pytest.mark.slow
+def test_without_the_stage_before_it_repeats_images_and_draws_none(more):
+  trained = opened(more / 'alone')
   assert not trained.draws_alone
   with pytest.raises(UserError, match='no checkpoint in .*base.*train that stage first'):
     trained.draw(np.arange(2))
@@ -127,30 +137,32 @@ def test_without_the_stage_before_it_repeats_images_and_draws_none(runs):
   again = trained.draw_all(trained.observe(data, labels))
   mean = data.reshape(3, 4, 2, 4, 2, 1).mean(axis=(2, 4))
   assert np.abs(again['low'][:, ::2, ::2] - mean).max() <= 0.5001
-  with Image.open(runs / 'alone' / 'reconstructions.png') as picture:
+  with Image.open(more / 'alone' / 'reconstructions.png') as picture:
     assert np.asarray(picture).std() > 0
-  assert not (runs / 'alone' / 'samples.png').exists()
+  assert not (more / 'alone' / 'samples.png').exists()
 
 
-def test_samples_are_made_of_the_stages_before(runs):
-  together, alone = opened(runs / 'together').made_of, opened(runs / 'alone').made_of
+@pytest.mark.slow
+def test_samples_are_made_of_the_stages_before(more):
+  together, alone = opened(more / 'together').made_of, opened(more / 'alone').made_of
   assert together.keys() - alone.keys() == {"the samples of 'base'"}
   assert together["the stage 'sr_8'"] == alone["the stage 'sr_8'"]
-  config = configs.read(runs / 'together')
+  config = configs.read(more / 'together')
   config.base.sample.num_steps = 3
-  other = Trained(config, runs / 'together', 'sr_8', sharding.make_mesh(config.mesh)).made_of
+  other = Trained(config, more / 'together', 'sr_8', sharding.make_mesh(config.mesh)).made_of
   name = "the samples of 'base'"
   assert other.pop(name) != together[name]
   assert other == {key: value for key, value in together.items() if key != name}
 
 
-def test_the_stage_before_may_be_of_another_run(runs):
+@pytest.mark.slow
+def test_the_stage_before_may_be_of_another_run(more):
   """It is what its own run says, however often it was trained there; how it is sampled is said here."""
-  config, base = configs.read(runs / 'alone'), opened(runs / 'together', 'base', num_steps=3)
+  config, base = configs.read(more / 'alone'), opened(more / 'together', 'base', num_steps=3)
   config.base.train.num_steps = 7
   config.base.sample.num_steps = 3
-  config.sr_8.conditions.low_resolution.workdir = str(runs / 'together')
-  trained = Trained(config, runs / 'alone', 'sr_8', sharding.make_mesh(config.mesh))
+  config.sr_8.conditions.low_resolution.workdir = str(more / 'together')
+  trained = Trained(config, more / 'alone', 'sr_8', sharding.make_mesh(config.mesh))
   assert trained.draws_alone
   drawn = trained.draw(np.arange(3))
   np.testing.assert_array_equal(drawn['low'][:, ::2, ::2], base.draw(np.arange(3))['x0'])
@@ -187,6 +199,7 @@ def test_the_cost_of_a_sample_is_that_of_the_whole_chain(runs):
   assert twice - first == pytest.approx(2 * (whole - first), rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_level_of_samples_changes_the_last_stage_alone(runs):
   trained = opened(runs / 'together')
   clean, noisy = trained.draw(np.arange(4)), trained.with_settings(aug_level=0.4).draw(np.arange(4))
