@@ -88,6 +88,7 @@ def test_config_files_import_one_way_and_nothing_of_the_program():
   stages = [name for name in paths if name.startswith('configs.stages.')]
   order = [
     ['configs.presets', 'configs.parts', 'configs.run'],
+    ['configs.stages.prior'],
     ['configs.stages.diffusion', 'configs.stages.vae', 'configs.stages.autoencoder'],
     stages,
     ['configs.stages'],
@@ -434,9 +435,7 @@ def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
   run_debug(name, 'debug', tmp_path, all_tasks if name == 'digits' else all_tasks[:1])
 
 
-@pytest.mark.parametrize(
-  'variant', some_slow(SHARED, ('unconditional',))
-)
+@pytest.mark.parametrize('variant', some_slow(SHARED, ()))
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('digits', f'{variant},debug', tmp_path)
 

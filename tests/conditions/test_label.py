@@ -117,6 +117,7 @@ def test_the_gradient_reaches_the_rows_of_the_batch_and_that_of_the_dropped():
   assert 10 in reached and reached & {0, 3, 7, 9} and reached <= {0, 3, 7, 9, 10}
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_key_and_label_alone():
   experiment = build('formulation2,z,guided,label', **{'refiner.sample.labels': (3, 7)})
   read = read_of(experiment)

@@ -88,6 +88,7 @@ class Trained(opened.Trained):
       makers=(),
       classes_of=lambda indices: None,
       counts=lambda read, batch: {},
+      reads_codes=False,
     )
     self.drawn_source, self._sources, self.read = drawn, {}, {}
 

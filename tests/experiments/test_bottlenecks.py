@@ -80,6 +80,7 @@ def test_the_image_of_ids_is_the_reconstruction_bit_for_bit_and_embedded_ids_are
   assert np.allclose(lengths, 1, atol=1e-5) == normalized
 
 
+@pytest.mark.slow
 def test_normalised_codes_do_not_depend_on_their_lengths():
   """They are compared at length 1, so that no average of them can run away."""
   experiment = build(**{'model.normalized_codes': True})
@@ -105,6 +106,7 @@ def test_usage_is_that_of_the_whole_split():
   assert usage.figures({'a': first + second})['a/perplexity'] == pytest.approx(2, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_codes_are_counted_over_images_and_repetitions_are_not():
   experiment = build()
   image = images(6)
@@ -224,6 +226,7 @@ def test_what_it_learns_before_changes_the_discriminator_alone():
   assert 'loss/adversarial' not in metrics
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_discriminator_is_evaluated():
   experiment = build('vqgan')
   read = {name: made(model, 4) for name, model in experiment.networks.items()}

@@ -194,6 +194,7 @@ def test_a_dropped_example_has_no_shift(guided):
   assert first.state(y, values, some) is y
 
 
+@pytest.mark.slow
 def test_to_go_without_a_condition_is_to_drop_it_everywhere(guided):
   experiment, read, output = guided
   assert experiment.conditions.droppable == ('vae',) and experiment.can_be_guided
@@ -263,6 +264,7 @@ def test_guidance_needs_a_condition_that_training_drops():
     build('debug', **{'refiner.sample.guidance': (('vae', 1.0),)})
 
 
+@pytest.mark.slow
 def test_training_drops_the_conditions_of_some_examples(guided):
   """The loss of a dropped example does not know its condition; evaluation drops none."""
   experiment, read, _ = guided

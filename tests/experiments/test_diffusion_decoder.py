@@ -196,6 +196,7 @@ def test_samples_of_real_digits_are_those_of_a_posterior(tmp_path, one_device):
 # The perceptual distance ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_perceptual_distance_is_a_term_of_the_loss(monkeypatch):
   config = config_of('unconditional,debug')
   assert perceptual_of(config, 'refiner', Pixels(shape=(8, 8, 1))) is None

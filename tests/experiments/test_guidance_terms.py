@@ -72,6 +72,7 @@ def state_of(space, seed=6):
 # A weaker network -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_term_of_another_checkpoint():
   experiment = build('label,formulation2,debug', **EARLIER)
   (source,) = experiment.for_sampling.values()

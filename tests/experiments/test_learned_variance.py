@@ -224,6 +224,7 @@ def test_guidance_is_of_the_mean_and_one_pass_gives_both():
   assert np.max(np.abs(unclipped)) > 1
 
 
+@pytest.mark.slow
 def test_the_bound_is_of_the_steps_that_are_asked_for():
   experiment = build()
   read, batch = read_of(experiment), {'image': images(4)}

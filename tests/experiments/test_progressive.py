@@ -220,6 +220,7 @@ def test_the_guided_target_is_the_guided_teacher():
   assert float(jnp.abs(on - off).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_student_of_guided_teachers_reads_the_weight():
   config = get('guided,distill,debug')
   student = experiments.build(config, 'distill_2').student

@@ -168,6 +168,7 @@ def test_the_papers_way_is_still_there(tmp_path, one_device):
   np.testing.assert_array_equal(found['restored'], wanted)
 
 
+@pytest.mark.slow
 def test_colours_are_restored_where_there_are_any(tmp_path, one_device, monkeypatch):
   trained = fresh.Fresh(
     'unconditional', tmp_path, **FAST, **{'data.channels': 3, 'restore.task': 'colourise'}
@@ -202,6 +203,7 @@ def test_an_image_is_degraded_alike_whatever_is_beside_it(seed):
 # A stage that has learned it ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stage_restores_the_task_that_it_has_learned(tmp_path, one_device, monkeypatch):
   changes = {'refiner.conditions.degraded.task': 'inpaint', 'refiner.conditions.degraded.hole': 'random'}
   trained = fresh.Fresh('restoration', tmp_path, **FAST, **changes)

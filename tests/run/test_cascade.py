@@ -191,6 +191,7 @@ def test_a_sweep_of_levels_has_the_distance_of_reconstructions_beside_that_of_sa
   assert np.abs(np.concatenate(seen).astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_sample_is_that_of_the_whole_chain(runs):
   last, base = opened(runs / 'together'), opened(runs / 'together', 'base')
   whole, first = sweep.giga_macs(last), sweep.giga_macs(base)

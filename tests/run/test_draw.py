@@ -66,6 +66,7 @@ def close(a, b):
   assert np.abs(a.astype(int) - b).max() <= 1
 
 
+@pytest.mark.slow
 def test_any_batch_size_gives_the_same_images(parts):
   whole = drawn(parts, range(16), 1)
   assert list(whole) == ['x0_vae', 'x0']  # what an image was made from comes first

@@ -40,6 +40,7 @@ def no_pictures(monkeypatch, one_device):
   monkeypatch.setattr(train, 'first_images', lambda *arguments: {})  # tested elsewhere
 
 
+@pytest.mark.slow
 def test_what_fails_in_an_evaluation_is_saved_before_and_done_after_a_resume(
   tmp_path, no_pictures, monkeypatch, capsys
 ):
