@@ -429,7 +429,7 @@ def some_slow(names, quick):
   return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize('name', some_slow(NAMES, ('digits',)))
+@pytest.mark.parametrize('name', some_slow(NAMES, ()))
 def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
   all_tasks = ('super_resolution', 'denoise', 'inpaint')
   run_debug(name, 'debug', tmp_path, all_tasks if name == 'digits' else all_tasks[:1])

@@ -91,6 +91,7 @@ def test_every_example_reads_its_own_tokens(position, how):
   assert np.abs(before[0] - after[0]).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('position', token_injection.POSITIONS)
 def test_attention_changes_nothing_at_first(position):
   plain = build(None)

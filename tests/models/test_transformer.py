@@ -196,6 +196,7 @@ def test_words_that_are_masked_are_not_read():
   assert np.isfinite(module.apply(params, codes, source, mask=jnp.zeros((1, 7), bool))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['gpt', 'llama', 'both'])
 def test_ids_above_are_added_where_the_id_below_them_is_predicted(kind):
   above = (((2, 2), 5),)

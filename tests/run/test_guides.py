@@ -30,6 +30,7 @@ def images(trained):
   return trained.draw(np.arange(4))['x0']
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_of_the_same_run_guides(trained, one_device):
   run = trained('digits').run
   plain, guided = opened(run), opened(run, **EARLIER)  # chosen after training: nothing is stale

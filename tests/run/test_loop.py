@@ -217,6 +217,7 @@ def test_sampling_with_settings_that_were_not_trained_is_refused(tmp_path, one_d
     modes.MODES['sample'](configs.Run(config, workdir, tuple(config.stages)))
 
 
+@pytest.mark.slow
 def test_training_longer_goes_on_from_the_checkpoint(tmp_path, one_device, trained):
   config, workdir = copied(trained, tmp_path)
   config.vae.train.num_steps = 6
