@@ -39,9 +39,10 @@ def test_samples_that_are_all_alike_miss_the_law():
 def test_sharpness_is_the_variance_of_the_laplacian():
   checkers = np.zeros((1, 8, 8, 1), np.uint8)
   checkers[0, ::2, ::2], checkers[0, 1::2, 1::2] = 255, 255
-  # inside, every pixel differs from its four neighbours by 1; at a reflected edge one neighbour is itself
-  interior = np.var([4.0, -4.0])
-  assert quality.sharpness(checkers) == pytest.approx(interior, rel=0.25)
+  # inside, a pixel differs from its four neighbours by 1; at an edge, where the image is reflected, one of
+  # them is the pixel itself, in a corner two are; as many are white as black
+  expected = (36 * 4**2 + 24 * 3**2 + 4 * 2**2) / 64
+  assert quality.sharpness(checkers) == pytest.approx(expected)
   assert quality.sharpness(checkers // 2) == pytest.approx(quality.sharpness(checkers) * (127 / 255) ** 2)
   assert quality.sharpness(np.full((2, 8, 8, 3), 7, np.uint8)) == 0
 

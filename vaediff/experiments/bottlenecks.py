@@ -221,22 +221,20 @@ class Vq(Bottleneck):
     and they are averaged like every parameter. Either way dead ones start anew, and so do their averages.
     Vectors are those of the whole global batch.
     """
-    book, decay, least = extra['codebook'], self.loss['codebook_decay'], self.loss['restart_below']
-    key_init, key_restart = jax.random.split(key)
+    book = extra['codebook']
+    started = book['started']
     z = jax.lax.stop_gradient(encoders.encode(self.model, network.params, x, None))
-    known = codebook.Codebook(codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums'])
-    size, started = known.codes.shape[0], book['started']
-    known = jax.lax.cond(started, lambda: known, lambda: codebook.data_init(z, key_init, size))
-    indices = codebook.nearest(z, self.compared(known.codes))
-    used, perplexity = codebook.usage(indices, size)
-    metrics = {'codebook/used': used, 'codebook/perplexity': perplexity}
-    if self.averages:
-      known = codebook.ema_update(known, z, indices, decay)
-    else:
-      known = codebook.count(known, indices, decay)
-    dead = known.counts < least
-    metrics['codebook/dead'] = jnp.mean(dead)
-    known = codebook.restart_dead(known, z, key_restart, least)
+    known, dead, found = codebook.follow(
+      codebook.Codebook(codes=network.params[encoders.CODES], counts=book['counts'], sums=book['sums']),
+      started,
+      z,
+      key,
+      decay=self.loss['codebook_decay'],
+      threshold=self.loss['restart_below'],
+      averages=self.averages,
+      compared=self.compared,
+    )
+    metrics = {f'codebook/{figure}': value for figure, value in found.items()}
     average = known.codes
     if network.ema_params is not None and not self.averages:
       average = jnp.where(started & ~dead[:, None], network.ema_params[encoders.CODES], known.codes)

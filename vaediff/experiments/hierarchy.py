@@ -193,12 +193,19 @@ class Hierarchy(base.Experiment):
 
     def move(level: int, z: Map) -> Map:
       name = self.names[level]
-      codes, books[name], found = averaged(
-        before[level], state.extra['codebook'][name], z, keys[level], self.loss
+      book = state.extra['codebook'][name]
+      known, _, found = codebook.follow(
+        codebook.Codebook(codes=before[level], counts=book['counts'], sums=book['sums']),
+        book['started'],
+        z,
+        keys[level],
+        decay=self.loss['codebook_decay'],
+        threshold=self.loss['restart_below'],
       )
-      moved.append(codes)
+      moved.append(known.codes)
+      books[name] = {'counts': known.counts, 'sums': known.sums, 'started': jnp.ones_like(book['started'])}
       metrics.update({f'codebook/{name}/{figure}': value for figure, value in found.items()})
-      return codebook.lookup(codes, codebook.nearest(z, codes))
+      return codebook.lookup(known.codes, codebook.nearest(z, known.codes))
 
     hierarchies.walk(self.hierarchy, params, x, move)
     return self.with_codes(network, moved), books, metrics
@@ -273,33 +280,6 @@ class Hierarchy(base.Experiment):
       return tuple(jnp.zeros_like(codes[0]) for codes in books)
     usage = read[tokenizers.FREQUENCIES]
     return tuple(usage[tokenizers.level_key(level)] @ codes for level, codes in enumerate(books))
-
-
-def averaged(
-  codes: Array, book: Mapping[str, Array], z: Map, key: jax.Array, settings: Mapping[str, Any]
-) -> tuple[Array, dict[str, Array], Metrics]:
-  """Returns the codes of a level after one batch of vectors, their averages, and how much of them is used.
-
-  Before the first update the codes are vectors of the batch, and so is their average.
-
-  Args:
-    codes: before the batch.
-    book: `counts`, `sums` and `started`, of `extra['codebook']`.
-    z: all vectors of the level.
-    key: its own.
-    settings: the stage's `loss` section.
-  """
-  key_init, key_restart = jax.random.split(key)
-  known = codebook.Codebook(codes=codes, counts=book['counts'], sums=book['sums'])
-  size, threshold = codes.shape[0], settings['restart_below']
-  known = jax.lax.cond(book['started'], lambda: known, lambda: codebook.data_init(z, key_init, size))
-  ids = codebook.nearest(z, known.codes)
-  used, perplexity = codebook.usage(ids, size)
-  known = codebook.ema_update(known, z, ids, settings['codebook_decay'])
-  dead = jnp.mean(known.counts < threshold)
-  known = codebook.restart_dead(known, z, key_restart, threshold)
-  after = {'counts': known.counts, 'sums': known.sums, 'started': jnp.ones_like(book['started'])}
-  return known.codes, after, {'used': used, 'perplexity': perplexity, 'dead': dead}
 
 
 def check_restarts(tokenizer: tokenizers.Levels, section: ConfigDict) -> None:

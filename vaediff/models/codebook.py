@@ -19,6 +19,7 @@ Everything is pure functions of arrays, and float32. Must not import flax.linen,
 train, config or data.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -206,6 +207,43 @@ def restart_dead(state: Codebook, z: Vectors, key: Key[Array, ''], threshold: fl
   return jax.tree.map(
     lambda new, old: jnp.where(dead.reshape(-1, *[1] * (old.ndim - 1)), new, old), fresh, state
   )
+
+
+def follow(
+  state: Codebook,
+  started: Array,
+  z: Vectors,
+  key: Key[Array, ''],
+  *,
+  decay: float,
+  threshold: float,
+  averages: bool = True,
+  compared: Callable[[Codes], Codes] = lambda codes: codes,
+) -> tuple[Codebook, Array, dict[str, Scalar]]:
+  """Returns the codebook after one batch, which of its codes start anew, and figures of the batch.
+
+  The codes before the first batch are vectors of it, each with a count of 1. The figures are 'used' and
+  'perplexity' of `usage`, and 'dead', the fraction that start anew.
+
+  Args:
+    state: the codebook; not changed.
+    started: whether it has had its first batch.
+    z: the vectors before quantisation, of the whole global batch.
+    key: its own.
+    decay: of `ema_update`.
+    threshold: of `restart_dead`.
+    averages: the codes follow averages; else their counts alone do.
+    compared: makes of codes what vectors are compared with.
+  """
+  key_init, key_restart = jax.random.split(key)
+  size = state.codes.shape[0]
+  state = jax.lax.cond(started, lambda: state, lambda: data_init(z, key_init, size))
+  indices = nearest(z, compared(state.codes))
+  used, perplexity = usage(indices, size)
+  state = ema_update(state, z, indices, decay) if averages else count(state, indices, decay)
+  dead = state.counts < threshold
+  figures = {'used': used, 'perplexity': perplexity, 'dead': jnp.mean(dead)}
+  return restart_dead(state, z, key_restart, threshold), dead, figures
 
 
 def check_restarts(num_vectors: int, size: int, threshold: float) -> None:
