@@ -49,7 +49,7 @@ class VaeCondition(Condition):
     dropout: probability of both learned stand-ins.
     x0_vae_source: 'sample' or 'mean' of q(z | x) at each step of training, or 'precomputed'.
     title: in a table, as 'formulation1+z'.
-    of_classes: which components of the prior are of which class, where samples are asked to be of one.
+    of_classes: the priors of the classes, where samples are asked to be of one.
     asked: the classes that they are asked to be of, in turn; () = all.
     noising: of x0_vae, where training has levels above 0.
   """
@@ -144,15 +144,16 @@ class VaeCondition(Condition):
     return {**seen, **self.noising.train(key_noise, len(x))}
 
   def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns z of the prior, or of its components of a class; a level and noise where x0_vae is noised."""
+    """Returns z of the prior, or of that of a class; a level and noise where x0_vae is noised."""
     pairs = jax.vmap(jax.random.split)(keys) if self.noising else None
-    weights = None
+    mixture, weights = read[prior.PRIOR], None
     if self.of_classes and read[prior.OF_CLASSES]:
-      table = jnp.asarray(read[prior.OF_CLASSES][prior.CLASS_WEIGHTS])
+      mixture = dict(read[prior.OF_CLASSES])
+      table = jnp.asarray(mixture.pop(prior.CLASS_WEIGHTS))
       rows = jnp.asarray(self.asked or tuple(range(len(table))), jnp.int32)
       weights = table[rows[indices % len(rows)]]
     own = keys if pairs is None else pairs[:, 0]
-    code = prior.draw(read[prior.PRIOR], own, self.latent_dim, weights)
+    code = prior.draw(mixture, own, self.latent_dim, weights)
     return {CODE: code, **({} if pairs is None else self.noising.draw(pairs[:, 1]))}
 
   def complete(self, read: Read, given: Given) -> Given:

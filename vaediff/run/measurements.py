@@ -126,7 +126,7 @@ def fitted_prior(of: Of) -> Arrays:
 
 
 def prior_of_classes(of: Of) -> Arrays:
-  """Returns which components of a VAE's prior are of which class of the data set; {} for N(0, I)."""
+  """Returns the priors of a VAE's z of every class of the data set; {} for N(0, I)."""
   section, num_classes = of.config[of.stage].prior, of.config.data.num_classes
   arrays = fitted_prior(of)
   if not arrays:
@@ -139,12 +139,11 @@ def prior_of_classes(of: Of) -> Arrays:
     z = drawn_codes(experiment, read, source, count, size, of.mesh, of.config.seed)
     chunks = np.array_split(np.arange(count), max(1, count // 1024))
     labels = np.concatenate([source.read(chunk)[sources.LABEL] for chunk in chunks])
-    log.say(f'which components of the mixture are of which of {num_classes} classes: {count} latents')
-    return {prior.CLASS_WEIGHTS: prior.of_classes(arrays, z, labels, num_classes)}
+    log.say(f'fitting a Gaussian mixture to the latents of each of {num_classes} classes: {count} in all')
+    return prior.fit_classes(arrays, z, labels, num_classes, section, of.config.seed)
 
-  settings = {**section.to_dict(), 'num_classes': num_classes}
-  stored = stored_or_made(of, prior.OF_CLASSES, settings, (prior.CLASS_WEIGHTS,), make)
-  return {prior.CLASS_WEIGHTS: stored[prior.CLASS_WEIGHTS]}
+  settings = {**section.to_dict(), 'num_classes': num_classes, 'fewest': prior.FEWEST}
+  return stored_or_made(of, prior.OF_CLASSES, settings, prior.arrays_of_classes(section), make)
 
 
 def code_frequencies(of: Of) -> Arrays:
