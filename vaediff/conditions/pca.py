@@ -258,5 +258,5 @@ def projection(section: ConfigDict, latent_dim: int) -> Projection:
       f'{latent_dim} numbers ({named.stage}.model.latent_dim); ask for at most that, or 0 for those with a '
       'signal'
     )
-  source = measured(named.stage, named.workdir, latent_dim, settings)
+  source = measured(named.stage, named.workdir, latent_dim, settings.to_dict())
   return Projection(source=source, width=settings.num_directions or latent_dim)

@@ -211,8 +211,8 @@ def vae_condition(
   `vae`, which names the VAE. Where `reads_code` is 'pca', `diffusion.pca` says what of z is read.
 
   Raises:
-    UserError: when that is no VAE stage, an image is to be noised that is not read, or more directions of the code
-      are to be read than it has.
+    UserError: when that is no VAE stage, an image is to be noised that is not read, or more directions of a
+      code are to be read than it has.
   """
   section, data = config[stage], config.data
   formulation = section.diffusion.condition

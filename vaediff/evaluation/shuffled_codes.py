@@ -62,7 +62,7 @@ def figure(values: np.ndarray) -> Figure:
 def losses_of(
   trained: Trained, names: tuple[str, ...], count: int, num_times: int, batch_size: int
 ) -> dict[str, np.ndarray]:
-  """Returns the loss of each of the first images, float64 [count], by the code that is another's; '' = own."""
+  """Returns the loss of each of the first images, float64 [count], by the code of another; '' = its own."""
   mesh, source, diffusion = trained.mesh, trained.eval_source, trained.experiment.diffusion
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   cases = ('', *names)
