@@ -133,7 +133,8 @@ def debug(stage: ConfigDict, image_size: int) -> None:
       'head_channels': 0,
     }
   )
-  stage.diffusion.pca.min_signal = 0.0  # a few updates make no more
+  if stage.diffusion.z_conditioning == 'pca':
+    stage.diffusion.pca.min_signal = 0.0  # a few updates make no more
   stage.sample.num_steps = 4
   stage.optim.warmup_steps = 2
 

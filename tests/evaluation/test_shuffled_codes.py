@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vaediff.data import sources
 from vaediff.evaluation import shuffled_codes
@@ -51,7 +52,7 @@ def opened(images, **changes):
     eval_source=source,
     read={'scale': jnp.float32(2)},
     settings=types.SimpleNamespace(seed=0),
-    mesh=sharding.make_mesh(types.SimpleNamespace(data=-1, fsdp=1, rules=())),
+    mesh=sharding.make_mesh(ConfigDict({'data': -1, 'fsdp': 1, 'rules': ()})),
     config=types.SimpleNamespace(evaluate=types.SimpleNamespace(**settings)),
   )
 

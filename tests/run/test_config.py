@@ -47,15 +47,16 @@ def test_variants_join_and_unknown_one_lists_the_valid_ones():
 
 
 @pytest.mark.parametrize(('text', 'value'), [('pca', 'pca'), ('True', True), ('false', False)])
-def test_what_is_read_of_a_code_is_a_switch_or_a_word(text, value, tmp_path):
+def test_what_is_read_of_a_code_is_a_switch_or_a_word(text, value, tmp_path, monkeypatch):
   """On the command line, and in the config that a run stores."""
   values = flags.FlagValues()
   config_flags.DEFINE_config_file('config', flag_values=values)
   override = f'--config.refiner.diffusion.z_conditioning={text}'
-  values(['main', f'--config={ROOT}/configs/digits.py:debug', override])
+  monkeypatch.setattr(sys, 'argv', ['main', f'--config={ROOT}/configs/digits.py:debug', override])
+  values(sys.argv)
   config = values.config
-  assert config.refiner.diffusion.z_conditioning is value or config.refiner.diffusion.z_conditioning == value
-  assert type(config.refiner.diffusion.z_conditioning) is type(value)
+  found = config.refiner.diffusion.z_conditioning
+  assert found == value and type(found) is type(value)
   configs.save(config, tmp_path)
   read = configs.read(tmp_path)
   assert read == config and type(read.refiner.diffusion.z_conditioning) is type(value)

@@ -15,10 +15,10 @@ import fresh  # noqa: E402
 
 
 @pytest.mark.parametrize(
-  ('variant', 'stage', 'workdir'), [('formulation1', '', ''), ('', 'vae', ''), ('ddgan', '', '/elsewhere')]
+  ('variant', 'stage', 'workdir'), [('pca', '', ''), ('', 'vae', ''), ('formulation2', '', '/elsewhere')]
 )
 def test_they_are_those_of_the_vae(variant, stage, workdir, tmp_path, one_device, monkeypatch):
-  changes = {f'{variant}.vae.workdir': workdir} if workdir else {}
+  changes = {'refiner.vae.workdir': workdir} if workdir else {}
   trained, asked = fresh.Fresh(variant, tmp_path, stage, **changes), []
   trained.folder = tmp_path / 'checkpoints'
 
