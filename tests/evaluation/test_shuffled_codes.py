@@ -1,5 +1,7 @@
 """The loss with the codes of other images, on a denoiser whose loss is known."""
 
+import pathlib
+import sys
 import types
 
 import jax
@@ -12,6 +14,10 @@ from vaediff.data import sources
 from vaediff.evaluation import shuffled_codes
 from vaediff.machine import sharding
 from vaediff.models.ports import Port
+from vaediff.run.trained import Trained
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'modes'))
+import fresh  # noqa: E402
 
 PORTS = {
   'map': Port(enters='concat', shape=(2, 2, 1)),
@@ -41,20 +47,25 @@ class Diffusion:
     return read['scale'] * off + jax.random.uniform(key, off.shape)
 
 
+class Opened(Trained):
+  """A stage that nothing is read for."""
+
+  def __init__(self):
+    pass
+
+
 def opened(images, **changes):
   images = np.broadcast_to(np.asarray(images, np.uint8)[:, None, None, None], (len(images), 2, 2, 1))
   source = sources.ArraySource(
     images=images, labels=np.zeros(len(images), np.int32), label_names=(), num_classes=1
   )
   settings = {'num_bound': 100, 'num_bound_times': 50, 'batch_size': 4, **changes}
-  return types.SimpleNamespace(
-    experiment=Diffusion(),
-    eval_source=source,
-    read={'scale': jnp.float32(2)},
-    settings=types.SimpleNamespace(seed=0),
-    mesh=sharding.make_mesh(ConfigDict({'data': -1, 'fsdp': 1, 'rules': ()})),
-    config=types.SimpleNamespace(evaluate=types.SimpleNamespace(**settings)),
-  )
+  trained = Opened()
+  trained.experiment, trained.stage, trained.read = Diffusion(), 'refiner', {'scale': jnp.float32(2)}
+  trained._sources = {'eval': source}
+  trained.mesh = sharding.make_mesh(ConfigDict({'data': -1, 'fsdp': 1, 'rules': ()}))
+  trained.config = ConfigDict({'evaluate': settings, 'refiner': {'sample': {'seed': 0}}})
+  return trained
 
 
 def test_only_the_code_that_is_read_changes_the_loss(one_device):
@@ -72,6 +83,15 @@ def test_only_the_code_that_is_read_changes_the_loss(one_device):
   assert rise.spread == pytest.approx(rises.std(ddof=1) / np.sqrt(6), rel=1e-5)
   useless = found['denoising_loss/rise by useless of others']
   assert useless.value == pytest.approx(0, abs=1e-7) and useless.spread == pytest.approx(0, abs=1e-7)
+
+
+def test_the_losses_of_an_image_do_not_depend_on_its_batch(one_device):
+  images = [0, 1, 3, 7, 9]
+  sets = [shuffled_codes.losses_of(opened(images), ('code',), 5, 3, size) for size in (1, 4, 5)]
+  for other in sets[1:]:
+    for name in ('', 'code'):
+      np.testing.assert_allclose(other[name], sets[0][name], rtol=1e-6)
+  assert len(np.unique(sets[0][''])) == 5  # each image has noise of its own
 
 
 def test_a_loss_that_is_not_finite_is_said_and_no_mean_made(one_device):
@@ -92,3 +112,16 @@ def test_nothing_is_measured_where_nothing_is_read_or_asked_for(one_device):
     assert shuffled_codes.figures(trained) == {}
   alone = shuffled_codes.figures(opened([5]))
   assert alone['denoising_loss/code of others'].missing.endswith('at least 2')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['formulation2,pca', 'formulation1,z'])
+def test_a_network_that_reads_a_code_has_another_loss_with_others(variant, tmp_path, one_device):
+  trained = fresh.Fresh(variant, tmp_path)
+  name = variant.partition(',')[2]
+  found = shuffled_codes.figures(trained)
+  assert set(found) == {
+    'denoising_loss', f'denoising_loss/{name} of others', f'denoising_loss/rise by {name} of others'
+  }  # fmt: skip
+  assert found['denoising_loss'].value > 0 and found['denoising_loss'].n == 8
+  assert found[f'denoising_loss/rise by {name} of others'].spread > 0  # untrained: up or down

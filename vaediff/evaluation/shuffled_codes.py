@@ -4,8 +4,6 @@ A network that ignores a code has the same loss with any; one that reads it has 
 another image. Times, noise and all other values are the same, so that the rise is of the code alone.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,29 +62,30 @@ def losses_of(
 ) -> dict[str, np.ndarray]:
   """Returns the loss of each of the first images, float64 [count], by the code of another; '' = its own."""
   mesh, source, diffusion = trained.mesh, trained.eval_source, trained.experiment.diffusion
-  where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  cases = ('', *names)
+  where, cases = sharding.batch_sharding(mesh), ('', *names)
 
-  @functools.partial(jax.jit, out_shardings=everywhere)
-  def run(read: Read, batch: Batch, others: Batch, key: jax.Array) -> jax.Array:
-    key_own, key_others, key_loss = jax.random.split(key, 3)
-    y0, values = diffusion.examples(read, batch, key_own, training=False)
-    _, of_others = diffusion.examples(read, others, key_others, training=False)
-    read_by_case = [{**values, name: of_others[name]} if name else values for name in cases]
-    stacked = jax.tree.map(lambda *each: jnp.stack(each), *read_by_case)
+  def of_one(read: Read, row: Batch, other: Batch, index: jax.Array) -> jax.Array:
+    """Returns the losses of one image, of keys of its own: by case."""
+    key = jax.random.fold_in(jax.random.key(trained.settings.seed), index)
+    key_own, key_other, key_loss = jax.random.split(key, 3)
+    row, other = jax.tree.map(lambda leaf: leaf[None], (row, other))
+    y0, values = diffusion.examples(read, row, key_own, training=False)
+    _, of_other = diffusion.examples(read, other, key_other, training=False)
+    by_case = [{**values, name: of_other[name]} if name else values for name in cases]
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *by_case)
 
     def once(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-      losses = lambda values: diffusion.denoiser.losses(read, y0, values, key, training=False)
-      return total + jax.vmap(losses)(stacked) / num_times, None
+      loss_of = lambda values: diffusion.denoiser.losses(read, y0, values, key, training=False)[0]
+      return total + jax.vmap(loss_of)(stacked) / num_times, None
 
-    return jax.lax.scan(once, jnp.zeros((len(cases), y0.shape[0])), jax.random.split(key_loss, num_times))[0]
+    return jax.lax.scan(once, jnp.zeros(len(cases)), jax.random.split(key_loss, num_times))[0]
 
+  run = jax.jit(jax.vmap(of_one, in_axes=(None, 0, 0, 0)), out_shardings=sharding.replicated(mesh))
   parts, size = [], sharding.round_up(min(batch_size, count), mesh)
-  for number, rows in enumerate(draw.batches(count, size)):
-    own, others = (jax.device_put(source.read(each), where) for each in (rows, (rows + 1) % count))
-    key = jax.random.fold_in(jax.random.key(trained.settings.seed), number)
+  for rows in draw.batches(count, size):
+    own, other = (jax.device_put(source.read(each), where) for each in (rows, (rows + 1) % count))
     fresh = min(size, count - int(rows[0]))
-    found = jax.device_get(run(trained.read, own, others, jax.device_put(key, everywhere)))
-    parts.append(np.asarray(found[:, :fresh], np.float64))
+    found = jax.device_get(run(trained.read, own, other, jax.device_put(rows, where)))
+    parts.append(np.asarray(found[:fresh], np.float64))
     distributed.beat(f'the losses of {int(rows[0]) + fresh} images')
-  return dict(zip(cases, np.concatenate(parts, axis=1), strict=True))
+  return dict(zip(cases, np.concatenate(parts).T, strict=True))
