@@ -74,11 +74,12 @@ def losses_of(
     by_case = [{**values, name: of_other[name]} if name else values for name in cases]
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *by_case)
 
-    def once(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-      loss_of = lambda values: diffusion.denoiser.losses(read, y0, values, key, training=False)[0]
+    def once(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+      key_once = jax.random.fold_in(key_loss, number)
+      loss_of = lambda values: diffusion.denoiser.losses(read, y0, values, key_once, training=False)[0]
       return total + jax.vmap(loss_of)(stacked) / num_times, None
 
-    return jax.lax.scan(once, jnp.zeros(len(cases)), jax.random.split(key_loss, num_times))[0]
+    return jax.lax.scan(once, jnp.zeros(len(cases)), jnp.arange(num_times))[0]
 
   run = jax.jit(jax.vmap(of_one, in_axes=(None, 0, 0, 0)), out_shardings=sharding.replicated(mesh))
   parts, size = [], sharding.round_up(min(batch_size, count), mesh)
