@@ -56,6 +56,11 @@ CASES = {
   'halving_of_a_noised_refiner': ('formulation2,distill', 'distill_2', {
     'refiner.conditions.vae.aug_level': 0.5, 'distill.data_free_fraction': 0.5
   }),
+  'pca_and_image_guided': ('formulation2,pca,guided', 'refiner', {}),
+  'pca_alone_of_means': ('pca', 'refiner', {
+    'refiner.diffusion.condition': 'none', 'refiner.diffusion.x0_vae_source': 'mean'
+  }),
+  'halving_with_pca': ('formulation1,pca,distill', 'distill_2', {'distill.data_free_fraction': 0.5}),
   'weight_as_input': ('formulation2,z,guided,distill', 'distill_guided', {}),
 }  # fmt: skip
 QUICK = ('latents_formulation2',)

@@ -10,7 +10,16 @@ from ml_collections import ConfigDict
 from vaediff import files
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.evaluation import codebooks, decoders, likelihoods, measures, networks, plots, report
+from vaediff.evaluation import (
+  codebooks,
+  decoders,
+  likelihoods,
+  measures,
+  networks,
+  plots,
+  report,
+  shuffled_codes,
+)
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
@@ -42,7 +51,12 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
   decoded = decoders.decoder_rows(trained, opened, real)
-  model = {'': trained.stage, **likelihoods.figures(trained), **codebooks.figures(trained)}
+  model = {
+    '': trained.stage,
+    **likelihoods.figures(trained),
+    **shuffled_codes.figures(trained),
+    **codebooks.figures(trained),
+  }
   result = {
     **header(trained),
     'num_images': settings.num_images,
@@ -175,8 +189,8 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
   if len(result['model']) > 1:
     parts.append(shown(report.turned([result['model']], '')))
     parts.append(
-      'Bounds are over the first N images of the evaluation split; ± is the standard error over images. elbo '
-      'is in nats. Codes are counted in the first N images.'
+      'Bounds and losses are over the first N images of the evaluation split; ± is the standard error over '
+      'images. elbo is in nats. Codes are counted in the first N images.'
     )
   rows = [*result['samples'], *result['reconstructions'], *result['decoders'], result['model']]
   parts += [f'note: {line}' for line in result['notes']]

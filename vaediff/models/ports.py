@@ -5,7 +5,7 @@ here, beside the network's own parameters:
 
     null_<name>    the stand-in of a dropped value that is concatenated or a vector; zero at first. Of a map
                    that enters inside it is one vector, for every position
-    <name>_mlp     a vector, to the width of the embedding
+    <name>_mlp     a vector, to the width of the embedding; where its port says so, zero at first, and float32
     <name>_table   a whole number below `classes`, to the width of the embedding; its last row is the null
     <name>         a number, as waves, to the width of the embedding; zero at first
     <name>_mlp     a level, as waves, to the same width; its last layer is zero at first, and null_<name>
@@ -47,6 +47,7 @@ class Port:
       inside a U-Net, a map at its 'encoder', 'middle' or 'decoder'.
     shape: of one example; () = a number, or one of `classes`.
     classes: above 0, the value is a whole number below it.
+    zero: the embedding of the vector is zero at first, and computed in float32.
     level: the number is a time in [0, 1], how strongly another value is noised: embedded as the time is.
     droppable: it has a learned stand-in, which a dropped example reads.
     how: a map joins inside, one of `token_injection.WAYS`.
@@ -55,6 +56,7 @@ class Port:
   enters: str
   shape: tuple[int, ...]
   classes: int = 0
+  zero: bool = False
   level: bool = False
   droppable: bool = False
   how: str = 'concat'
@@ -66,10 +68,11 @@ class Port:
       raise ValueError(f'A {self.enters} port cannot join by {self.how!r}; inside a network: {WAYS}.')
     fits = len(self.shape) <= 1 if self.enters == 'vector' else len(self.shape) == 3
     number = self.enters == 'vector' and not self.shape and not self.classes
+    fits = fits and not (self.zero and (self.enters != 'vector' or not self.shape))
     if not fits or self.classes < 0 or (self.classes and self.shape) or (self.level and not number):
       raise ValueError(
         f'A {self.enters} port cannot have shape {self.shape} with {self.classes} classes'
-        f'{" and be a level" if self.level else ""}.'
+        f'{" and be a level" if self.level else ""}{" and begin at zero" if self.zero else ""}.'
       )
 
   @property
@@ -159,7 +162,9 @@ def embed(
       emb = emb + _level_embedding(module, name, port, width, values[name], drop, waves, dtype)
     elif port.shape:
       value = _kept(module, name, port, values[name], drop)
-      emb = emb + Mlp(features=width, dtype=dtype, name=f'{name}_mlp')(value)
+      own = jnp.float32 if port.zero else dtype
+      mlp = Mlp(features=width, dtype=own, zero_init=port.zero, name=f'{name}_mlp')
+      emb = emb + mlp(value).astype(dtype)
     else:
       value = _kept(module, name, port, values[name], drop)
       project = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
