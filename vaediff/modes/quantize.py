@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from vaediff import checks, experiments, files
 from vaediff.errors import UserError
 from vaediff.experiments import quantized as stages
-from vaediff.machine import cost, sharding
+from vaediff.machine import sharding
+from vaediff.modes import describe
 from vaediff.run import config as configs
 from vaediff.run import log, quantization
 from vaediff.run.config import Run
@@ -50,11 +51,10 @@ def quantize(run: Run) -> str:
   experiment = experiments.build(config, name)
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
   params = quantization.quantize(trained, experiment, settings)
-  found = quantization.save(config, trained, experiment, name, params)
+  quantization.save(config, trained, experiment, name, params)
   if jax.process_index() == 0:
     configs.save(config, run.workdir)
-  floats = {network: trained.params[network] for network in params}
-  quantization.say(name, found, (cost.device_bytes(params), cost.device_bytes(floats)))
+  describe.describe_quantized(config, run.workdir, name)
   for note in experiment.notes:
     log.say(f'{name}: {note}')
   log.say(f'wrote {run.workdir / name}; draw from it with --workdir={run.workdir} --stages={name}')

@@ -25,7 +25,18 @@ RELAXED = {
   },
 }
 """What an autoencoder without relaxed codes says of them: nothing reads it, but for a weight of 1."""
+QUANTIZE = {
+  'stage': '',
+  'weights': 'int8',
+  'activations': 'int8',
+  'method': 'minmax',
+  'keep_float': (),
+  'time_buckets': 8,
+  'num_images': 64,
+}
+"""How a stage is quantized, which earlier versions could not."""
 MODES = {
+  'quantize': QUANTIZE,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
@@ -39,16 +50,6 @@ DECODERS = {
   'num_samples': 4,
 }
 """How decoders of codes are compared, which earlier versions had none of."""
-QUANTIZE = {
-  'stage': '',
-  'weights': 'int8',
-  'activations': 'int8',
-  'method': 'minmax',
-  'keep_float': (),
-  'time_buckets': 8,
-  'num_images': 64,
-}
-"""How a stage is quantized, which earlier versions could not."""
 GUIDES = {
   'guidance_interval': (),
   'guide': {'stage': '', 'workdir': '', 'step': 0},
@@ -77,7 +78,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
-  config['quantize'] = {**QUANTIZE, **config.get('quantize', {})}
+  config.setdefault('quantize', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

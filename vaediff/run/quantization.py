@@ -21,7 +21,7 @@ from vaediff.experiments import quantized as stages
 from vaediff.experiments.base import Experiment
 from vaediff.models.functional import Model
 from vaediff.models.quantized import Quantized
-from vaediff.run import checkpoint, draw, log, same_run
+from vaediff.run import checkpoint, draw, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.trained import Trained
 from vaediff.types import Params
@@ -98,8 +98,8 @@ def by_time(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns the last time of each bucket but the last [buckets - 1], and ranges [buckets, parts, 2] by path.
 
-  All buckets hold as many of the times that occur; where there are fewer times than buckets, each time has its
-  own. A bucket that no time falls in has the ranges of its neighbour.
+  All buckets hold as many of the times that occur; where there are fewer times, each has a bucket of its own.
+  One that no time falls in has the ranges of its neighbour.
 
   Args:
     times: of each part, one for each row.
@@ -153,8 +153,8 @@ def quantize(trained: Trained, experiment: Experiment, settings: ConfigDict) -> 
 
 def save(
   config: ConfigDict, trained: Trained, experiment: Experiment, stage: str, params: Mapping[str, Params]
-) -> dict[str, int]:
-  """Writes the checkpoint of a quantized stage; returns bytes on disk, of it and of the same in floats.
+) -> None:
+  """Writes the checkpoint of a quantized stage.
 
   It has the step of the stage it is made of, and the ids of all that it reads. One that is there already is
   moved to `earlier`.
@@ -178,7 +178,7 @@ def save(
     BYTES: {'float32': in_floats},
   }
   check = config.checkpoints.check_arrays
-  return {'float32': in_floats, 'quantized': write(folder, params, step, meta, check)}
+  write(folder, params, step, meta, check)
 
 
 def write(
@@ -197,16 +197,3 @@ def on_disk(stage_folder: pathlib.Path) -> int:
   """Returns the bytes of the arrays of a stage's latest checkpoint."""
   folder = checkpoint.latest_folder(stage_folder) / 'state'
   return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
-
-
-def say(stage: str, found: Mapping[str, int], memory: tuple[int, int]) -> None:
-  """Prints the bytes of a quantized stage beside those of floats.
-
-  Args:
-    stage: its name.
-    found: on disk, 'quantized' and 'float32'.
-    memory: of the device, of both.
-  """
-  disk = (found['quantized'], found['float32'])
-  for what, (own, floats) in (('on disk', disk), ('in device memory', memory)):
-    log.say(f'{stage}: {own / 1e6:.3f} MB {what}, {own / floats:.3f} of the {floats / 1e6:.3f} MB of float32')
