@@ -85,7 +85,9 @@ class Quantized(Model):
       ]
       rows = {name: jnp.zeros(self.rows) for name in ('times', 'gain', 'std')}
       correction = {**rows, 'bias': jnp.zeros((self.rows, outputs))}
-    return self.quantize(self.in_floats.init(key), ranges=ranges, times=times, correction=correction)
+    # without the barrier compilers round kernels of zeros themselves, in minutes
+    params = jax.lax.optimization_barrier(self.in_floats.init(key))
+    return self.quantize(params, ranges=ranges, times=times, correction=correction)
 
   def quantize(
     self,
