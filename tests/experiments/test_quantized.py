@@ -34,7 +34,7 @@ def shapes(model):
     ('distill,debug', 'distill_1', 'Diffusion', {'denoiser'}),
     ('ddgan,debug', 'ddgan', 'Ddgan', {'generator'}),
     ('light,debug', 'decoder', 'LightDecoder', {'decoder'}),
-    ('vqvae,prior,debug', 'prior', 'TokenPrior', {'transformer'}),
+    ('vqvae,prior,debug', 'prior', 'TokenPrior', {'prior'}),
   ],
 )
 def test_a_stage_keeps_its_kind_and_the_networks_that_it_draws_with(
