@@ -25,6 +25,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vaediff.models import integers
+from vaediff.models.correction import corrected
 from vaediff.models.functional import Model
 from vaediff.models.observed import CONV, DENSE, Layer, is_layer, subtree, visiting, with_subtree, zeros_of
 from vaediff.types import Params
@@ -81,8 +82,8 @@ class Quantized(Model):
     correction = None
     if self.rows:
       outputs = jax.eval_shape(self.model.apply, self.model.init(key), *zeros_of(self.inputs)).shape[-1]
-      rows = {name: jnp.zeros(self.rows) for name in ('times', 'gain', 'std')}
-      correction = {**rows, 'bias': jnp.zeros((self.rows, outputs))}
+      rows = {name: jnp.zeros(self.rows) for name in ('times', 'std')}
+      correction = {**rows, **{name: jnp.zeros((self.rows, outputs)) for name in ('gain', 'bias')}}
     return self.quantize(self.model.init(key), ranges=ranges, times=times, correction=correction)
 
   def quantize(
@@ -103,7 +104,7 @@ class Quantized(Model):
       times: the last time of each bucket but the last, ascending [buckets - 1].
       kernels: rounded kernels, int8, by path; those that are missing are rounded to nearest.
       kernel_scales: of those [parts, outputs]; what is missing is of the largest weight.
-      correction: of the output: times, gain, std [rows] and bias [rows, channels].
+      correction: of the output: times, std [rows] and gain, bias [rows, channels]; see `models.correction`.
     """
     tree = params
     for layer in self.layers:
@@ -177,17 +178,6 @@ def has_time(model: Model) -> bool:
   """Returns whether the second argument of a network is one number for each example."""
   second = model.inputs[1] if len(model.inputs) > 1 else None
   return isinstance(second, jax.ShapeDtypeStruct) and second.shape == (1,) and second.dtype == jnp.float32
-
-
-def corrected(output: Array, correction: Mapping[str, Array], t: Array) -> Array:
-  """Returns (output - bias) / (1 + gain), both those of the time that is nearest; of the first channels."""
-  row = jnp.argmin(jnp.abs(correction['times'][None, :] - t[:, None]), axis=1)
-  shape = (-1, *(1,) * (output.ndim - 2))
-  bias = correction['bias'][row]
-  count = bias.shape[-1]
-  gain = correction['gain'][row].reshape(*shape, 1)
-  changed = (output[..., :count] - bias.reshape(*shape, count)) / (1 + gain)
-  return jnp.concatenate([changed, output[..., count:]], axis=-1)
 
 
 def float_kernel(stored: Mapping[str, Array], layer: Layer) -> Float[Array, '*window inputs outputs']:
