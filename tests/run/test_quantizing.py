@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vaediff.models import adaround, ranges
-from vaediff.models.blocks import block_io, blocks_of
+from vaediff.models.blocks import block_io
 from vaediff.models.observed import inputs_of, layers_of, quantizable, subtree
 from vaediff.models.quantized import Quantized
 from vaediff.run import calibration, quantizing
@@ -54,16 +54,17 @@ def test_edges_lie_between_the_times_of_buckets():
 def test_blocks_are_those_that_were_asked_for(stage, made):  # noqa: F811
   """Alone they give what they give inside of the network."""
   quantized, _ = made
-  model, params = quantized.model, stage.read['denoiser']
-  blocks = blocks_of(model, quantized.layers)
+  model, params = stage.experiment.denoiser.model, stage.read['denoiser']
+  found = quantizing.layers_by_block(model, quantized.layers)
+  blocks = tuple(block for block, _ in found)
   assert [block.path for block in blocks] == list(BLOCKS)
-  assert {layer.path.rpartition('/')[2] for layer in blocks[1].layers} == {'conv_1', 'conv_2', 'skip', 'emb'}
+  assert {layer.path.rpartition('/')[2] for layer in found[1][1]} == {'conv_1', 'conv_2', 'skip', 'emb'}
   records = calibration.load(stage, QUANTIZE.calibration).rows(slice(0, 2))
   batch = jax.tree.map(jnp.asarray, (records.y, records.t, records.values))
   found = block_io(model, params, *quantizing.arguments(stage.experiment.denoiser, batch), blocks=blocks)
   for block in blocks:
-    args, named, output = found[block.path]
-    np.testing.assert_allclose(block.apply(subtree(params, block.path), args, named), output, atol=1e-5)
+    args, output = found[block.path]
+    np.testing.assert_allclose(block.apply(subtree(params, block.path), *args), output, atol=1e-5)
 
 
 def test_ranges_are_those_of_each_bucket(stage, made):  # noqa: F811
@@ -71,7 +72,9 @@ def test_ranges_are_those_of_each_bucket(stage, made):  # noqa: F811
   records = calibration.load(stage, QUANTIZE.calibration)
   batch = jax.tree.map(jnp.asarray, (records.y, records.t, records.values))
   args = quantizing.arguments(stage.experiment.denoiser, batch)
-  _, inputs = inputs_of(quantized.model, stage.read['denoiser'], *args, layers=quantized.layers)
+  _, inputs = inputs_of(
+    stage.experiment.denoiser.model, stage.read['denoiser'], *args, layers=quantized.layers
+  )
   bucket = np.searchsorted(found['times'], records.t, side='left')
   assert set(bucket) == {0, 1, 2}
   assert {layer.parts for layer in quantized.layers} == {1, 2}
@@ -116,7 +119,7 @@ def test_the_corrected_network_has_no_bias(stage, made):  # noqa: F811
   records = calibration.load(stage, asked)
   batch = jax.tree.map(jnp.asarray, (records.y, records.t, records.values))
   args = quantizing.arguments(stage.experiment.denoiser, batch)
-  wanted = quantized.model.apply(params, *args)
+  wanted = stage.experiment.denoiser.model.apply(params, *args)
   plain, corrected = (
     np.asarray(quantized.apply(quantized.quantize(params, **{**found, 'correction': table}), *args) - wanted)
     for table in (None, table)

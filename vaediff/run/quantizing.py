@@ -225,19 +225,20 @@ def roundings(
   done = _stored_roundings(path, wanted)
   denoiser, size = trained.experiment.diffusion.denoiser, section.calibration.batch_size
   params = trained.read[denoiser.network]
-  blocks = blocks_of(denoiser.model, quantized.layers)
-  gather = _gatherer(denoiser, blocks, records, size)
+  blocks = layers_by_block(denoiser.model, quantized.layers)
+  gather = _gatherer(denoiser, tuple(block for block, _ in blocks), records, size)
   rounded = params
-  for number, block in enumerate(blocks):
-    if any(layer.path not in done for layer in block.layers):
+  for number, (block, layers) in enumerate(blocks):
+    if any(layer.path not in done for layer in layers):
       args, wanted_output = gather(rounded, block, False), gather(params, block, True)
       key = jax.random.fold_in(jax.random.key(section.calibration.seed), number)
-      found = _round_block(block, params, scales, args, wanted_output, settings, key, quantized.bits)
+      apply, kernels, spread = _function(block, layers, params, scales)
+      found = adaround.learn(apply, kernels, spread, args, wanted_output, settings, key, quantized.bits)
       log.say(f'  {block.path}: error {found.error:.4g}, of rounding to nearest {found.nearest:.4g}')
       done |= {name: np.asarray(value) for name, value in found.kernels.items()}
       if jax.process_index() == 0:
         files.write_npz(path, {**done, calibration.MADE_OF: json.dumps(wanted)})
-    for layer in block.layers:
+    for layer in layers:
       spread = ranges.spread(scales[layer.path], layer.shape, layer.slices)
       known = {**subtree(params, layer.path), 'kernel': spread * done[layer.path]}
       rounded = with_subtree(rounded, layer.path, known)
@@ -271,37 +272,37 @@ def _gatherer(
   def gather(params: Params, block: Block, output: bool) -> Any:
     parts = []
     for batch, fresh in batches(records, size):
-      args, named, result = run(params, batch)[block.path]
-      parts.append(jax.tree.map(lambda x: x[:fresh], result if output else (args, named)))  # noqa: B023
+      args, result = run(params, batch)[block.path]
+      parts.append(jax.tree.map(lambda x: x[:fresh], result if output else args))  # noqa: B023
     return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
   return gather
 
 
-def _round_block(
-  block: Block,
-  params: Params,
-  scales: dict[str, jax.Array],
-  args: Any,
-  wanted: jax.Array,
-  settings: adaround.Settings,
-  key: jax.Array,
-  bits: int,
-) -> adaround.Rounded:
-  own = subtree(params, block.path)
-  kernels = {layer.path: subtree(params, layer.path)['kernel'] for layer in block.layers}
-  spread = {
-    layer.path: ranges.spread(scales[layer.path], layer.shape, layer.slices) for layer in block.layers
-  }
+def layers_by_block(model: Model, layers: tuple[Layer, ...]) -> tuple[tuple[Block, tuple[Layer, ...]], ...]:
+  """Returns the blocks that have any of the layers, and those, in the order of a forward pass."""
+  found = []
+  for block in blocks_of(model):
+    own = [layer for layer in layers if f'{layer.path}/'.startswith(f'{block.path}/')]
+    found += [(block, tuple(own))] if own else []
+  return tuple(found)
 
-  def apply(kernels: dict[str, jax.Array], args: Any, named: Any) -> jax.Array:
+
+def _function(
+  block: Block, layers: tuple[Layer, ...], params: Params, scales: dict[str, jax.Array]
+) -> tuple[Callable[..., jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns a block as a function of its kernels, these, and their scales, by path."""
+  own = subtree(params, block.path)
+  kernels = {layer.path: subtree(params, layer.path)['kernel'] for layer in layers}
+  spread = {layer.path: ranges.spread(scales[layer.path], layer.shape, layer.slices) for layer in layers}
+
+  def apply(kernels: dict[str, jax.Array], *args: Any) -> jax.Array:
     tree = own
     for path, kernel in kernels.items():
-      below = path[len(block.path) :].strip('/')
-      tree = with_subtree(tree, f'{below}/kernel'.strip('/'), kernel)
-    return block.apply(tree, args, named)
+      tree = with_subtree(tree, f'{path[len(block.path) :]}/kernel'.strip('/'), kernel)
+    return block.apply(tree, *args)
 
-  return adaround.learn(apply, kernels, spread, args, wanted, settings, key, bits)
+  return apply, kernels, spread
 
 
 # Correction --------------------------------------------------------------------------------------
