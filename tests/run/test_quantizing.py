@@ -11,8 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vaediff.models import adaround, ranges
-from vaediff.models.blocks import block_io
-from vaediff.models.observed import inputs_of, layers_of, quantizable, subtree
+from vaediff.models.observed import block_io, inputs_of, layers_of, quantizable, subtree
 from vaediff.models.quantized import Quantized
 from vaediff.run import calibration, quantizing
 

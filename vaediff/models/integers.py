@@ -13,8 +13,6 @@ The two parts of a concatenation have scales of their own, s_1 s_w1 (...) + s_2 
 Must not import anything of vaediff but `types` and `errors`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, UInt8
@@ -104,8 +102,8 @@ def convolution_by_product(
   """Returns the same as one product of the windows and the kernel.
 
   Windows of bytes take twice the memory of the input in floats. On CPUs this is faster than the library's
-  convolution, and GPUs have products alone. The barriers keep the windows from being made of what the input is
-  made of, nine times.
+  convolution, and GPUs have products alone. The barriers keep what the input is made of from being made nine
+  times.
   """
   rows, columns = kernel.shape[1:3]
   height, width = (

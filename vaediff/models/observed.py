@@ -18,6 +18,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vaediff.errors import UserError
+from vaediff.models import (
+  autoencoder_blocks,
+  ncsnpp_blocks,
+  token_injection,
+  transformer_blocks,
+  unet_blocks,
+  uvit,
+)
 from vaediff.models.functional import Model
 from vaediff.types import Params
 
@@ -31,6 +39,13 @@ BY_EMBEDDING = 'emb'
 """The one kind of layer that reads vectors and is quantized: a block's projection of the embedding."""
 JOINED = ('conv_1', 'skip', 'join')
 """Names of the layers of a block that read what is concatenated before it."""
+
+BLOCKS = (
+  unet_blocks.ResidualBlock, unet_blocks.AttentionBlock, token_injection.TokenAttention,
+  ncsnpp_blocks.ResidualBlock, ncsnpp_blocks.AttentionBlock, autoencoder_blocks.ResidualBlock,
+  uvit.Block, transformer_blocks.Block,
+)  # fmt: skip
+"""What is fitted as a whole; a layer that is in none of them is a block by itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,9 +188,9 @@ def with_subtree(params: Params, path: str, part: Params) -> Params:
 
 
 def inputs_of(
-  model: Model, params: Params, *args: Any, layers: tuple[Layer, ...]
+  model: Model, params: Params, *args: Any, layers: tuple[Layer, ...], **kwargs: Any
 ) -> tuple[Any, dict[str, Array]]:
-  """Returns the output, and the input of each layer by its path; of a quantized model those of its own run."""
+  """Returns the output, and the input of each layer by its path: of a quantized model those that it has."""
   paths, found = {layer.path for layer in layers}, {}
 
   def visit(module: nn.Module, path: str, call: Any, inputs: Any, others: Any) -> Any:
@@ -184,22 +199,82 @@ def inputs_of(
     return call(*inputs, **others)
 
   with visiting(visit):
-    output = model.apply(params, *args)
+    output = model.apply(params, *args, **kwargs)
   return output, found
+
+
+def output_and_ranges(
+  model: Model, params: Params, *args: Any, layers: tuple[Layer, ...], **kwargs: Any
+) -> tuple[Any, dict[str, Float[Array, 'rows parts 2']]]:
+  """Returns the output, and the least and the largest number of each example in each part of an input."""
+  output, found = inputs_of(model, params, *args, layers=layers, **kwargs)
+
+  def of(layer: Layer) -> Array:
+    x = found[layer.path].astype(jnp.float32)
+    axes, parts = tuple(range(1, x.ndim)), [x[..., part] for part in layer.slices]
+    bounds = [jnp.stack([part.min(axis=axes), part.max(axis=axes)], axis=-1) for part in parts]
+    return jnp.stack(bounds, axis=1)
+
+  return output, {layer.path: of(layer) for layer in layers if layer.path in found}
 
 
 def ranges_of(
   model: Model, params: Params, *args: Any, layers: tuple[Layer, ...]
-) -> dict[str, Float[Array, 'batch parts 2']]:
+) -> dict[str, Float[Array, 'rows parts 2']]:
   """Returns the smallest and the largest number of each example in each part of each layer's input."""
-  _, found = inputs_of(model, params, *args, layers=layers)
+  return output_and_ranges(model, params, *args, layers=layers)[1]
 
-  def of(layer: Layer) -> Array:
-    x = found[layer.path].astype(jnp.float32)
-    axes = tuple(range(1, x.ndim))
-    parts = [x[..., part] for part in layer.slices]
-    return jnp.stack(
-      [jnp.stack([part.min(axis=axes), part.max(axis=axes)], axis=-1) for part in parts], axis=1
-    )
 
-  return {layer.path: of(layer) for layer in layers}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+  """A part of a network that can be run alone: a block of layers, or a layer that is in none.
+
+  Attributes:
+    path: its names in the parameters, joined by slashes.
+    module: the Flax module, bound to nothing.
+  """
+
+  path: str
+  module: nn.Module
+
+  def apply(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """Returns its output for parameters of its own, those of `subtree`; dropout is off."""
+    return self.module.apply({'params': params}, *args, **kwargs)
+
+
+def blocks_of(model: Model) -> tuple[Block, ...]:
+  """Returns the blocks of a forward pass, in the order of their calls; every layer is in one of them.
+
+  These are the modules of `BLOCKS`, and layers by themselves.
+  """
+  found = {}
+
+  def visit(module: nn.Module, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+    inside = any(path.startswith(f'{other}/') for other in found)
+    if path and not inside and path not in found and (isinstance(module, BLOCKS) or is_layer(module)):
+      found[path] = Block(path=path, module=module.clone(parent=None))
+    return call(*args, **kwargs)
+
+  def run(params: Params) -> Any:
+    with visiting(visit):
+      return model.apply(params, *zeros_of(model.inputs))
+
+  jax.eval_shape(run, jax.eval_shape(model.init, jax.random.key(0)))
+  return tuple(found.values())
+
+
+def block_io(
+  model: Model, params: Params, *args: Any, blocks: tuple[Block, ...]
+) -> dict[str, tuple[tuple[Any, ...], Any]]:
+  """Returns what each block reads and gives, (args, output) by its path; a quantized model has its own."""
+  paths, found = {block.path for block in blocks}, {}
+
+  def visit(module: nn.Module, path: str, call: Any, inputs: Any, others: Any) -> Any:
+    result = call(*inputs, **others)
+    if path in paths:
+      found[path] = (inputs, result)
+    return result
+
+  with visiting(visit):
+    model.apply(params, *args)
+  return found

@@ -68,7 +68,7 @@ class Quantized(Model):
     return cls(module=model.module, inputs=model.inputs, entry=model.entry, **fields)
 
   @property
-  def model(self) -> Model:
+  def in_floats(self) -> Model:
     """The same network in floats."""
     return Model(module=self.module, inputs=self.inputs, entry=self.entry)
 
@@ -81,10 +81,11 @@ class Quantized(Model):
     times = jnp.arange(1, self.buckets) / self.buckets
     correction = None
     if self.rows:
-      outputs = jax.eval_shape(self.model.apply, self.model.init(key), *zeros_of(self.inputs)).shape[-1]
+      model = self.in_floats
+      outputs = jax.eval_shape(model.apply, model.init(key), *zeros_of(self.inputs)).shape[-1]
       rows = {name: jnp.zeros(self.rows) for name in ('times', 'std')}
       correction = {**rows, **{name: jnp.zeros((self.rows, outputs)) for name in ('gain', 'bias')}}
-    return self.quantize(self.model.init(key), ranges=ranges, times=times, correction=correction)
+    return self.quantize(self.in_floats.init(key), ranges=ranges, times=times, correction=correction)
 
   def quantize(
     self,
@@ -99,7 +100,7 @@ class Quantized(Model):
     """Returns the stored form of a network's float parameters.
 
     Args:
-      params: of `model`; not changed.
+      params: of `in_floats`; not changed.
       ranges: (low, high) of the input of each layer [buckets, parts, 2], by path; read with quantized inputs.
       times: the last time of each bucket but the last, ascending [buckets - 1].
       kernels: rounded kernels, int8, by path; those that are missing are rounded to nearest.

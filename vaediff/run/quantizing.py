@@ -22,9 +22,16 @@ from vaediff.experiments.denoiser import LEARNED, Denoiser
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.machine import distributed
 from vaediff.models import adaround, ranges
-from vaediff.models.blocks import Block, block_io, blocks_of
 from vaediff.models.functional import Model
-from vaediff.models.observed import Layer, inputs_of, subtree, with_subtree
+from vaediff.models.observed import (
+  Block,
+  Layer,
+  block_io,
+  blocks_of,
+  inputs_of,
+  subtree,
+  with_subtree,
+)
 from vaediff.models.quantized import Quantized
 from vaediff.run import calibration, draw, log
 from vaediff.run.calibration import Records
@@ -32,13 +39,11 @@ from vaediff.run.trained import Trained
 from vaediff.types import Params
 
 METHODS = (*ranges.WEIGHTS, 'adaround')
-CORRECTIONS = ('none', 'mean', 'noise', 'published')
-"""PTQD's of the output alone, of the sampler's noise too, and that of its code in the direction as well."""
 BOUNDS = {
   'method': checks.one_of(METHODS),
   'ranges': checks.one_of(ranges.ACTIVATIONS),
   'percentile': checks.inside_or_at(50, 100),
-  'correction': checks.one_of(CORRECTIONS),
+  'correction': checks.one_of(noise_correction.CORRECTIONS),
   'correction_images': checks.count(2),
   'adaround.num_steps': checks.count(1),
   'adaround.batch_size': checks.count(1),
