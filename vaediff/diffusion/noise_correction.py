@@ -35,7 +35,7 @@ from vaediff.diffusion.schedules import Schedule
 Columns = Mapping[str, Float[np.ndarray, ' rows']]
 """Of a sampler's table, by name, on the host: `time`, `keep`, `current`, `noise` and what else it has."""
 CORRECTIONS = ('none', 'mean', 'noise', 'published')
-"""Of the output alone, of the sampler's noise too, and that of the published code in the direction as well."""
+"""Of the output alone, of the noise too, and of the direction as well, as the published code does."""
 MARGINAL = 1e-6
 """Rows whose variance, given x0, is that of the marginal within this, are taken to be drawn from it."""
 
