@@ -37,9 +37,10 @@ def made(stage):  # noqa: F811
   """Two blocks of the network, in four bits with inputs of eight."""
   model = stage.experiment.denoiser.model
   layers = tuple(layer for layer in quantizable(layers_of(model)) if layer.path.startswith(BLOCKS))
-  rows = quantizing.rows_of(stage.experiment, QUANTIZE)
+  rows = quantizing.rows_of(stage, QUANTIZE)
   quantized = Quantized.of(model, layers=layers, bits=4, quantized_inputs=True, buckets=3, rows=rows)
-  return quantized, quantizing.hand_over(stage, QUANTIZE, quantized)
+  found = quantizing.hand_over(stage, QUANTIZE, quantized)
+  return quantized, {**found, 'correction': quantizing.correction(stage, quantized, found, QUANTIZE)}
 
 
 def test_edges_lie_between_the_times_of_buckets():

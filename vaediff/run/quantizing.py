@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from vaediff import checks, files, identity
 from vaediff.diffusion import noise_correction
+from vaediff.errors import UserError
 from vaediff.experiments import recorded
 from vaediff.experiments.denoiser import LEARNED, Denoiser
-from vaediff.experiments.diffusion import Diffusion
 from vaediff.machine import distributed
 from vaediff.models import adaround, ranges
 from vaediff.models.functional import Model
@@ -66,10 +66,12 @@ Batch = tuple[Any, Any, Any]
 def hand_over(trained: Trained, section: ConfigDict, quantized: Quantized) -> dict[str, Any]:
   """Returns the keyword arguments of `Quantized.quantize` for the denoiser of an opened stage.
 
+  All but its correction, which is of what they make.
+
   Args:
     trained: the stage, with its float network.
     section: `config.quantize`.
-    quantized: the network that is to be; `layers`, `bits`, `buckets` and `rows` are read.
+    quantized: the network that is to be.
 
   Raises:
     UserError: for a setting out of bounds, or a stage without a sampler.
@@ -77,27 +79,35 @@ def hand_over(trained: Trained, section: ConfigDict, quantized: Quantized) -> di
   """
   checks.check(section, BOUNDS, 'config.quantize.')
   records = calibration.load(trained, section.calibration)
-  diffusion = trained.experiment.diffusion
-  denoiser, size = diffusion.denoiser, section.calibration.batch_size
+  denoiser, size = trained.experiment.diffusion.denoiser, section.calibration.batch_size
   params = trained.read[denoiser.network]
-  found = {}
+  scales = kernel_scales(params, quantized.layers, quantized.bits, section.method)
+  found = {'kernel_scales': scales}
   if quantized.quantized_inputs:
     edges = time_edges(records.t, quantized.buckets)
     bounds = input_ranges(denoiser, params, records, quantized.layers, edges, section, size)
     found |= {'ranges': bounds, 'times': edges}
-  scales = kernel_scales(params, quantized.layers, quantized.bits, section.method)
-  found['kernel_scales'] = scales
   if section.method == 'adaround':
     of = {'records': calibration.path_of(trained, section.calibration).name, **calibration.made_of(trained)}
     found['kernels'] = roundings(trained, records, quantized, scales, section, of)
-  if section.correction != 'none':
-    found['correction'] = correction(trained, quantized, found, section)
   return found
 
 
-def rows_of(diffusion: Diffusion, section: ConfigDict) -> int:
-  """Returns the rows of the correction: one for each step of the configured sampler; 0 without one."""
-  return 0 if section.correction == 'none' else len(recorded.times_of(diffusion))
+def rows_of(trained: Trained, section: ConfigDict) -> int:
+  """Returns the rows of the correction: one for each step of the configured sampler; 0 without one.
+
+  Raises:
+    UserError: when there is to be a correction, and no sampler.
+  """
+  if section.correction == 'none':
+    return 0
+  diffusion = trained.experiment.diffusion
+  if diffusion is None:
+    raise UserError(
+      f'config.quantize.correction is {section.correction!r}, a correction at each step of a sampler, and stage '
+      f"{trained.stage!r} has none; set it to 'none'"
+    )
+  return len(recorded.times_of(diffusion))
 
 
 # Records -----------------------------------------------------------------------------------------
@@ -351,4 +361,4 @@ def _runner(denoiser: Denoiser, model: Model) -> Callable[[Params, Batch], jax.A
   def run(params: Params, batch: Batch) -> jax.Array:
     return model.apply(params, *arguments(denoiser, batch))
 
-  return jax.jit(run, compiler_options=dict(model.compiler_options) or None)
+  return jax.jit(run)
