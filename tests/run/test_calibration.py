@@ -110,7 +110,8 @@ def test_state_and_time_of_a_record_are_of_the_same_step(stage):
 
   @jax.jit
   def x0_hat(t):
-    return diffusion.denoiser.denoise(stage.read, jax.tree.map(jnp.asarray, records.values))(records.y, t)
+    y, values = jax.tree.map(jnp.asarray, (records.y, records.values))
+    return diffusion.denoiser.denoise(stage.read, values)(y, t)
 
   table = samplers.sample_ddim.table(diffusion.denoiser.schedule, np.append(times, 0.0))
 

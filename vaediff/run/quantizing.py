@@ -104,8 +104,8 @@ def rows_of(trained: Trained, section: ConfigDict) -> int:
   diffusion = trained.experiment.diffusion
   if diffusion is None:
     raise UserError(
-      f'config.quantize.correction is {section.correction!r}, a correction at each step of a sampler, and stage '
-      f"{trained.stage!r} has none; set it to 'none'"
+      f'config.quantize.correction is {section.correction!r}, which is of the steps of a sampler; stage '
+      f"{trained.stage!r} has none: set it to 'none'"
     )
   return len(recorded.times_of(diffusion))
 
