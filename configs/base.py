@@ -135,6 +135,7 @@ def default() -> ConfigDict:
     }
   )
   config.benchmark = benchmark()
+  config.quantize = quantize()
   return config
 
 
@@ -219,6 +220,21 @@ def benchmark() -> ConfigDict:
   )
 
 
+def quantize() -> ConfigDict:
+  """How `--mode=quantize` makes a trained stage one of whole numbers; read by `vaediff.modes.quantize`."""
+  return ConfigDict(
+    {
+      'stage': '',  # what is quantized: one of the run, trained; '' = the last of --stages
+      'weights': 'int8',  # 'int8' | 'int4', two of which share a byte
+      'activations': 'int8',  # what is multiplied with them: 'int8' | 'float32', the weights are stored alone
+      'method': 'minmax',  # 'minmax': rounded to nearest, within what samples show
+      'keep_float': (),  # patterns of layers that stay as they are, as 'middle/*'
+      'time_buckets': 8,  # parts of the time, each with its own scales of activations
+      'num_images': 64,  # drawn to see what layers read
+    }
+  )
+
+
 # The variants that are about every stage -----------------------------------------------------------
 
 
@@ -277,6 +293,7 @@ def _debug_modes(config: ConfigDict) -> None:
   config.reconstruct.num_steps = (2, 4)
   config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2})
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
+  config.quantize.update({'time_buckets': 2, 'num_images': 4})
   config.benchmark.update(
     {
       'num_repeats': 2,

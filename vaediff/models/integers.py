@@ -66,6 +66,7 @@ def quantize_kernel(
 ) -> Int8[Array, '*window inputs outputs']:
   """Returns the nearest whole numbers, within the bits."""
   most = LARGEST[bits]
+  scale = scale.reshape((1,) * (kernel.ndim - 2) + scale.shape)
   return jnp.clip(jnp.round(kernel / scale), -most, most).astype(jnp.int8)
 
 

@@ -167,7 +167,9 @@ class Quantized(Model):
         if whole
         else _float_layer(module, layer, stored, inputs[0])
       )
-      return result if 'bias' not in stored else result + stored['bias'].astype(result.dtype)
+      if 'bias' not in stored:
+        return result
+      return result + _of_outputs(stored['bias'], result).astype(result.dtype)
 
     network = {name: value for name, value in params.items() if name not in (EDGES, CORRECTION)}
     with visiting(visit):
@@ -183,7 +185,9 @@ def has_time(model: Model) -> bool:
 
 def float_kernel(stored: Mapping[str, Array], layer: Layer) -> Float[Array, '*window inputs outputs']:
   """Returns the kernel that whole numbers and scales stand for, float32."""
-  return jnp.moveaxis(whole_kernel(stored, layer), 0, -1) * integers.of_inputs(stored[SCALE], layer.slices)
+  whole = jnp.moveaxis(whole_kernel(stored, layer), 0, -1)
+  scale = integers.of_inputs(stored[SCALE], layer.slices)
+  return whole * scale.reshape((1,) * (whole.ndim - 2) + scale.shape)
 
 
 def whole_kernel(stored: Mapping[str, Array], layer: Layer) -> Int[Array, 'outputs *window inputs']:
@@ -225,8 +229,8 @@ def _integer_layer(
       products = integers.convolution_by_product(rounded, part_kernel, strides)
     else:
       products = integers.convolution(rounded, part_kernel, strides)
-    exact = products - zero * stored[SUM][part]
-    total = total + exact.astype(jnp.float32) * (scale * stored[SCALE][part])
+    exact = products - zero * _of_outputs(stored[SUM][part], x)
+    total = total + exact.astype(jnp.float32) * (scale * _of_outputs(stored[SCALE][part], x))
   return total.astype(module.dtype or jnp.result_type(x, jnp.float32))
 
 
@@ -237,6 +241,11 @@ def _of_rows(table: Array, bucket: Int[Array, ' batch'] | None, x: Array) -> Arr
   if bucket.shape[0] != x.shape[0]:
     raise ValueError(f'a layer reads {x.shape[0]} rows, and there are {bucket.shape[0]} times')
   return table[bucket].reshape((-1, *(1,) * (x.ndim - 1)))
+
+
+def _of_outputs(row: Float[Array, ' outputs'] | Int[Array, ' outputs'], x: Array) -> Array:
+  """Returns numbers of the outputs, to be broadcast against maps of the rank of x."""
+  return row.reshape((1,) * (x.ndim - 1) + row.shape)
 
 
 def _window(module: nn.Module, x: Array) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:

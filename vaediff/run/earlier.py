@@ -39,6 +39,16 @@ DECODERS = {
   'num_samples': 4,
 }
 """How decoders of codes are compared, which earlier versions had none of."""
+QUANTIZE = {
+  'stage': '',
+  'weights': 'int8',
+  'activations': 'int8',
+  'method': 'minmax',
+  'keep_float': (),
+  'time_buckets': 8,
+  'num_images': 64,
+}
+"""How a stage is quantized, which earlier versions could not."""
 GUIDES = {
   'guidance_interval': (),
   'guide': {'stage': '', 'workdir': '', 'step': 0},
@@ -67,6 +77,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
+  config['quantize'] = {**QUANTIZE, **config.get('quantize', {})}
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

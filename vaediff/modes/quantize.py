@@ -1,0 +1,97 @@
+"""`--mode=quantize`: a trained stage's network as whole numbers, as a stage of its own beside it."""
+
+import contextlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vaediff import checks, experiments, files
+from vaediff.errors import UserError
+from vaediff.experiments import quantized as stages
+from vaediff.machine import cost, sharding
+from vaediff.run import config as configs
+from vaediff.run import log, quantization
+from vaediff.run.config import Run
+from vaediff.run.trained import Trained
+
+BOUNDS = {
+  'weights': stages.BOUNDS['weights'],
+  'activations': stages.BOUNDS['activations'],
+  'method': checks.one_of(quantization.METHODS),
+  'time_buckets': stages.BOUNDS['time_buckets'],
+  'num_images': checks.count(1),
+}
+
+
+def mode(run: Run) -> None:
+  """Quantizes a stage."""
+  with contextlib.ExitStack() as held:
+    if jax.process_index() == 0:
+      held.enter_context(files.lock(run.workdir, '--mode=quantize'))
+    quantize(run)
+
+
+def quantize(run: Run) -> str:
+  """Makes a quantized stage of `config.quantize.stage`, or of the last one; returns its name.
+
+  It joins the stages of the run's stored config, so that `--workdir` and `--stages` name it as any other.
+
+  Raises:
+    UserError: for a stage that is not trained, or that cannot be quantized.
+  """
+  settings = run.config.quantize
+  checks.check(settings, BOUNDS, 'config.quantize.')
+  source = settings.stage or run.stages[-1]
+  check_source(run.config, source)
+  trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
+  name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
+  config = with_stage(run.config, source, name)
+  experiment = experiments.build(config, name)
+  log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
+  params = quantization.quantize(trained, experiment, settings)
+  found = quantization.save(config, trained, experiment, name, params)
+  if jax.process_index() == 0:
+    configs.save(config, run.workdir)
+  floats = {network: trained.params[network] for network in params}
+  quantization.say(name, found, (cost.device_bytes(params), cost.device_bytes(floats)))
+  for note in experiment.notes:
+    log.say(f'{name}: {note}')
+  log.say(f'wrote {run.workdir / name}; draw from it with --workdir={run.workdir} --stages={name}')
+  return name
+
+
+def check_source(config: ConfigDict, source: str) -> None:
+  """Raises UserError where a stage cannot be quantized, or is not a stage."""
+  if source not in config.stages:
+    raise UserError(
+      f'config.quantize.stage is {source!r}; the stages of this run are {", ".join(config.stages)}'
+    )
+  kind = config[source].experiment
+  if kind not in stages.SOURCES:
+    raise UserError(
+      f'config.quantize.stage is {source!r}, whose experiment is {kind!r}; those that can be quantized are '
+      f'{", ".join(stages.SOURCES)}'
+    )
+
+
+def with_stage(config: ConfigDict, source: str, name: str) -> ConfigDict:
+  """Returns the config with a section for the quantized stage: that of its source, and how it is made."""
+  settings = config.quantize
+  made: dict[str, Any] = {
+    'stage': source,
+    'experiment': config[source].experiment,
+    **{
+      field: settings[field] for field in ('weights', 'activations', 'method', 'keep_float', 'time_buckets')
+    },
+    'correction_rows': 0,
+  }
+  config = config.copy_and_resolve_references()
+  section = config[source].copy_and_resolve_references()
+  with section.unlocked():
+    section.experiment = stages.SECTION
+    section[stages.SECTION] = ConfigDict(made)
+  with config.unlocked():
+    config[name] = section
+    config.stages = (*(stage for stage in config.stages if stage != name), name)
+  return config
