@@ -176,7 +176,7 @@ def of(experiment: base.Experiment, made: Mapping[str, Any], field: str) -> base
       bits=WEIGHTS[made['weights']],
       quantized_inputs=made['activations'] == 'int8',
       buckets=made['time_buckets'],
-      rows=made['correction_rows'],
+      rows=made['correction_rows'] if has_time(model) else 0,
       arithmetic=integers.arithmetic,
     )
     experiment = replaced(experiment, model, whole)
