@@ -228,15 +228,15 @@ def quantize() -> ConfigDict:
       'weights': 'int8',  # 'int8' | 'int4', two of which share a byte
       'activations': 'int8',  # what is multiplied with them: 'int8' | 'float32', for weights alone
       # 'minmax': rounded to nearest, within what samples show. For stages with a sampler, on records of it,
-      # 'max' | 'mse' | 'adaround': the scales of weights, and which way they are rounded (docs/calibration.md)
+      # 'max' | 'mse' | 'adaround': scales of weights, and which way they are rounded (docs/calibration.md)
       'method': 'minmax',
       'keep_float': (),  # patterns of layers that stay as they are, as 'middle/*'
       'time_buckets': 8,  # parts of the time, each with its own scales of activations
       'num_images': 64,  # drawn to see what layers read, with 'minmax'
       'ranges': 'percentile',  # of activations on records: 'minmax' | 'percentile' | 'mse'
       'percentile': 99.99,  # of what a layer reads, below the upper end; as much is above the lower
-      # of the error that is left, at each step of the sampler (PTQD): 'none' | 'mean', of the output | 'noise',
-      # of the sampler's noise too | 'published', and of its direction as well
+      # of the error that is left, at each step of the sampler (PTQD): 'none' | 'mean', of the output |
+      # 'noise', of the sampler's noise too | 'published', and of its direction as well
       'correction': 'none',
       'correction_images': 64,  # samples of which every step is compared
       'calibration': {
