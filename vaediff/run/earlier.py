@@ -99,7 +99,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
-  config['quantize'] = {**QUANTIZE, **config.get('quantize', {})}
+  config['quantize'] = QUANTIZE | (config['quantize'] if 'quantize' in config else {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

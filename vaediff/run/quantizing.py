@@ -314,7 +314,9 @@ def _function(
   def apply(kernels: dict[str, jax.Array], *args: Any) -> jax.Array:
     tree = own
     for path, kernel in kernels.items():
-      tree = with_subtree(tree, f'{path[len(block.path) :]}/kernel'.strip('/'), kernel)
+      below = path[len(block.path) :].strip('/')
+      part = {**subtree(tree, below), 'kernel': kernel}
+      tree = with_subtree(tree, below, part) if below else part
     return block.apply(tree, *args)
 
   return apply, kernels, spread
