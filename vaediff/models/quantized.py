@@ -64,8 +64,10 @@ class Quantized(Model):
   def of(cls, model: Model, **fields: Any) -> 'Quantized':
     """Returns a network with whole numbers; without time it has one bucket."""
     buckets = fields.pop('buckets') if has_time(model) and fields['quantized_inputs'] else 1
-    fields = {**fields, 'buckets': buckets}
-    return cls(module=model.module, inputs=model.inputs, entry=model.entry, **fields)
+    fields, module = {**fields, 'buckets': buckets}, model.module
+    if hasattr(module, 'remat'):  # there is no backward pass, and what it lifts cannot be looked into
+      module = module.clone(remat=False)
+    return cls(module=module, inputs=model.inputs, entry=model.entry, **fields)
 
   @property
   def in_floats(self) -> Model:

@@ -104,7 +104,11 @@ def observed(context: Context) -> list[Seen]:
     seen.append((np.zeros(rows) if isinstance(t, tuple) else np.asarray(t), found))
 
   looking = stages.Observing(
-    module=model.module, inputs=model.inputs, entry=model.entry, layers=context.quantized.layers, sink=sink
+    module=context.quantized.module,
+    inputs=model.inputs,
+    entry=model.entry,
+    layers=context.quantized.layers,
+    sink=sink,
   )
   watched = trained.with_experiment(stages.replaced(trained.experiment, model, looking))
   count = context.settings.num_images

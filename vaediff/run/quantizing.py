@@ -85,7 +85,7 @@ def hand_over(trained: Trained, section: ConfigDict, quantized: Quantized) -> di
   found = {'kernel_scales': scales}
   if quantized.quantized_inputs:
     edges = time_edges(records.t, quantized.buckets)
-    bounds = input_ranges(denoiser, params, records, quantized.layers, edges, section, size)
+    bounds = input_ranges(denoiser, params, records, quantized, edges, section, size)
     found |= {'ranges': bounds, 'times': edges}
   if section.method == 'adaround':
     of = {'records': calibration.path_of(trained, section.calibration).name, **calibration.made_of(trained)}
@@ -151,13 +151,13 @@ def input_ranges(
   denoiser: Denoiser,
   params: Params,
   records: Records,
-  layers: tuple[Layer, ...],
+  quantized: Quantized,
   edges: Float[np.ndarray, ' edges'],
   section: ConfigDict,
   size: int,
 ) -> dict[str, Float[np.ndarray, 'buckets parts 2']]:
   """Returns the range of the input of each layer, in each bucket of time and part, by path."""
-  found = _statistics(denoiser, params, records, layers, size)
+  found = _statistics(denoiser, params, records, quantized, size)
   bucket = np.searchsorted(edges, records.t, side='left')
   # of a bucket without a record, the last that has one
   present = [k if (bucket == k).any() else int(bucket.max()) for k in range(len(edges) + 1)]
@@ -175,18 +175,19 @@ def input_ranges(
     table = {k: [one(ends[:, p], sample[:, p], k) for p in parts] for k in set(present)}
     return np.asarray([table[k] for k in present], np.float32)
 
-  return {layer.path: of(layer) for layer in layers}
+  return {layer.path: of(layer) for layer in quantized.layers}
 
 
 def _statistics(
-  denoiser: Denoiser, params: Params, records: Records, layers: tuple[Layer, ...], size: int
+  denoiser: Denoiser, params: Params, records: Records, quantized: Quantized, size: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Returns, by path, smallest and largest [records, parts, 2] and a sample [records, parts, numbers]."""
+  model, layers = quantized.in_floats, quantized.layers
 
   @jax.jit
   def run(params: Params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
     calls = [
-      inputs_of(denoiser.model, params, *arguments(denoiser, batch, without), layers=layers)[1]
+      inputs_of(model, params, *arguments(denoiser, batch, without), layers=layers)[1]
       for without in branches(denoiser)
     ]
     return {layer.path: _of_layer(layer, number, calls) for number, layer in enumerate(layers)}
@@ -240,8 +241,9 @@ def roundings(
   done = _stored_roundings(path, wanted)
   denoiser, size = trained.experiment.diffusion.denoiser, section.calibration.batch_size
   params = trained.read[denoiser.network]
-  blocks = layers_by_block(denoiser.model, quantized.layers)
-  gather = _gatherer(denoiser, tuple(block for block, _ in blocks), records, size)
+  model = quantized.in_floats
+  blocks = layers_by_block(model, quantized.layers)
+  gather = _gatherer(denoiser, model, tuple(block for block, _ in blocks), records, size)
   rounded = params
   for number, (block, layers) in enumerate(blocks):
     if any(layer.path not in done for layer in layers):
@@ -273,7 +275,7 @@ def _stored_roundings(path: Any, wanted: identity.MadeOf) -> dict[str, np.ndarra
 
 
 def _gatherer(
-  denoiser: Denoiser, blocks: tuple[Block, ...], records: Records, size: int
+  denoiser: Denoiser, model: Model, blocks: tuple[Block, ...], records: Records, size: int
 ) -> Callable[[Params, Block, bool], Any]:
   """Returns (params, block, output) -> what a block is called with, or what it returns, of all records.
 
@@ -282,7 +284,7 @@ def _gatherer(
 
   @jax.jit
   def run(params: Params, batch: Batch) -> Any:
-    return block_io(denoiser.model, params, *arguments(denoiser, batch), blocks=blocks)
+    return block_io(model, params, *arguments(denoiser, batch), blocks=blocks)
 
   def gather(params: Params, block: Block, output: bool) -> Any:
     parts = []
@@ -341,7 +343,7 @@ def correction(
   tree = quantized.quantize(params, **found)
   channels = diffusion.space.shape[-1]
   others, outputs = channels if denoiser.variance == LEARNED else 0, []
-  for model, weights in ((denoiser.model, params), (quantized, tree)):
+  for model, weights in ((quantized.in_floats, params), (quantized, tree)):
     run = _runner(denoiser, model)
     parts = [
       jax.device_get(run(weights, batch))[:fresh]
