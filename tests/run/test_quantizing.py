@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from vaediff.errors import UserError
 from vaediff.models import adaround, ranges
 from vaediff.models.observed import block_io, inputs_of, layers_of, quantizable, subtree
 from vaediff.models.quantized import Quantized
@@ -128,3 +129,13 @@ def test_the_corrected_network_has_no_bias(stage, made):  # noqa: F811
     own = records.step == step
     assert abs(corrected[own].mean()) < 1e-5 < abs(plain[own].mean())
     assert np.std(corrected[own]) == pytest.approx(table['std'][step], rel=1e-2)
+
+
+def test_what_cannot_be_is_refused(stage, made):  # noqa: F811
+  plain = dataclasses.replace(stage, experiment=type('Plain', (), {'diffusion': None})())
+  assert quantizing.rows_of(plain, ConfigDict({'correction': 'none'})) == 0
+  with pytest.raises(UserError, match="correction is 'mean'.*'refiner' has none: set it to 'none'"):
+    quantizing.rows_of(plain, ConfigDict({'correction': 'mean'}))
+  wrong = ConfigDict({**QUANTIZE.to_dict(), 'percentile': 40.0})
+  with pytest.raises(UserError, match='config.quantize.percentile'):
+    quantizing.hand_over(stage, wrong, made[0])
