@@ -19,12 +19,16 @@ from vaediff import checks, reads
 from vaediff.diffusion import noise_correction
 from vaediff.errors import UserError
 from vaediff.experiments import base, student
+from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.columns import Columns
+from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.corrected import corrected
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
+from vaediff.experiments.distribution_matching import DistributionMatching
 from vaediff.experiments.light_decoder import LightDecoder
+from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.token_prior import TokenPrior
 from vaediff.experiments.vae import Vae
 from vaediff.machine import integers
@@ -45,6 +49,8 @@ SOURCES: Mapping[str, type[base.Experiment]] = {
   'token_prior': TokenPrior,
 }
 """The experiments of stages that can be quantized, and what their samples are drawn by."""
+STUDENTS = (Progressive, Consistency, AdversarialDistillation, DistributionMatching)
+"""Whose sections have fields beside those of a diffusion."""
 FOR_TRAINING = ('discriminator',)
 """Networks that samples do not need."""
 ENCODER = 'encoder'

@@ -1,40 +1,39 @@
-"""Whether this machine multiplies whole numbers of 8 bits, and what its compiler has to be told for it.
+"""Whether this machine multiplies whole numbers of 8 bits faster than floats, and how.
 
-On CPUs it is a library that has such convolutions and products (YNNPACK); without it, XLA's own loops take
-thirty times as long as float32. `vaediff.main` sends convolutions elsewhere, which is faster for float32
-(`machine.runtime`): programs with whole numbers are compiled with options of their own.
+On CPUs it is a library that has such products (YNNPACK); where XLA does not call it, its own loops take ten
+to thirty times as long. Convolutions are products of windows there: with the flag that `vaediff.main` sets
+(`machine.runtime`) the library gets no convolutions, and products it gets in any case.
 """
 
 import functools
+import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-FUSIONS = 'xla_cpu_experimental_ynn_fusion_type'
-CPU_OPTIONS = {
-  FUSIONS: 'LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT',
-}
-"""Of the compiler: convolutions and products of a program go to the library, whatever XLA_FLAGS say."""
-INTEGER, FLOAT_SUMS, DEQUANTIZED = 'integer', 'float_sums', 'dequantized'
-"""Sums in int32; those of convolutions in float32; floats made of the stored numbers where they are used."""
+CONVOLUTIONS, PRODUCTS, FLOATS = 'convolutions', 'products', 'floats'
+"""Convolutions of whole numbers as such; as products of windows; none: floats made of the stored numbers."""
+CPU_FLAGS = ('avx512f', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'amx_int8', 'asimddp', 'i8mm')
+"""What processors have, or not, that such products take."""
 
 
 @functools.cache
 def arithmetic() -> str:
-  """Returns how quantized networks compute on the devices of this process; compiles small programs once."""
+  """Returns how quantized networks compute on the devices of this process; compiles a small program once."""
   platform = jax.default_backend()
-  for kind, sums in ((INTEGER, jnp.int32), (FLOAT_SUMS, jnp.float32)):
-    text = _compiled(sums, compiler_options())
-    if text and (platform != 'cpu' or in_library(text) == (2, 0)):
-      return kind
-  return DEQUANTIZED
+  if platform == 'tpu' and _compiled(_convolution, (4, 10, 10, 32), (32, 3, 3, 32)):
+    return CONVOLUTIONS
+  text = _compiled(_product, (256, 128), (128, 128))
+  return PRODUCTS if text and (platform != 'cpu' or in_library(text) == (1, 0)) else FLOATS
 
 
-def compiler_options() -> Mapping[str, str]:
-  """Returns what `jax.jit` is told for a program with whole numbers; {} where that is nothing."""
-  return CPU_OPTIONS if jax.default_backend() == 'cpu' and _knows_options() else {}
+def cpu_flags() -> tuple[str, ...]:
+  """Returns which of `CPU_FLAGS` this processor has; () where Linux does not say."""
+  path = pathlib.Path('/proc/cpuinfo')
+  words = set(path.read_text(errors='replace').split()) if path.exists() else set()
+  return tuple(flag for flag in CPU_FLAGS if flag in words)
 
 
 def in_library(text: str) -> tuple[int, int]:
@@ -47,8 +46,8 @@ def in_library(text: str) -> tuple[int, int]:
   """
   inside, outside, library = 0, 0, _library_computations(text)
   for name, body in _computations(text):
-    found = [line for line in body if re.search(r'= s32\[[\d,]*\]\S* (convolution|dot)\(', line)]
-    inside, outside = (inside + len(found), outside) if name in library else (inside, outside + len(found))
+    found = sum(bool(re.search(r'= s32\[[\d,]*\]\S* (convolution|dot)\(', line)) for line in body)
+    inside, outside = (inside + found, outside) if name in library else (inside, outside + found)
   return inside, outside
 
 
@@ -69,30 +68,21 @@ def _computations(text: str) -> list[tuple[str, list[str]]]:
   return found
 
 
-@functools.cache
-def _knows_options() -> bool:
+def _product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+  return jax.lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  numbers = ('NHWC', 'OHWI', 'NHWC')
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), 'VALID', dimension_numbers=numbers, preferred_element_type=jnp.int32
+  )
+
+
+def _compiled(function: Callable[..., jax.Array], *shapes: tuple[int, ...]) -> str:
+  """Returns the text of a program on whole numbers, compiled; '' where the backend has none such."""
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes]
   try:
-    jax.jit(lambda x: x + 1, compiler_options=CPU_OPTIONS).lower(jnp.float32(0)).compile()
-  except jax.errors.JaxRuntimeError:
-    return False
-  return True
-
-
-def _compiled(sums: jnp.dtype, options: Mapping[str, str]) -> str:
-  """Returns the text of a convolution and a product of whole numbers, compiled; '' where that cannot be."""
-
-  def both(
-    x: jax.Array, kernel: jax.Array, rows: jax.Array, matrix: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    numbers = ('NHWC', 'HWIO', 'NHWC')
-    convolved = jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), 'VALID', dimension_numbers=numbers, preferred_element_type=sums
-    )
-    return convolved, jax.lax.dot(rows, matrix, preferred_element_type=jnp.int32)
-
-  shapes = ((4, 10, 10, 32), (3, 3, 32, 32), (64, 32), (32, 32))
-  try:
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes]
-    return jax.jit(both, compiler_options=dict(options)).lower(*arguments).compile().as_text()
-  except (jax.errors.JaxRuntimeError, NotImplementedError):  # what a backend says that it does not have
+    return jax.jit(function).lower(*arguments).compile().as_text()
+  except (jax.errors.JaxRuntimeError, NotImplementedError):
     return ''

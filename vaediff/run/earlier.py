@@ -25,20 +25,6 @@ RELAXED = {
   },
 }
 """What an autoencoder without relaxed codes says of them: nothing reads it, but for a weight of 1."""
-MODES = {
-  'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
-  'interpolate': {'num_pairs': 64, 'cutoff': 0.25},
-  'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
-}
-"""What modes did before they could be told."""
-
-
-DECODERS = {
-  'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),
-  'num_images': 256,
-  'num_samples': 4,
-}
-"""How decoders of codes are compared, which earlier versions had none of."""
 QUANTIZE = {
   'stage': '',
   'weights': 'int8',
@@ -71,6 +57,21 @@ QUANTIZE = {
   },
 }
 """How a stage is quantized, which earlier versions could not."""
+MODES = {
+  'quantize': QUANTIZE,
+  'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
+  'interpolate': {'num_pairs': 64, 'cutoff': 0.25},
+  'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
+}
+"""What modes did before they could be told."""
+
+
+DECODERS = {
+  'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),
+  'num_images': 256,
+  'num_samples': 4,
+}
+"""How decoders of codes are compared, which earlier versions had none of."""
 GUIDES = {
   'guidance_interval': (),
   'guide': {'stage': '', 'workdir': '', 'step': 0},
@@ -99,7 +100,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
-  config['quantize'] = QUANTIZE | (config['quantize'] if 'quantize' in config else {})
+  config.setdefault('quantize', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

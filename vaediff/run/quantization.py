@@ -21,7 +21,7 @@ from vaediff.experiments import quantized as stages
 from vaediff.experiments.base import Experiment
 from vaediff.models.functional import Model
 from vaediff.models.quantized import Quantized
-from vaediff.run import checkpoint, draw, log, quantizing, same_run
+from vaediff.run import checkpoint, draw, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.trained import Trained
 from vaediff.types import Params
@@ -63,34 +63,13 @@ def minmax(context: Context) -> dict[str, Any]:
   missing = [layer.path for layer in whole.layers if layer.path not in ranges]
   if missing:
     raise UserError(
-      f'the layer {missing[0]!r} is not used when stage {context.trained.stage!r} is sampled: nothing is known '
-      'of what it reads. Add it to config.quantize.keep_float'
+      f'samples of stage {context.trained.stage!r} do not use the layer {missing[0]!r}: nothing is known of '
+      'what it reads. Add it to config.quantize.keep_float'
     )
   return {'times': times, 'ranges': ranges}
 
 
-def on_records(context: Context) -> dict[str, Any]:
-  """Returns what is measured on records of the stage's own sampler; see `run.quantizing`.
-
-  Raises:
-    UserError: for a stage without a sampler.
-  """
-  trained = context.trained
-  diffusion = trained.experiment.diffusion
-  if diffusion is None:
-    raise UserError(
-      f'config.quantize.method is {context.settings.method!r}, which takes records of a sampler, and stage '
-      f"{trained.stage!r} has none; use 'minmax'"
-    )
-  if context.network != diffusion.denoiser.network:  # an encoder that is trained with it
-    return minmax(context)
-  return quantizing.hand_over(trained, context.settings, context.quantized)
-
-
-METHODS: Mapping[str, Callable[[Context], dict[str, Any]]] = {
-  'minmax': minmax,
-  **dict.fromkeys(quantizing.METHODS, on_records),
-}
+METHODS: Mapping[str, Callable[[Context], dict[str, Any]]] = {'minmax': minmax}
 """By name, as `config.quantize.method` has it."""
 
 
@@ -104,11 +83,7 @@ def observed(context: Context) -> list[Seen]:
     seen.append((np.zeros(rows) if isinstance(t, tuple) else np.asarray(t), found))
 
   looking = stages.Observing(
-    module=context.quantized.module,
-    inputs=model.inputs,
-    entry=model.entry,
-    layers=context.quantized.layers,
-    sink=sink,
+    module=model.module, inputs=model.inputs, entry=model.entry, layers=context.quantized.layers, sink=sink
   )
   watched = trained.with_experiment(stages.replaced(trained.experiment, model, looking))
   count = context.settings.num_images
@@ -123,8 +98,8 @@ def by_time(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns the last time of each bucket but the last [buckets - 1], and ranges [buckets, parts, 2] by path.
 
-  All buckets hold as many of the times that occur; where there are fewer times than buckets, each has its own.
-  A bucket that no time falls in has the ranges of its neighbour.
+  All buckets hold as many of the times that occur; where there are fewer times, each has a bucket of its own.
+  One that no time falls in has the ranges of its neighbour.
 
   Args:
     times: of each part, one for each row.
@@ -171,8 +146,6 @@ def quantize(trained: Trained, experiment: Experiment, settings: ConfigDict) -> 
         params=params,
       )
       found = METHODS[settings.method](context)
-      if whole.rows:
-        found['correction'] = quantizing.correction(trained, whole, found, settings)
       params = jax.jit(lambda params, found, whole=whole: whole.quantize(params, **found))(params, found)
     made[name] = params
   return made
@@ -180,11 +153,11 @@ def quantize(trained: Trained, experiment: Experiment, settings: ConfigDict) -> 
 
 def save(
   config: ConfigDict, trained: Trained, experiment: Experiment, stage: str, params: Mapping[str, Params]
-) -> dict[str, int]:
-  """Writes the checkpoint of a quantized stage; returns bytes on disk, of it and of the same in floats.
+) -> None:
+  """Writes the checkpoint of a quantized stage.
 
-  It has the step of the stage that it is made of, and ids of all that it is made of. One that is there already
-  is moved to `earlier`.
+  It has the step of the stage it is made of, and the ids of all that it reads. One that is there already is
+  moved to `earlier`.
   """
   folder, started = trained.workdir / stage, time.monotonic()
   of = checkpoint.load_meta(trained.folder)
@@ -205,7 +178,7 @@ def save(
     BYTES: {'float32': in_floats},
   }
   check = config.checkpoints.check_arrays
-  return {'float32': in_floats, 'quantized': write(folder, params, step, meta, check)}
+  write(folder, params, step, meta, check)
 
 
 def write(
@@ -224,16 +197,3 @@ def on_disk(stage_folder: pathlib.Path) -> int:
   """Returns the bytes of the arrays of a stage's latest checkpoint."""
   folder = checkpoint.latest_folder(stage_folder) / 'state'
   return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
-
-
-def say(stage: str, found: Mapping[str, int], memory: tuple[int, int]) -> None:
-  """Prints the bytes of a quantized stage beside those of floats.
-
-  Args:
-    stage: its name.
-    found: on disk, 'quantized' and 'float32'.
-    memory: of the device, of both.
-  """
-  disk = (found['quantized'], found['float32'])
-  for what, (own, floats) in (('on disk', disk), ('in device memory', memory)):
-    log.say(f'{stage}: {own / 1e6:.3f} MB {what}, {own / floats:.3f} of the {floats / 1e6:.3f} MB of float32')
