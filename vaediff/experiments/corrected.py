@@ -27,7 +27,9 @@ class Corrected(Diffusion):
   direction: bool = False
 
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
-    """Returns maps of the space after the sampler's steps; see `Diffusion.maps`."""
+    """Returns maps of the space after the sampler's steps; those of `Diffusion.maps` for one in floats."""
+    if CORRECTION not in read[self.denoiser.network]:
+      return super().maps(read, given, keys)
     values, denoiser = self.conditions.values(read, given), self.denoiser
     table = read[denoiser.network][CORRECTION]
     std = functools.partial(noise_correction.std_of_x0, table, denoiser.prediction, denoiser.schedule)
