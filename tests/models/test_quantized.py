@@ -169,7 +169,7 @@ def test_the_correction_of_the_output_is_that_of_the_nearest_time():
   apply = jax.jit(whole.apply)
   plain = apply(whole.quantize(params), x, t)
   correction = {
-    'times': np.array([0.25, 1.0]), 'gain': np.array([0.5, 0.0]), 'std': np.zeros(2),
+    'times': np.array([0.25, 1.0]), 'gain': np.array([[0.5], [0.0]]), 'std': np.zeros(2),
     'bias': np.array([[0.1], [0.2]]),
   }  # fmt: skip
   found = apply(whole.quantize(params, correction=correction), x, t)

@@ -16,12 +16,14 @@ from jax.experimental import io_callback
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
+from vaediff.diffusion import noise_correction
 from vaediff.errors import UserError
 from vaediff.experiments import base, student
 from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.columns import Columns
 from vaediff.experiments.consistency import Consistency
+from vaediff.experiments.corrected import corrected
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
@@ -68,6 +70,7 @@ BOUNDS = {
   'weights': checks.one_of(tuple(WEIGHTS)),
   'activations': checks.one_of(ACTIVATIONS),
   'time_buckets': checks.count(1),
+  'correction': checks.one_of(noise_correction.CORRECTIONS),
   'correction_rows': checks.count(0),
 }
 """Of a stage's section `quantized`."""
@@ -179,10 +182,12 @@ def of(experiment: base.Experiment, made: Mapping[str, Any], field: str) -> base
       bits=WEIGHTS[made['weights']],
       quantized_inputs=made['activations'] == 'int8',
       buckets=made['time_buckets'],
-      rows=made['correction_rows'],
+      rows=made['correction_rows'] if has_time(model) else 0,
       arithmetic=integers.arithmetic,
     )
     experiment = replaced(experiment, model, whole)
+  if made['correction_rows'] and isinstance(experiment, Diffusion):
+    experiment = corrected(experiment, direction=made['correction'] == 'published')
   kind = type(experiment)
   known = {'source': made['stage'], 'suffix': SUFFIX[made['weights'], made['activations']]}
   own = type(f'Quantized{kind.__name__}', (OfWholeNumbers, kind), known)

@@ -13,7 +13,7 @@ checkpoint takes a kilobyte more than its numbers:
     time_edges [buckets - 1]                     of times, ascending
 
 The sums are those of the kernels, for the zero points; `time_edges` the last time of each bucket but the last
-one. There may be a `correction` of the output (PTQD: He et al. 2023, arXiv:2305.10657). See `models.integers`
+one. Beside them may be a `correction` of the output (`models.correction`). See `models.integers`
 for the arithmetic. Layers of the time, of z and of classes, the first and the last one stay as they are, as
 norms and the softmax do.
 
@@ -30,6 +30,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vaediff.models import integers
+from vaediff.models.correction import corrected
 from vaediff.models.functional import Model
 from vaediff.models.observed import CONV, DENSE, Layer, is_layer, subtree, visiting, with_subtree, zeros_of
 from vaediff.types import Params
@@ -68,8 +69,10 @@ class Quantized(Model):
   def of(cls, model: Model, **fields: Any) -> 'Quantized':
     """Returns a network with whole numbers; without time it has one bucket."""
     buckets = fields.pop('buckets') if has_time(model) and fields['quantized_inputs'] else 1
-    fields = {**fields, 'buckets': buckets}
-    return cls(module=model.module, inputs=model.inputs, entry=model.entry, **fields)
+    fields, module = {**fields, 'buckets': buckets}, model.module
+    if hasattr(module, 'remat'):  # there is no backward pass, and what it lifts cannot be looked into
+      module = module.clone(remat=False)
+    return cls(module=module, inputs=model.inputs, entry=model.entry, **fields)
 
   @property
   def in_floats(self) -> Model:
@@ -85,11 +88,10 @@ class Quantized(Model):
     times = jnp.arange(1, self.buckets) / self.buckets
     correction = None
     if self.rows:
-      outputs = jax.eval_shape(self.in_floats.apply, self.in_floats.init(key), *zeros_of(self.inputs)).shape[
-        -1
-      ]
-      rows = {name: jnp.zeros(self.rows) for name in ('times', 'gain', 'std')}
-      correction = {**rows, 'bias': jnp.zeros((self.rows, outputs))}
+      model = self.in_floats
+      outputs = jax.eval_shape(model.apply, model.init(key), *zeros_of(self.inputs)).shape[-1]
+      rows = {name: jnp.zeros(self.rows) for name in ('times', 'std')}
+      correction = {**rows, **{name: jnp.zeros((self.rows, outputs)) for name in ('gain', 'bias')}}
     # without the barrier compilers round kernels of zeros themselves, in minutes
     params = jax.lax.optimization_barrier(self.in_floats.init(key))
     return self.quantize(params, ranges=ranges, times=times, correction=correction)
@@ -112,7 +114,7 @@ class Quantized(Model):
       times: the last time of each bucket but the last, ascending [buckets - 1].
       kernels: rounded kernels, int8, by path; those that are missing are rounded to nearest.
       kernel_scales: of those [parts, outputs]; what is missing is of the largest weight.
-      correction: of the output: times, gain, std [rows] and bias [rows, channels].
+      correction: of the output: times, std [rows] and gain, bias [rows, channels]; see `models.correction`.
     """
     tree, tables = params, {}
     for layer in self.layers:
@@ -140,9 +142,10 @@ class Quantized(Model):
       bounds = tables[INPUT_SCALE]
       tables[INPUT_SCALE], tables[INPUT_ZERO] = integers.affine(bounds[..., 0], bounds[..., 1])
       tables[EDGES] = jnp.asarray(times, jnp.float32).reshape(self.buckets - 1)
+    tree = {**tree, TABLES: tables}
     if correction is not None:
-      tables[CORRECTION] = {name: jnp.asarray(x, jnp.float32) for name, x in correction.items()}
-    return {**tree, TABLES: tables}
+      tree[CORRECTION] = {name: jnp.asarray(x, jnp.float32) for name, x in correction.items()}
+    return tree
 
   def stored(self, params: Params) -> dict[str, dict[str, Array]]:
     """Returns what is stored of each layer, by its path, with its part of every table."""
@@ -161,7 +164,10 @@ class Quantized(Model):
 
   def dequantized(self, params: Params) -> Params:
     """Returns the float parameters that the stored ones stand for."""
-    tree, by_path = {name: value for name, value in params.items() if name != TABLES}, self.stored(params)
+    tree, by_path = (
+      {name: value for name, value in params.items() if name not in (TABLES, CORRECTION)},
+      self.stored(params),
+    )
     for layer in self.layers:
       stored = by_path[layer.path]
       floats = {name: stored[name] for name in stored if name == 'bias'}
@@ -198,27 +204,16 @@ class Quantized(Model):
         return result
       return result + _of_outputs(stored['bias'], result).astype(result.dtype)
 
-    network = {name: value for name, value in params.items() if name != TABLES}
+    network = {name: value for name, value in params.items() if name not in (TABLES, CORRECTION)}
     with visiting(visit):
       output = super().apply(network, *args, method=method, key_dropout=key_dropout, **kwargs)
-    return corrected(output, tables[CORRECTION], t) if CORRECTION in tables and method is None else output
+    return corrected(params[CORRECTION], output, t) if CORRECTION in params and method is None else output
 
 
 def has_time(model: Model) -> bool:
   """Returns whether the second argument of a network is one number for each example."""
   second = model.inputs[1] if len(model.inputs) > 1 else None
   return isinstance(second, jax.ShapeDtypeStruct) and second.shape == (1,) and second.dtype == jnp.float32
-
-
-def corrected(output: Array, correction: Mapping[str, Array], t: Array) -> Array:
-  """Returns (output - bias) / (1 + gain), both those of the time that is nearest; of the first channels."""
-  row = jnp.argmin(jnp.abs(correction['times'][None, :] - t[:, None]), axis=1)
-  shape = (-1, *(1,) * (output.ndim - 2))
-  bias = correction['bias'][row]
-  count = bias.shape[-1]
-  gain = correction['gain'][row].reshape(*shape, 1)
-  changed = (output[..., :count] - bias.reshape(*shape, count)) / (1 + gain)
-  return jnp.concatenate([changed, output[..., count:]], axis=-1)
 
 
 def float_kernel(stored: Mapping[str, Array], layer: Layer) -> Float[Array, '*window inputs outputs']:

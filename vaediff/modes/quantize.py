@@ -11,17 +11,20 @@ from vaediff.experiments import quantized as stages
 from vaediff.machine import sharding
 from vaediff.modes import describe
 from vaediff.run import config as configs
-from vaediff.run import log, quantization
+from vaediff.run import log, quantization, quantizing
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
 
 BOUNDS = {
+  **quantizing.BOUNDS,
   'weights': stages.BOUNDS['weights'],
   'activations': stages.BOUNDS['activations'],
   'method': checks.one_of(quantization.METHODS),
   'time_buckets': stages.BOUNDS['time_buckets'],
   'num_images': checks.count(1),
 }
+AS_MADE = ('weights', 'activations', 'method', 'keep_float', 'time_buckets', 'correction')
+"""Of `config.quantize`, what the stage's own section says."""
 
 
 def mode(run: Run) -> None:
@@ -46,7 +49,7 @@ def quantize(run: Run) -> str:
   check_source(run.config, source)
   trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
   name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
-  config = with_stage(run.config, source, name)
+  config = with_stage(run.config, source, name, quantizing.rows_of(trained, settings))
   experiment = experiments.build(config, name)
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
   params = quantization.quantize(trained, experiment, settings)
@@ -73,16 +76,17 @@ def check_source(config: ConfigDict, source: str) -> None:
     )
 
 
-def with_stage(config: ConfigDict, source: str, name: str) -> ConfigDict:
-  """Returns the config with a section for the quantized stage: that of its source, and how it is made."""
+def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> ConfigDict:
+  """Returns the config with a section for the quantized stage: that of its source, and how it is made.
+
+  `rows` are those of the correction of its output.
+  """
   settings = config.quantize
   made: dict[str, Any] = {
     'stage': source,
     'experiment': config[source].experiment,
-    **{
-      field: settings[field] for field in ('weights', 'activations', 'method', 'keep_float', 'time_buckets')
-    },
-    'correction_rows': 0,
+    **{field: settings[field] for field in AS_MADE},
+    'correction_rows': rows,
   }
   config = config.copy_and_resolve_references()
   section = config[source].copy_and_resolve_references()

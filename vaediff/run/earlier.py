@@ -33,6 +33,28 @@ QUANTIZE = {
   'keep_float': (),
   'time_buckets': 8,
   'num_images': 64,
+  'ranges': 'percentile',
+  'percentile': 99.99,
+  'correction': 'none',
+  'correction_images': 64,
+  'calibration': {
+    'kind': 'steps',
+    'num_samples': 256,
+    'steps': 8,
+    'mean': 0.4,
+    'std': 0.4,
+    'seed': 1,
+    'batch_size': 64,
+  },
+  'adaround': {
+    'num_steps': 2000,
+    'batch_size': 32,
+    'learning_rate': 1e-2,
+    'weight': 0.01,
+    'warmup': 0.2,
+    'beta_start': 20.0,
+    'beta_end': 2.0,
+  },
 }
 """How a stage is quantized, which earlier versions could not."""
 MODES = {

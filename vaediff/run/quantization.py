@@ -21,7 +21,7 @@ from vaediff.experiments import quantized as stages
 from vaediff.experiments.base import Experiment
 from vaediff.models.functional import Model
 from vaediff.models.quantized import Quantized
-from vaediff.run import checkpoint, draw, same_run
+from vaediff.run import checkpoint, draw, quantizing, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.trained import Trained
 from vaediff.types import Params
@@ -69,7 +69,28 @@ def minmax(context: Context) -> dict[str, Any]:
   return {'times': times, 'ranges': ranges}
 
 
-METHODS: Mapping[str, Callable[[Context], dict[str, Any]]] = {'minmax': minmax}
+def on_records(context: Context) -> dict[str, Any]:
+  """Returns what is measured on records of the stage's own sampler; see `run.quantizing`.
+
+  Raises:
+    UserError: for a stage without a sampler.
+  """
+  trained = context.trained
+  diffusion = trained.experiment.diffusion
+  if diffusion is None:
+    raise UserError(
+      f'config.quantize.method is {context.settings.method!r}, which takes records of a sampler, and stage '
+      f"{trained.stage!r} has none; use 'minmax'"
+    )
+  if context.network != diffusion.denoiser.network:  # an encoder that is trained with it
+    return minmax(context)
+  return quantizing.hand_over(trained, context.settings, context.quantized)
+
+
+METHODS: Mapping[str, Callable[[Context], dict[str, Any]]] = {
+  'minmax': minmax,
+  **dict.fromkeys(quantizing.METHODS, on_records),
+}
 """By name, as `config.quantize.method` has it."""
 
 
@@ -83,7 +104,11 @@ def observed(context: Context) -> list[Seen]:
     seen.append((np.zeros(rows) if isinstance(t, tuple) else np.asarray(t), found))
 
   looking = stages.Observing(
-    module=model.module, inputs=model.inputs, entry=model.entry, layers=context.quantized.layers, sink=sink
+    module=context.quantized.module,
+    inputs=model.inputs,
+    entry=model.entry,
+    layers=context.quantized.layers,
+    sink=sink,
   )
   watched = trained.with_experiment(stages.replaced(trained.experiment, model, looking))
   count = context.settings.num_images
@@ -146,6 +171,8 @@ def quantize(trained: Trained, experiment: Experiment, settings: ConfigDict) -> 
         params=params,
       )
       found = METHODS[settings.method](context)
+      if whole.rows:
+        found['correction'] = quantizing.correction(trained, whole, found, settings)
       params = jax.jit(lambda params, found, whole=whole: whole.quantize(params, **found))(params, found)
     made[name] = params
   return made
