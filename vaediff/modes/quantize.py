@@ -54,7 +54,8 @@ def quantize(run: Run) -> str:
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
   params = quantization.quantize(trained, experiment, settings)
   quantization.save(config, trained, experiment, name, params)
-  configs.save(config, run.workdir)
+  # what else this call was asked is not the run's
+  configs.save(joined(configs.read(run.workdir), name, config[name]), run.workdir)
   describe.describe_quantized(config, run.workdir, name)
   for note in experiment.notes:
     log.say(f'{name}: {note}')
@@ -88,13 +89,18 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
     **{field: settings[field] for field in AS_MADE},
     'correction_rows': rows,
   }
-  config = config.copy_and_resolve_references()
   section = config[source].copy_and_resolve_references()
   with section.unlocked():
     section.experiment = stages.SECTION
     section[stages.SECTION] = ConfigDict(made)
     if 'sample' in section:
       section.sample.checkpoint = 'latest'  # it has one
+  return joined(config, name, section)
+
+
+def joined(config: ConfigDict, name: str, section: ConfigDict) -> ConfigDict:
+  """Returns the config with one stage more, the last one, in the place of one of that name."""
+  config = config.copy_and_resolve_references()
   with config.unlocked():
     config[name] = section
     config.stages = (*(stage for stage in config.stages if stage != name), name)
