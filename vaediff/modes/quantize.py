@@ -36,7 +36,7 @@ def mode(run: Run) -> None:
 
 
 def quantize(run: Run) -> str:
-  """Makes a quantized stage of `config.quantize.stage`, or of the last one; returns its name.
+  """Makes a quantized stage of `config.quantize.stage`, or of the last trained one; returns its name.
 
   It joins the stages of the run's stored config, so that `--workdir` and `--stages` name it as any other.
 
@@ -45,7 +45,8 @@ def quantize(run: Run) -> str:
   """
   settings = run.config.quantize
   checks.check(settings, BOUNDS, 'config.quantize.')
-  source = settings.stage or run.stages[-1]
+  trainable = [stage for stage in run.stages if run.config[stage].experiment != stages.SECTION]
+  source = settings.stage or (trainable or run.stages)[-1]
   check_source(run.config, source)
   trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
   name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
