@@ -34,6 +34,7 @@ def drawn(workdir, stage, mesh):
   return images['x0'].astype(int)
 
 
+@pytest.mark.slow
 def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_eight(
   trained, tmp_path, whole_numbers, capsys
 ):

@@ -80,8 +80,8 @@ class FromConfig:
   """What the name of the experiment stands for: it builds those of `of`."""
 
   bounds: checks.Bounds = {
-    name: bound for kind in SOURCES.values() for name, bound in kind.bounds.items()
-  } | {f'{SECTION}.{name}': bound for name, bound in BOUNDS.items()}
+    name: bound for kind in (*SOURCES.values(), *STUDENTS) for name, bound in kind.bounds.items()
+  }
   metrics: Mapping[str, bool] = {
     name: most for kind in SOURCES.values() for name, most in kind.metrics.items()
   }
