@@ -128,23 +128,24 @@ def test_two_halves_with_zero_points_are_what_numpy_gives(stride, arithmetic):
 
 @pytest.mark.parametrize('bits', integers.BITS)
 def test_floats_made_of_the_kernels_are_the_network_with_rounded_kernels(bits):
-  model = unet()
-  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 8, 8, 1)), jnp.array([0.3, 0.7])
+  model = joined()
+  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 6, 6, 3)), jnp.array([0.3, 0.7])
   whole = quantized(model, bits, inputs=False)
   tree = whole.quantize(params)
-  found, wanted = jax.jit(whole.apply)(tree, x, t), jax.jit(model.apply)(whole.dequantized(tree), x, t)
-  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+  found = whole.apply(tree, x, t)
+  np.testing.assert_allclose(found, model.apply(whole.dequantized(tree), x, t), rtol=1e-4, atol=1e-4)
+  assert abs(found - model.apply(params, x, t)).max() > 1e-3
 
 
 def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats_of():
-  model = unet()
-  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 8, 8, 1)), jnp.array([0.3, 0.7])
+  model = joined()
+  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 6, 6, 3)), jnp.array([0.3, 0.7])
   whole = quantized(model, buckets=2, arithmetic=FLOATS)
   ranges = {layer.path: np.tile(np.float32([-1, 1]), (2, layer.parts, 1)) for layer in whole.layers}
   tree = whole.quantize(params, ranges=ranges, times=[0.5])
   assert tree['tables']['input_scale'].shape == (len(whole.layers), 2, 2)
-  found, wanted = jax.jit(whole.apply)(tree, x, t), jax.jit(model.apply)(whole.dequantized(tree), x, t)
-  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+  wanted = model.apply(whole.dequantized(tree), x, t)
+  np.testing.assert_allclose(whole.apply(tree, x, t), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_eight_bits_come_near_to_floats_within_the_ranges_that_were_seen():
@@ -163,26 +164,27 @@ def test_eight_bits_come_near_to_floats_within_the_ranges_that_were_seen():
 
 
 def test_the_correction_of_the_output_is_that_of_the_nearest_time():
-  model = unet()
+  model = joined()
   whole = quantized(model, inputs=False)
-  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 8, 8, 1)), jnp.array([0.2, 0.9])
-  apply = jax.jit(whole.apply)
-  plain = apply(whole.quantize(params), x, t)
+  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 6, 6, 3)), jnp.array([0.2, 0.9])
+  plain = whole.apply(whole.quantize(params), x, t)
+  one = np.ones((1, 4))
   correction = {
-    'times': np.array([0.25, 1.0]), 'gain': np.array([[0.5], [0.0]]), 'std': np.zeros(2),
-    'bias': np.array([[0.1], [0.2]]),
+    'times': np.array([0.25, 1.0]), 'std': np.zeros(2),
+    'gain': np.concatenate([0.5 * one, 0 * one]), 'bias': np.concatenate([0.1 * one, 0.2 * one]),
   }  # fmt: skip
-  found = apply(whole.quantize(params, correction=correction), x, t)
+  found = whole.apply(whole.quantize(params, correction=correction), x, t)
   np.testing.assert_allclose(found[0], (plain[0] - 0.1) / 1.5, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(found[1], plain[1] - 0.2, rtol=1e-5, atol=1e-6)
 
 
 def test_a_wide_network_is_a_quarter_in_bytes_and_an_eighth_with_four_bits():
-  model = unet(channels=128, channel_multipliers=(1, 2, 2, 2), num_res_blocks=2)  # that of CIFAR-10
-  floats = jax.eval_shape(model.init, jax.random.key(0))
-  for bits, inputs, most in ((8, True, 0.27), (8, False, 0.27), (4, False, 0.15), (4, True, 0.15)):
-    stored = jax.eval_shape(quantized(model, bits, inputs, buckets=8).init, jax.random.key(0))
-    assert cost.device_bytes(stored) < most * cost.device_bytes(floats)
+  # that of CIFAR-10
+  model = unet(channels=128, channel_multipliers=(1, 2, 2, 2), num_res_blocks=2, remat=False)
+  floats = cost.num_bytes(jax.eval_shape(model.init, jax.random.key(0)))
+  for bits, most in ((8, 0.27), (4, 0.15)):
+    stored = jax.eval_shape(quantized(model, bits, buckets=8).init, jax.random.key(0))
+    assert cost.num_bytes(stored) < most * floats
 
 
 def test_a_block_runs_alone_as_it_does_in_the_network():

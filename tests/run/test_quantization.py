@@ -7,6 +7,7 @@ import pytest
 
 from configs import cifar10
 from vaediff import experiments
+from vaediff.machine import cost
 from vaediff.models import observed
 from vaediff.models.quantized import Quantized
 from vaediff.run import quantization
@@ -39,7 +40,7 @@ def test_without_a_time_there_is_one_bucket():
 
 
 @pytest.mark.slow
-def test_on_disk_eight_bits_are_a_quarter_and_four_an_eighth_of_floats(tmp_path):
+def test_on_disk_and_for_the_compiler_eight_bits_are_a_quarter_and_four_an_eighth_of_floats(tmp_path):
   model = experiments.build(cifar10.get_config(), 'refiner').networks['denoiser']
   random = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -51,3 +52,4 @@ def test_on_disk_eight_bits_are_a_quarter_and_four_an_eighth_of_floats(tmp_path)
     ranges = {layer.path: np.tile(np.float32([-1, 1]), (8, layer.parts, 1)) for layer in layers}
     tree = whole.quantize(params, ranges=ranges, times=np.arange(1, 8) / 8)
     assert quantization.write(tmp_path / str(bits), {'denoiser': tree}, 1, {}) < most * floats
+    assert cost.device_bytes(tree) < most * cost.device_bytes(params)
