@@ -100,8 +100,7 @@ class Experiment(abc.ABC):
   Attributes:
     frozen: what it reads of earlier stages, measurements and published arrays.
     for_sampling: what it reads beside that when it is sampled, and training does not know of.
-    made_of: networks of other stages that its own were made of; they are not read any more.
-    trainable: it is trained by the loop; else its checkpoint is made by a mode of its own.
+    made_of: networks of other stages that a mode, not the loop, made its own of: it is not `trainable`.
     draws_images: it can be sampled.
     handed: of what `sample` returns, what is no image, such as ids: stages that it feeds get it as it is.
     inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
@@ -128,8 +127,7 @@ class Experiment(abc.ABC):
   frozen: Mapping[str, reads.Reads] = {}
   for_sampling: Mapping[str, reads.Reads] = {}
   made_of: Mapping[str, reads.FromStage] = {}
-  trainable = True
-  draws_images = True
+  trainable = draws_images = True
   handed: Mapping[str, jax.ShapeDtypeStruct] = {}
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
