@@ -137,6 +137,7 @@ def default() -> ConfigDict:
     }
   )
   config.benchmark = benchmark()
+  config.quantize = quantize()
   return config
 
 
@@ -221,6 +222,47 @@ def benchmark() -> ConfigDict:
   )
 
 
+def quantize() -> ConfigDict:
+  """How `--mode=quantize` makes a trained stage one of whole numbers; read by `vaediff.modes.quantize`."""
+  return ConfigDict(
+    {
+      'stage': '',  # what is quantized: one of the run, trained; '' = the last of --stages
+      'weights': 'int8',  # 'int8' | 'int4', two of which share a byte
+      'activations': 'int8',  # what is multiplied with them: 'int8' | 'float32', for weights alone
+      # 'minmax': rounded to nearest, within what samples show. For stages with a sampler, on records of it,
+      # 'max' | 'mse' | 'adaround': scales of weights, and which way they are rounded (docs/calibration.md)
+      'method': 'minmax',
+      'keep_float': (),  # patterns of layers that stay as they are, as 'middle/*'
+      'time_buckets': 8,  # parts of the time, each with its own scales of activations
+      'num_images': 64,  # drawn to see what layers read, with 'minmax'
+      'ranges': 'percentile',  # of activations on records: 'minmax' | 'percentile' | 'mse'
+      'percentile': 99.99,  # of what a layer reads, below the upper end; as much is above the lower
+      # of the error that is left, at each step of the sampler (PTQD): 'none' | 'mean', of the output |
+      # 'noise', of the sampler's noise too | 'published', and of its direction as well
+      'correction': 'none',
+      'correction_images': 64,  # samples of which every step is compared
+      'calibration': {
+        'kind': 'steps',  # 'steps': evenly spaced ones | 'normal': one of each image, t ~ N(mean, std^2)
+        'num_samples': 256,  # records
+        'steps': 8,  # of the sampler, with 'steps'; 0 = all
+        'mean': 0.4,
+        'std': 0.4,
+        'seed': 1,
+        'batch_size': 64,
+      },
+      'adaround': {
+        'num_steps': 2000,  # of each block
+        'batch_size': 32,
+        'learning_rate': 1e-2,
+        'weight': 0.01,  # of the regulariser
+        'warmup': 0.2,  # share of the steps without it
+        'beta_start': 20.0,
+        'beta_end': 2.0,
+      },
+    }
+  )
+
+
 # The variants that are about every stage -----------------------------------------------------------
 
 
@@ -281,6 +323,9 @@ def _debug_modes(config: ConfigDict) -> None:
     {'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2, 'num_directions': 1}
   )
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
+  config.quantize.update({'time_buckets': 2, 'num_images': 4, 'correction_images': 2})
+  config.quantize.calibration.update({'num_samples': 4, 'steps': 2, 'batch_size': 4})
+  config.quantize.adaround.update({'num_steps': 3, 'batch_size': 4})
   config.benchmark.update(
     {
       'num_repeats': 2,

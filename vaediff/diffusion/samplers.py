@@ -10,8 +10,8 @@ y and x0_hat, so clipping inside `denoise` stays consistent. The step onto t = 0
 itself, without noise or arithmetic. Two options need a second map of the network beside x0_hat (`beside`):
 then `denoise` returns both, and the equation has one term more, or a noise that differs between pixels.
 
-All take `(denoise, schedule, y, keys, *, num_steps, grid, t_start, t_end, trajectory)` and their
-own options:
+All take `(denoise, schedule, y, keys, *, num_steps, grid, t_start, t_end, trajectory, change)` and
+their own options:
 
   denoise: (y, t) -> x0_hat, with one t per example; it hides network, condition, guidance and
     formulation.
@@ -27,6 +27,8 @@ own options:
     not x0.
   trajectory: if set, the result is (x0, states) with the states at the times of the grid, an array
     [num_steps + 1, batch, ...]; the first is y and the last is x0.
+  change: of the table's columns, by name and on the host, those that are others in this run; see
+    `noise_correction.less_noise`. None = none.
 
 Imports jax, numpy, `vaediff.types` and `vaediff.errors` only.
 """
@@ -77,16 +79,23 @@ class _Table:
 
 
 NUMBERS = ('time', 'keep', 'previous', 'current', 'noise', 'unclipped', 'log_low', 'log_high')
+Change = Callable[[Mapping[str, Column]], Mapping[str, Array]]
 
 
 def _run(
-  denoise: Denoise | DenoiseBoth, y: State, keys: Keys, table: _Table, trajectory: bool
+  denoise: Denoise | DenoiseBoth,
+  y: State,
+  keys: Keys,
+  table: _Table,
+  trajectory: bool,
+  change: Change | None = None,
 ) -> State | tuple[State, Trajectory]:
   """Returns the last state, and with `trajectory` the states of all grid times, by one scan."""
   y = y.astype(jnp.float32)
   noisy = bool(np.any(table.noise))
-  rows = {name: getattr(table, name) for name in NUMBERS}
-  rows = {name: jnp.asarray(column, jnp.float32) for name, column in rows.items() if column is not None}
+  columns = {name: getattr(table, name) for name in NUMBERS if getattr(table, name) is not None}
+  rows = {name: jnp.asarray(column, jnp.float32) for name, column in columns.items()}
+  rows |= change(columns) if change is not None else {}
   two_maps = not rows.keys().isdisjoint({'unclipped', 'log_low'})
   rows |= {'advance': jnp.asarray(table.advance), 'k': jnp.arange(len(table.time))}
 
@@ -154,10 +163,11 @@ def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State,
     t_start: float = 1.0,
     t_end: float = 0.0,
     trajectory: bool = False,
+    change: Change | None = None,
     **options: Any,
   ) -> State | tuple[State, Trajectory]:
     times = time_grid(schedule, grid, num_steps, t_start, t_end)
-    return _run(denoise, y, keys, table(schedule, times, **options), trajectory)
+    return _run(denoise, y, keys, table(schedule, times, **options), trajectory, change)
 
   sample.__name__, sample.__qualname__, sample.__doc__ = table.__name__, table.__qualname__, table.__doc__
   sample.options, sample.table = tuple(inspect.signature(table).parameters)[2:], table

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
-from vaediff.experiments import bounds
+from vaediff.experiments import bounds, quantized
 from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.base import Experiment
@@ -19,9 +19,9 @@ from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.token_prior import TokenPrior
 from vaediff.experiments.vae import Vae
 
-SHARED = ('train.', 'sample.', 'conditions.')
+SHARED = ('train.', 'sample.', 'conditions.', f'{quantized.SECTION}.')
 """Parts of a section whose fields are not those of its experiment."""
-BY_NAME: dict[str, type[Experiment]] = {
+BY_NAME: dict[str, type[Experiment] | type[quantized.FromConfig]] = {
   'vae': Vae,
   'diffusion': Diffusion,
   'autoencoder': Autoencoder,
@@ -35,6 +35,7 @@ BY_NAME: dict[str, type[Experiment]] = {
   'classifier': Classifier,
   'noisy_classifier': NoisyClassifier,
   'token_prior': TokenPrior,
+  quantized.SECTION: quantized.FromConfig,
 }
 
 

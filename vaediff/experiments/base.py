@@ -100,6 +100,7 @@ class Experiment(abc.ABC):
   Attributes:
     frozen: what it reads of earlier stages, measurements and published arrays.
     for_sampling: what it reads beside that when it is sampled, and training does not know of.
+    made_of: networks of other stages that a mode, not the loop, made its own of: it is not `trainable`.
     draws_images: it can be sampled.
     handed: of what `sample` returns, what is no image, such as ids: stages that it feeds get it as it is.
     inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
@@ -125,7 +126,8 @@ class Experiment(abc.ABC):
 
   frozen: Mapping[str, reads.Reads] = {}
   for_sampling: Mapping[str, reads.Reads] = {}
-  draws_images = True
+  made_of: Mapping[str, reads.FromStage] = {}
+  trainable = draws_images = True
   handed: Mapping[str, jax.ShapeDtypeStruct] = {}
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}

@@ -291,8 +291,10 @@ class Diffusion(base.InSpace):
       y = gaussian.q_sample(values[self.start_value], y, t, self.denoiser.schedule)
     return y
 
-  def steps(self, denoise: gaussian.Denoise, y: LatentMap, keys: Keys, t_start: float) -> LatentMap:
-    """Returns the maps that the configured sampler comes to from the state y at `t_start`."""
+  def steps(
+    self, denoise: gaussian.Denoise, y: LatentMap, keys: Keys, t_start: float, **more: Any
+  ) -> Any:
+    """Returns what the configured sampler makes of the state y at `t_start`; `more` is of all samplers."""
     settings, sampler = self.settings, self.settings['sampler']
     return samplers.get_sampler(sampler)(
       denoise,
@@ -303,6 +305,7 @@ class Diffusion(base.InSpace):
       grid=settings['grid'],
       t_start=t_start,
       **{name: settings[name] for name in samplers.options(sampler)},
+      **more,
     )
 
   # Likelihood -------------------------------------------------------------------------------------

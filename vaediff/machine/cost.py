@@ -1,4 +1,4 @@
-"""Multiply-accumulates and bytes, counted from the traced program: nothing is compiled or allocated."""
+"""Multiply-accumulates and bytes, counted from the traced program: nothing is allocated."""
 
 import math
 from collections.abc import Callable
@@ -21,6 +21,13 @@ def macs(function: Callable[..., Any], *args: Any) -> int:
 def num_bytes(tree: Any) -> int:
   """Returns the bytes of all leaves of a tree of arrays or ShapeDtypeStructs."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+  """Returns the bytes of a tree of arrays in the memory of a device, as XLA lays them out as arguments."""
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+  program = jax.jit(lambda tree: 0.0, keep_unused=True).lower(shapes).compile()
+  return program.memory_analysis().argument_size_in_bytes
 
 
 def num_parameters(tree: Any) -> int:

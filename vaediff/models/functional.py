@@ -5,7 +5,7 @@ a plain nested dict. No mutable collections: networks hold parameters and nothin
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
@@ -28,6 +28,9 @@ class Model:
   module: nn.Module
   inputs: tuple[Any, ...]
   entry: str | None = None
+
+  trainable: ClassVar[bool] = True
+  """Whether there is a gradient of its parameters."""
 
   def init(self, key: jax.Array) -> Params:
     """Returns freshly initialised parameters."""

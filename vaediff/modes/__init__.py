@@ -9,6 +9,7 @@ from vaediff.modes import (
   evaluate,
   interpolate,
   prepare,
+  quantize,
   reconstruct,
   restore,
   sample,
@@ -28,6 +29,7 @@ MODES: dict[str, Mode] = {
   'evaluate': evaluate.mode,
   'benchmark': benchmark.mode,
   'compile': compile.mode,
+  'quantize': quantize.mode,
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""

@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.data import loader, sources
+from vaediff.experiments import quantized
 from vaediff.experiments.base import NOISE, Experiment, InSpace, SampleKeys, sampling_keys
 from vaediff.experiments.denoiser import DENOISER
 from vaediff.machine import cost, sharding
+from vaediff.modes import paired
 from vaediff.run import draw, guard, log
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
@@ -42,7 +44,7 @@ def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
   `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
   `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead), and
   `sampling` (see `measure_parts`). A stage with several kinds of updates gets their mean, by how often
-  they come.
+  they come. Of a quantized stage see `paired.measure`.
   """
   repeats = config.benchmark.num_repeats
   mesh = sharding.make_mesh(config.mesh)
@@ -58,7 +60,10 @@ def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
   }
   for stage in stages:
     log.say(f'measuring stage {stage}')
-    result['stages'][stage] = measure_stage(config, stage, source, mesh, peak)
+    whole = config[stage].experiment == quantized.SECTION
+    result['stages'][stage] = (
+      paired.measure(config, stage, mesh) if whole else measure_stage(config, stage, source, mesh, peak)
+    )
   print(json.dumps(result, indent=2), flush=True)
   return result
 

@@ -75,10 +75,10 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   if needs_classifier(config, mode):
     check_classifier(config, mesh)
   if mode in TRAINS:
-    for stage in run.stages:
+    for stage in (stage for stage in run.stages if built[stage].trainable):
       training.check_batch_size(config[stage], stage, mesh)
   if mode == 'train':
-    check_order(config, run.stages, built, run.workdir)
+    check_order(config, tuple(s for s in run.stages if built[s].trainable), built, run.workdir)
   if mode == 'interpolate':
     check_labels(config)
   if mode == 'restore':

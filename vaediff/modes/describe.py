@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pathlib
 
 import jax
 from clu import parameter_overview
@@ -9,8 +10,9 @@ from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.data import sources
+from vaediff.experiments import quantized
 from vaediff.machine import cost
-from vaediff.run import log
+from vaediff.run import checkpoint, log, quantization
 from vaediff.run.config import Run
 
 COLUMNS = (
@@ -27,6 +29,33 @@ COLUMNS = (
 def mode(run: Run) -> None:
   """Describes the stages."""
   describe(run.config, run.stages)
+  for stage in run.stages:
+    if run.config[stage].experiment == quantized.SECTION:
+      describe_quantized(run.config, run.workdir, stage)
+
+
+def describe_quantized(config: ConfigDict, workdir: pathlib.Path, stage: str) -> dict[str, int]:
+  """Prints the bytes of a stage of whole numbers beside those of the same in floats; returns them.
+
+  Keys: `memory` and `memory_float32` of the networks that are sampled, as XLA lays them out; where there is a
+  checkpoint also `disk` and `disk_float32`, of its arrays and of the same networks stored as floats.
+  """
+  experiment = experiments.build(config, stage)
+  bytes_of = {}
+  for name, chosen in (('memory', experiment), ('memory_float32', quantized.in_floats(experiment))):
+    models = chosen.networks.items()
+    shapes = {network: jax.eval_shape(model.init, jax.random.key(0)) for network, model in models}
+    bytes_of[name] = cost.device_bytes(shapes)
+  lines = [('device memory', bytes_of['memory'], bytes_of['memory_float32'])]
+  if checkpoint.latest_step(workdir / stage) is not None:
+    bytes_of['disk'] = quantization.on_disk(workdir / stage)
+    bytes_of['disk_float32'] = checkpoint.load_meta(workdir / stage)[quantization.BYTES]['float32']
+    lines.append(('the checkpoint', bytes_of['disk'], bytes_of['disk_float32']))
+  for what, own, floats in lines:
+    log.say(
+      f'{stage}: {own / 1e6:.3f} MB in {what}, {own / floats:.3f} of the {floats / 1e6:.3f} MB of float32'
+    )
+  return bytes_of
 
 
 def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, float | str]]:

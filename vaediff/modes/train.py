@@ -14,6 +14,7 @@ from vaediff import files, identity, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
+from vaediff.experiments import quantized
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.modes import checked, interpolate, reconstruct, sample
@@ -63,8 +64,9 @@ def run_stages_once(
   started = time.monotonic()
   mesh = sharding.make_mesh(config.mesh)
   built = checked.check(Run(config, workdir, stages))
+  stages = trainable(built, stages)
   # networks check their own fields
-  shapes = [jax.eval_shape(built[stage].init, jax.random.key(0)) for stage in config.stages]
+  shapes = [jax.eval_shape(built[stage].init, jax.random.key(0)) for stage in trainable(built, config.stages)]
   sharding.check_rules(shapes, sharding.rules_of(config.mesh))
   check_workdir(config, workdir)
   log.say(sources.describe(config.data))
@@ -98,6 +100,18 @@ def run_stages_once(
   if jax.process_index() == 0:
     print_table(summaries, figures, built[stages[-1]].titles, time.monotonic() - started)
   return summaries
+
+
+def trainable(built: Mapping[str, Experiment], stages: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns the stages that the loop trains.
+
+  Raises:
+    UserError: when none of them is.
+  """
+  found = tuple(stage for stage in stages if built[stage].trainable)
+  if not found:
+    raise UserError(f'stage {stages[-1]!r} is not trained: --mode=quantize makes it, of a stage that is')
+  return found
 
 
 def train_stage(
@@ -136,7 +150,7 @@ def train_stage(
 def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Raises UserError when the folder holds a stage that was trained with another config."""
   for stage in config.stages:
-    if checkpoint.latest_step(workdir / stage) is not None:
+    if config[stage].experiment != quantized.SECTION and checkpoint.latest_step(workdir / stage) is not None:
       same_run.check_stage(config, workdir / stage, stage, training=True)
 
 

@@ -25,7 +25,40 @@ RELAXED = {
   },
 }
 """What an autoencoder without relaxed codes says of them: nothing reads it, but for a weight of 1."""
+QUANTIZE = {
+  'stage': '',
+  'weights': 'int8',
+  'activations': 'int8',
+  'method': 'minmax',
+  'keep_float': (),
+  'time_buckets': 8,
+  'num_images': 64,
+  'ranges': 'percentile',
+  'percentile': 99.99,
+  'correction': 'none',
+  'correction_images': 64,
+  'calibration': {
+    'kind': 'steps',
+    'num_samples': 256,
+    'steps': 8,
+    'mean': 0.4,
+    'std': 0.4,
+    'seed': 1,
+    'batch_size': 64,
+  },
+  'adaround': {
+    'num_steps': 2000,
+    'batch_size': 32,
+    'learning_rate': 1e-2,
+    'weight': 0.01,
+    'warmup': 0.2,
+    'beta_start': 20.0,
+    'beta_end': 2.0,
+  },
+}
+"""How a stage is quantized, which earlier versions could not."""
 MODES = {
+  'quantize': QUANTIZE,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
@@ -67,6 +100,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
   config.setdefault('checkpoints', {'check_arrays': True})
+  config.setdefault('quantize', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

@@ -80,9 +80,14 @@ def ids(experiment: Experiment, workdir: pathlib.Path, *, sampling: bool = False
   """Returns the id of each network, and of each published array, that an experiment reads, by its name.
 
   What is measured is not among them: it is made of these and of the data. Nor is what is read for sampling
-  alone, unless that is asked for: a trained stage does not depend on it.
+  alone, unless that is asked for: a trained stage does not depend on it. Networks that its own were made of
+  are, where they are still there.
   """
-  found = {}
+  found = {
+    name: own
+    for name, source in experiment.made_of.items()
+    if (own := checkpoint.identity_of(workdir / source.stage))
+  }
   for name, source in (of(experiment) if sampling else experiment.frozen).items():
     match source:
       case reads.FromStage():
@@ -105,6 +110,7 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
       stored = same_run.stored_config(stage_folder)
       checkpoint.latest_folder(pathlib.Path(source.workdir) / source.stage, field_of(stored, source))
   now, begun = ids(experiment, workdir), earlier_ids(meta.get('frozen', {}))
+  begun = {name: value for name, value in begun.items() if name in now or name not in experiment.made_of}
   if checkpoint.ID not in meta:  # of an earlier version, which stored networks only, and their steps
     now = {name: value for name, value in now.items() if name in begun}
   identity.compare(
@@ -115,9 +121,7 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
   )
 
 
-def check_guides(
-  experiment: Experiment, workdir: pathlib.Path, own: tuple[str, pathlib.Path] | None
-) -> None:
+def check_guides(experiment: Experiment, workdir: pathlib.Path, own: tuple[str, pathlib.Path] | None) -> None:
   """Does nothing where what is read for sampling alone fits the stage.
 
   Raises:
@@ -169,9 +173,7 @@ def field_of(config: ConfigDict, source: reads.FromStage | reads.Measured) -> st
   return next(fields(config, ''), '<stage>...workdir')
 
 
-def check_same(
-  stored: ConfigDict, config: ConfigDict, source: reads.FromStage, folder: pathlib.Path
-) -> None:
+def check_same(stored: ConfigDict, config: ConfigDict, source: reads.FromStage, folder: pathlib.Path) -> None:
   """Raises UserError where another run's stage is not the network, or the diffusion, that `config` says."""
   stage, section = source.stage, source.section or source.stage
   for name in ('model', 'diffusion'):

@@ -1,0 +1,106 @@
+"""`--mode=quantize` makes a stage that is drawn from as any other; what it cannot make is refused by name."""
+
+import jax
+import numpy as np
+import pytest
+
+from vaediff import identity
+from vaediff.errors import UserError
+from vaediff.machine import integers, sharding
+from vaediff.models.quantized import PRODUCTS
+from vaediff.modes import describe, quantize
+from vaediff.modes import train as training
+from vaediff.run import checkpoint
+from vaediff.run import config as configs
+from vaediff.run.config import Run
+from vaediff.run.trained import Trained
+
+
+@pytest.fixture
+def whole_numbers(monkeypatch):
+  """Products of whole numbers, also where the tests' compiler makes slow loops of them."""
+  monkeypatch.setattr(integers, 'arithmetic', lambda: PRODUCTS)
+
+
+def opened(trained, target, **changes):
+  workdir = trained('digits').copy(target)
+  config = configs.read(workdir)
+  config.update_from_flattened_dict({f'quantize.{name}': value for name, value in changes.items()})
+  return Run(config, workdir, ('refiner',))
+
+
+def drawn(workdir, stage, mesh):
+  images = Trained(configs.read(workdir), workdir, stage, mesh).draw(np.arange(3))
+  return images['x0'].astype(int)
+
+
+@pytest.mark.slow
+def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_eight(
+  trained, tmp_path, whole_numbers, capsys
+):
+  run = opened(trained, tmp_path / 'run', num_images=8)
+  one, eight = (sharding.make_mesh(run.config.mesh, jax.devices()[:n]) for n in (1, 8))
+  assert quantize.quantize(run) == 'refiner_int8'
+  stored = configs.read(run.workdir)
+  assert stored.stages == ('vae', 'refiner', 'refiner_int8') and stored.quantize.num_images == 4
+  assert 'of the' in capsys.readouterr().out
+  found, floats = drawn(run.workdir, 'refiner_int8', one), drawn(run.workdir, 'refiner', one)
+  assert abs(found - floats).mean() < 4  # of 255
+  assert abs(found - drawn(run.workdir, 'refiner_int8', eight)).max() <= 1
+  sizes = describe.describe_quantized(stored, run.workdir, 'refiner_int8')
+  assert sizes['memory'] < sizes['memory_float32'] and sizes['disk'] < sizes['disk_float32']
+  kernel = checkpoint.stored_shapes(checkpoint.latest_folder(run.workdir / 'refiner_int8'))
+  assert 'networks/denoiser/params/middle/res_0/conv_1/kernel_q' in kernel
+  assert not any(path.endswith('middle/res_0/conv_1/kernel') for path in kernel)
+  with pytest.raises(UserError, match="stage 'refiner_int8' is not trained: --mode=quantize makes it"):
+    training.run_stages(stored, run.workdir, ('refiner_int8',))
+
+  # the refiner is trained anew: its numbers are those of another network
+  folder = run.workdir / 'refiner_int8'
+  meta = checkpoint.load_meta(folder)
+  assert meta['frozen']['float_denoiser'] == checkpoint.identity_of(run.workdir / 'refiner')
+  copy = checkpoint.identity_of
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, 'identity_of', lambda f, step=0: 'x' if f.name == 'refiner' else copy(f, step))
+    with pytest.raises(identity.Stale, match="the network 'float_denoiser'"):
+      Trained(stored, run.workdir, 'refiner_int8', one)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'stage': 'decoder'}, "config.quantize.stage is 'decoder'; the stages of this run are vae, refiner"),
+    ({'weights': 'int2'}, 'config.quantize.weights'),
+    (
+      {'keep_float': ('centre/*',)},
+      r"keep_float names the layer 'centre/\*', which the network",
+    ),
+    ({'keep_float': ('*',)}, 'which leaves no layer to be quantized'),
+  ],
+)
+def test_what_cannot_be_quantized_is_refused_by_name(trained, tmp_path, one_device, changes, message):
+  run = opened(trained, tmp_path / 'run', **changes)
+  with pytest.raises(UserError, match=message):
+    quantize.quantize(run)
+  assert not list(run.workdir.glob('*_*8'))
+
+
+def test_a_stage_that_is_not_trained_is_refused(trained, tmp_path, one_device):
+  run = opened(trained, tmp_path / 'run')
+  (run.workdir / 'refiner').rename(tmp_path / 'away')
+  with pytest.raises(UserError, match='no checkpoint in .*refiner/checkpoints: train that stage first'):
+    quantize.quantize(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('weights', ['int8', 'int4'])
+def test_weights_alone_and_a_decoder_without_time(trained, tmp_path, one_device, whole_numbers, weights):
+  run = opened(trained, tmp_path / 'run', weights=weights, activations='float32')
+  assert quantize.quantize(run) == {'int8': 'refiner_w8', 'int4': 'refiner_w4'}[weights]
+  mesh = sharding.make_mesh(run.config.mesh)
+  name = f'refiner_w{weights[-1]}'
+  assert abs(drawn(run.workdir, name, mesh) - drawn(run.workdir, 'refiner', mesh)).mean() < 16
+  run.config.update_from_flattened_dict({'quantize.stage': 'vae', 'quantize.activations': 'int8'})
+  name = quantize.quantize(run)
+  image = Trained(configs.read(run.workdir), run.workdir, name, mesh).draw(np.arange(3))
+  assert next(iter(image.values())).shape == (3, 8, 8, 1)

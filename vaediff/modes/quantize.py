@@ -1,0 +1,108 @@
+"""`--mode=quantize`: a trained stage's network as whole numbers, as a stage of its own beside it."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vaediff import checks, experiments, files
+from vaediff.errors import UserError
+from vaediff.experiments import quantized as stages
+from vaediff.machine import sharding
+from vaediff.modes import describe
+from vaediff.run import config as configs
+from vaediff.run import log, quantization, quantizing
+from vaediff.run.config import Run
+from vaediff.run.trained import Trained
+
+BOUNDS = {
+  **quantizing.BOUNDS,
+  'weights': stages.BOUNDS['weights'],
+  'activations': stages.BOUNDS['activations'],
+  'method': checks.one_of(quantization.METHODS),
+  'time_buckets': stages.BOUNDS['time_buckets'],
+  'num_images': checks.count(1),
+}
+AS_MADE = ('weights', 'activations', 'method', 'keep_float', 'time_buckets', 'correction')
+"""Of `config.quantize`, what the stage's own section says."""
+
+
+def mode(run: Run) -> None:
+  """Quantizes a stage."""
+  if jax.process_count() > 1:
+    raise UserError(f'--mode=quantize runs in one process, and this job has {jax.process_count()}')
+  with files.lock(run.workdir, '--mode=quantize'):
+    quantize(run)
+
+
+def quantize(run: Run) -> str:
+  """Makes a quantized stage of `config.quantize.stage`, or of the last trained one; returns its name.
+
+  It joins the stages of the run's stored config, so that `--workdir` and `--stages` name it as any other.
+
+  Raises:
+    UserError: for a stage that is not trained, or that cannot be quantized.
+  """
+  settings = run.config.quantize
+  checks.check(settings, BOUNDS, 'config.quantize.')
+  trainable = [stage for stage in run.stages if run.config[stage].experiment != stages.SECTION]
+  source = settings.stage or (trainable or run.stages)[-1]
+  check_source(run.config, source)
+  trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
+  name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
+  config = with_stage(run.config, source, name, quantizing.rows_of(trained, settings))
+  experiment = experiments.build(config, name)
+  log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
+  params = quantization.quantize(trained, experiment, settings)
+  quantization.save(config, trained, experiment, name, params)
+  # what else this call was asked is not the run's
+  configs.save(joined(configs.read(run.workdir), name, config[name]), run.workdir)
+  describe.describe_quantized(config, run.workdir, name)
+  for note in experiment.notes:
+    log.say(f'{name}: {note}')
+  log.say(f'wrote {run.workdir / name}; draw from it with --workdir={run.workdir} --stages={name}')
+  return name
+
+
+def check_source(config: ConfigDict, source: str) -> None:
+  """Raises UserError where a stage cannot be quantized, or is not a stage."""
+  if source not in config.stages:
+    raise UserError(
+      f'config.quantize.stage is {source!r}; the stages of this run are {", ".join(config.stages)}'
+    )
+  kind = config[source].experiment
+  if kind not in stages.SOURCES:
+    raise UserError(
+      f'config.quantize.stage is {source!r}, whose experiment is {kind!r}; those that can be quantized are '
+      f'{", ".join(stages.SOURCES)}'
+    )
+
+
+def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> ConfigDict:
+  """Returns the config with a section for the quantized stage: that of its source, and how it is made.
+
+  `rows` are those of the correction of its output.
+  """
+  settings = config.quantize
+  made: dict[str, Any] = {
+    'stage': source,
+    'experiment': config[source].experiment,
+    **{field: settings[field] for field in AS_MADE},
+    'correction_rows': rows,
+  }
+  section = config[source].copy_and_resolve_references()
+  with section.unlocked():
+    section.experiment = stages.SECTION
+    section[stages.SECTION] = ConfigDict(made)
+    if 'sample' in section:
+      section.sample.checkpoint = 'latest'  # it has one
+  return joined(config, name, section)
+
+
+def joined(config: ConfigDict, name: str, section: ConfigDict) -> ConfigDict:
+  """Returns the config with one stage more, the last one, in the place of one of that name."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config[name] = section
+    config.stages = (*(stage for stage in config.stages if stage != name), name)
+  return config
