@@ -176,7 +176,7 @@ class Quantized(Model):
     network = {name: value for name, value in params.items() if name not in (EDGES, CORRECTION)}
     with visiting(visit):
       output = super().apply(network, *args, method=method, key_dropout=key_dropout, **kwargs)
-    return corrected(output, params[CORRECTION], t) if CORRECTION in params and method is None else output
+    return corrected(params[CORRECTION], output, t) if CORRECTION in params and method is None else output
 
 
 def has_time(model: Model) -> bool:
