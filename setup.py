@@ -43,6 +43,7 @@ setup(
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
+    'quantization': ['qwix>=0.1.8'],  # what tests compare scales with
     'prepare': ['tensorflow-cpu>=2.21'],
     'test': [
       'beartype>=0.20',

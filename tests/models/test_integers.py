@@ -83,3 +83,13 @@ def test_zero_is_exact_and_a_range_fills_the_bytes(low, high):
   assert integers.quantize(jnp.zeros(()), scale, zero) == zero
   if high > low:
     assert -128 <= ends[0] <= -127 and 126 <= ends[1] <= 127
+
+
+def test_scales_are_those_of_qwix_but_for_the_half_step_that_it_adds_at_the_ends():
+  qwix = pytest.importorskip('qwix')
+  kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 8, 4)), jnp.float32)
+  theirs = qwix.quantize(kernel, jnp.int8, channelwise_axes=[3])
+  ours = integers.kernel_scale(kernel, (slice(0, 8),), 8)
+  np.testing.assert_allclose(ours[0] * 127, theirs.scale.reshape(-1) * 127.5, rtol=1e-6)  # the largest weight
+  rounded = integers.quantize_kernel(kernel, integers.of_inputs(ours, (slice(0, 8),)), 8)
+  assert abs(rounded.astype(int) - theirs.qvalue.astype(int)).max() <= 1

@@ -15,7 +15,7 @@ Must not import anything of vaediff but `types` and `errors`.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int, Int8, UInt8
 
 LOWEST, HIGHEST = -128, 127
 """Of a rounded input."""
@@ -70,7 +70,7 @@ def quantize_kernel(
   return jnp.clip(jnp.round(kernel / scale), -most, most).astype(jnp.int8)
 
 
-def affine(low: Array, high: Array) -> tuple[Float[Array, '...'], Int[Array, '...']]:
+def affine(low: ArrayLike, high: ArrayLike) -> tuple[Float[Array, '...'], Int[Array, '...']]:
   """Returns scale (float32) and zero point (int32) of inputs in [low, high], widened to hold 0."""
   low, high = jnp.minimum(jnp.asarray(low, jnp.float32), 0), jnp.maximum(jnp.asarray(high, jnp.float32), 0)
   scale = jnp.maximum(high - low, SMALLEST_RANGE) / (HIGHEST - LOWEST)

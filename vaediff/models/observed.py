@@ -128,7 +128,7 @@ def layers_of(model: Model) -> tuple[Layer, ...]:
 
   def run(params: Params) -> Any:
     with visiting(visit):
-      return model.apply(params, *zeros_of(model.inputs))
+      return without_remat(model).apply(params, *zeros_of(model.inputs))
 
   jax.eval_shape(run, jax.eval_shape(model.init, jax.random.key(0)))
   return tuple(found.values())
@@ -145,6 +145,13 @@ def _layer(module: nn.Module, path: str, x: Array, seams: Mapping[str, tuple[int
     split=split if whole == inputs else 0,
     rank=x.ndim,
   )
+
+
+def without_remat(model: Model) -> Model:
+  """Returns the same network without recomputation, from inside of which nothing can be handed out."""
+  if not getattr(model.module, 'remat', False):
+    return model
+  return dataclasses.replace(model, module=model.module.clone(remat=False))
 
 
 def zeros_of(inputs: Any) -> Any:
@@ -199,7 +206,7 @@ def inputs_of(
     return call(*inputs, **others)
 
   with visiting(visit):
-    output = model.apply(params, *args, **kwargs)
+    output = without_remat(model).apply(params, *args, **kwargs)
   return output, found
 
 
@@ -257,7 +264,7 @@ def blocks_of(model: Model) -> tuple[Block, ...]:
 
   def run(params: Params) -> Any:
     with visiting(visit):
-      return model.apply(params, *zeros_of(model.inputs))
+      return without_remat(model).apply(params, *zeros_of(model.inputs))
 
   jax.eval_shape(run, jax.eval_shape(model.init, jax.random.key(0)))
   return tuple(found.values())
@@ -276,5 +283,5 @@ def block_io(
     return result
 
   with visiting(visit):
-    model.apply(params, *args)
+    without_remat(model).apply(params, *args)
   return found

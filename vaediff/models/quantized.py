@@ -1,16 +1,21 @@
 """Quantized networks: the same Flax modules, whose convolutions and linear maps compute with whole numbers.
 
 No network knows of it. While a `Quantized` model is applied, the calls of the layers that are stored as whole
-numbers are intercepted (`flax.linen.intercept_methods`): in place of `kernel` their parameters hold
+numbers are intercepted (`flax.linen.intercept_methods`). In place of `kernel` their parameters hold
 
     kernel_q [outputs, *window, inputs] int8, or kernel_q4 uint8, two inputs to a byte
-    kernel_scale [parts, outputs]
-    input_scale, input_zero [buckets, parts], kernel_sum [parts, outputs]     where inputs are quantized
 
-and beside the network's own parameters are `time_edges` [buckets - 1], the last time of each bucket but the
-last one, and `correction` (PTQD: He et al. 2023, arXiv:2305.10657, of the output). See `models.integers` for
-the arithmetic. Layers of the time, of z and of classes, the first and the last one stay as they are, as norms
-and the softmax do.
+and beside the network's own parameters are `tables`, few arrays for all layers, since each array of a
+checkpoint takes a kilobyte more than its numbers:
+
+    kernel_scale, kernel_sum [numbers]           [parts, outputs] of each layer, one behind the other
+    input_scale, input_zero [layers, buckets, 2] of the parts of each layer's input
+    time_edges [buckets - 1]                     of times, ascending
+
+The sums are those of the kernels, for the zero points; `time_edges` the last time of each bucket but the last
+one. Beside them may be a `correction` of the output (`models.correction`). See `models.integers`
+for the arithmetic. Layers of the time, of z and of classes, the first and the last one stay as they are, as
+norms and the softmax do.
 
 The layers are found by `models.observed`.
 """
@@ -33,7 +38,7 @@ from vaediff.types import Params
 KERNEL, PACKED = 'kernel_q', 'kernel_q4'
 SCALE, SUM = 'kernel_scale', 'kernel_sum'
 INPUT_SCALE, INPUT_ZERO = 'input_scale', 'input_zero'
-EDGES, CORRECTION = 'time_edges', 'correction'
+EDGES, CORRECTION, TABLES = 'time_edges', 'correction', 'tables'
 CONVOLUTIONS, PRODUCTS, FLOATS = 'convolutions', 'products', 'floats'
 """How it is computed: convolutions of whole numbers as such, as products, or floats made of the kernels."""
 
@@ -87,7 +92,9 @@ class Quantized(Model):
       outputs = jax.eval_shape(model.apply, model.init(key), *zeros_of(self.inputs)).shape[-1]
       rows = {name: jnp.zeros(self.rows) for name in ('times', 'std')}
       correction = {**rows, **{name: jnp.zeros((self.rows, outputs)) for name in ('gain', 'bias')}}
-    return self.quantize(self.in_floats.init(key), ranges=ranges, times=times, correction=correction)
+    # without the barrier compilers round kernels of zeros themselves, in minutes
+    params = jax.lax.optimization_barrier(self.in_floats.init(key))
+    return self.quantize(params, ranges=ranges, times=times, correction=correction)
 
   def quantize(
     self,
@@ -109,7 +116,7 @@ class Quantized(Model):
       kernel_scales: of those [parts, outputs]; what is missing is of the largest weight.
       correction: of the output: times, std [rows] and gain, bias [rows, channels]; see `models.correction`.
     """
-    tree = params
+    tree, tables = params, {}
     for layer in self.layers:
       known = dict(subtree(params, layer.path))
       kernel = known.pop('kernel')
@@ -118,28 +125,51 @@ class Quantized(Model):
       rounded = kernels.get(layer.path)
       if rounded is None:
         rounded = integers.quantize_kernel(kernel, integers.of_inputs(scale, layer.slices), self.bits)
-      rounded = jnp.asarray(rounded, jnp.int8)
-      stored = {**known, SCALE: scale.astype(jnp.float32)}
-      turned = jnp.moveaxis(rounded, -1, 0)
-      stored |= {KERNEL: turned} if self.bits == 8 else {PACKED: integers.pack(turned)}
+      turned = jnp.moveaxis(jnp.asarray(rounded, jnp.int8), -1, 0)
+      stored = {KERNEL: turned} if self.bits == 8 else {PACKED: integers.pack(turned)}
+      tree = with_subtree(tree, layer.path, {**known, **stored})
+      own = {SCALE: scale.astype(jnp.float32).reshape(-1)}
       if self.quantized_inputs:
+        axes = tuple(range(1, turned.ndim))
+        sums = [jnp.sum(turned[..., part], axis=axes, dtype=jnp.int32) for part in layer.slices]
         bounds = jnp.asarray(ranges[layer.path], jnp.float32)
-        stored[INPUT_SCALE], stored[INPUT_ZERO] = integers.affine(bounds[..., 0], bounds[..., 1])
-        axes = tuple(range(rounded.ndim - 1))
-        sums = [jnp.sum(rounded[..., part, :], axis=axes, dtype=jnp.int32) for part in layer.slices]
-        stored[SUM] = jnp.stack(sums)
-      tree = with_subtree(tree, layer.path, stored)
+        bounds = jnp.concatenate([bounds] * (3 - layer.parts), axis=1)  # of one part twice
+        own |= {SUM: jnp.concatenate(sums), INPUT_SCALE: bounds}
+      for name, value in own.items():
+        tables.setdefault(name, []).append(value)
+    tables = {name: jnp.stack(x) if name == INPUT_SCALE else jnp.concatenate(x) for name, x in tables.items()}
     if self.quantized_inputs:
-      tree = {**tree, EDGES: jnp.asarray(times, jnp.float32).reshape(self.buckets - 1)}
+      bounds = tables[INPUT_SCALE]
+      tables[INPUT_SCALE], tables[INPUT_ZERO] = integers.affine(bounds[..., 0], bounds[..., 1])
+      tables[EDGES] = jnp.asarray(times, jnp.float32).reshape(self.buckets - 1)
+    tree = {**tree, TABLES: tables}
     if correction is not None:
-      tree = {**tree, CORRECTION: {name: jnp.asarray(x, jnp.float32) for name, x in correction.items()}}
+      tree[CORRECTION] = {name: jnp.asarray(x, jnp.float32) for name, x in correction.items()}
     return tree
+
+  def stored(self, params: Params) -> dict[str, dict[str, Array]]:
+    """Returns what is stored of each layer, by its path, with its part of every table."""
+    found, first, tables = {}, 0, params[TABLES]
+    for number, layer in enumerate(self.layers):
+      count = layer.parts * layer.shape[-1]
+      own = {
+        name: tables[name][first : first + count].reshape(layer.parts, -1)
+        for name in (SCALE, SUM)
+        if name in tables
+      }
+      own |= {name: tables[name][number] for name in (INPUT_SCALE, INPUT_ZERO) if name in tables}
+      found[layer.path] = {**subtree(params, layer.path), **own}
+      first += count
+    return found
 
   def dequantized(self, params: Params) -> Params:
     """Returns the float parameters that the stored ones stand for."""
-    tree = {name: value for name, value in params.items() if name not in (EDGES, CORRECTION)}
+    tree, by_path = (
+      {name: value for name, value in params.items() if name not in (TABLES, CORRECTION)},
+      self.stored(params),
+    )
     for layer in self.layers:
-      stored = subtree(params, layer.path)
+      stored = by_path[layer.path]
       floats = {name: stored[name] for name in stored if name == 'bias'}
       tree = with_subtree(tree, layer.path, {**floats, 'kernel': float_kernel(stored, layer)})
     return tree
@@ -155,15 +185,16 @@ class Quantized(Model):
     """Applies the module (or its named method) to what `quantize` has stored."""
     arithmetic = self.arithmetic() if self.arithmetic else PRODUCTS
     whole = self.quantized_inputs and arithmetic != FLOATS
-    by_path = {layer.path: layer for layer in self.layers}
+    by_path, tables = {layer.path: layer for layer in self.layers}, params[TABLES]
+    stored_of = self.stored(params)
     t = args[1] if len(args) > 1 and has_time(self) else None
-    bucket = jnp.searchsorted(params[EDGES], t, side='left') if whole and self.buckets > 1 else None
+    bucket = jnp.searchsorted(tables[EDGES], t, side='left') if whole and self.buckets > 1 else None
 
     def visit(module: nn.Module, path: str, call: Any, inputs: Any, others: Any) -> Any:
       layer = by_path.get(path)
       if layer is None or not is_layer(module):
         return call(*inputs, **others)
-      stored = subtree(params, path)
+      stored = stored_of[path]
       result = (
         _integer_layer(module, layer, stored, inputs[0], bucket, arithmetic)
         if whole
@@ -173,7 +204,7 @@ class Quantized(Model):
         return result
       return result + _of_outputs(stored['bias'], result).astype(result.dtype)
 
-    network = {name: value for name, value in params.items() if name not in (EDGES, CORRECTION)}
+    network = {name: value for name, value in params.items() if name not in (TABLES, CORRECTION)}
     with visiting(visit):
       output = super().apply(network, *args, method=method, key_dropout=key_dropout, **kwargs)
     return corrected(params[CORRECTION], output, t) if CORRECTION in params and method is None else output

@@ -1,6 +1,5 @@
 """`--mode=quantize`: a trained stage's network as whole numbers, as a stage of its own beside it."""
 
-import contextlib
 from typing import Any
 
 import jax
@@ -30,9 +29,9 @@ AS_MADE = ('weights', 'activations', 'method', 'keep_float', 'time_buckets', 'co
 
 def mode(run: Run) -> None:
   """Quantizes a stage."""
-  with contextlib.ExitStack() as held:
-    if jax.process_index() == 0:
-      held.enter_context(files.lock(run.workdir, '--mode=quantize'))
+  if jax.process_count() > 1:
+    raise UserError(f'--mode=quantize runs in one process, and this job has {jax.process_count()}')
+  with files.lock(run.workdir, '--mode=quantize'):
     quantize(run)
 
 
@@ -55,8 +54,7 @@ def quantize(run: Run) -> str:
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
   params = quantization.quantize(trained, experiment, settings)
   quantization.save(config, trained, experiment, name, params)
-  if jax.process_index() == 0:
-    configs.save(config, run.workdir)
+  configs.save(config, run.workdir)
   describe.describe_quantized(config, run.workdir, name)
   for note in experiment.notes:
     log.say(f'{name}: {note}')
@@ -95,6 +93,8 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
   with section.unlocked():
     section.experiment = stages.SECTION
     section[stages.SECTION] = ConfigDict(made)
+    if 'sample' in section:
+      section.sample.checkpoint = 'latest'  # it has one
   with config.unlocked():
     config[name] = section
     config.stages = (*(stage for stage in config.stages if stage != name), name)
