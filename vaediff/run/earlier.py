@@ -33,7 +33,7 @@ QUANTIZE = {
   'keep_float': (),
   'time_buckets': 8,
   'num_images': 64,
-  'ranges': 'percentile',
+  'ranges': 'minmax',
   'percentile': 99.99,
   'correction': 'none',
   'correction_images': 64,
