@@ -249,7 +249,7 @@ def quantize() -> ConfigDict:
         'batch_size': 64,
       },
       'adaround': {
-        'num_steps': 2000,  # of each block
+        'num_steps': 500,  # of each block
         'batch_size': 32,
         'learning_rate': 1e-2,
         'weight': 0.01,  # of the regulariser

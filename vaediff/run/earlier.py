@@ -47,7 +47,7 @@ QUANTIZE = {
     'batch_size': 64,
   },
   'adaround': {
-    'num_steps': 2000,
+    'num_steps': 500,
     'batch_size': 32,
     'learning_rate': 1e-2,
     'weight': 0.01,
