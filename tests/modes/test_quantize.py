@@ -37,11 +37,11 @@ def drawn(workdir, stage, mesh):
 def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_eight(
   trained, tmp_path, whole_numbers, capsys
 ):
-  run = opened(trained, tmp_path / 'run')
+  run = opened(trained, tmp_path / 'run', num_images=8)
   one, eight = (sharding.make_mesh(run.config.mesh, jax.devices()[:n]) for n in (1, 8))
   assert quantize.quantize(run) == 'refiner_int8'
   stored = configs.read(run.workdir)
-  assert stored.stages == ('vae', 'refiner', 'refiner_int8')
+  assert stored.stages == ('vae', 'refiner', 'refiner_int8') and stored.quantize.num_images == 4
   assert 'of the' in capsys.readouterr().out
   found, floats = drawn(run.workdir, 'refiner_int8', one), drawn(run.workdir, 'refiner', one)
   assert abs(found - floats).mean() < 4  # of 255

@@ -36,7 +36,7 @@ def mode(run: Run) -> None:
 
 
 def quantize(run: Run) -> str:
-  """Makes a quantized stage of `config.quantize.stage`, or of the last one; returns its name.
+  """Makes a quantized stage of `config.quantize.stage`, or of the last trained one; returns its name.
 
   It joins the stages of the run's stored config, so that `--workdir` and `--stages` name it as any other.
 
@@ -45,7 +45,8 @@ def quantize(run: Run) -> str:
   """
   settings = run.config.quantize
   checks.check(settings, BOUNDS, 'config.quantize.')
-  source = settings.stage or run.stages[-1]
+  trainable = [stage for stage in run.stages if run.config[stage].experiment != stages.SECTION]
+  source = settings.stage or (trainable or run.stages)[-1]
   check_source(run.config, source)
   trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
   name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
@@ -54,7 +55,8 @@ def quantize(run: Run) -> str:
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
   params = quantization.quantize(trained, experiment, settings)
   quantization.save(config, trained, experiment, name, params)
-  configs.save(config, run.workdir)
+  # what else this call was asked is not the run's
+  configs.save(joined(configs.read(run.workdir), name, config[name]), run.workdir)
   describe.describe_quantized(config, run.workdir, name)
   for note in experiment.notes:
     log.say(f'{name}: {note}')
@@ -88,13 +90,18 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
     **{field: settings[field] for field in AS_MADE},
     'correction_rows': rows,
   }
-  config = config.copy_and_resolve_references()
   section = config[source].copy_and_resolve_references()
   with section.unlocked():
     section.experiment = stages.SECTION
     section[stages.SECTION] = ConfigDict(made)
     if 'sample' in section:
       section.sample.checkpoint = 'latest'  # it has one
+  return joined(config, name, section)
+
+
+def joined(config: ConfigDict, name: str, section: ConfigDict) -> ConfigDict:
+  """Returns the config with one stage more, the last one, in the place of one of that name."""
+  config = config.copy_and_resolve_references()
   with config.unlocked():
     config[name] = section
     config.stages = (*(stage for stage in config.stages if stage != name), name)
