@@ -235,7 +235,7 @@ def quantize() -> ConfigDict:
       'keep_float': (),  # patterns of layers that stay as they are, as 'middle/*'
       'time_buckets': 8,  # parts of the time, each with its own scales of activations
       'num_images': 64,  # drawn to see what layers read, with 'minmax'
-      'ranges': 'percentile',  # of activations on records: 'minmax' | 'percentile' | 'mse'
+      'ranges': 'minmax',  # of activations on records: 'minmax' | 'percentile' | 'mse'
       'percentile': 99.99,  # of what a layer reads, below the upper end; as much is above the lower
       # of the error that is left, at each step of the sampler (PTQD): 'none' | 'mean', of the output |
       # 'noise', of the sampler's noise too | 'published', and of its direction as well
@@ -251,7 +251,7 @@ def quantize() -> ConfigDict:
         'batch_size': 64,
       },
       'adaround': {
-        'num_steps': 2000,  # of each block
+        'num_steps': 500,  # of each block
         'batch_size': 32,
         'learning_rate': 1e-2,
         'weight': 0.01,  # of the regulariser

@@ -47,7 +47,7 @@ class Settings:
     beta_end: the same at the end; linear between them.
   """
 
-  num_steps: int = 2000
+  num_steps: int = 500
   batch_size: int = 32
   learning_rate: float = 1e-2
   weight: float = 0.01

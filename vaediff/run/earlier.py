@@ -33,7 +33,7 @@ QUANTIZE = {
   'keep_float': (),
   'time_buckets': 8,
   'num_images': 64,
-  'ranges': 'percentile',
+  'ranges': 'minmax',
   'percentile': 99.99,
   'correction': 'none',
   'correction_images': 64,
@@ -47,7 +47,7 @@ QUANTIZE = {
     'batch_size': 64,
   },
   'adaround': {
-    'num_steps': 2000,
+    'num_steps': 500,
     'batch_size': 32,
     'learning_rate': 1e-2,
     'weight': 0.01,
