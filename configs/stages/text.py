@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from configs.run import Run
-from configs.stages import diffusion, prior
 
 TEXT = 'text'
 
@@ -24,8 +23,8 @@ def tower() -> ConfigDict:
   return ConfigDict(
     {
       'dropout': 0.1,  # probability, per example, of the learned null
-      # 'attention': behind each attention block, nothing at first | 'transformer': latent diffusion's block in
-      # the place of each
+      # 'attention': behind each attention block, nothing at first | 'transformer': latent diffusion's block
+      # in the place of each
       'how': 'attention',
       'width': 64,  # of the transformer of words
       'num_layers': 2,

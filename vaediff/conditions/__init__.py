@@ -5,13 +5,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff.conditions import augmentation
+from vaediff.conditions import augmentation, label
 from vaediff.conditions import codes as codes_file
+from vaediff.conditions import text as text_file
 from vaediff.conditions.base import Condition, Conditions
 from vaediff.conditions.codes import CODES, codes_condition
 from vaediff.conditions.degraded import DEGRADED, degraded_condition
-from vaediff.conditions import text as text_file
-from vaediff.conditions import label
 from vaediff.conditions.label import LABEL, label_condition
 from vaediff.conditions.low_resolution import LOW_RESOLUTION, low_resolution_condition
 from vaediff.conditions.text import TEXT, text_condition

@@ -48,8 +48,8 @@ SAMPLE_BOUNDS = {
   'sample.captions': checks.Bound(
     lambda value: isinstance(value, tuple | list) and all(isinstance(one, str) for one in value),
     lambda field, value: (
-      f"{field} must be captions, as ('a red ring', 'a blue cross'), or () = those of the evaluation split; got "
-      f'{value!r}'
+      f"{field} must be captions, as ('a red ring', 'a blue cross'), or () = those of the evaluation split; "
+      f'got {value!r}'
     ),
   )
 }
@@ -109,9 +109,7 @@ class Text(Condition):
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
     """The captions that are drawn, as ids."""
-    captions = reads.Captions(
-      stage=self.stage, workdir='', length=self.length, vocab_size=self.vocab_size
-    )
+    captions = reads.Captions(stage=self.stage, workdir='', length=self.length, vocab_size=self.vocab_size)
     return {reads.CAPTIONS: captions}
 
   def for_training(self) -> 'Text':
@@ -135,8 +133,8 @@ class Text(Condition):
     tokens = given[TOKENS].astype(jnp.int32)
     if tokens.shape[1:] != (self.length,):
       raise UserError(
-        f'{TOKENS} must be {self.length} ids per image (text.length), got {tokens.shape[1:]}: captions become '
-        'ids by the tokenizer of the stage'
+        f'{TOKENS} must be {self.length} ids per image (text.length), got {tokens.shape[1:]}: captions '
+        'become ids by the tokenizer of the stage'
       )
     return {TOKENS: jnp.where(tokens[:, 1:2] == words.EOS, words.PAD, tokens)}
 
@@ -154,8 +152,8 @@ def text_condition(config: ConfigDict, stage: str, space: Space | None = None) -
   if not config.data.caption_feature:
     raise UserError(
       f'the stage {stage!r} reads captions (conditions.text), but of these data none are read '
-      "(data.caption_feature is ''): name the feature or column that holds them, as 'caption', or take images "
-      'with captions'
+      "(data.caption_feature is ''): name the feature or column that holds them, as 'caption', or take "
+      'images with captions'
     )
   if named.width % named.num_heads:
     raise UserError(
@@ -179,8 +177,8 @@ def checked(captions: tuple[str, ...], dropout: float) -> tuple[str, ...]:
   for number, caption in enumerate(captions):
     if not caption.strip() and not dropout:
       raise UserError(
-        f'sample.captions has no words at place {number}, and the stage has no null for it: it was trained with '
-        'conditions.text.dropout = 0. Write a caption, or train with a dropout, such as 0.1'
+        f'sample.captions has no words at place {number}, and the stage has no null for it: it was trained '
+        'with conditions.text.dropout = 0. Write a caption, or train with a dropout, such as 0.1'
       )
   return captions
 
