@@ -195,7 +195,7 @@ def test_a_diffusion_begins_as_one_without_captions_and_draws_the_same():
   [
     ({'data.caption_feature': ''}, r"reads captions .*data.caption_feature is ''"),
     ({'refiner.conditions.text.num_heads': 3}, r'num_heads is 3, which does not divide .*width 8'),
-    ({'refiner.conditions.text.how': 'concat'}, r"conditions.text.how is 'concat'; valid: attention, transformer"),
+    ({'refiner.conditions.text.how': 'concat'}, r"how is 'concat'; valid: attention, transformer"),
     ({'refiner.text.length': 2}, r'text.length must be .* got 2'),
     ({'refiner.sample.captions': ('a', 3)}, r'sample.captions must be captions, .*got \(.a., 3\)'),
     (
