@@ -142,15 +142,18 @@ def data() -> ConfigDict:
   """Where pixels come from and how they are cropped and resized; read by `vaediff.data`."""
   return ConfigDict(
     {
-      'source': 'tfds',  # 'tfds' | 'idx' | 'image_folder' | 'npz' | 'synthetic'
+      'source': 'tfds',  # 'tfds' | 'idx' | 'image_folder' | 'parquet' | 'npz' | 'synthetic'
       'name': '',  # TFDS name with its config, as 'celeb_a_hq/256'
-      'path': '',  # folder or file for idx, image_folder, npz and noto_emoji
+      'path': '',  # folder or file for idx, image_folder, parquet, npz and noto_emoji
       'data_dir': '',  # '' = $TFDS_DATA_DIR or ~/tensorflow_datasets; also holds the array cache
       'train_split': 'train',
       'eval_split': 'test',
       'image_size': 32,  # pixels, height = width
       'channels': 3,
       'num_classes': 0,  # labels are 0 .. num_classes - 1; 0 = none or unknown
+      # the field with captions: a feature of TFDS; a column of parquet files, or of captions.jsonl or
+      # metadata.csv in an image folder; '' = none are read
+      'caption_feature': '',
       'crop': 'none',  # 'none' | 'center'
       'crop_size': 0,  # pixels; 0 = the shorter side
       # 'none' | 'pad' | 'nearest' | 'bilinear' | 'bicubic' | 'lanczos' | 'box'; what is not square is refused

@@ -61,6 +61,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     config['evaluate']['sweep'].setdefault('aug_levels', ())
     config['evaluate'].setdefault('decoders', DECODERS)
   config['data'].setdefault('check_fingerprint', True)
+  config['data'].setdefault('caption_feature', '')
   for section in filter(_is_stage, config.values()):
     _upgrade_diffusion(section)
     _upgrade_autoencoder(section)

@@ -73,7 +73,7 @@ OVER_TRAINING = {
   'loss.reconstruction': ('linear', 'weighted_learning'),
 }
 """Patterns of fields of a stage, and their values, that depend on how far it is from its last step."""
-UNKNOWN = {'num_classes': 0}
+UNKNOWN = {'num_classes': 0, 'caption_feature': ''}
 """Fields of `data` with the value that says: not known. It may become known when a run goes on."""
 
 
