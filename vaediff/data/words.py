@@ -110,9 +110,9 @@ class Tokenizer:
     unknown = [word for word in words if UNKNOWN in self._processor.encode(word)]
     more = f', ... ({len(self.words)} in all)' if len(self.words) > MAX_LISTED else ''
     return (
-      f'{caption!r} has {", ".join(map(repr, unknown)) or "a word"}, which no training caption has; known'
-      f' words are'
-      f' {", ".join(self.words[:MAX_LISTED])}{more}'
+      f'{caption!r} has {", ".join(map(repr, unknown)) or "a word"}, which no training caption has; known words '
+      f'are {", ".join(self.words[:MAX_LISTED])}{more}. Use those; a stage trained with text.kind = {SUBWORD!r} '
+      'takes any'
     )
 
 
