@@ -46,6 +46,7 @@ def section() -> ConfigDict:
     temperature=1.0,  # logits are divided by it; 0 = the most probable id
     top_k=0,  # only so many of the most probable ids; 0 = all
     top_p=1.0,  # only the most probable ids that together have this probability
+    captions=(),  # to draw, in turn; () = those of the evaluation split; with the condition `text`
     labels=(),  # classes to draw, in turn: numbers or names, as 3,7; () = all; with the condition `label`
   )
   return config

@@ -20,8 +20,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 from configs import presets  # noqa: E402
 
 
-def build(size, fields, *, learned=True, channels=3, classes=0, low_resolution=False):
+def build(size, fields, *, learned=True, channels=3, classes=0, low_resolution=False, text=()):
   named = {}
+  if text:  # of vectors: the network that makes them is another
+    named['text'] = Port(enters='text', how='transformer', shape=text)
   if low_resolution:
     named['low'] = Port(enters='concat', shape=(size, size, channels))
   if classes:
@@ -66,6 +68,9 @@ def count(model):
     ('adm_upsampler_128_512', 512, {'classes': 1000, 'low_resolution': True}, 302_875_782),
     ('ldm_celeba256', 64, {'learned': False}, 274_056_163),
     ('ldm_lsun_church256', 32, {'learned': False, 'channels': 4}, 294_966_916),
+    ('stable_diffusion', 64, {'learned': False, 'channels': 4, 'text': (77, 768)}, 859_520_964),
+    ('ldm_txt2img', 32, {'learned': False, 'channels': 4, 'text': (77, 1280)}, 872_300_484),
+    ('ldm_imagenet256', 64, {'learned': False, 'channels': 3, 'text': (1, 512)}, 400_920_579),
   ],
 )
 def test_parameters_are_the_published_networks(preset, size, options, parameters):

@@ -19,7 +19,7 @@ from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.token_prior import TokenPrior
 from vaediff.experiments.vae import Vae
 
-SHARED = ('train.', 'sample.', 'conditions.')
+SHARED = ('train.', 'sample.', 'conditions.', 'text.')
 """Parts of a section whose fields are not those of its experiment."""
 BY_NAME: dict[str, type[Experiment]] = {
   'vae': Vae,

@@ -67,6 +67,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     _upgrade_autoencoder(section)
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
+    if 'sample' in section and 'labels' in section['sample']:
+      section['sample'].setdefault('captions', ())
   config.setdefault('checkpoints', {'check_arrays': True})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):

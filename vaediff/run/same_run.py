@@ -52,6 +52,7 @@ OF_PICTURES = (
   'sample.save_*',
   'sample.with_vae',
   'sample.labels',
+  'sample.captions',
   'sample.temperature',
   'sample.top_*',
 )
