@@ -29,8 +29,12 @@ REAL = {
   ('fashion_mnist', 'idx'): [(28, 28, 1)],
   ('digits', ''): [(8, 8, 1)],
   ('emoji64', ''): [(64, 64, 3)],
+  ('shapes16', ''): [(16, 16, 3)],
+  ('shapes16', 'mini'): [(16, 16, 3)],
+  ('shapes32', ''): [(32, 32, 3)],
+  ('shapes64', ''): [(64, 64, 3)],
 }
-NO_DATA = ('base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run')
+NO_DATA = ('base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run', 'shapes_parts')
 CASES = [(name, variant, size) for (name, variant), sizes in REAL.items() for size in sizes]
 
 

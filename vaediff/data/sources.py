@@ -11,7 +11,7 @@ from the `cache`, else they are decoded, cropped and resized whenever they are r
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import ml_collections
 import numpy as np
@@ -168,14 +168,38 @@ class TokenSource:
   source: Source
   tokens: Int32[np.ndarray, 'examples length']
 
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """See `Source`."""
+    return self.source.image_shape
+
+  @property
+  def label_names(self) -> tuple[str, ...]:
+    """See `Source`."""
+    return self.source.label_names
+
+  @property
+  def num_classes(self) -> int:
+    """See `Source`."""
+    return self.source.num_classes
+
+  @property
+  def fingerprint(self) -> str:
+    """See `Source`."""
+    return self.source.fingerprint
+
+  @property
+  def captions(self) -> tuple[str, ...]:
+    """See `Source`."""
+    return self.source.captions
+
+  @property
+  def captions_digest(self) -> str:
+    """See `Source`."""
+    return self.source.captions_digest
+
   def __len__(self) -> int:
     return len(self.source)
-
-  def __getattr__(self, name: str) -> Any:
-    """Returns what is the same with tokens: all but what is read."""
-    if name in ('source', 'tokens'):  # While a copy is made there is none yet.
-      raise AttributeError(name)
-    return getattr(self.source, name)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `Source`; with `words.TOKENS`, int32 [n, length]."""

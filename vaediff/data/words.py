@@ -109,10 +109,11 @@ class Tokenizer:
     words = normal(caption, self.kind).split()
     unknown = [word for word in words if UNKNOWN in self._processor.encode(word)]
     more = f', ... ({len(self.words)} in all)' if len(self.words) > MAX_LISTED else ''
+    said = ', '.join(map(repr, unknown)) or 'a word'
     return (
-      f'{caption!r} has {", ".join(map(repr, unknown)) or "a word"}, which no training caption has; known'
-      f' words are'
-      f' {", ".join(self.words[:MAX_LISTED])}{more}'
+      f'{caption!r} has {said}, which no training caption has; known words are'
+      f' {", ".join(self.words[:MAX_LISTED])}{more}. Use those: only a stage trained with text.kind ='
+      f' {SUBWORD!r} takes others'
     )
 
 

@@ -12,7 +12,7 @@ from vaediff import identity, reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
-from vaediff.run import checkpoint, digests, measurements, same_run
+from vaediff.run import captions, checkpoint, digests, measurements, same_run
 
 
 def load(
@@ -61,6 +61,9 @@ def load(
       case reads.Measured():
         of = own[1] if own and own[0] == source.stage and not source.workdir else None
         return sharding.replicate(measurements.load(source, config, workdir, mesh, of), mesh)
+      case reads.Captions():
+        found = captions.table(source, config, workdir, training=source.stage == training)
+        return sharding.replicate(found, mesh)
       case reads.Published():
         return sharding.replicate(source.load(), mesh)
 
@@ -198,7 +201,7 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
     match source:
       case reads.FromStage():
         return checkpoint.abstract_params(source.model, mesh)
-      case reads.Measured():
+      case reads.Measured() | reads.Captions():
         return sharding.abstract_replicated(source.neutral(), mesh)
       case reads.Published():
         return sharding.abstract_replicated(source.load(), mesh)
@@ -213,7 +216,7 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
     match source:
       case reads.FromStage():
         return jax.jit(source.model.init, out_shardings=sharding.replicated(mesh))(jax.random.key(1))
-      case reads.Measured():
+      case reads.Measured() | reads.Captions():
         return sharding.replicate(source.neutral(), mesh)
       case reads.Published():
         return sharding.replicate(source.load(), mesh)

@@ -15,7 +15,7 @@ from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
-from vaediff.run import best, checkpoint, draw, guides, log, same_run
+from vaediff.run import best, captions, checkpoint, draw, guides, log, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -79,7 +79,7 @@ class Trained:
     other.config[self.stage].sample.update(changes)
     guides.resolve(other.config)
     other.experiment = experiments.build(other.config, self.stage)
-    if other.experiment.for_sampling != self.experiment.for_sampling:
+    if other.experiment.for_sampling != self.experiment.for_sampling or 'captions' in changes:
       own = (self.stage, self.folder)
       frozen = frozen_networks.load(other.experiment, other.config, self.workdir, self.mesh, own=own)
       other.read = {**frozen, **self.params}
@@ -111,8 +111,14 @@ class Trained:
       Stale: when they are others.
     """
     if split not in self._sources:
-      self._sources[split] = same_run.open_images(self.config, split, self.folder)
+      source = same_run.open_images(self.config, split, self.folder)
+      self._sources[split] = captions.with_tokens(self.config, self.stage, self.workdir / self.stage, source)
     return self._sources[split]
+
+  @property
+  def captions(self) -> tuple[str, ...]:
+    """Those of its samples, in turn; () where it reads none."""
+    return captions.asked(self.config, self.stage)
 
   @property
   def made_of(self) -> dict[str, str]:
@@ -123,7 +129,7 @@ class Trained:
     measured = {
       f'the measurement {name!r}': _digest(self.read[name])
       for name, source in frozen_networks.of(self.experiment).items()
-      if isinstance(source, reads.Measured)
+      if isinstance(source, reads.Measured | reads.Captions)
     }
     makers = {
       f'the samples of {source.stage!r}': identity.digest(self.maker(source).made_of)
