@@ -23,10 +23,10 @@ def section() -> ConfigDict:
       'workdir': '',  # ... of this other run; '' = this run
     }
   )
-  config.conditions = ConfigDict()  # what the ids are given: a section `label`, see the variant
+  config.conditions = ConfigDict()  # what the ids are given: sections `label`, `text`, see the variants
   config.model = ConfigDict(
     {
-      'form': 'decoder',  # 'decoder' | 'encoder_decoder': the class is encoded, and read by every block
+      'form': 'decoder',  # 'decoder' | 'encoder_decoder': what is given is encoded, and read by every block
       **presets.PRIOR['llamagen_b'],
       'num_encoder_layers': 1,  # encoder_decoder
       'dropout': 0.1,  # of the input, and after attention and MLP
@@ -103,15 +103,19 @@ def arrange(run: Run) -> None:
   if codes is not None:
     codes.prior_stage = STAGE
   if codes is not None or 'refiner' not in stages:
-    _take_label(run.section('refiner').conditions, run.section(STAGE).conditions)
+    _take(run.section('refiner'), run.section(STAGE))
 
 
-def _take_label(decoder: ConfigDict, own: ConfigDict) -> None:
-  """The classes are the prior's, whichever variant came first: ids of nothing are of no class."""
-  if 'label' in decoder:
-    with decoder.unlocked(), own.unlocked():
-      own.label = decoder.label
-      del decoder.label
+def _take(decoder: ConfigDict, own: ConfigDict) -> None:
+  """Classes and captions are the prior's, whichever variant came first: ids of nothing are of none."""
+  with decoder.unlocked(), own.unlocked():
+    for name in ('label', 'text'):
+      if name in decoder.conditions:
+        own.conditions[name] = {'dropout': decoder.conditions[name].dropout}
+        del decoder.conditions[name]
+    if 'text' in decoder:
+      own.text = decoder.text
+      del decoder.text
 
 
 VARIANTS = {'prior': prior}

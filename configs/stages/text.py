@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs.run import Run
+from configs.stages import prior
 
 TEXT = 'text'
 
@@ -48,15 +49,15 @@ def text(run: Run, kind: str = 'word', vocab_size: int = 64, length: int = 32) -
       f'variant text: the data set of config {run.config.name!r} has no captions, data.caption_feature is '
       "''; take one that has, as configs/shapes16.py"
     )
+  of_prior = prior.STAGE in run.config.stages
+  reads = ConfigDict({'dropout': tower().dropout}) if of_prior else tower()
   settings = tokenizer(kind, vocab_size, length)
-  run.edit('refiner', lambda refiner: _read(refiner, settings))
+  run.edit(prior.STAGE if of_prior else 'refiner', lambda stage: _read(stage, settings, reads))
 
 
-def _read(stage: ConfigDict, settings: ConfigDict) -> None:
+def _read(stage: ConfigDict, settings: ConfigDict, reads: ConfigDict) -> None:
   with stage.unlocked():
-    stage.text = settings.copy_and_resolve_references()
-    stage.conditions.text = tower()
-  stage.lock()
+    stage.text, stage.conditions.text = settings, reads
 
 
 VARIANTS = {TEXT: text}

@@ -35,11 +35,13 @@ LEAST = 3
 """Ids of the shortest caption: its begin, one word, its end."""
 MOST = 2**16
 BOUNDS = {
-  'conditions.text.dropout': checks.below_one(),
   'conditions.text.how': checks.one_of(text_attention.WAYS),
   'conditions.text.width': checks.between(1, MOST),
   'conditions.text.num_layers': checks.between(1, 64),
   'conditions.text.num_heads': checks.between(1, 64),
+}
+OF_CAPTIONS = {
+  'conditions.text.dropout': checks.below_one(),
   'text.kind': checks.one_of(words.KINDS),
   'text.vocab_size': checks.between(words.EOS + 2, 2**22),
   'text.length': checks.between(LEAST, MOST),
@@ -63,20 +65,20 @@ class Text(Condition):
   Attributes:
     length: ids of a caption, padding and all.
     vocab_size: they are below it.
-    tower: sizes of the transformer of words.
-    how: of `text_attention.WAYS`.
     dropout: probability that the null token alone is read.
     stage: that reads them, whose tokenizer and captions they are.
+    tower: sizes of the transformer of words.
+    how: of `text_attention.WAYS`.
     chosen: the captions that are drawn, in turn; () = those of the evaluation split.
     added_to: see `Condition`.
   """
 
   length: int
   vocab_size: int
-  tower: Tower
-  how: str
   dropout: float
   stage: str
+  tower: Tower = Tower()
+  how: str = 'attention'
   chosen: tuple[str, ...] = ()
   added_to: tuple[str, str] | None = None
 
@@ -139,6 +141,30 @@ class Text(Condition):
     return {TOKENS: jnp.where(tokens[:, 1:2] == words.EOS, words.PAD, tokens)}
 
 
+def caption_condition(config: ConfigDict, stage: str) -> Text:
+  """Returns the captions that a stage reads, without how a U-Net does.
+
+  Raises:
+    UserError: for data without captions, or a value that is not allowed.
+  """
+  section = config[stage]
+  checks.check(section, {**OF_CAPTIONS, **SAMPLE_BOUNDS})
+  if not config.data.caption_feature:
+    raise UserError(
+      f'the stage {stage!r} reads captions (conditions.text), but of these data none are read '
+      "(data.caption_feature is ''): name the feature or column that holds them, as 'caption', or take "
+      'images with captions'
+    )
+  dropout = section.conditions[TEXT].dropout
+  return Text(
+    length=section[TEXT].length,
+    vocab_size=section[TEXT].vocab_size,
+    dropout=dropout,
+    stage=stage,
+    chosen=checked(tuple(section.sample.captions), dropout),
+  )
+
+
 def text_condition(config: ConfigDict, stage: str, space: Space | None = None) -> Text:
   """Returns the condition that `config.<stage>.conditions.text` describes.
 
@@ -146,28 +172,17 @@ def text_condition(config: ConfigDict, stage: str, space: Space | None = None) -
     UserError: for data without captions, or a value that is not allowed.
   """
   del space
-  section = config[stage]
-  checks.check(section, {**BOUNDS, **SAMPLE_BOUNDS})
-  named, tokenizer = section.conditions[TEXT], section[TEXT]
-  if not config.data.caption_feature:
-    raise UserError(
-      f'the stage {stage!r} reads captions (conditions.text), but of these data none are read '
-      "(data.caption_feature is ''): name the feature or column that holds them, as 'caption', or take "
-      'images with captions'
-    )
+  checks.check(config[stage], BOUNDS)
+  named = config[stage].conditions[TEXT]
   if named.width % named.num_heads:
     raise UserError(
       f'conditions.text.num_heads is {named.num_heads}, which does not divide conditions.text.width '
       f'{named.width}'
     )
-  return Text(
-    length=tokenizer.length,
-    vocab_size=tokenizer.vocab_size,
+  return dataclasses.replace(
+    caption_condition(config, stage),
     tower=Tower(width=named.width, num_layers=named.num_layers, num_heads=named.num_heads),
     how=named.how,
-    dropout=named.dropout,
-    stage=stage,
-    chosen=checked(tuple(section.sample.captions), named.dropout),
     added_to=_added_to(named),
   )
 
