@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from vaediff.data import cache, loader, sources, words
 from vaediff.data.sources import open_source
@@ -13,38 +14,28 @@ from vaediff.errors import UserError
 pytest.importorskip('sentencepiece')
 
 
+class Told(tfds.core.GeneratorBasedBuilder):
+  """Images of one value each, told by its name."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self):
+    texts = {'told': tfds.features.Text(), 'all': tfds.features.Sequence(tfds.features.Text())}
+    features = {'image': tfds.features.Image(shape=(8, 8, 3)), 'number': np.int64, **texts}
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {'train': self._generate_examples(0, 20), 'test': self._generate_examples(100, 106)}
+
+  def _generate_examples(self, first, last):
+    for i in range(first, last):
+      image = Image.fromarray(np.full((8, 8, 3), i, np.uint8))
+      yield i, {'image': image, 'told': f'number {i}', 'all': [f'number {i}'], 'number': i}
+
+
 @pytest.fixture
 def captioned(make_data):
-  """A TFDS set with captions: an image of one value, told by its name."""
-
-  class Told(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version('1.0.0')
-
-    def _info(self):
-      from tensorflow_datasets import features as f
-
-      return tfds.core.DatasetInfo(
-        builder=self,
-        features=f.FeaturesDict(
-          {
-            'image': f.Image(shape=(8, 8, 3)),
-            'told': f.Text(),
-            'all': f.Sequence(f.Text()),
-            'number': np.int64,
-          }
-        ),
-      )
-
-    def _split_generators(self, dl_manager):
-      return {'train': self._generate_examples(0, 20), 'test': self._generate_examples(100, 106)}
-
-    def _generate_examples(self, first, last):
-      from PIL import Image
-
-      for i in range(first, last):
-        image = Image.fromarray(np.full((8, 8, 3), i, np.uint8))
-        yield i, {'image': image, 'told': f'number {i}', 'all': [f'number {i}'], 'number': i}
-
+  """A TFDS set with captions, which is no set of our own."""
   data = make_data(source='tfds', name='told', caption_feature='told')
   Told(data_dir=data.data_dir, file_format='array_record').download_and_prepare()
   return data
@@ -114,7 +105,7 @@ def test_batches_hold_them_as_tokens(captioned):
 
 def test_captions_that_were_never_trained_on_are_refused(captioned):
   tokenizer = words.train(open_source(captioned, 'train').captions, 'word', 64)
-  with pytest.raises(UserError, match="the captions of the images: 'number 100' has '100'"):
+  with pytest.raises(UserError, match="the captions of the images: 'number 10.' has '10.'"):
     sources.with_tokens(open_source(captioned, 'eval'), tokenizer, 5)
   captioned.caption_feature = ''
   with pytest.raises(UserError, match='these images have none: set data.caption_feature'):

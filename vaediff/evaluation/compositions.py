@@ -6,6 +6,7 @@ has. What is drawn is read in closed form (`vaediff.data.oracle`).
 accuracy_<attribute>    share of samples that show what was asked
 accuracy_joint          ... all that was asked
 valid                   share of samples that are one shape on one background at all
+oracles_agree           share of samples in which the data set's own classifier sees the same five attributes
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from vaediff.data import oracle, shapes, sources
-from vaediff.evaluation.measures import Figure
+from vaediff.evaluation.measures import CLASSIFIER, Figure
+from vaediff.evaluation.networks import Networks
 from vaediff.run import log
 from vaediff.run.trained import Trained
 
@@ -28,7 +30,7 @@ ABOUT = (
 )
 
 
-def composition_rows(trained: Trained) -> list[dict[str, Any]]:
+def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]:
   """Returns a row for each set of captions; [] for a stage without captions, or of other data.
 
   Raises:
@@ -46,14 +48,24 @@ def composition_rows(trained: Trained) -> list[dict[str, Any]]:
     reader = reader or oracle.Oracle(image.shape[1], mini=mini)
     asked = np.array([scene.attributes for scene in scenes], np.int32)
     reading = reader.read(image)
-    rows.append(row_of(title, asked, reading))
+    rows.append(row_of(title, asked, reading) | agreement(image, reading, opened))
     if len(rows) == 1:
       chance = row_of(OTHERS, np.roll(asked, 1, axis=0), reading)
   real = trained.eval_source.read(np.arange(min(count, len(trained.eval_source))))[sources.IMAGE]
   told = asked_by(trained.eval_source.captions[: len(real)])
   rows.append(chance)
-  rows.append(row_of(DATA, told, reader.read(trained.as_drawn(real))))
+  image = trained.as_drawn(real)
+  reading = reader.read(image)
+  rows.append(row_of(DATA, told, reading) | agreement(image, reading, opened))
   return rows
+
+
+def agreement(image: np.ndarray, reading: oracle.Reading, opened: Networks) -> dict[str, Figure]:
+  """Returns how often the own classifier sees what is read; {} where it is not open."""
+  if CLASSIFIER not in opened.features:
+    return {}
+  same = opened.features[CLASSIFIER](image)[oracle.ATTRIBUTES] == reading.attributes
+  return {'oracles_agree': Figure(value=float(same.all(axis=1).mean()))}
 
 
 def asked_by(captions: Sequence[str]) -> np.ndarray:
