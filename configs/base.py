@@ -189,6 +189,7 @@ def evaluate() -> ConfigDict:
       'num_diversity_pairs': 500,  # pairs of samples whose mean LPIPS is the diversity
       'num_memorisation': 1000,  # samples whose nearest training image is looked for; 0 = none
       'num_bound': 256,  # images of the evaluation split for the variational bound; 0 = none
+      'num_captions': 500,  # samples of captions, of the data set shapes, whose images can be read; 0 = none
       'num_bound_times': 20,  # times drawn per image for the bound's sum over diffusion steps
       'decoders': {  # of stages that read codes: the same ones drawn again by every decoder of the run
         'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),  # and their steps, of the first teacher
@@ -299,6 +300,7 @@ def _debug_modes(config: ConfigDict) -> None:
       'num_memorisation': 8,
       'num_bound': 8,
       'num_bound_times': 4,
+      'num_captions': 8,
     }
   )
   config.evaluate.decoders.update({'samplers': (('ddim', 2),), 'num_images': 8, 'num_samples': 2})

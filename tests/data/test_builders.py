@@ -174,3 +174,13 @@ def test_emoji_of_another_size_or_category(emoji, package):
   (package / 'emoji.json').write_text(text.replace('Flags', 'Flogs'))
   with pytest.raises(UserError, match="emoji.json is damaged .the category 'Flogs' is none of"):
     open_source(emoji, 'train')
+
+
+def test_emoji_captions_are_read_beside_the_images(emoji):
+  emoji.caption_feature = 'caption'
+  source = open_source(emoji, 'train')
+  tones = {name for caption in source.captions for name in caption.split(', ')[1:]}
+  assert tones == {f'{tone} skin tone' for tone in builders.EMOJI_SKIN_TONES.values()}
+  for image, caption in zip(source.images, source.captions, strict=True):
+    if caption != 'twin':
+      assert caption.split(',')[0] == f'thing {image[0, 0, 0]}'

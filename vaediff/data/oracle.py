@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, UInt8
 
-from vaediff.data import shapes
+from vaediff.data import shapes, sources
 from vaediff.errors import UserError
 
 MOST_RMSE = 0.1
@@ -20,6 +20,10 @@ STEP = 1 / 32
 """Between the offsets of the masks, over the side of the image."""
 CHUNK = 256
 """Images at a time."""
+ATTRIBUTES = 'attributes'
+"""Name in batches of what images show, int32 [n, attributes]."""
+NUMBERS = tuple(len(names) for names in shapes.NAMES)
+"""How many of each attribute there are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,14 @@ class Oracle:
     colour = nearest_shade(front, self._choices[1])
     background = nearest(back, self._choices[4])
     return np.stack([shape, colour, extent, position, background], axis=1).astype(np.int32), rmse
+
+
+def with_attributes(source: sources.Source, *, mini: bool) -> sources.Source:
+  """Returns images of the data set whose batches hold what they show."""
+  reader = Oracle(source.image_shape[0], mini=mini)
+  rows = np.array_split(np.arange(len(source)), -(-len(source) // CHUNK))
+  read = [reader.read(source.read(chunk)[sources.IMAGE]).attributes for chunk in rows]
+  return sources.Beside(source=source, arrays={ATTRIBUTES: np.concatenate(read)})
 
 
 def nearest_shade(colour: Float64[np.ndarray, 'n 3'], choices: tuple[int, ...]) -> np.ndarray:

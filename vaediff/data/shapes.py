@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import re
 
+import ml_collections
 import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image, ImageDraw
@@ -81,6 +82,16 @@ class Scene:
   def caption_full(self) -> str:
     """Tells all attributes."""
     return in_words(self.attributes)
+
+
+def is_named(data: ml_collections.ConfigDict) -> bool:
+  """Returns whether a config's images are of this data set."""
+  return data.source == 'tfds' and data.name.split('/')[0] == 'shapes'
+
+
+def is_mini(data: ml_collections.ConfigDict) -> bool:
+  """Returns whether they are of its small set."""
+  return is_named(data) and data.name.endswith('/mini')
 
 
 def is_held_out(attributes: tuple[int, ...]) -> bool:

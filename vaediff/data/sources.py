@@ -10,7 +10,7 @@ from the `cache`, else they are decoded, cropped and resized whenever they are r
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import ml_collections
@@ -162,11 +162,11 @@ class DecodedSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenSource:
-  """A source of which every batch holds its captions as tokens too."""
+class Beside:
+  """A source of which every batch holds more, such as captions as tokens: a row of each array per image."""
 
   source: Source
-  tokens: Int32[np.ndarray, 'examples length']
+  arrays: Mapping[str, np.ndarray]
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -202,8 +202,8 @@ class TokenSource:
     return len(self.source)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """See `Source`; with `words.TOKENS`, int32 [n, length]."""
-    return self.source.read(indices) | {words.TOKENS: self.tokens[indices]}
+    """See `Source`."""
+    return self.source.read(indices) | {name: rows[indices] for name, rows in self.arrays.items()}
 
 
 def with_tokens(source: Source, tokenizer: words.Tokenizer, length: int) -> Source:
@@ -216,9 +216,8 @@ def with_tokens(source: Source, tokenizer: words.Tokenizer, length: int) -> Sour
     raise UserError(
       'captions are read, and these images have none: set data.caption_feature to the field that holds them'
     )
-  return TokenSource(
-    source=source, tokens=tokenizer.encode(source.captions, length, 'the captions of the images')
-  )
+  tokens = tokenizer.encode(source.captions, length, 'the captions of the images')
+  return Beside(source=source, arrays={words.TOKENS: tokens})
 
 
 def open_source(

@@ -60,6 +60,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   if 'evaluate' in config and 'sweep' in config['evaluate']:
     config['evaluate']['sweep'].setdefault('aug_levels', ())
     config['evaluate'].setdefault('decoders', DECODERS)
+    config['evaluate'].setdefault('num_captions', 500)
   config['data'].setdefault('check_fingerprint', True)
   config['data'].setdefault('caption_feature', '')
   for section in filter(_is_stage, config.values()):
