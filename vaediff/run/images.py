@@ -80,7 +80,7 @@ def captioned(images: np.ndarray, columns: int, texts: Sequence[str]) -> np.ndar
   return np.concatenate(rows)
 
 
-def wrapped(text: str, width: int, font: ImageFont.ImageFont) -> str:
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
   """Returns a text in lines that are no wider than so many pixels, but for words that alone are wider."""
   lines = ['']
   for word in text.split():
