@@ -50,7 +50,7 @@ SHARED = [name for name in base.VARIANTS if name != 'debug']
 LABELLED = ('afhq256', 'cifar10', 'digits', 'emoji64', 'fashion_mnist', 'shapes16', 'shapes32', 'shapes64')
 OF_CLASSES = ('label', 'classifier_guided')
 OF_CAPTIONS = ('text',)
-CAPTIONED = ('emoji64', 'shapes16', 'shapes32', 'shapes64')
+CAPTIONED = ('captions256', 'emoji64', 'shapes16', 'shapes32', 'shapes64')
 PAIRS = [
   (name, one)
   for name in NAMES
@@ -86,8 +86,8 @@ def sections(config):
 
 def test_the_configs_are_all_here():
   assert NAMES == [
-      'afhq256', 'celeba256', 'celeba64', 'celebahq128', 'cifar10', 'digits', 'emoji64', 'fashion_mnist',
-      'lsun_church256', 'shapes16', 'shapes32', 'shapes64',
+      'afhq256', 'captions256', 'celeba256', 'celeba64', 'celebahq128', 'cifar10', 'digits', 'emoji64',
+      'fashion_mnist', 'lsun_church256', 'shapes16', 'shapes32', 'shapes64',
   ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The U-Nets of Improved DDPM, ADM and latent diffusion: parameters to the last one, and their new blocks."""
 
+import importlib
 import math
 import pathlib
 import sys
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.models import layers, ports
 from vaediff.models.functional import Model
 from vaediff.models.ports import Port
 from vaediff.models.unet import UNet, prediction_alone
 from vaediff.models.unet_blocks import VARIANTS, BlockOptions, ResidualBlock
+from vaediff.modes import describe
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 from configs import presets  # noqa: E402
@@ -75,6 +78,17 @@ def count(model):
 )
 def test_parameters_are_the_published_networks(preset, size, options, parameters):
   assert count(build(size, presets.UNET[preset], **options)) == parameters
+
+
+@pytest.mark.parametrize(
+  ('variant', 'parameters'), [('ldm_txt2img', 872_300_484), ('stable_diffusion', 859_520_964)]
+)
+def test_configs_of_text_to_image_have_the_published_networks_beside_their_tower(variant, parameters):
+  config = importlib.import_module('configs.captions256').get_config(variant)
+  shapes = jax.eval_shape(experiments.build(config, 'refiner').denoiser.model.init, jax.random.key(0))
+  tower = shapes['tokens_tower']
+  whole, own = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (shapes, tower))
+  assert whole - own == parameters and describe.towers(shapes) == ['tokens_tower']
 
 
 def test_learned_variance_adds_channels_of_the_last_convolution_alone():
