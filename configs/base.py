@@ -108,6 +108,8 @@ def default() -> ConfigDict:
       'from_label': 0,  # attribute direction: mean z of to_label minus mean z of from_label
       'to_label': 1,
       'num_encoded': 1024,  # most images encoded for the class means
+      'num_directions': 3,  # rows of walks along principal directions of z, of each drawn z; 0 = none
+      'deviations': 3.0,  # ... from so many below the mean to so many above
       'num_pairs': 64,  # pairs of z and of x_T whose change of the image is measured; 0 = none
       'cutoff': 0.25,  # low frequencies: up to this radius, over that of the highest along an axis
     }
@@ -279,7 +281,9 @@ def _debug_training(section: ConfigDict) -> None:
 def _debug_modes(config: ConfigDict) -> None:
   config.reconstruct.num_images = 4
   config.reconstruct.num_steps = (2, 4)
-  config.interpolate.update({'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2})
+  config.interpolate.update(
+    {'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2, 'num_directions': 1}
+  )
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
   config.benchmark.update(
     {

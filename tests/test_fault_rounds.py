@@ -176,16 +176,21 @@ def full_disk(runner, workdir):
 # What is done to the files of a run that is not ----------------------------------------------------
 
 
-def a_file(workdir, pattern=''):
-  """Returns a random file of the run, of a random kind first: checkpoints have hundreds, a summary is one."""
+def kinds_of_files(workdir):
+  """Returns the files of a run that are read again, by kind: checkpoints have hundreds, summaries are one."""
   kinds = collections.defaultdict(list)
   for path in sorted(workdir.rglob('*')):
     read_again = path.suffix != '.png' and 'tensorboard' not in path.parts and path.name != '.lock'
     if path.is_file() and path.stat().st_size and read_again:
       kind = re.sub(r'[0-9a-f]{16}|\d+', 'N', path.relative_to(workdir).as_posix())
       kinds['/'.join(part for part in kind.split('/') if part != 'd')].append(path)
-  chosen = [kind for kind in sorted(kinds) if pattern in kind]
-  return random.choice(kinds[random.choice(chosen)]) if chosen else None
+  return kinds
+
+
+def a_file(workdir):
+  """Returns a random file of the run, of a random kind."""
+  kinds = kinds_of_files(workdir)
+  return random.choice(kinds[random.choice(sorted(kinds))]) if kinds else None
 
 
 def truncated(runner, workdir):
@@ -285,7 +290,8 @@ OF_FILES = (
 
 def mended(text, workdir):
   """Does what a refusal says, as a user would: removes the file or moves the folder that it names."""
-  named = re.search(rf'error: .*?({re.escape(str(workdir))}\S*)', text)
+  place = re.escape(str(workdir))
+  named = re.search(rf'remove the folder ({place}/\S*)', text) or re.search(rf'error: .*?({place}\S*)', text)
   assert named and 'Traceback' not in text, text
   path = pathlib.Path(named[1].rstrip(':,;.'))
   assert path.exists() and path != workdir, text
@@ -378,5 +384,32 @@ def test_ten_rounds_of_faults(runner, small_disk):
 
 
 @pytest.mark.slow
+def test_forty_rounds_of_faults(runner, small_disk):
+  disturbed(runner, small_disk, 40)
+
+
+@pytest.mark.long
 def test_a_hundred_rounds_of_faults(runner, small_disk):
   disturbed(runner, small_disk, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', ('removed', 'cut in half', 'empty'))
+def test_every_kind_of_file(runner, fault):
+  """One file of every kind that a complete run has is damaged, one run for each."""
+  undisturbed, workdir = runner.folder / 'undisturbed', runner.folder / 'run'
+  status, text = runner.finish(undisturbed)
+  assert status == 0, text
+  kinds = kinds_of_files(undisturbed)
+  assert len(kinds) > 20
+  for kind, paths in sorted(kinds.items()):
+    path = workdir / paths[-1].relative_to(undisturbed)
+    shutil.copytree(undisturbed, workdir)
+    if fault == 'removed':
+      path.unlink()
+    else:
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if fault == 'cut in half' else 0])
+    print(f'{fault}: {path.relative_to(workdir)}')
+    finished(runner, workdir)
+    same(workdir, undisturbed, 'metrics.jsonl' in kind)
+    shutil.rmtree(workdir)

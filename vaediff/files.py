@@ -100,7 +100,7 @@ def reading(path: pathlib.Path, mend: str = REMOVE) -> Iterator[None]:
 
   Args:
     path: of the file, for the message.
-    mend: what to do where the file is damaged.
+    mend: what to do where the file is damaged, or missing if that is told apart from `REMOVE`.
 
   Raises:
     Damaged: for content that is not what it should be.
@@ -112,7 +112,7 @@ def reading(path: pathlib.Path, mend: str = REMOVE) -> Iterator[None]:
   except UserError:
     raise
   except FileNotFoundError as error:
-    raise UserError(f'{path} does not exist') from error
+    raise UserError(f'{path} does not exist' + ('' if mend == REMOVE else f'; {mend}')) from error
   except (OSError, MemoryError) as error:
     if isinstance(error, OSError) and error.errno is None:  # numpy's and zipfile's own, of malformed content
       raise Damaged(f'{path} is damaged ({reason(error)}); {mend}') from error

@@ -4,7 +4,7 @@ These are declarations; `vaediff.run.frozen` loads what they name into the dict 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,12 +48,14 @@ class Measured:
     workdir: the run that holds it; '' = this run.
     measurement: its name, of `vaediff.run.measurements`.
     neutral: returns arrays of the same shapes without a meaning, to compile and to measure speed with.
+    settings: of the reader, what is made of what was measured; for measurements that leave that open.
   """
 
   stage: str
   workdir: str
   measurement: str
   neutral: Callable[[], Any]
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The diffusion U-Net: stage 2 of DiffuseVAE (arXiv:2201.00308), in any space, on any conditions."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import parts
 from configs.run import Run
@@ -44,8 +44,14 @@ def section() -> ConfigDict:
       'prediction': 'eps',  # 'eps' | 'x0' | 'v'
       'loss_weight': 'snr',  # of the squared error of x0: 'constant' | 'snr' (plain eps loss) | ...
       'condition': 'formulation1',  # 'none' | 'formulation1' | 'formulation2'
-      'z_conditioning': False,
-      'condition_dropout': 0.0,  # probability, per example, of the learned null of x0_vae and z
+      # of a VAE's code the U-Net reads: False, nothing | True, z | 'pca', its leading directions
+      'z_conditioning': config_dict.FieldReference(False, field_type=object),
+      'pca': {
+        'num_directions': 0,  # that are read; 0 = those that have enough signal
+        'min_signal': 0.1,  # ... more than this share of their variance, of what is encoded
+        'floor': 0.01,  # added to each variance, times the largest
+      },
+      'condition_dropout': 0.0,  # probability, per example, of the learned null of x0_vae and of z or its PCA
       'x0_vae_source': 'sample',  # 'sample' | 'mean' of q(z | x) at each step | 'precomputed'
       'variance': 'fixed',  # of the steps: 'fixed' | 'learned', by as many channels more of the network
     }
@@ -130,6 +136,8 @@ def debug(stage: ConfigDict, image_size: int) -> None:
   )
   if 'text' in stage.conditions:
     stage.conditions.text.update({'width': 8, 'num_layers': 1, 'num_heads': 2})
+  if stage.diffusion.z_conditioning == 'pca':
+    stage.diffusion.pca.min_signal = 0.0  # a few updates make no more
   stage.sample.num_steps = 4
   stage.optim.warmup_steps = 2
 
@@ -147,7 +155,7 @@ def reads(stage: ConfigDict) -> tuple[str, ...]:
 
 
 def _reads_vae(stage: ConfigDict) -> bool:
-  return stage.diffusion.condition != 'none' or stage.diffusion.z_conditioning
+  return stage.diffusion.condition != 'none' or bool(stage.diffusion.z_conditioning)
 
 
 def arrange(run: Run, *, vae: bool) -> None:
@@ -220,6 +228,16 @@ def _z(refiner: ConfigDict) -> None:
 def z(run: Run) -> None:
   """The U-Net also reads the latent code, with scale-shift normalisation as in the official code."""
   run.edit('refiner', _z)
+
+
+def _pca(refiner: ConfigDict) -> None:
+  refiner.diffusion.z_conditioning = 'pca'
+  refiner.model.scale_shift_norm = True
+
+
+def pca(run: Run) -> None:
+  """The U-Net also reads the latent code along its principal directions, in deviations."""
+  run.edit('refiner', _pca)
 
 
 def _guided(refiner: ConfigDict) -> None:
@@ -318,6 +336,7 @@ VARIANTS = {
   'formulation1': formulation1,
   'formulation2': formulation2,
   'z': z,
+  'pca': pca,
   'guided': guided,
   'learned_variance': learned_variance,
   'label': label,

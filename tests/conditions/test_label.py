@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.conditions import prior
@@ -167,6 +168,36 @@ def test_components_are_of_the_classes_whose_codes_they_hold(covariance):
     np.testing.assert_allclose(shares[row], density / density.sum(), rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize('covariance', FACTORS)
+def test_a_class_has_a_mixture_of_its_own_codes_and_a_rare_one_the_components_that_hold_it(covariance):
+  mixture = {**MIXTURE, covariance: FACTORS[covariance]}
+  rng = np.random.default_rng(0)
+  places = np.array([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]])
+  labels = np.concatenate([np.repeat([0, 1], 300), np.full(5, 2)])
+  z = places[[0, 1, 2]][labels] + 0.1 * rng.normal(size=(605, 2))
+  z[:150, 1] += 8  # class 0 lies in two places, of which the mixture knows one
+  section = ConfigDict({'num_components': (2, 6), 'covariance': covariance, 'holdout_fraction': 0.1})
+  found = prior.fit_classes(mixture, z, labels, 3, section, 0)
+  assert set(found) == set(prior.arrays_of_classes(section))
+  keys = jax.random.split(jax.random.key(0), (3, 1000))
+  weights = jnp.asarray(found.pop('class_weights'))
+  np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(found['weights'], weights.mean(axis=0), rtol=1e-6)
+  drawn = [
+    np.asarray(prior.draw(found, own, 2, jnp.tile(row, (1000, 1))))
+    for own, row in zip(keys, weights, strict=True)
+  ]
+  above = drawn[0][:, 1] > 4
+  assert 0.44 < above.mean() < 0.56
+  np.testing.assert_allclose(drawn[0][above].mean(axis=0), [4, 8], atol=0.05)
+  np.testing.assert_allclose(drawn[0][above].std(axis=0), 0.1, rtol=0.3)
+  np.testing.assert_allclose(drawn[1].mean(axis=0), [-4, 0], atol=0.03)
+  np.testing.assert_allclose(
+    drawn[2].mean(axis=0), [0, 4], atol=0.1
+  )  # five codes: the component of the mixture
+  assert drawn[2].std(axis=0).min() > 0.35
+
+
 def test_a_code_is_of_the_class_that_the_sample_is_asked_to_be_of():
   means = np.zeros((3, 16), np.float32)
   means[:, 0] = [-6.0, 0.0, 6.0]
@@ -177,7 +208,7 @@ def test_a_code_is_of_the_class_that_the_sample_is_asked_to_be_of():
   table[3], table[7] = [0, 1, 0], [0.5, 0, 0.5]
   for labels in ((3, 7), ()):
     experiment = build('label', **{'refiner.sample.labels': labels})
-    read = {**read_of(experiment), 'prior': mixture, 'prior_of_classes': {'class_weights': table}}
+    read = {**read_of(experiment), 'prior': mixture, 'prior_of_classes': {**mixture, 'class_weights': table}}
     indices = jnp.arange(400)
     drawn = experiment.draw(read, draw.image_keys(0, indices), indices)
     z, label = np.asarray(drawn['z'][:, 0]), np.asarray(drawn['label'])

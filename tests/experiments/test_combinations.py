@@ -63,6 +63,11 @@ CASES = {
     'refiner.conditions.text.how': 'transformer'
   }),
   'halving_of_guided_text': ('unconditional,text,guided,distill', 'distill_guided', {}),
+  'pca_and_image_guided': ('formulation2,pca,guided', 'refiner', {}),
+  'pca_alone_of_means': ('pca', 'refiner', {
+    'refiner.diffusion.condition': 'none', 'refiner.diffusion.x0_vae_source': 'mean'
+  }),
+  'halving_with_pca': ('formulation1,pca,distill', 'distill_2', {'distill.data_free_fraction': 0.5}),
   'weight_as_input': ('formulation2,z,guided,distill', 'distill_guided', {}),
 }  # fmt: skip
 QUICK = ('latents_formulation2',)

@@ -16,6 +16,7 @@ from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.models.unet import convert_formulation
+from vaediff.run import guard
 from vaediff.types import Values
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -77,6 +78,58 @@ def test_formulation2_with_a_black_hole_for_condition_is_formulation1():
     x0 = jax.random.normal(jax.random.key(8), (4, 8, 8, 1))
     losses.append(experiment.denoiser.losses(read, x0, values, jax.random.key(9), training=False))
   np.testing.assert_array_equal(*losses)
+
+
+# The PCA of a code --------------------------------------------------------------------------------------
+
+
+def changed(params, seed=1):
+  """Noise on all that a network has, but for what reads the PCA."""
+  rng = np.random.default_rng(seed)
+  moved = jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), params)
+  return {**moved, **{name: params[name] for name in params if name == 'pca_mlp'}}
+
+
+def test_with_the_pca_it_begins_as_the_network_without():
+  """Its parameters but for the projection are those of the other, and so is its loss, whatever the code."""
+  others = {'refiner.diffusion.condition': 'none', 'refiner.model.scale_shift_norm': True}
+  denoiser = build('pca,debug', **others).denoiser
+  plain = build('unconditional,debug', **others).denoiser
+  params = changed(jax.jit(denoiser.model.init)(jax.random.key(0)))
+  without = {name: value for name, value in params.items() if name != 'pca_mlp'}
+  shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+  assert shapes(without) == shapes(jax.eval_shape(plain.model.init, jax.random.key(0)))
+  y0 = jax.random.normal(jax.random.key(3), (4, 8, 8, 1))
+  losses = [
+    jax.jit(lambda params, values, one=one: one.losses(
+      {'denoiser': params}, y0, values, jax.random.key(4), training=False
+    ))(own, values)
+    for one, own, values in (
+      (denoiser, params, {'pca': 4 * jnp.sign(y0.reshape(4, -1)[:, :16])}),
+      (plain, without, {}),
+    )
+  ]  # fmt: skip
+  np.testing.assert_allclose(*losses, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_update_with_a_code_that_is_not_finite_is_left_out(one_device):
+  """Norms of gradients are logged, and a bad update is skipped: nothing of it stays."""
+  experiment = build('formulation2,pca,debug')
+  read = frozen_of(experiment)
+  section = importlib.import_module('configs.digits').get_config('debug').refiner.train
+  section.on_bad_step = 'skip'
+  update = jax.jit(guard.guarded(experiment.train_step, section))
+  state = jax.jit(guard.with_counts(experiment.init))(jax.random.key(0))
+  batch = {'image': images(8), 'label': jnp.zeros(8, jnp.int32)}
+  good, metrics = update(state, read, batch, jax.random.key(1))
+  norms = [value for name, value in metrics.items() if 'norm' in name]
+  assert norms and all(np.isfinite(value) and value > 0 for value in norms)
+  broken = {**read, 'pca': {**read['pca'], 'mean': read['pca']['mean'] * np.float32('nan')}}
+  bad, metrics = update(good, broken, batch, jax.random.key(2))
+  assert metrics['skipped_updates'] == 1 and not np.isfinite(metrics['loss'])
+  for before, after in zip(jax.tree.leaves(good.networks), jax.tree.leaves(bad.networks), strict=True):
+    np.testing.assert_array_equal(before, after)
 
 
 # Sampling ---------------------------------------------------------------------------------------------

@@ -156,6 +156,43 @@ def test_a_level_is_embedded_as_a_time_by_an_mlp_that_is_zero_at_first(x):
   assert named_shapes(free) == shapes
 
 
+def test_a_vector_that_begins_at_zero_changes_nothing_until_it_is_learned(x, values):
+  model = toy('z', z=Port(enters='vector', shape=(3,), zero=True))
+  params = init(model)
+  shapes = {name: shape for name, shape in NAMES['z'].items() if name != 'null_z'}
+  assert named_shapes(params) == shapes
+  np.testing.assert_array_equal(model.apply(params, x, only(values, 'z'))[1], np.ones((COUNT, WIDTH)))
+  gradients = jax.grad(lambda params: jnp.sum(model.apply(params, x, only(values, 'z'))[1]))(params)
+  assert np.abs(gradients['z_mlp']['dense_1']['kernel']).min(axis=1).max() > 0  # and it is learned
+  with pytest.raises(ValueError, match='concat port cannot have shape .* and begin at zero'):
+    Port(enters='concat', shape=(SIDE, SIDE, 1), zero=True)
+
+
+class Half(nn.Module):
+  """Returns the embedding of z in a network that computes in bfloat16."""
+
+  zero: bool
+
+  @nn.compact
+  def __call__(self, value):
+    port = Port(enters='vector', shape=(3,), zero=self.zero)
+    start = jnp.zeros((COUNT, WIDTH), jnp.bfloat16)
+    return ports.embed(self, (('z', port),), start, {'z': value}, {}, waves, jnp.bfloat16)
+
+
+def test_a_vector_that_begins_at_zero_is_projected_in_float32(values):
+  value = 100 + values['z']  # bfloat16 has few digits for what differs
+  errors = []
+  for zero in (True, False):
+    params = randomised(Half(zero=zero).init(jax.random.key(0), value)['params'])
+    kernels = [(layer['kernel'], layer['bias'][None]) for layer in params['z_mlp'].values()]
+    exact = nn.silu(value @ kernels[0][0] + kernels[0][1]) @ kernels[1][0] + kernels[1][1]
+    found = Half(zero=zero).apply({'params': params}, value)
+    assert found.dtype == jnp.bfloat16
+    errors.append(np.abs(np.float32(found) - np.float32(exact.astype(jnp.bfloat16))).max())
+  assert errors[0] == 0 < errors[1]
+
+
 def test_all_kinds_beside_one_another_keep_their_names():
   expected = {key: shape for name in KINDS for key, shape in NAMES[name].items()}
   assert named_shapes(init(toy(*KINDS))) == expected

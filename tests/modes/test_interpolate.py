@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vaediff.conditions import pca
 from vaediff.modes import interpolate
-from vaediff.run import images
+from vaediff.run import directions, images
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fresh  # noqa: E402
@@ -58,6 +59,31 @@ def test_nothing_else_is_changed(tmp_path, one_device, monkeypatch):
   assert step_x['noise'].std() == pytest.approx(1.0, abs=0.15)  # slerp: noise stays noise
 
 
+def two_directions(latent_dim):
+  """Of a code around 0.5: its last two numbers, of deviations 1 and 2."""
+  found = pca.neutral(latent_dim, 2)
+  found['directions'] = np.eye(latent_dim, dtype=np.float32)[:, -2:]
+  return found | {'mean': np.full(latent_dim, 0.5, np.float32), 'deviation': np.float32([1, 2])}
+
+
+def test_a_row_walks_along_a_direction_and_changes_nothing_else(tmp_path, one_device, monkeypatch):
+  changes = {'interpolate.num_points': 5, 'interpolate.deviations': 2.0}
+  trained = fresh.Fresh('formulation1,label', tmp_path, **changes)
+  weights = np.linspace(0, 1, 5, dtype=np.float32)
+  rows = interpolate.rows_of(trained, 1, weights, two_directions(16))
+  drawn = trained.drawn(np.array([2]), 0)
+  walk, second = rows['direction 0'], rows['direction 1']
+  np.testing.assert_allclose(walk.given['z'][:, -2], 0.5 + np.float32([-2, -1, 0, 1, 2]), atol=1e-5)
+  np.testing.assert_allclose(second.given['z'][:, -1], 0.5 + np.float32([-4, -2, 0, 2, 4]), atol=1e-5)
+  for row, moved in ((walk, 14), (second, 15)):
+    stays = np.delete(np.arange(16), moved)
+    np.testing.assert_allclose(row.given['z'][:, stays], np.tile(drawn['z'][:, stays], (5, 1)), atol=1e-5)
+    assert row.given['label'].tolist() == [2] * 5
+  assert walk.what == 'z drawn, no. 2, one x_T:\nprincipal direction 1'
+  assert (second.left, second.right) == ('-2 deviations', '+2 deviations')
+  assert 'direction 0' not in interpolate.rows_of(trained, 1, weights, {})
+
+
 def test_rows_and_ends_are_labelled_in_the_picture(tmp_path, one_device, monkeypatch):
   trained, texts = fresh.Fresh('formulation1', tmp_path), []
   fresh.said(monkeypatch, interpolate)
@@ -70,13 +96,19 @@ def test_rows_and_ends_are_labelled_in_the_picture(tmp_path, one_device, monkeyp
     return result
 
   monkeypatch.setattr(images, 'beside_rows', spy)
+  asked = []
+  found = lambda trained, number: asked.append(number) or two_directions(16)
+  monkeypatch.setattr(directions, 'leading', found)
   interpolate.interpolate(trained)
   assert [left.splitlines()[0] for left, _ in texts[::2]] == [
     'z moves (lerp), one x_T', 'x_T moves (slerp), one z', 'z moves (lerp), one x_T',
-    'z + class direction, one x_T',
+    'z + class direction, one x_T', 'z drawn, no. 0, one x_T:', 'z drawn, no. 0, one x_T:',
   ]  # fmt: skip
   assert texts[0] == ('z moves (lerp), one x_T\nVAE, from:\nz drawn, no. 0', 'to:\nz drawn, no. 1')
   assert texts[5] == ('z moves (lerp), one x_T\nrefined, from:\nz of eval image 0', 'to:\nz of eval image 1')
+  assert asked == [1] and texts[-1] == (
+    'z drawn, no. 0, one x_T:\nprincipal direction 2\nrefined, from:\n-3 deviations', 'to:\n+3 deviations'
+  )
   assert texts[7][1] == 'to:\n+ class 1\n- class 0'
   with Image.open(tmp_path / 'interpolation.png') as picture:
-    assert picture.size[1] == 8 * 66 + 2 and picture.size[0] > 3 * 66 + 2 + 100
+    assert picture.size[1] == 12 * 66 + 2 and picture.size[0] > 3 * 66 + 2 + 100

@@ -5,7 +5,9 @@ import pathlib
 import sys
 
 import pytest
+from absl import flags
 from command_lines import run_all
+from ml_collections import config_flags
 
 from vaediff.errors import UserError
 from vaediff.run import command_line
@@ -42,6 +44,22 @@ def test_variants_join_and_unknown_one_lists_the_valid_ones():
   assert config.refiner.diffusion.condition == 'formulation2' and config.refiner.diffusion.z_conditioning
   with pytest.raises(ValueError, match="no variant 'nope'; valid: .*debug.*unconditional"):
     digits('nope')
+
+
+@pytest.mark.parametrize(('text', 'value'), [('pca', 'pca'), ('True', True), ('false', False)])
+def test_what_is_read_of_a_code_is_a_switch_or_a_word(text, value, tmp_path, monkeypatch):
+  """On the command line, and in the config that a run stores."""
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  override = f'--config.refiner.diffusion.z_conditioning={text}'
+  monkeypatch.setattr(sys, 'argv', ['main', f'--config={ROOT}/configs/digits.py:debug', override])
+  values(sys.argv)
+  config = values.config
+  found = config.refiner.diffusion.z_conditioning
+  assert found == value and type(found) is type(value)
+  configs.save(config, tmp_path)
+  read = configs.read(tmp_path)
+  assert read == config and type(read.refiner.diffusion.z_conditioning) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vaediff import experiments
-from vaediff.conditions import prior
+from vaediff.conditions import pca, prior
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import during_training
@@ -130,6 +130,37 @@ def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrai
   config.vae.prior.kind = 'normal'
   assert measurements.load(source, config, run, mesh_of(config)) == {}
   assert len(files(run / 'vae')) == 2
+
+
+def test_the_pca_of_codes_is_that_of_all_means_and_is_measured_once(untrained, run, capsys):
+  config = digits(untrained, 'pca,debug', **{'refiner.diffusion.pca.num_directions': 4})
+  mesh, source = mesh_of(config), source_of(config, 'refiner', 'pca')
+  made = measurements.load(source, config, run, mesh)
+  said = capsys.readouterr().out
+  assert 'vae: measuring the directions of the codes of 1500 training images' in said
+  assert 'the PCA of the code has 4 of 16 directions, with signal fractions from ' in said
+  vae = measurements.Of(config=config, stage='vae', folder=run / 'vae', checkpoints=run / 'vae', mesh=mesh)
+  experiment, read = measurements.opened(vae)
+  image = sources.open_source(config.data, 'train').read(np.arange(1500))['image']
+  mean, logvar = jax.jit(experiment.posterior)(read, pixels.to_unit_range(jnp.asarray(image)))
+  mean, noise = np.float64(mean), np.exp(np.float64(logvar)).mean(axis=0)
+  covariance = np.cov(mean.T, bias=True)
+  with np.load(next((run / 'vae').glob('pca-*.npz'))) as stored:
+    assert set(stored) == {*pca.SPECTRUM, measurements.MADE_OF} and stored['count'] == 1500
+    v, signal, spread = (stored[name] for name in ('directions', 'signal', 'spread'))
+  np.testing.assert_allclose(v @ np.diag(signal) @ v.T, covariance, atol=1e-5 * np.abs(covariance).max())
+  np.testing.assert_allclose(spread, np.diag(v.T @ (covariance + np.diag(noise)) @ v), rtol=1e-4)
+  np.testing.assert_allclose(made['mean'], mean.mean(axis=0), atol=1e-5)
+  np.testing.assert_allclose(made['directions'], v[:, :4], atol=1e-6)
+  np.testing.assert_allclose(made['scale'], np.sqrt(spread[:4] + 0.01 * spread.max()), rtol=1e-6)
+  # other directions of the same file; and of a collapsed VAE none, which is said
+  config.refiner.diffusion.pca.num_directions = 0
+  other = measurements.load(source_of(config, 'refiner', 'pca'), config, run, mesh)
+  np.testing.assert_array_equal(other['directions'][:, :4], made['directions'])
+  assert 'measuring' not in capsys.readouterr().out and len(files(run / 'vae', 'pca-*.npz')) == 1
+  config.refiner.diffusion.pca.min_signal = 0.99
+  with pytest.raises(UserError, match="the code of stage 'vae' says nothing of the image"):
+    measurements.load(source_of(config, 'refiner', 'pca'), config, run, mesh)
 
 
 def test_how_often_codes_are_used_is_counted_when_it_is_missing(untrained, run, capsys):

@@ -4,8 +4,9 @@ Ex-post density estimation (Ghosh et al. 2020, arXiv:1903.12436; used by Diffuse
 q(z | x) of training images, a mixture is fitted with scikit-learn, and the number of components is the one
 with the best log-likelihood on held-out latents. Draws are per image, so they come in no particular order.
 
-Where samples are asked to be of a class, z is drawn from the components that hold codes of that class, each
-as often as it does: p(z | class) = sum_k p(k | class) N_k(z).
+Where samples are asked to be of a class, z is drawn from a mixture fitted to the codes of that class alone. A
+class with too few of them has the components of the mixture of all, each as often as it holds codes of the
+class: p(z | class) = sum_k p(k | class) N_k(z).
 """
 
 from typing import Any
@@ -24,7 +25,10 @@ from vaediff.types import Keys, Latent
 PRIOR = 'prior'
 """The measurement of a VAE's latents, and the name that it is read by."""
 OF_CLASSES, CLASS_WEIGHTS = 'prior_of_classes', 'class_weights'
-"""The measurement of which components are of which class, and the name of its array; {} with N(0, I)."""
+"""The measurement of the mixtures of all classes, one after the other, and the name of its array [classes, k]
+of the weights that each class gives to the components; {} with N(0, I)."""
+FEWEST = 20
+"""Codes of a class that has a mixture of its own; at least two for each of its components."""
 KINDS = ('normal', 'gmm')
 COVARIANCES = ('full', 'diag', 'tied')
 Prior = dict[str, jax.Array | np.ndarray]
@@ -51,6 +55,47 @@ def draw(prior: Prior, keys: Keys, latent_dim: int, weights: Array | None = None
     return prior['means'][k] + factor @ noise
 
   return jax.vmap(one)(keys, weights)
+
+
+def fit_classes(
+  prior: Prior, z: np.ndarray, labels: np.ndarray, num_classes: int, config: ConfigDict, seed: int
+) -> dict[str, np.ndarray]:
+  """Returns a mixture with the components of all classes, and `CLASS_WEIGHTS`.
+
+  The components of a class are fitted to its codes as those of all are to all, `num_components` divided by
+  the number of classes.
+
+  Args:
+    prior: the mixture of all codes.
+    z: codes of images [n, d].
+    labels: their classes [n].
+    num_classes: all there are.
+    config: the section `prior`.
+    seed: of the fits.
+  """
+  config = ConfigDict(config.to_dict())
+  config.num_components = tuple(sorted({max(1, k // num_classes) for k in config.num_components}))
+  fewest, counts = max(FEWEST, 2 * min(config.num_components)), np.bincount(labels, minlength=num_classes)
+  own = {k: fit(z[labels == k], config, seed)[0] for k in range(num_classes) if counts[k] >= fewest}
+  rare = [k for k in range(num_classes) if k not in own]
+  mixtures = [with_own_factors(one) for one in (*own.values(), *([prior] if rare else []))]
+  starts = np.cumsum([0, *(len(one['weights']) for one in mixtures)])
+  weights = np.zeros((num_classes, starts[-1]), np.float32)
+  for number, k in enumerate(own):
+    weights[k, starts[number] : starts[number + 1]] = mixtures[number]['weights']
+  if rare:
+    weights[rare, starts[len(own)] :] = of_classes(prior, z, labels, num_classes)[rare]
+  joined = {name: np.concatenate([one[name] for one in mixtures]) for name in mixtures[0]}
+  return {**joined, 'weights': weights.mean(axis=0), CLASS_WEIGHTS: weights}
+
+
+def with_own_factors(mixture: Prior) -> dict[str, np.ndarray]:
+  """Returns a mixture whose components have each a factor of its own: for `tied` that of all."""
+  arrays = {name: np.asarray(value) for name, value in mixture.items()}
+  if 'tied' in arrays:
+    tied = arrays.pop('tied')
+    arrays['full'] = np.broadcast_to(tied, (len(arrays['weights']), *tied.shape))
+  return arrays
 
 
 def of_classes(prior: Prior, z: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -88,7 +133,7 @@ def shares_of(prior: Prior, z: np.ndarray) -> np.ndarray:
 
 
 def measured_of_classes(stage: str, workdir: str) -> reads.Measured:
-  """Returns the declaration of what `of_classes` measures; nothing, where it has no meaning."""
+  """Returns the declaration of what `fit_classes` measures; nothing, where it has no meaning."""
   return reads.Measured(stage=stage, workdir=workdir, measurement=OF_CLASSES, neutral=dict)
 
 
@@ -127,6 +172,11 @@ def check(section: ConfigDict) -> None:
 def arrays_of(section: ConfigDict) -> tuple[str, ...]:
   """Returns the names of the arrays of the prior that a section describes."""
   return () if section.kind == 'normal' else ('weights', 'means', section.covariance)
+
+
+def arrays_of_classes(section: ConfigDict) -> tuple[str, ...]:
+  """Returns the names of the arrays of `fit_classes`."""
+  return 'weights', 'means', 'full' if section.covariance == 'tied' else section.covariance, CLASS_WEIGHTS
 
 
 def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndarray], dict[int, float]]:

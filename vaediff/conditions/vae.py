@@ -4,7 +4,7 @@ The image x0_vae = decode(z) is concatenated to the state; with Formulation 2 it
 (`experiments.denoiser`). Where it is noised (`conditions.augmentation`), it is so in the space of the state,
 and the shift is what the network reads: the noised image. z enters as a vector. In training z ~ q(z | x), or
 its mean; in sampling z is drawn from the prior that belongs to the VAE (Pandey et al. 2022, arXiv:2201.00308,
-section 3).
+section 3). In place of z its PCA can be read (`conditions.pca`).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
-from vaediff.conditions import augmentation, prior
+from vaediff.conditions import augmentation, pca, prior
 from vaediff.conditions.base import Condition
 from vaediff.diffusion import losses
 from vaediff.errors import UserError
@@ -46,10 +46,11 @@ class VaeCondition(Condition):
     latent_dim: size of z.
     reads_image: the network reads x0_vae.
     reads_code: it reads z.
+    projection: it reads the PCA of z; None = it does not.
     dropout: probability of both learned stand-ins.
     x0_vae_source: 'sample' or 'mean' of q(z | x) at each step of training, or 'precomputed'.
     title: in a table, as 'formulation1+z'.
-    of_classes: which components of the prior are of which class, where samples are asked to be of one.
+    of_classes: the priors of the classes, where samples are asked to be of one.
     asked: the classes that they are asked to be of, in turn; () = all.
     noising: of x0_vae, where training has levels above 0.
   """
@@ -67,6 +68,7 @@ class VaeCondition(Condition):
   of_classes: reads.Measured | None = None
   asked: tuple[int, ...] = ()
   noising: augmentation.Noising | None = None
+  projection: pca.Projection | None = None
 
   name = VAE
   reconstructs = True
@@ -83,12 +85,14 @@ class VaeCondition(Condition):
 
   @property
   def ports(self) -> Mapping[str, Port]:
-    """x0_vae beside the state, in its space, and z as a vector."""
+    """x0_vae beside the state, in its space, and z, or its PCA, as a vector."""
     droppable, ports = self.dropout > 0, {}
     if self.reads_image:
       ports[IMAGE] = Port(enters='concat', shape=self.space.shape, droppable=droppable)
     if self.reads_code:
       ports[CODE] = Port(enters='vector', shape=(self.latent_dim,), droppable=droppable)
+    if self.projection:
+      ports[pca.PCA] = self.projection.port(droppable=droppable)
     return ports | (self.noising.ports if self.noising else {})
 
   @property
@@ -101,9 +105,10 @@ class VaeCondition(Condition):
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
-    """The VAE and its prior."""
+    """The VAE, its prior, and the PCA that is read."""
     of_classes = {prior.OF_CLASSES: self.of_classes} if self.of_classes else {}
-    return {'vae': self.source, prior.PRIOR: self.prior, **of_classes}
+    directions = {pca.PCA: self.projection.source} if self.projection else {}
+    return {'vae': self.source, prior.PRIOR: self.prior, **of_classes, **directions}
 
   @property
   def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -144,15 +149,16 @@ class VaeCondition(Condition):
     return {**seen, **self.noising.train(key_noise, len(x))}
 
   def draw(self, read: Read, keys: Keys, indices: Int[Array, ' batch']) -> Given:
-    """Returns z of the prior, or of its components of a class; a level and noise where x0_vae is noised."""
+    """Returns z of the prior, or of that of a class; a level and noise where x0_vae is noised."""
     pairs = jax.vmap(jax.random.split)(keys) if self.noising else None
-    weights = None
+    mixture, weights = read[prior.PRIOR], None
     if self.of_classes and read[prior.OF_CLASSES]:
-      table = jnp.asarray(read[prior.OF_CLASSES][prior.CLASS_WEIGHTS])
+      mixture = dict(read[prior.OF_CLASSES])
+      table = jnp.asarray(mixture.pop(prior.CLASS_WEIGHTS))
       rows = jnp.asarray(self.asked or tuple(range(len(table))), jnp.int32)
       weights = table[rows[indices % len(rows)]]
     own = keys if pairs is None else pairs[:, 0]
-    code = prior.draw(read[prior.PRIOR], own, self.latent_dim, weights)
+    code = prior.draw(mixture, own, self.latent_dim, weights)
     return {CODE: code, **({} if pairs is None else self.noising.draw(pairs[:, 1]))}
 
   def complete(self, read: Read, given: Given) -> Given:
@@ -162,7 +168,7 @@ class VaeCondition(Condition):
     return {**given, IMAGE: self.model.apply(read['vae'], given[CODE], method='decode')}
 
   def values(self, read: Read, given: Given) -> Values:
-    """Returns x0_vae in the space of the state, at its level, and z."""
+    """Returns x0_vae in the space of the state, at its level, and z or its PCA."""
     values = {}
     if self.reads_image:
       values[IMAGE] = self.space.encode(read, given[IMAGE], None)
@@ -171,6 +177,8 @@ class VaeCondition(Condition):
       values[self.noising.level_name] = self.noising.levels(given, len(values[IMAGE]))
     if self.reads_code:
       values[CODE] = given[CODE]
+    if self.projection:
+      values[pca.PCA] = self.projection.of(read, given[CODE])
     return values
 
   def shown(self, given: Given) -> dict[str, Image]:
@@ -195,16 +203,17 @@ def vae_condition(
   stage: str,
   space: Space,
   *,
-  reads_code: bool = False,
+  reads_code: bool | str = False,
   dropout: float = 0.0,
 ) -> VaeCondition | None:
   """Returns the VAE condition of a stage; None where it reads neither image nor code.
 
   Reads `diffusion.condition`, `diffusion.x0_vae_source`, `conditions.vae` where there is one, and the section
-  `vae`, which names the VAE.
+  `vae`, which names the VAE. Where `reads_code` is 'pca', `diffusion.pca` says what of z is read.
 
   Raises:
-    UserError: when that is no VAE stage, or an image is to be noised that is not read.
+    UserError: when that is no VAE stage, an image is to be noised that is not read, or more directions of a
+      code are to be read than it has.
   """
   section, data = config[stage], config.data
   formulation = section.diffusion.condition
@@ -218,18 +227,21 @@ def vae_condition(
     return None
   named = section.vae
   source = encoders.vae_of(config, named.stage, named.workdir, 'vae.stage')
+  latent_dim = config[named.stage].model.latent_dim
+  read = {False: '', True: '+z', pca.PCA: '+pca'}[reads_code]
   return VaeCondition(
     source=source,
     prior=prior.measured(named.stage, named.workdir),
     space=space,
     image_shape=(data.image_size, data.image_size, data.channels),
-    latent_dim=config[named.stage].model.latent_dim,
+    latent_dim=latent_dim,
     reads_image=formulation != 'none',
-    reads_code=reads_code,
+    reads_code=reads_code is True,
     dropout=dropout,
     x0_vae_source=section.diffusion.x0_vae_source,
-    title=formulation + ('+z' if reads_code else ''),
+    title=formulation + read,
     noising=augmentation.noising(
       section, IMAGE, space.shape, max_level, droppable=dropout > 0, field='conditions.vae.aug_level'
     ),
+    projection=pca.projection(section, latent_dim) if reads_code == pca.PCA else None,
   )

@@ -19,6 +19,7 @@ from vaediff.evaluation import (
   networks,
   plots,
   report,
+  shuffled_codes,
 )
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
@@ -51,8 +52,13 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
   decoded = decoders.decoder_rows(trained, opened, real)
-  composed = compositions.composition_rows(trained, opened)
-  model = {'': trained.stage, **likelihoods.figures(trained), **codebooks.figures(trained)}
+    composed = compositions.composition_rows(trained, opened)
+  model = {
+    '': trained.stage,
+    **likelihoods.figures(trained),
+    **shuffled_codes.figures(trained),
+    **codebooks.figures(trained),
+  }
   result = {
     **header(trained),
     'num_images': settings.num_images,
@@ -189,8 +195,8 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
   if len(result['model']) > 1:
     parts.append(shown(report.turned([result['model']], '')))
     parts.append(
-      'Bounds are over the first N images of the evaluation split; ± is the standard error over images. elbo '
-      'is in nats. Codes are counted in the first N images.'
+      'Bounds and losses are over the first N images of the evaluation split; ± is the standard error over '
+      'images. elbo is in nats. Codes are counted in the first N images.'
     )
   tables = ('samples', 'reconstructions', 'decoders', 'compositions')
   rows = [*(row for name in tables for row in result[name]), result['model']]

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
-from vaediff.conditions import SAMPLE_BOUNDS, make_conditions
+from vaediff.conditions import SAMPLE_BOUNDS, make_conditions, pca
 from vaediff.conditions import vae as vae_conditions
 from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
@@ -42,6 +42,7 @@ BOUNDS = {
   'diffusion.condition_dropout': checks.below_one(),
   'space_factor': bounds.whole(1, bounds.MAX_WIDTH),
   **vae_conditions.BOUNDS,
+  **pca.BOUNDS,
   'sample.sampler': checks.one_of(samplers.SAMPLERS),
   'diffusion.variance': checks.one_of(variance.VARIANCES),
   'sample.grid': checks.one_of(grids.ALL_GRIDS),

@@ -28,7 +28,7 @@ from vaediff.types import Batch, Given, LatentMap, Metrics, Params, Read, Values
 EXPERIMENTS = ('progressive', 'consistency', 'adversarial_distillation', 'distribution_matching')
 """Of the stages that have a teacher."""
 TEACHERS = ('diffusion', *EXPERIMENTS)
-SAME = ('schedule', 'condition', 'z_conditioning')
+SAME = ('schedule', 'condition', 'z_conditioning', 'pca')
 """Fields of `diffusion` in which a student cannot differ from its teacher."""
 FIRST_INDEX = 2**20
 """Below it are the indices that samples drawn in training begin at: many times the number of classes."""

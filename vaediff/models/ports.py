@@ -5,7 +5,7 @@ here, beside the network's own parameters:
 
     null_<name>    the stand-in of a dropped value that is concatenated or a vector; zero at first. Of a map
                    that enters inside it is one vector, for every position
-    <name>_mlp     a vector, to the width of the embedding
+    <name>_mlp     a vector, to the width of the embedding; where its port says so, zero at first, and float32
     <name>_table   a whole number below `classes`, to the width of the embedding; its last row is the null
     <name>         a number, as waves, to the width of the embedding; zero at first
     <name>_mlp     a level, as waves, to the same width; its last layer is zero at first, and null_<name>
@@ -55,6 +55,7 @@ class Port:
       inside a U-Net, a map at its 'encoder', 'middle' or 'decoder', or a 'text' wherever it has attention.
     shape: of one example; () = a number, or one of `classes`.
     classes: above 0, the value is a whole number below it, or those of a text are; a text of 0 is of vectors.
+    zero: the embedding of the vector is zero at first, and computed in float32.
     level: the number is a time in [0, 1], how strongly another value is noised: embedded as the time is.
     droppable: it has a learned stand-in, which a dropped example reads.
     how: a map joins inside, one of `token_injection.WAYS`; a text, one of `text_attention.WAYS`.
@@ -64,6 +65,7 @@ class Port:
   enters: str
   shape: tuple[int, ...]
   classes: int = 0
+  zero: bool = False
   level: bool = False
   droppable: bool = False
   how: str = 'concat'
@@ -82,16 +84,17 @@ class Port:
     if not self._fits() or self.classes < 0 or (self.level and not number):
       raise ValueError(
         f'A {self.enters} port cannot have shape {self.shape} with {self.classes} classes'
-        f'{" and be a level" if self.level else ""}.'
+        f'{" and be a level" if self.level else ""}{" and begin at zero" if self.zero else ""}.'
       )
 
   def _fits(self) -> bool:
     """Returns whether a value of its shape and classes can enter there."""
     if self.enters == TEXT:
       words = self.classes > 0
-      return len(self.shape) == (1 if words else 2) and (self.tower is not None) == words
+      return not self.zero and len(self.shape) == (1 if words else 2) and (self.tower is not None) == words
     number = len(self.shape) <= 1 if self.enters == 'vector' else len(self.shape) == 3
-    return number and not (self.classes and self.shape) and self.tower is None
+    zero = not self.zero or (self.enters == 'vector' and self.shape)
+    return bool(zero) and number and not (self.classes and self.shape) and self.tower is None
 
   @property
   def struct(self) -> jax.ShapeDtypeStruct:
@@ -214,7 +217,9 @@ def embed(
       emb = emb + _level_embedding(module, name, port, width, values[name], drop, waves, dtype)
     elif port.shape:
       value = _kept(module, name, port, values[name], drop)
-      emb = emb + Mlp(features=width, dtype=dtype, name=f'{name}_mlp')(value)
+      own = jnp.float32 if port.zero else dtype
+      mlp = Mlp(features=width, dtype=own, zero_init=port.zero, name=f'{name}_mlp')
+      emb = emb + mlp(value).astype(dtype)
     else:
       value = _kept(module, name, port, values[name], drop)
       project = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)

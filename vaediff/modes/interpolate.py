@@ -1,4 +1,4 @@
-"""Rows of images between two ends: in z, in x_T, between data images, and along an attribute.
+"""Rows of images between two ends: in z, in x_T, between data images, along an attribute, and a direction.
 
 And what the two do: how much a change of z, and one of x_T, changes the image, at low and at high frequencies
 (the figure behind Pandey et al. 2021, arXiv:2201.00308v1, section 3.3: z has the structure, x_T the detail).
@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from vaediff import files
+from vaediff.conditions import pca
 from vaediff.conditions.vae import CODE
 from vaediff.errors import UserError
 from vaediff.evaluation import report
 from vaediff.evaluation.frequencies import LOW, rms_by_band
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.modes import pictures
-from vaediff.run import images, log
+from vaediff.run import directions, images, log
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained, open_last, say_figures
@@ -56,9 +57,9 @@ def interpolate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, 
   """Writes `interpolation.png`; each row is one interpolation (VAE images above, refined below).
 
   The kinds, in order: between two z's of the prior with one x_T; between two x_T's (slerp) with one z;
-  between two encoded images of the evaluation split; and from an encoded image along an attribute
-  direction. A row shares the noise of every sampler step. Without latents only the x_T rows exist. Beside
-  each row stands what it shows.
+  between two encoded images of the evaluation split; from an encoded image along an attribute direction;
+  and of a z of the prior along each principal direction of the codes. A row shares the noise of every
+  sampler step. Without latents only the x_T rows exist. Beside each row stands what it shows.
 
   Args:
     trained: the stage.
@@ -67,7 +68,8 @@ def interpolate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, 
   settings = trained.config.interpolate
   check(trained)
   weights = np.linspace(0.0, 1.0, settings.num_points, dtype=np.float32)
-  by_row = [rows_of(trained, row, weights) for row in range(settings.num_rows)]
+  found = directions.leading(trained, settings.num_directions) if CODE in kinds_of(trained.experiment) else {}
+  by_row = [rows_of(trained, row, weights, found) for row in range(settings.num_rows)]
   rows, left, right = [], [], []
   for kind in by_row[0]:
     for row, kinds in enumerate(by_row):
@@ -96,8 +98,11 @@ def kinds_of(experiment: Experiment) -> set[str]:
   return {CODE, NOISE} & experiment.inputs.keys()
 
 
-def rows_of(trained: Trained, row: int, weights: np.ndarray) -> dict[str, Row]:
-  """Returns the interpolations of each kind; every other condition is that of the first end."""
+def rows_of(trained: Trained, row: int, weights: np.ndarray, found: pca.Arrays) -> dict[str, Row]:
+  """Returns the interpolations of each kind; every other condition is that of the first end.
+
+  `found` holds the principal directions of the codes; {} = there are none to walk along.
+  """
   settings, kinds = trained.config.interpolate, {}
   possible = kinds_of(trained.experiment)
   ends = np.array([2 * row, 2 * row + 1])
@@ -131,7 +136,23 @@ def rows_of(trained: Trained, row: int, weights: np.ndarray) -> dict[str, Row]:
       right=f'z of eval image {chosen[1]}',
     )
     kinds |= attribute_row(trained, row, weights, others, codes, labels, stays)
+    kinds |= direction_rows(found, drawn[CODE][0], settings.deviations, weights, others, f'{ends[0]}{stays}')
   return kinds
+
+
+def direction_rows(
+  found: pca.Arrays, z: np.ndarray, reach: float, weights: np.ndarray, others: HostArrays, about: str
+) -> dict[str, Row]:
+  """Returns the walks of a drawn z along each direction, from -`reach` to `reach` deviations of the mean."""
+  return {
+    f'direction {number}': Row(
+      given={**others, CODE: pca.along(found, z, number, reach * (2 * weights - 1))},
+      what=f'z drawn, no. {about}:\nprincipal direction {number + 1}',
+      left=f'{-reach:g} deviations',
+      right=f'{reach:+g} deviations',
+    )
+    for number in range(directions.number_of(found))
+  }
 
 
 def attribute_row(

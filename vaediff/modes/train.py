@@ -90,6 +90,7 @@ def run_stages_once(
     if summary is None:
       summary = train_stage(built[name], config, workdir, name, images, mesh)
     else:
+      check_whole(built[name], config, workdir, name, mesh)
       log.say(f'{name}: complete at step {summary["steps"]}, skipped')
     summaries.append(summary)
     measurements.ensure(built[name], config, workdir, name, mesh)
@@ -163,6 +164,18 @@ def finished(
   if checkpoint.latest_step(workdir / stage) is not None:
     frozen_networks.check_ids(experiment, workdir, workdir / stage)
   return loop.read_summary(workdir / stage) if is_complete(config, workdir, stage) else None
+
+
+def check_whole(
+  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh
+) -> None:
+  """Raises DamagedCheckpoint where the state of a complete stage cannot be read back."""
+  keep, check_arrays = config[stage].train.keep_checkpoints, config.checkpoints.check_arrays
+  checkpointer = checkpoint.Checkpointer(workdir / stage, keep, check_arrays)
+  try:
+    checkpointer.restore(loop.abstract_state(experiment, mesh, sharding.rules_of(config.mesh)))
+  finally:
+    checkpointer.close()
 
 
 def is_complete(config: ConfigDict, workdir: pathlib.Path, stage: str) -> bool:

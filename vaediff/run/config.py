@@ -43,6 +43,8 @@ BOUNDS = {
   'interpolate.from_label': checks.count(0),
   'interpolate.to_label': checks.count(0),
   'interpolate.num_pairs': checks.count(0),
+  'interpolate.num_directions': checks.count(0),
+  'interpolate.deviations': checks.above(0),
   'interpolate.cutoff': checks.inside(0, 1),
   'restore.task': checks.one_of(('all', *TASKS)),
   'restore.method': checks.one_of(('consistent', 'condition')),

@@ -27,12 +27,12 @@ RELAXED = {
 """What an autoencoder without relaxed codes says of them: nothing reads it, but for a weight of 1."""
 MODES = {
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
-  'interpolate': {'num_pairs': 64, 'cutoff': 0.25},
+  'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
 }
 """What modes did before they could be told."""
-
-
+PCA = {'num_directions': 0, 'min_signal': 0.1, 'floor': 0.01}
+"""What a diffusion that reads no PCA of a code says of one: nothing reads it."""
 DECODERS = {
   'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),
   'num_images': 256,
@@ -120,6 +120,7 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
   if not _is_denoised(section):
     return
   section['diffusion'].setdefault('variance', 'fixed')
+  section['diffusion'].setdefault('pca', dict(PCA))
   section['model'].setdefault('resblock_updown', False)
   section['model'].setdefault('head_channels', 0)
   section['sample'].setdefault('recompute_eps', True)

@@ -2,13 +2,14 @@
 
 A measurement is made once, when the stage is trained or when it is first read, and stored beside the stage's
 checkpoint, by what it was made of. Its statistics scale an autoencoder's latents; a VAE's prior is what its
-codes are drawn from; how often each of a tokenizer's codes occurs says which are in use.
+codes are drawn from, and their PCA another basis of them; how often each of a tokenizer's codes occurs says
+which are in use.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff import experiments, files, identity, reads
-from vaediff.conditions import prior
+from vaediff.conditions import pca, prior
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
@@ -46,6 +47,7 @@ class Of:
     folder: `<workdir>/<stage>`: measurements are stored there.
     checkpoints: the folder whose latest checkpoint is measured: that one, or the stage's best.
     mesh: the devices.
+    settings: of the reader; see `reads.Measured`.
   """
 
   config: ConfigDict
@@ -53,6 +55,7 @@ class Of:
   folder: pathlib.Path
   checkpoints: pathlib.Path
   mesh: Mesh
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -75,7 +78,14 @@ def load(
     UserError: when the stage is not trained, or the stored file is damaged.
   """
   folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
-  of = Of(config=config, stage=source.stage, folder=folder, checkpoints=checkpoints or folder, mesh=mesh)
+  of = Of(
+    config=config,
+    stage=source.stage,
+    folder=folder,
+    checkpoints=checkpoints or folder,
+    mesh=mesh,
+    settings=source.settings,
+  )
   return BY_NAME[source.measurement](of)
 
 
@@ -126,7 +136,7 @@ def fitted_prior(of: Of) -> Arrays:
 
 
 def prior_of_classes(of: Of) -> Arrays:
-  """Returns which components of a VAE's prior are of which class of the data set; {} for N(0, I)."""
+  """Returns the priors of a VAE's z of every class of the data set; {} for N(0, I)."""
   section, num_classes = of.config[of.stage].prior, of.config.data.num_classes
   arrays = fitted_prior(of)
   if not arrays:
@@ -139,12 +149,30 @@ def prior_of_classes(of: Of) -> Arrays:
     z = drawn_codes(experiment, read, source, count, size, of.mesh, of.config.seed)
     chunks = np.array_split(np.arange(count), max(1, count // 1024))
     labels = np.concatenate([source.read(chunk)[sources.LABEL] for chunk in chunks])
-    log.say(f'which components of the mixture are of which of {num_classes} classes: {count} latents')
-    return {prior.CLASS_WEIGHTS: prior.of_classes(arrays, z, labels, num_classes)}
+    log.say(f'fitting a Gaussian mixture to the latents of each of {num_classes} classes: {count} in all')
+    return prior.fit_classes(arrays, z, labels, num_classes, section, of.config.seed)
 
-  settings = {**section.to_dict(), 'num_classes': num_classes}
-  stored = stored_or_made(of, prior.OF_CLASSES, settings, (prior.CLASS_WEIGHTS,), make)
-  return {prior.CLASS_WEIGHTS: stored[prior.CLASS_WEIGHTS]}
+  settings = {**section.to_dict(), 'num_classes': num_classes, 'fewest': prior.FEWEST}
+  return stored_or_made(of, prior.OF_CLASSES, settings, prior.arrays_of_classes(section), make)
+
+
+def principal_directions(of: Of) -> Arrays:
+  """Returns the PCA of a VAE's z that the reader's settings describe; what is stored is all of it."""
+
+  def make() -> Arrays:
+    experiment, read = opened(of)
+    source = same_run.open_images(of.config, 'train', of.checkpoints)
+    log.say(f'{of.stage}: measuring the directions of the codes of {len(source)} training images')
+    size = of.config[of.stage].sample.batch_size
+    return pca.spectrum_of(posteriors(experiment, read, source, len(source), size, of.mesh), of.stage)
+
+  spectrum = stored_or_made(of, pca.PCA, {}, pca.SPECTRUM, make)
+  kept, fraction = pca.kept(spectrum, of.settings, of.stage), pca.signal_fraction(spectrum)
+  log.say(
+    f'{of.stage}: the PCA of the code has {len(kept)} of {len(fraction)} directions, with signal fractions '
+    f'from {fraction[kept].max():.2g} to {fraction[kept].min():.2g}'
+  )
+  return pca.arrays_of(spectrum, of.settings, of.stage)
 
 
 def code_frequencies(of: Of) -> Arrays:
@@ -173,6 +201,7 @@ def code_frequencies(of: Of) -> Arrays:
 BY_NAME: dict[str, Callable[[Of], Arrays]] = {
   tokenizers.FREQUENCIES: code_frequencies,
   LATENTS: latents,
+  pca.PCA: principal_directions,
   prior.PRIOR: fitted_prior,
   prior.OF_CLASSES: prior_of_classes,
 }
@@ -245,9 +274,19 @@ def drawn_codes(
   experiment: Any, read: Read, source: sources.Source, count: int, batch_size: int, mesh: Mesh, seed: int
 ) -> np.ndarray:
   """Returns z ~ q(z | x) [count, d] of the first images of a source."""
+  codes = []
+  for k, (mean, logvar) in enumerate(posteriors(experiment, read, source, count, batch_size, mesh)):
+    noise = np.random.default_rng(seed + k).standard_normal(mean.shape, np.float32)
+    codes.append(mean + np.exp(0.5 * logvar) * noise)
+  return np.concatenate(codes)
+
+
+def posteriors(
+  experiment: Any, read: Read, source: sources.Source, count: int, batch_size: int, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields mean and log variance of q(z | x) [n, d] of the first images of a source, in blocks."""
   where = sharding.batch_sharding(mesh)
   posterior = jax.jit(experiment.posterior, out_shardings=sharding.replicated(mesh))
-  codes = []
   for k, chunk in enumerate(np.array_split(np.arange(count), max(1, count // 1024))):
     image = source.read(chunk)['image']
     size = sharding.round_up(min(batch_size, len(image)), mesh)
@@ -256,11 +295,9 @@ def drawn_codes(
       x = jax.device_put(pixels.to_unit_range(jnp.asarray(image[rows])), where)
       fresh = min(size, len(image) - int(rows[0]))
       parts.append([part[:fresh] for part in jax.device_get(posterior(read, x))])
-      distributed.beat(f'{len(codes)} blocks of codes')
+      distributed.beat(f'{k} blocks of codes')
     mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
-    noise = np.random.default_rng(seed + k).standard_normal(mean.shape, np.float32)
-    codes.append(mean + np.exp(0.5 * logvar) * noise)
-  return np.concatenate(codes)
+    yield mean, logvar
 
 
 def counts_of_codes(

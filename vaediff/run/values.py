@@ -19,6 +19,8 @@ PLAIN = (bool, int, float, str, type(None))
 DEEPEST = 16
 """Sections within sections; those of this version reach 5."""
 WORDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text', tuple: 'a list'}
+OPEN = ('.diffusion.z_conditioning',)
+"""Fields whose values are of several types: which, their experiment says."""
 ROOT = pathlib.Path(__file__).parents[2]
 """The folder of `configs`, where the project is installed from its source."""
 
@@ -157,6 +159,8 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _first_wrong(value: Any, default: Any, name: str) -> tuple[str, Any, str] | None:
   """Returns the key, the value and what is needed of the first value of another type than its default."""
+  if name.endswith(OPEN):
+    return None
   if isinstance(default, dict):
     if not isinstance(value, dict):
       return name, value, 'a section'
