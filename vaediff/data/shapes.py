@@ -12,6 +12,7 @@ is frozen (NEP 19), and Pillow draws masks with whole coordinates.
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -212,30 +213,30 @@ def mask(one: Scene, size: int) -> UInt8[np.ndarray, 'size size']:
   canvas = Image.new('L', (scale, scale), 0)
   draw = ImageDraw.Draw(canvas)
 
-  def points(*corners: tuple[float, float]) -> list[tuple[int, int]]:
+  def points(corners: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
     """Returns corners, given in radii from the centre, in whole pixels of the canvas."""
     return [(round((x + radius * a) * scale), round((y + radius * b) * scale)) for a, b in corners]
 
   def box(half_width: float, half_height: float) -> list[tuple[int, int]]:
     # what Pillow draws to holds its last pixel
-    (left, top), (right, bottom) = points((-half_width, -half_height), (half_width, half_height))
+    (left, top), (right, bottom) = points([(-half_width, -half_height), (half_width, half_height)])
     return [(left, top), (max(left, right - 1), max(top, bottom - 1))]
 
   match SHAPES[shape]:
     case 'circle':
-      draw.ellipse(box(1, 1), fill=255)
+      draw.ellipse(box(1.0, 1.0), fill=255)
     case 'square':
       draw.rectangle(box(0.5**0.5, 0.5**0.5), fill=255)
     case 'triangle':
       wide, low = 1.15 * 0.75**0.5, 1.15 * 0.5
-      draw.polygon(points((0, -1.15), (wide, low), (-wide, low)), fill=255)
+      draw.polygon(points([(0.0, -1.15), (wide, low), (-wide, low)]), fill=255)
     case 'diamond':
-      draw.polygon(points((0, -1.15), (0.7, 0), (0, 1.15), (-0.7, 0)), fill=255)
+      draw.polygon(points([(0.0, -1.15), (0.7, 0.0), (0.0, 1.15), (-0.7, 0.0)]), fill=255)
     case 'cross':
-      draw.rectangle(box(1, 0.36), fill=255)
-      draw.rectangle(box(0.36, 1), fill=255)
+      draw.rectangle(box(1.0, 0.36), fill=255)
+      draw.rectangle(box(0.36, 1.0), fill=255)
     case 'ring':
-      draw.ellipse(box(1, 1), fill=255)
+      draw.ellipse(box(1.0, 1.0), fill=255)
       draw.ellipse(box(0.55, 0.55), fill=0)
   return np.asarray(canvas.reduce(FINER))
 
