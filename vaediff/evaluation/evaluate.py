@@ -52,7 +52,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
   decoded = decoders.decoder_rows(trained, opened, real)
-    composed = compositions.composition_rows(trained, opened)
+  composed = compositions.composition_rows(trained, opened)
   model = {
     '': trained.stage,
     **likelihoods.figures(trained),
