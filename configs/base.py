@@ -145,15 +145,18 @@ def data() -> ConfigDict:
   """Where pixels come from and how they are cropped and resized; read by `vaediff.data`."""
   return ConfigDict(
     {
-      'source': 'tfds',  # 'tfds' | 'idx' | 'image_folder' | 'npz' | 'synthetic'
+      'source': 'tfds',  # 'tfds' | 'idx' | 'image_folder' | 'parquet' | 'npz' | 'synthetic'
       'name': '',  # TFDS name with its config, as 'celeb_a_hq/256'
-      'path': '',  # folder or file for idx, image_folder, npz and noto_emoji
+      'path': '',  # folder or file for idx, image_folder, parquet, npz and noto_emoji
       'data_dir': '',  # '' = $TFDS_DATA_DIR or ~/tensorflow_datasets; also holds the array cache
       'train_split': 'train',
       'eval_split': 'test',
       'image_size': 32,  # pixels, height = width
       'channels': 3,
       'num_classes': 0,  # labels are 0 .. num_classes - 1; 0 = none or unknown
+      # the field with captions: a feature of TFDS; a column of parquet files, or of captions.jsonl or
+      # metadata.csv in an image folder; '' = none are read
+      'caption_feature': '',
       'crop': 'none',  # 'none' | 'center'
       'crop_size': 0,  # pixels; 0 = the shorter side
       # 'none' | 'pad' | 'nearest' | 'bilinear' | 'bicubic' | 'lanczos' | 'box'; what is not square is refused
@@ -189,6 +192,7 @@ def evaluate() -> ConfigDict:
       'num_diversity_pairs': 500,  # pairs of samples whose mean LPIPS is the diversity
       'num_memorisation': 1000,  # samples whose nearest training image is looked for; 0 = none
       'num_bound': 256,  # images of the evaluation split for the variational bound; 0 = none
+      'num_captions': 500,  # samples of captions, of the data set shapes, whose images can be read; 0 = none
       'num_bound_times': 20,  # times drawn per image for the bound's sum over diffusion steps
       'decoders': {  # of stages that read codes: the same ones drawn again by every decoder of the run
         'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),  # and their steps, of the first teacher
@@ -345,6 +349,7 @@ def _debug_modes(config: ConfigDict) -> None:
       'num_memorisation': 8,
       'num_bound': 8,
       'num_bound_times': 4,
+      'num_captions': 8,
     }
   )
   config.evaluate.decoders.update({'samplers': (('ddim', 2),), 'num_images': 8, 'num_samples': 2})

@@ -15,9 +15,15 @@ Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import prior
+from configs.stages import diffusion, prior, text
 
-DATA = {'name': 'noto_emoji', 'image_size': 64, 'channels': 3, 'num_classes': 10}
+DATA = {
+  'name': 'noto_emoji',
+  'image_size': 64,
+  'channels': 3,
+  'num_classes': 10,
+  'caption_feature': 'caption',
+}
 
 
 def _vae(stage):
@@ -85,6 +91,13 @@ def _dvae(stage):
   stage.train.num_steps = 5000
 
 
+def _text(run):
+  """As the shared one, in pieces of words: names of emoji have too many words for a table of them."""
+  text.text(run, kind='subword', vocab_size=1024, length=32)
+  if 'vae' in run.config.stages:  # its image would say what captions are to say
+    diffusion.unconditional(run)
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -99,5 +112,5 @@ SIZES = {
 
 
 def get_config(variant: str = ''):
-  own = {'latent': gan_small.latent, 'free': gan_small.free}
+  own = {'latent': gan_small.latent, 'free': gan_small.free, 'text': _text}
   return base.make('emoji64', DATA, SIZES, variant, own=own)

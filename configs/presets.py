@@ -94,6 +94,10 @@ UNET = {
   'divae_f8': _adm(256, (1, 1, 2, 4), 2, (32,)),
   # of latents, with a fixed variance: latent diffusion (arXiv:2112.10752)
   'ldm_celeba256': unet(224, (1, 2, 3, 4), 2, (32, 16, 8), head_channels=32),
+  # ... with a text or, in its place, one token of a class: conditions.text.how = 'transformer'
+  'ldm_txt2img': unet(320, (1, 2, 4, 4), 2, (32, 16, 8), num_heads=8),
+  'ldm_imagenet256': unet(192, (1, 2, 3, 5), 2, (32, 16, 8), head_channels=32),
+  'stable_diffusion': unet(320, (1, 2, 4, 4), 2, (64, 32, 16), num_heads=8),
   'ldm_lsun_church256': unet(
     192, (1, 2, 2, 4, 4), 2, (32, 16, 8, 4), num_heads=8, scale_shift_norm=True, resblock_updown=True
   ),

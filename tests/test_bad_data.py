@@ -32,7 +32,8 @@ def make(tmp_path):
   def make(**changes):
     data = {
       'source': 'npz', 'name': '', 'path': '', 'data_dir': str(tmp_path / 'data_dir'), 'image_size': 8,
-      'channels': 3, 'num_classes': 0, 'crop': 'none', 'crop_size': 0, 'resize': 'none', 'materialize': True,
+      'channels': 3, 'num_classes': 0, 'caption_feature': '',
+      'crop': 'none', 'crop_size': 0, 'resize': 'none', 'materialize': True,
       'num_threads': 2, 'prefetch': 2, **SPLITS,
     }  # fmt: skip
     return ml_collections.ConfigDict(data | changes)
@@ -295,8 +296,8 @@ def built(tmp_path_factory):
   root = tmp_path_factory.mktemp('built')
   changes = {'source': 'tfds', 'name': 'digits', 'path': '', 'data_dir': str(root), 'channels': 1}
   data = dict(
-    changes, train_split='train', eval_split='test', image_size=8, num_classes=0, crop='none', crop_size=0,
-    resize='none', materialize=True, num_threads=1, prefetch=1,
+    changes, train_split='train', eval_split='test', image_size=8, num_classes=0, caption_feature='',
+    crop='none', crop_size=0, resize='none', materialize=True, num_threads=1, prefetch=1,
   )  # fmt: skip
   open_source(ml_collections.ConfigDict(data), 'train')
   shutil.rmtree(root / 'vaediff')

@@ -35,6 +35,8 @@ ONLY_IN = {
   'safetensors': ('weights/tensors.py',),
   'tensorflow_datasets': ('data/',),
   'grain': ('data/',),
+  'sentencepiece': ('data/words.py',),
+  'pyarrow': ('data/parquet.py',),
   'sklearn': ('conditions/prior.py', 'data/'),
   'tensorflow': (),
   'ml_collections': (

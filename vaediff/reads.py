@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from vaediff.data import words
 from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.types import Params
@@ -85,7 +87,34 @@ class Sampled:
   depth: int
 
 
-Reads = FromStage | Measured | Published
+CAPTIONS = 'captions'
+"""The name in `read` of the captions of samples."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Captions:
+  """The captions that samples of a stage have: `read[name]` holds {`words.TOKENS`: int32 [captions, length]}.
+
+  Attributes:
+    stage: whose tokenizer and `sample.captions` they are of.
+    workdir: the run that holds it; '' = this run.
+    length: tokens of a caption.
+    vocab_size: tokens are below it.
+  """
+
+  stage: str
+  workdir: str
+  length: int
+  vocab_size: int
+
+  def neutral(self) -> dict[str, np.ndarray]:
+    """Returns one caption of no words, to compile and to measure speed with."""
+    empty = np.full((1, self.length), words.PAD, np.int32)
+    empty[0, :2] = [words.BOS, words.EOS]
+    return {words.TOKENS: empty}
+
+
+Reads = FromStage | Measured | Published | Captions
 
 
 def is_stage(config: ConfigDict, name: str, experiment: str) -> bool:

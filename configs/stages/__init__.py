@@ -15,6 +15,7 @@ from configs.stages import (
   noisy_classifier,
   prior,
   progressive,
+  text,
   vae,
   vqgan,
   vqvae,
@@ -42,7 +43,7 @@ BY_NAME = {
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {
   name: variant
-  for module in (*BY_NAME.values(), classifier, divae)
+  for module in (*BY_NAME.values(), classifier, divae, text)
   for name, variant in module.VARIANTS.items()
 }
 """Those that every config shares, but for `bfloat16` and `debug`."""

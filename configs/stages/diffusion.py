@@ -81,6 +81,7 @@ def section() -> ConfigDict:
     temperature=1.0,  # standard deviation of the starting noise, of pictures and figures; students have 1
     guidance_weight=0.0,  # classifier-free guidance, all conditions dropped; 0 = conditional network only
     guidance=(),  # ((condition, weight), ...): each one more term, that condition alone dropped
+    captions=(),  # to draw, in turn; () = those of the evaluation split; with the condition `text`
     labels=(),  # classes to draw, in turn: numbers or names, as 3,7; () = all; with the condition `label`
     guidance_interval=(),  # (low, high): guided where low < sigma / alpha <= high; () = everywhere
     guide={  # a weaker network of the same inputs, for the term ('guide', weight) of `guidance`
@@ -133,6 +134,8 @@ def debug(stage: ConfigDict, image_size: int) -> None:
       'head_channels': 0,
     }
   )
+  if 'text' in stage.conditions:
+    stage.conditions.text.update({'width': 8, 'num_layers': 1, 'num_heads': 2})
   if stage.diffusion.z_conditioning == 'pca':
     stage.diffusion.pca.min_signal = 0.0  # a few updates make no more
   stage.sample.num_steps = 4

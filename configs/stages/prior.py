@@ -23,10 +23,10 @@ def section() -> ConfigDict:
       'workdir': '',  # ... of this other run; '' = this run
     }
   )
-  config.conditions = ConfigDict()  # what the ids are given: a section `label`, see the variant
+  config.conditions = ConfigDict()  # what the ids are given: sections `label`, `text`, see the variants
   config.model = ConfigDict(
     {
-      'form': 'decoder',  # 'decoder' | 'encoder_decoder': the class is encoded, and read by every block
+      'form': 'decoder',  # 'decoder' | 'encoder_decoder': what is given is encoded, and read by every block
       **presets.PRIOR['llamagen_b'],
       'num_encoder_layers': 1,  # encoder_decoder
       'dropout': 0.1,  # of the input, and after attention and MLP
@@ -46,6 +46,7 @@ def section() -> ConfigDict:
     temperature=1.0,  # logits are divided by it; 0 = the most probable id
     top_k=0,  # only so many of the most probable ids; 0 = all
     top_p=1.0,  # only the most probable ids that together have this probability
+    captions=(),  # to draw, in turn; () = those of the evaluation split; with the condition `text`
     labels=(),  # classes to draw, in turn: numbers or names, as 3,7; () = all; with the condition `label`
   )
   return config
@@ -102,15 +103,19 @@ def arrange(run: Run) -> None:
   if codes is not None:
     codes.prior_stage = STAGE
   if codes is not None or 'refiner' not in stages:
-    _take_label(run.section('refiner').conditions, run.section(STAGE).conditions)
+    _take(run.section('refiner'), run.section(STAGE))
 
 
-def _take_label(decoder: ConfigDict, own: ConfigDict) -> None:
-  """The classes are the prior's, whichever variant came first: ids of nothing are of no class."""
-  if 'label' in decoder:
-    with decoder.unlocked(), own.unlocked():
-      own.label = decoder.label
-      del decoder.label
+def _take(decoder: ConfigDict, own: ConfigDict) -> None:
+  """Classes and captions are the prior's, whichever variant came first: ids of nothing are of none."""
+  with decoder.unlocked(), own.unlocked():
+    for name in ('label', 'text'):
+      if name in decoder.conditions:
+        own.conditions[name] = {'dropout': decoder.conditions[name].dropout}
+        del decoder.conditions[name]
+    if 'text' in decoder:
+      own.text = decoder.text
+      del decoder.text
 
 
 VARIANTS = {'prior': prior}

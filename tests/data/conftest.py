@@ -20,6 +20,7 @@ def make_data(tmp_path):
         'image_size': 8,
         'channels': 3,
         'num_classes': 0,
+        'caption_feature': '',
         'crop': 'none',
         'crop_size': 0,
         'resize': 'none',

@@ -174,3 +174,15 @@ def test_emoji_of_another_size_or_category(emoji, package):
   (package / 'emoji.json').write_text(text.replace('Flags', 'Flogs'))
   with pytest.raises(UserError, match="emoji.json is damaged .the category 'Flogs' is none of"):
     open_source(emoji, 'train')
+
+
+def test_emoji_captions_are_read_beside_the_images(emoji):
+  emoji.caption_feature = 'caption'
+  source = open_source(emoji, 'train')
+  tones = [f'{tone} skin tone' for tone in builders.EMOJI_SKIN_TONES.values()]
+  toned = [
+    (int(image[0, 0, 1]), caption.split(', ')[1])
+    for image, caption in zip(source.images, source.captions, strict=True)
+    if ', ' in caption
+  ]
+  assert set(toned) == {(50 * (k + 1), tone) for k, tone in enumerate(tones)}  # green marks a tone

@@ -25,12 +25,18 @@ REAL = {
   ('lsun_church256', ''): [(256, 341, 3), (300, 256, 3), (256, 256, 3)],
   ('lsun_church256', 'folder'): [(256, 341, 3), (300, 256, 3), (256, 256, 3)],
   ('cifar10', ''): [(32, 32, 3)],
+  ('captions256', ''): [(256, 341, 3), (512, 300, 3)],
+  ('captions256', 'stable_diffusion'): [(640, 512, 3)],
   ('fashion_mnist', ''): [(28, 28, 1)],
   ('fashion_mnist', 'idx'): [(28, 28, 1)],
   ('digits', ''): [(8, 8, 1)],
   ('emoji64', ''): [(64, 64, 3)],
+  ('shapes16', ''): [(16, 16, 3)],
+  ('shapes16', 'mini'): [(16, 16, 3)],
+  ('shapes32', ''): [(32, 32, 3)],
+  ('shapes64', ''): [(64, 64, 3)],
 }
-NO_DATA = ('base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run')
+NO_DATA = ('base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run', 'shapes_parts')
 CASES = [(name, variant, size) for (name, variant), sizes in REAL.items() for size in sizes]
 
 

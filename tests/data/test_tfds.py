@@ -61,7 +61,8 @@ import ml_collections
 from vaediff.data import builders, loader, pixels, sources
 data = ml_collections.ConfigDict(dict(
     source='tfds', name='digits', path='', data_dir={str(tmp_path)!r}, train_split='train',
-    eval_split='test', image_size=8, channels=1, num_classes=0, crop='none', crop_size=0, resize='none',
+    eval_split='test', image_size=8, channels=1, num_classes=0, caption_feature='',
+    crop='none', crop_size=0, resize='none',
     materialize=False, num_threads=1, prefetch=1))
 source = sources.open_source(data, 'train')
 next(loader.train_batches(

@@ -38,7 +38,7 @@ def frozen_of(experiment):
     match source:
       case reads.FromStage():
         return made(source.model, SEEDS[name])
-      case reads.Measured():
+      case reads.Measured() | reads.Captions():
         return source.neutral()
       case reads.Published():
         return jax.tree.map(jnp.asarray, source.load())

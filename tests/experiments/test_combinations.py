@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base as base_config
 from vaediff import experiments
+from vaediff.data import words
 from vaediff.machine import sharding
 from vaediff.run import draw, guard, loop, students
 from vaediff.run import frozen as frozen_networks
@@ -56,6 +58,11 @@ CASES = {
   'halving_of_a_noised_refiner': ('formulation2,distill', 'distill_2', {
     'refiner.conditions.vae.aug_level': 0.5, 'distill.data_free_fraction': 0.5
   }),
+  'text_label_and_image_in_latents': ('formulation2,z,guided,label,text,latent_diffusion', 'refiner', {}),
+  'text_in_wavelets_by_latent_diffusions_block': ('unconditional,text,wavelet_diffusion', 'refiner', {
+    'refiner.conditions.text.how': 'transformer'
+  }),
+  'halving_of_guided_text': ('unconditional,text,guided,distill', 'distill_guided', {}),
   'pca_and_image_guided': ('formulation2,pca,guided', 'refiner', {}),
   'pca_alone_of_means': ('pca', 'refiner', {
     'refiner.diffusion.condition': 'none', 'refiner.diffusion.x0_vae_source': 'mean'
@@ -68,7 +75,9 @@ QUICK = ('latents_formulation2',)
 
 
 def build(variant, stage, changes):
-  config = importlib.import_module('configs.digits').get_config(f'{variant},debug')
+  digits = importlib.import_module('configs.digits')
+  data = {**digits.DATA, 'caption_feature': 'caption' if 'text' in variant else ''}
+  config = base_config.make('digits', data, digits.SIZES, f'{variant},debug', own=digits.OWN)
   with config.unlocked():
     config.update_from_flattened_dict(changes)
   config = students.resolve(config)
@@ -89,6 +98,9 @@ def test_it_trains_and_draws(case, one_device):
     'image': jnp.asarray(rng.integers(0, 256, (8, 8, 8, 1), np.uint8)),
     'label': jnp.arange(8, dtype=jnp.int32),
   }
+  if words.TOKENS in experiment.inputs:
+    shape = experiment.inputs[words.TOKENS].shape
+    batch[words.TOKENS] = jnp.asarray(rng.integers(0, 12, (8, *shape), np.int32))
   where = jax.tree.map(lambda leaf: leaf.sharding, loop.abstract_state(experiment, mesh))
   before = jax.tree.map(np.asarray, state.networks)
   for step in range(2):

@@ -16,8 +16,8 @@ from vaediff import experiments, reads
 from vaediff.conditions.base import Conditions
 from vaediff.conditions.codes import Codes
 from vaediff.errors import UserError
-from vaediff.experiments.diffusion import make_denoiser, perceptual_of
-from vaediff.experiments.perceptual import Perceptual
+from vaediff.experiments.diffusion import make_denoiser
+from vaediff.experiments.perceptual import Perceptual, perceptual_of
 from vaediff.machine import sharding
 from vaediff.models import token_injection
 from vaediff.models.functional import Model

@@ -289,15 +289,16 @@ def test_with_flips_the_ids_of_both_views_are_stored_and_one_is_read():
 
 def test_a_label_that_is_dropped_is_the_null():
   experiment = build()
-  labels = jnp.asarray([3, 4, 5])
-  np.testing.assert_array_equal(experiment.source(labels, 3), [[3], [4], [5]])
-  drop = jnp.asarray([False, True, False])
-  np.testing.assert_array_equal(experiment.source(labels, 3, drop), [[3], [10], [5]])
-  np.testing.assert_array_equal(experiment.source(None, 2), [[10], [10]])
-  assert experiment.models[0].module.source_size == 11
+  labels = {'label': jnp.asarray([3, 4, 5])}
+  rows = lambda *args: experiment.source(*args).ids
+  np.testing.assert_array_equal(rows(labels, 3), [[3], [4], [5]])
+  drop = {'label': jnp.asarray([False, True, False])}
+  np.testing.assert_array_equal(rows(labels, 3, drop), [[3], [10], [5]])
+  np.testing.assert_array_equal(rows({}, 2), [[10], [10]])
+  assert experiment.models[0].module.source_size == 11 and experiment.source(labels, 3).mask is None
   plain = build('vqvae,prior,debug')
   assert plain.models[0].module.source_size == 1 and not plain.classes
-  np.testing.assert_array_equal(plain.source(None, 2), [[0], [0]])
+  np.testing.assert_array_equal(plain.source({}, 2).ids, [[0], [0]])
 
 
 def test_what_is_declared():

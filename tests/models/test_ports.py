@@ -345,8 +345,11 @@ def test_the_gradient_reaches_the_rows_of_the_table_that_are_read(x, values):
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'enters': 'bottom', 'shape': (3,)}, "one of concat, vector, encoder, middle, decoder, not at 'bottom'"),
-    ({'enters': '', 'shape': ()}, "one of concat, vector, encoder, middle, decoder, not at ''"),
+    (
+      {'enters': 'bottom', 'shape': (3,)},
+      "one of concat, vector, encoder, middle, decoder, text, not at 'bottom'",
+    ),
+    ({'enters': '', 'shape': ()}, "one of concat, vector, encoder, middle, decoder, text, not at ''"),
     ({'enters': 'concat', 'shape': (3,)}, r'A concat port cannot have shape \(3,\) with 0 classes'),
     ({'enters': 'concat', 'shape': ()}, r'A concat port cannot have shape \(\) with 0 classes'),
     ({'enters': 'vector', 'shape': (4, 4, 1)}, r'A vector port cannot have shape \(4, 4, 1\)'),

@@ -1,5 +1,6 @@
 """The U-Nets of Improved DDPM, ADM and latent diffusion: parameters to the last one, and their new blocks."""
 
+import importlib
 import math
 import pathlib
 import sys
@@ -9,19 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.models import layers, ports
 from vaediff.models.functional import Model
 from vaediff.models.ports import Port
 from vaediff.models.unet import UNet, prediction_alone
 from vaediff.models.unet_blocks import VARIANTS, BlockOptions, ResidualBlock
+from vaediff.modes import describe
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
 from configs import presets  # noqa: E402
 
 
-def build(size, fields, *, learned=True, channels=3, classes=0, low_resolution=False):
+def build(size, fields, *, learned=True, channels=3, classes=0, low_resolution=False, text=()):
   named = {}
+  if text:  # of vectors: the network that makes them is another
+    named['text'] = Port(enters='text', how='transformer', shape=text)
   if low_resolution:
     named['low'] = Port(enters='concat', shape=(size, size, channels))
   if classes:
@@ -66,10 +71,24 @@ def count(model):
     ('adm_upsampler_128_512', 512, {'classes': 1000, 'low_resolution': True}, 302_875_782),
     ('ldm_celeba256', 64, {'learned': False}, 274_056_163),
     ('ldm_lsun_church256', 32, {'learned': False, 'channels': 4}, 294_966_916),
+    ('stable_diffusion', 64, {'learned': False, 'channels': 4, 'text': (77, 768)}, 859_520_964),
+    ('ldm_txt2img', 32, {'learned': False, 'channels': 4, 'text': (77, 1280)}, 872_300_484),
+    ('ldm_imagenet256', 64, {'learned': False, 'channels': 3, 'text': (1, 512)}, 400_920_579),
   ],
 )
 def test_parameters_are_the_published_networks(preset, size, options, parameters):
   assert count(build(size, presets.UNET[preset], **options)) == parameters
+
+
+@pytest.mark.parametrize(
+  ('variant', 'parameters'), [('ldm_txt2img', 872_300_484), ('stable_diffusion', 859_520_964)]
+)
+def test_configs_of_text_to_image_have_the_published_networks_beside_their_tower(variant, parameters):
+  config = importlib.import_module('configs.captions256').get_config(variant)
+  shapes = jax.eval_shape(experiments.build(config, 'refiner').denoiser.model.init, jax.random.key(0))
+  tower = shapes['tokens_tower']
+  whole, own = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (shapes, tower))
+  assert whole - own == parameters and describe.towers(shapes) == ['tokens_tower']
 
 
 def test_learned_variance_adds_channels_of_the_last_convolution_alone():

@@ -100,3 +100,22 @@ def test_figures():
   assert quality.mse(a, b) == pytest.approx(0.04)
   assert quality.psnr(a, b) == pytest.approx(13.9794, abs=1e-4)
   assert quality.psnr(a, a) == float('inf')
+
+
+def test_captions_stand_above_their_images_and_once_above_a_row_of_one():
+  value = np.full((4, 128, 128, 3), 128, np.uint8)
+  each = images.captioned(
+    value, 2, ['a red ring', 'a blue cross', 'a circle', 'a long caption of many words']
+  )
+  row = images.captioned(value, 2, ['a red ring'] * 2 + ['a circle'] * 2)
+  assert each.shape[1:] == row.shape[1:] == (2 * 130 + 2, 3)
+  dark = (each < 100).any(axis=2)
+  left, right = dark[:, :131], dark[:, 131:]
+  assert left.any() and right.any()
+  dark = (row < 100).any(axis=2)
+  assert dark[:, :131].any() and not dark[:, 131:].any()
+  for picture in (each, row):  # all images are there, as they are
+    assert (picture == 128).all(axis=2).sum() >= 4 * 128 * 128
+  assert len(each) > len(row) > 2 * 130
+  small = images.captioned(np.zeros((1, 8, 8, 1), np.uint8), 1, ['a'])
+  assert small.shape[1:] == (132, 1)  # enlarged, so that words fit

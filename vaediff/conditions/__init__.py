@@ -5,13 +5,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff.conditions import augmentation
+from vaediff.conditions import augmentation, label
 from vaediff.conditions import codes as codes_file
+from vaediff.conditions import text as text_file
 from vaediff.conditions.base import Condition, Conditions
 from vaediff.conditions.codes import CODES, codes_condition
 from vaediff.conditions.degraded import DEGRADED, degraded_condition
-from vaediff.conditions.label import LABEL, SAMPLE_BOUNDS, check_unread, label_condition
+from vaediff.conditions.label import LABEL, label_condition
 from vaediff.conditions.low_resolution import LOW_RESOLUTION, low_resolution_condition
+from vaediff.conditions.text import TEXT, text_condition
 from vaediff.conditions.vae import VAE, of_classes, vae_condition
 from vaediff.conditions.weight import Weight
 from vaediff.errors import UserError
@@ -20,15 +22,19 @@ from vaediff.spaces import Space
 __all__ = ['BY_NAME', 'SAMPLE_BOUNDS', 'Condition', 'Conditions', 'make_conditions']
 BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
   LABEL: label_condition,
+  TEXT: text_condition,
   CODES: codes_condition,
   DEGRADED: degraded_condition,
   LOW_RESOLUTION: low_resolution_condition,
 }
 """By section of `config.<stage>.conditions`: (config, stage, space) -> the condition."""
+SAMPLE_BOUNDS = {**label.SAMPLE_BOUNDS, **text_file.SAMPLE_BOUNDS}
+"""Of what samples are asked to be, in a stage that may read nothing of it."""
 
 
 FOR_STUDENTS: dict[str, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = {
   CODES: codes_file.for_student,
+  TEXT: text_file.for_student,
 }
 """By section, of those that say what a stage trains: (section, teacher, workdir) -> that of a student."""
 
@@ -48,7 +54,8 @@ def make_conditions(config: ConfigDict, stage: str, space: Space) -> Conditions:
     UserError: for a condition that is not known, or one that cannot be built.
   """
   section = config[stage]
-  check_unread(config, stage)
+  label.check_unread(config, stage)
+  text_file.check_unread(config, stage)
   diffusion, found = section.diffusion, []
   known = vae_condition(
     config,

@@ -55,6 +55,8 @@ class Condition(abc.ABC):
       `nats`, so that a loss given it bounds -log p of the image.
     trained: networks that the stage trains beside its own, by their names in `read`.
     seen: of its inputs, those that an image shows, or another stage makes, and `draw` cannot.
+    added_to: (stage, run) of a trained network, the stage's own but for this condition, which training begins
+      as; None = it begins fresh.
     losses: of the values of training, those that are terms of the loss, a number per example: their weights.
   """
 
@@ -74,6 +76,7 @@ class Condition(abc.ABC):
   trained: Mapping[str, Trained] = {}
   losses: Mapping[str, float] = {}
   seen: tuple[str, ...] = ()
+  added_to: tuple[str, str] | None = None
 
   @property
   @abc.abstractmethod

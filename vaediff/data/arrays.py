@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,6 +33,11 @@ def digest_of(array: np.ndarray) -> str:
   """Returns the digest of an array in memory."""
   rows = (np.ascontiguousarray(array[i : i + ROWS]) for i in range(0, len(array), ROWS))
   return join(array.shape, array.dtype, (hashlib.sha256(part).digest() for part in rows))
+
+
+def digest_of_texts(texts: Sequence[str]) -> str:
+  """Returns the digest of texts, in order."""
+  return identity.digest(list(texts))
 
 
 def of_split(images: str, labels: str) -> str:

@@ -1,13 +1,14 @@
 """Resized images on disk, made once: memory-mapped uint8 arrays that need no decoding.
 
     <data_dir>/vaediff/<name>-<image_size>px-<crop>-<resize>-<key>/
-        {train,eval}-{images,labels}.npy   meta.json
+        {train,eval}-{images,labels}.npy   {train,eval}-captions.json   meta.json
 
 The key covers everything that affects the bytes, so another setting or another file is another folder. A
 folder is written under another name and renamed when complete: whoever finds it may read it, whatever was
 killed meanwhile and however many processes build it at once. meta.json has shape, type and digests of the
 arrays, which are compared when they are opened, and the fingerprint of each split: what its images are, by
-content.
+content. Captions are no part of it: a network that reads images and labels alone does not depend on them.
+They have a digest of their own, and are stored without `data.materialize` too.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from vaediff.data import arrays, paths
 from vaediff.data.readers import Reader, check_readers, read_fitted
 from vaediff.errors import UserError
 
-FORMAT = 2  # Raise it when the same settings come to mean other bytes, or meta.json another form.
+FORMAT = 3  # Raise it when the same settings come to mean other bytes, or meta.json another form.
 FIELDS = (
   'source',
   'name',
@@ -41,6 +42,7 @@ FIELDS = (
   'crop',
   'crop_size',
   'resize',
+  'caption_feature',
 )
 DIGITS = 12  # Of the key, hexadecimal.
 MAX_LISTED = 10  # Unusable images that an error names.
@@ -153,6 +155,24 @@ def load(folder: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray, dict
   return images, labels, meta
 
 
+def load_captions(folder: pathlib.Path, split: str) -> tuple[str, ...]:
+  """Returns the caption of each image of a split, in order; () where none are stored.
+
+  Raises:
+    Damaged: the folder was changed after it was made; the message says which file, and to delete the folder.
+  """
+  facts, path, mend = read_meta(folder)['splits'][split], captions_file(folder, split), _mend(folder)
+  if 'captions' not in facts:
+    return ()
+  if not paths.is_file(path):
+    raise files.Damaged(f'{path} is missing; {mend}')
+  captions = files.read_json(path, mend)
+  with files.reading(path, mend):
+    if arrays.digest_of_texts(captions) != facts['captions']:
+      raise ValueError('it was changed after it was made: its digest is that of other captions')
+  return tuple(captions)
+
+
 def images_file(folder: pathlib.Path, split: str) -> pathlib.Path:
   """Returns where the images of a split are."""
   return folder / f'{split}-images.npy'
@@ -161,6 +181,11 @@ def images_file(folder: pathlib.Path, split: str) -> pathlib.Path:
 def labels_file(folder: pathlib.Path, split: str) -> pathlib.Path:
   """Returns where the labels of a split are."""
   return folder / f'{split}-labels.npy'
+
+
+def captions_file(folder: pathlib.Path, split: str) -> pathlib.Path:
+  """Returns where the captions of a split are, if it has any."""
+  return folder / f'{split}-captions.json'
 
 
 def _mend(folder: pathlib.Path) -> str:
@@ -201,17 +226,20 @@ def _build_split(
 ) -> tuple[dict[str, Any], list[str]]:
   """Writes what is stored of one split; returns what meta.json says of it, and what was wrong, in order."""
   shape = (len(reader), data.image_size, data.image_size, data.channels)
-  labels = np.zeros(len(reader), np.int32)
+  labels, captions = np.zeros(len(reader), np.int32), [''] * len(reader)
   if data.materialize:
     with arrays.Writer(images_file(folder, split), shape, np.uint8) as writer:
-      parts, failures = _convert(reader, data, labels, writer.write)
+      parts, failures = _convert(reader, data, labels, captions, writer.write)
     with arrays.Writer(labels_file(folder, split), labels.shape, np.int32) as writer:
       writer.write(0, labels)
   else:
-    parts, failures = _convert(reader, data, labels, lambda first, rows: None)
+    parts, failures = _convert(reader, data, labels, captions, lambda first, rows: None)
   digests = {'images': arrays.join(shape, np.uint8, parts), 'labels': arrays.digest_of(labels)}
   fingerprint = arrays.of_split(**digests)
   facts = {'count': len(reader), 'shape': shape, 'dtype': 'uint8', 'fingerprint': fingerprint, **digests}
+  if data.caption_feature:
+    facts['captions'] = arrays.digest_of_texts(captions)
+    captions_file(folder, split).write_text(json.dumps(captions, indent=0) + '\n', encoding='utf-8')
   return facts, failures
 
 
@@ -219,15 +247,20 @@ def _convert(
   reader: Reader,
   data: ml_collections.ConfigDict,
   labels: np.ndarray,
+  captions: list[str],
   write: Callable[[int, np.ndarray], None],
 ) -> tuple[list[bytes], list[str]]:
-  """Fills `labels`, writes the images; returns the sha256 of each part, and what was wrong, in order."""
+  """Fills labels and captions, writes the images.
+
+  Returns:
+    The sha256 of each part, and what was wrong, in order.
+  """
 
   def convert(first: int) -> tuple[bytes, list[str]]:
     failures, part = [], hashlib.sha256()
     for i in range(first, min(first + arrays.ROWS, len(labels))):
       try:
-        image, labels[i] = read_fitted(reader, data, i)
+        image, labels[i], captions[i] = read_fitted(reader, data, i)
       except UserError as error:
         failures.append(str(error))
       else:

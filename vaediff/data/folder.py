@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import stat
@@ -14,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vaediff import places
-from vaediff.data import paths
-from vaediff.data.readers import Reader, Stretch, select_shuffled, shuffled_stretch
+from vaediff.data import paths, sidecar
+from vaediff.data.readers import Example, Reader, Stretch, select_shuffled, shuffled_stretch, stamps
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 from vaediff.files import reason
@@ -32,14 +33,14 @@ class FolderReader(Reader):
   """All images under `data.path`, in a fixed shuffled order, of which `data.*_split` are slices.
 
   The label is the subfolder of `data.path` that an image lies in; 0 when there are no subfolders.
-  Hidden files and folders are left out.
+  Hidden files and folders are left out. Captions are in a file of `sidecar.FILES` in `data.path`.
   """
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
     self._root = places.expanded(data.path, 'data.path')
     self._channels = data.channels
-    stamps = list_images(self._root, data.path)
-    files = sorted(stamps)
+    listed = list_images(self._root, data.path)
+    files = sorted(listed)
     classes = [file.split('/')[0] if '/' in file else '' for file in files]
     self.label_names = tuple(sorted(set(classes) - {''}))
     self.num_classes = len(self.label_names)
@@ -52,25 +53,33 @@ class FolderReader(Reader):
     field = f'{split}_split'
     indices = select_shuffled(data[field], field, len(files))
     self._stretches = shuffled_stretch(data[field], field, len(files))
-    self._stamps = [[files[i], *stamps[files[i]]] for i in indices]
+    self._stamps = [[files[i], *listed[files[i]]] for i in indices]
     label_of = {name: i for i, name in enumerate(self.label_names)} | {'': 0}
     self._files = [files[i] for i in indices]
     self._labels = [label_of[classes[i]] for i in indices]
+    self._captions, self._of_captions = {}, []
+    if data.caption_feature:
+      file = sidecar.find(self._root, data.path)
+      self._captions = sidecar.captions(file, data.caption_feature, files)
+      self._of_captions = stamps([file])
+    self.has_captions = bool(data.caption_feature)
 
   def __len__(self) -> int:
     return len(self._files)
 
   def fingerprint(self) -> Any:
     """See `Reader`."""
-    return self._stamps
+    return [*self._stamps, *self._of_captions]
 
   def stretches(self) -> Sequence[Stretch]:
     """See `Reader`."""
     return self._stretches
 
-  def read(self, index: int) -> tuple[np.ndarray, int]:
+  def read(self, index: int) -> Example:
     """See `Reader`."""
-    return decode(self._root / self._files[index], self._channels), self._labels[index]
+    name = self._files[index]
+    caption = self._captions[name] if self.has_captions else ''
+    return Example(decode(self._root / name, self._channels), self._labels[index], caption)
 
   def locate(self, index: int) -> str:
     """See `Reader`."""
@@ -172,10 +181,11 @@ class _Walk:
     return []
 
 
-def decode(file: pathlib.Path, channels: int) -> np.ndarray:
+def decode(file: pathlib.Path, channels: int, content: bytes | None = None) -> np.ndarray:
   """Returns an image file as uint8 [height, width, channels], upright, transparency on white.
 
-  Grey becomes RGB when `channels` is 3, and colour becomes grey (ITU-R 601 luma) when it is 1.
+  Its `content` is read where that is given; then `file` is what it is called. Grey becomes RGB when
+  `channels` is 3, and colour becomes grey (ITU-R 601 luma) when it is 1.
 
   Raises:
     UserError: the file is empty or broken, of another format than its name may stand for, or of a kind that
@@ -184,12 +194,13 @@ def decode(file: pathlib.Path, channels: int) -> np.ndarray:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # PIL warns of odd metadata, which does not matter here.
-      with Image.open(file, formats=FORMATS) as image:
+      with Image.open(file if content is None else io.BytesIO(content), formats=FORMATS) as image:
         packed = _packed(image)
         image.load()
         picture = _to_mode(ImageOps.exif_transpose(image), packed, 'L' if channels == 1 else 'RGB')
   except Exception as error:  # PIL's decoders raise almost anything on damaged files.
-    raise UserError(f'{file} cannot be read: {_why(file, error)}') from error
+    why = _why(file, error) if content is None else _said(error)
+    raise UserError(f'{file} cannot be read: {why}') from error
   pixels = np.asarray(picture)
   return pixels[..., None] if channels == 1 else pixels
 
@@ -198,6 +209,10 @@ def _why(file: pathlib.Path, error: Exception) -> str:
   with contextlib.suppress(OSError):
     if not file.stat().st_size:
       return 'it is empty'
+  return _said(error)
+
+
+def _said(error: Exception) -> str:
   if isinstance(error, Image.UnidentifiedImageError):
     return f'it is none of {", ".join(FORMATS)}, whatever its name says; save it as PNG'
   return reason(error)

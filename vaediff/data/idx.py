@@ -17,7 +17,7 @@ import numpy as np
 
 from vaediff import files, places
 from vaediff.data import paths
-from vaediff.data.readers import Reader, Stretch, parse_split, select, stamps
+from vaediff.data.readers import Example, Reader, Stretch, parse_split, select, stamps
 from vaediff.errors import UserError
 
 PREFIXES = {'train': 'train', 'test': 't10k'}
@@ -89,10 +89,10 @@ class IdxReader(Reader):
     part = select(self._expression, self._field, idx_shape(self._images_file, 3)[0])
     return [(str(self._images_file), part.start, part.stop)]
 
-  def read(self, index: int) -> tuple[np.ndarray, int]:
+  def read(self, index: int) -> Example:
     """See `Reader`."""
     images, labels = self._content
-    return images[index], int(labels[index])
+    return Example(images[index], int(labels[index]))
 
   def locate(self, index: int) -> str:
     """See `Reader`."""

@@ -13,7 +13,15 @@ import numpy as np
 
 from vaediff import files, places
 from vaediff.data import paths
-from vaediff.data.readers import Reader, Stretch, parse_split, select_shuffled, shuffled_stretch, stamps
+from vaediff.data.readers import (
+  Example,
+  Reader,
+  Stretch,
+  parse_split,
+  select_shuffled,
+  shuffled_stretch,
+  stamps,
+)
 from vaediff.data.resize import CHANNELS
 from vaediff.errors import UserError
 
@@ -60,10 +68,10 @@ class NpzReader(Reader):
     """See `Reader`."""
     return shuffled_stretch(self._expression, self._field, count_npz(self._file))
 
-  def read(self, index: int) -> tuple[np.ndarray, int]:
+  def read(self, index: int) -> Example:
     """See `Reader`."""
     images, labels, _, _ = self._content
-    return images[index], int(labels[index])
+    return Example(images[index], int(labels[index]))
 
   def locate(self, index: int) -> str:
     """See `Reader`."""

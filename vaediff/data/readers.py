@@ -11,7 +11,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -26,6 +26,20 @@ Stretch = tuple[str, int, int]
 """A run of stored images: of which list or file, from, and up to without."""
 
 
+class Example(NamedTuple):
+  """One image as stored.
+
+  Attributes:
+    image: uint8 [height, width, channels].
+    label: 0 where there are none.
+    caption: '' where there are none.
+  """
+
+  image: np.ndarray
+  label: int
+  caption: str = ''
+
+
 class Reader(abc.ABC):
   """The images of one split as stored."""
 
@@ -33,6 +47,8 @@ class Reader(abc.ABC):
   """One name per class; empty when the classes have no names."""
   num_classes: int
   """0 when the images have no labels."""
+  has_captions: bool = False
+  """Whether what is read has captions: those of `data.caption_feature`."""
 
   @abc.abstractmethod
   def __len__(self) -> int: ...
@@ -46,28 +62,29 @@ class Reader(abc.ABC):
     """Returns which of the stored images these are; those of another split of the same data set compare."""
 
   @abc.abstractmethod
-  def read(self, index: int) -> tuple[np.ndarray, int]:
-    """Returns one image, uint8 [height, width, channels], and its label (0 when there are none)."""
+  def read(self, index: int) -> Example:
+    """Returns one image with its label and caption."""
 
   @abc.abstractmethod
   def locate(self, index: int) -> str:
     """Returns where one image comes from, for error messages."""
 
 
-def read_fitted(reader: Reader, data: ml_collections.ConfigDict, index: int) -> tuple[np.ndarray, int]:
-  """Returns one image, uint8 [size, size, channels] as `data` asks for, and its label.
+def read_fitted(reader: Reader, data: ml_collections.ConfigDict, index: int) -> Example:
+  """Returns one image, [size, size, channels] as `data` asks for, with its label and caption.
 
   Raises:
     UserError: the image is broken or does not fit; the message says where it comes from.
   """
-  image, label = reader.read(index)
+  example = reader.read(index)
+  label = example.label
   if not 0 <= label < max(1, reader.num_classes):
     raise UserError(
       f'{reader.locate(index)}: its label is {label}, but this data set has {reader.num_classes} classes, 0'
       f' to {reader.num_classes - 1}: mend the label, or use a split with labels'
     )
   try:
-    return fit(image, data), label
+    return example._replace(image=fit(example.image, data))
   except UserError as error:
     raise UserError(f'{reader.locate(index)}: {error}') from error
 
@@ -79,6 +96,7 @@ def check_readers(readers: Mapping[str, Reader], data: ml_collections.ConfigDict
     UserError: naming the config fields.
   """
   for reader in readers.values():
+    check_captions(reader, data)
     check_classes(reader.num_classes, data)
     if reader.num_classes > MAX_CLASSES:
       raise UserError(
@@ -98,6 +116,16 @@ def check_readers(readers: Mapping[str, Reader], data: ml_collections.ConfigDict
         f'{fields[0]} and {fields[1]} share {shared} images: what is measured on images of the training says'
         " nothing of others. Use two splits, or slices such as 'train[:95%]' and 'train[95%:]'"
       )
+
+
+def check_captions(reader: Reader, data: ml_collections.ConfigDict) -> None:
+  """Raises UserError where captions are asked for of images that have none."""
+  if data.caption_feature and not reader.has_captions:
+    raise UserError(
+      f'data.caption_feature={data.caption_feature!r}, but images of data.source={data.source!r} have no'
+      f' captions'
+      " here: they are read of 'tfds', 'parquet' and 'image_folder'; leave it empty, or store the images so"
+    )
 
 
 def check_classes(known: int, data: ml_collections.ConfigDict) -> None:

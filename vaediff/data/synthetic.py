@@ -4,6 +4,7 @@ import numpy as np
 
 COUNTS = {'train': 256, 'eval': 64}
 NUM_CLASSES = 10
+NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 
 
 def synthetic_arrays(split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -14,6 +15,11 @@ def synthetic_arrays(split: str, size: int, channels: int) -> tuple[np.ndarray, 
   first = 0 if split == 'train' else COUNTS['train']
   examples = [synthetic_image(first + i, size, channels) for i in range(COUNTS[split])]
   return np.stack([image for image, _ in examples]), np.array([k for _, k in examples], np.int32)
+
+
+def synthetic_caption(label: int) -> str:
+  """Returns what a captioned set would say of an image of a class."""
+  return f'a disc of hue {NUMBERS[label]} on gray'
 
 
 def synthetic_image(seed: int, size: int, channels: int) -> tuple[np.ndarray, int]:

@@ -6,19 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
-import numpy as np
 import tensorflow_datasets as tfds
 
 from vaediff import files
 from vaediff.data import paths
 from vaediff.data.builders import OWN_BUILDERS, check_emoji_package
 from vaediff.data.cache import data_root
-from vaediff.data.readers import Reader, Stretch, stamps
+from vaediff.data.readers import Example, Reader, Stretch, stamps
 from vaediff.errors import UserError
 
 
 class TfdsReader(Reader):
-  """One split of a TFDS data set; `digits` and `noto_emoji` are built if they are not there yet."""
+  """One split of a TFDS data set; those of our own are built if they are not there yet."""
 
   def __init__(self, data: ml_collections.ConfigDict, split: str, log: Callable[[str], None]):
     field = f'{split}_split'
@@ -54,6 +53,8 @@ class TfdsReader(Reader):
     self._has_labels = isinstance(label, tfds.features.ClassLabel)
     self.label_names = tuple(label.names) if self._has_labels else ()
     self.num_classes = label.num_classes if self._has_labels else 0
+    self._caption = caption_feature(data, features)
+    self.has_captions = bool(self._caption)
     self._builder = builder
 
   def __len__(self) -> int:
@@ -74,7 +75,7 @@ class TfdsReader(Reader):
     """See `Reader`."""
     return [(part.filename, part.skip, part.skip + part.take) for part in self._parts]
 
-  def read(self, index: int) -> tuple[np.ndarray, int]:
+  def read(self, index: int) -> Example:
     """See `Reader`."""
     try:
       example = self._records[index]
@@ -84,7 +85,16 @@ class TfdsReader(Reader):
         with open(file, 'rb') as content:  # What the system refuses is no damage.
           content.read(1)
         raise ValueError(f'image {index} of {self._expression}: {files.reason(error)}') from error
-    return example['image'], int(example['label']) if self._has_labels else 0
+    label = int(example['label']) if self._has_labels else 0
+    if not self._caption:
+      return Example(example['image'], label)
+    text = example[self._caption]
+    try:
+      return Example(example['image'], label, text.decode() if isinstance(text, bytes) else str(text))
+    except UnicodeDecodeError as error:
+      raise UserError(
+        f'{self.locate(index)}: its caption is no UTF-8 text ({files.reason(error)})'
+      ) from error
 
   def _file(self, index: int) -> pathlib.Path:
     """Returns the file of an image."""
@@ -99,6 +109,22 @@ class TfdsReader(Reader):
     return f'{self._name}, image {index} of {self._expression}'
 
 
+def caption_feature(data: ml_collections.ConfigDict, features: tfds.features.FeaturesDict) -> str:
+  """Returns the name of the feature that holds captions; '' where none are asked for.
+
+  Raises:
+    UserError: when there is no such feature, or it is not one text for each image; lists those that are.
+  """
+  name = data.caption_feature
+  texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
+  if name and name not in texts:
+    is_there = 'is not one text for each image' if name in features else 'is no feature'
+    raise UserError(
+      f'data.caption_feature={name!r} {is_there} of {data.name}; texts are {", ".join(texts) or "none there"}'
+    )
+  return name
+
+
 def open_builder(data: ml_collections.ConfigDict, log: Callable[[str], None]) -> tfds.core.DatasetBuilder:
   """Returns the TFDS builder of `data.name`, after building the data set if it is one of our own.
 
@@ -106,7 +132,7 @@ def open_builder(data: ml_collections.ConfigDict, log: Callable[[str], None]) ->
     UserError: TFDS knows no such name, or what a builder of our own reads is missing.
   """
   root = data_root(data)
-  if data.name in OWN_BUILDERS:
+  if data.name.split('/')[0] in OWN_BUILDERS:
     return _build(data, root, log)
   try:
     return tfds.builder(data.name, data_dir=root)
@@ -122,7 +148,12 @@ def open_builder(data: ml_collections.ConfigDict, log: Callable[[str], None]) ->
 def _build(
   data: ml_collections.ConfigDict, root: pathlib.Path, log: Callable[[str], None]
 ) -> tfds.core.DatasetBuilder:
-  make = functools.partial(OWN_BUILDERS[data.name], data_dir=root, file_format='array_record')
+  name, _, chosen = data.name.partition('/')
+  valid = [f'{name}/{config}' for config in OWN_BUILDERS[name].builder_configs] or [name]
+  if data.name not in valid:
+    raise UserError(f'data.name={data.name!r} is no data set of its own; valid: {", ".join(valid)}')
+  options = {'config': chosen} if chosen else {}
+  make = functools.partial(OWN_BUILDERS[name], data_dir=root, file_format='array_record', **options)
   builder = _made(make, data.name, root)
   if builder.is_prepared():
     return builder
@@ -183,7 +214,8 @@ def mend(data: ml_collections.ConfigDict, builder: tfds.core.DatasetBuilder) -> 
 
 def mend_folder(name: str, root: pathlib.Path, folder: pathlib.Path | None = None) -> str:
   """Returns what to do about a damaged file of a TFDS data set."""
-  again = 'it is built again' if name in OWN_BUILDERS else f'make it again. {how_to_get(name, root)}'
+  own = name.split('/')[0] in OWN_BUILDERS
+  again = 'it is built again' if own else f'make it again. {how_to_get(name, root)}'
   return f"delete its folder '{folder or root / name.replace(':', '/')}': {again}"
 
 

@@ -12,6 +12,7 @@ from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation import (
   codebooks,
+  compositions,
   decoders,
   likelihoods,
   measures,
@@ -51,6 +52,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
   decoded = decoders.decoder_rows(trained, opened, real)
+  composed = compositions.composition_rows(trained, opened)
   model = {
     '': trained.stage,
     **likelihoods.figures(trained),
@@ -65,6 +67,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
     'samples': rows,
     'reconstructions': reconstructed,
     'decoders': decoded,
+    'compositions': composed,
     'model': model,
     'missing': opened.missing,
     'settings': config[trained.stage].sample.to_dict(),
@@ -186,13 +189,17 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
       'Decoders draw the same codes, of the first N images of the evaluation split. A sample of the '
       "posterior has twice the squared error of the posterior's mean: vaediff/evaluation/decoders.py."
     )
+  if result['compositions']:
+    parts.append(shown(report.turned(result['compositions'], 'set')))
+    parts.append(compositions.ABOUT)
   if len(result['model']) > 1:
     parts.append(shown(report.turned([result['model']], '')))
     parts.append(
       'Bounds and losses are over the first N images of the evaluation split; ± is the standard error over '
       'images. elbo is in nats. Codes are counted in the first N images.'
     )
-  rows = [*result['samples'], *result['reconstructions'], *result['decoders'], result['model']]
+  tables = ('samples', 'reconstructions', 'decoders', 'compositions')
+  rows = [*(row for name in tables for row in result[name]), result['model']]
   parts += [f'note: {line}' for line in result['notes']]
   parts += [f'not computed: {line}' for line in report.reasons(rows)]
   return '\n\n'.join(parts)

@@ -1,21 +1,26 @@
 """The data set's own classifier as a feature network: trained once by the one loop, kept beside the data.
 
-Every run on the same data set and settings reads the same classifier, whatever its networks are, so their
-figures compare. Another device may train slightly other weights: compare figures of one fingerprint only.
+Of the data set `shapes` it learns all that images show, not the label alone, so that what it sees can be
+compared with what is read in closed form. Every run on the same data set and settings reads the same
+classifier, whatever its networks are, so their figures compare. Another device may train slightly other
+weights: compare figures of one fingerprint only.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff import experiments, files, identity
-from vaediff.data import cache, pixels, sources
+from vaediff.data import cache, oracle, pixels, shapes, sources
 from vaediff.errors import UserError
+from vaediff.experiments import classifier
 from vaediff.features.extractor import Extractor
 from vaediff.machine import distributed
 from vaediff.run import checkpoint, log
@@ -39,9 +44,12 @@ def load(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float]:
   if num_classes < 2:
     raise UserError('the classifier needs labelled images, and these have no labels')
   config = config.copy_and_resolve_references()
+  heads = oracle.NUMBERS if shapes.is_named(config.data) else ()
   with config.unlocked():
     config.seed = SEED
     config.classifier.model.num_classes = num_classes
+    if heads:  # what it is of other data does not change by a key that they do not need
+      config.classifier.model.heads = heads
   experiment = experiments.build(config, STAGE)
   folder = folder_of(config, splits)
   model = experiment.networks[STAGE]
@@ -62,7 +70,11 @@ def load(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float]:
 
   def apply(params, image):
     features, logits = model.apply(params, pixels.to_unit_range(image))
-    return {'features': features, 'logits': logits}
+    seen = {'features': features, 'logits': logits[:, :num_classes]}
+    if heads:
+      parts = classifier.split(logits, heads)
+      seen[oracle.ATTRIBUTES] = jnp.stack([jnp.argmax(part, axis=1) for part in parts], axis=1)
+    return seen
 
   extractor = Extractor(
     name='classifier',
@@ -92,11 +104,23 @@ def trained(stage: Stage) -> tuple[Params, float]:
           distributed.wait_for_all(f'{folder} is locked')
           if not distributed.agree(_accuracy(folder, steps) is not None):  # by another process meanwhile
             log.say(f'training the classifier of this data set, {steps} steps: {folder}')
-            train(stage)
+            train(_seen(stage))
       check = stage.config.checkpoints.check_arrays
       return checkpoint.load_frozen(folder, STAGE, params, check_arrays=check), _accuracy(folder, steps)
     except checkpoint.DamagedCheckpoint as error:
       log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
+
+
+def _seen(stage: Stage) -> Stage:
+  """Returns the stage with what its images show in every batch, where it learns that."""
+  if not shapes.is_named(stage.config.data):
+    return stage
+  mini = shapes.is_mini(stage.config.data)
+  return dataclasses.replace(
+    stage,
+    train_source=oracle.with_attributes(stage.train_source, mini=mini),
+    eval_source=oracle.with_attributes(stage.eval_source, mini=mini),
+  )
 
 
 def _accuracy(folder: pathlib.Path, steps: int) -> float | None:

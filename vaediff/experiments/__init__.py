@@ -19,7 +19,7 @@ from vaediff.experiments.progressive import Progressive
 from vaediff.experiments.token_prior import TokenPrior
 from vaediff.experiments.vae import Vae
 
-SHARED = ('train.', 'sample.', 'conditions.', f'{quantized.SECTION}.')
+SHARED = ('train.', 'sample.', 'conditions.', 'text.', f'{quantized.SECTION}.')
 """Parts of a section whose fields are not those of its experiment."""
 BY_NAME: dict[str, type[Experiment] | type[quantized.FromConfig]] = {
   'vae': Vae,

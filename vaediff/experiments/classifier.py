@@ -1,6 +1,7 @@
 """A classifier of the data set's labels: its features measure samples of sets that have no published network.
 
-Trained by the cross-entropy with dropout on the features. It draws no images.
+Trained by the cross-entropy with dropout on the features. It draws no images. Of images whose properties are
+known (`model.heads`) it learns each of them, by the sum of the cross-entropies; the label is the first.
 """
 
 import dataclasses
@@ -8,11 +9,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff import checks
-from vaediff.data import pixels
+from vaediff.data import oracle, pixels
 from vaediff.experiments import base, bounds
 from vaediff.models import classifier as classifier_model
 from vaediff.models.functional import Model
@@ -78,9 +80,8 @@ class Classifier(base.Experiment):
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
       x = pixels.to_unit_range(batch['image'])
       _, logits = self.classifier.apply(params, x, key_dropout=key)
-      loss = jnp.mean(cross_entropy(logits, batch['label']))
-      accuracy = jnp.mean(jnp.argmax(logits, axis=1) == batch['label'])
-      return loss, {'loss': loss, 'accuracy': accuracy}
+      values = self.values(logits, batch)
+      return jnp.mean(values['loss']), {name: jnp.mean(value) for name, value in values.items()}
 
     params = state.networks['classifier'].params
     grads, metrics = base.gradients(loss_fn, params, batch, key, self.microbatches)
@@ -91,11 +92,24 @@ class Classifier(base.Experiment):
     """Returns cross-entropy (nats) and accuracy."""
     del key
     _, logits = self.classifier.apply(read['classifier'], pixels.to_unit_range(batch['image']))
-    values = {
-      'loss': cross_entropy(logits, batch['label']),
-      'accuracy': (jnp.argmax(logits, axis=1) == batch['label']).astype(jnp.float32),
-    }
+    values = self.values(logits, batch)
     return {name: base.masked_mean(value, batch['mask']) for name, value in values.items()}
+
+  def values(self, logits: Float[Array, 'batch classes'], batch: Batch) -> Metrics:
+    """Returns cross-entropy (nats) and whether the label is right, of each example."""
+    heads = self.classifier.module.heads
+    asked = batch[oracle.ATTRIBUTES].T if heads else batch['label'][None]
+    parts = split(logits, heads)
+    losses = [cross_entropy(part, label) for part, label in zip(parts, asked, strict=True)]
+    return {
+      'loss': sum(losses),
+      'accuracy': (jnp.argmax(parts[0], axis=1) == asked[0]).astype(jnp.float32),
+    }
+
+
+def split(logits: Float[Array, 'batch classes'], heads: tuple[int, ...]) -> list[Float[Array, 'batch _']]:
+  """Returns the logits of each property; of the label alone, where there are no heads."""
+  return jnp.split(logits, np.cumsum(heads)[:-1], axis=1) if heads else [logits]
 
 
 def cross_entropy(logits: Float[Array, 'batch classes'], label: Labels) -> Float[Array, ' batch']:

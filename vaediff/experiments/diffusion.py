@@ -20,9 +20,9 @@ from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
 from vaediff.diffusion import gaussian, grids, importance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
-from vaediff.experiments import base, bounds, diffusion_checks, guides, jointly, variance
+from vaediff.experiments import base, bounds, diffusion_checks, extended, guides, jointly, variance
 from vaediff.experiments.denoiser import LEARNED, Denoiser
-from vaediff.experiments.perceptual import Perceptual
+from vaediff.experiments.perceptual import Perceptual, perceptual_of
 from vaediff.models import ports
 from vaediff.models.functional import Model
 from vaediff.models.unet import UNet
@@ -79,6 +79,7 @@ class Diffusion(base.InSpace):
     start_value: the value that a start below t = 1 is made of.
     time_sampler: of the training times, 'uniform' or 'loss_second_moment'.
     for_sampling: networks of other checkpoints that guide its samples, which training does not read.
+    first: the network that its own begins as, trained without one of its conditions.
   """
 
   space: Space
@@ -90,6 +91,7 @@ class Diffusion(base.InSpace):
   start_value: str
   time_sampler: str = 'uniform'
   for_sampling: Mapping[str, reads.Reads] = dataclasses.field(default_factory=dict)
+  first: Mapping[str, reads.Reads] = dataclasses.field(default_factory=dict)
 
   bounds = {**BOUNDS, **variance.LOSS_BOUNDS}
 
@@ -109,6 +111,7 @@ class Diffusion(base.InSpace):
       space=space,
       denoiser=denoiser,
       for_sampling=for_sampling,
+      first=extended.source(conditions, stage, lambda known: make_denoiser(section, space, known).model),
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       flip=section.train.flip,
       microbatches=section.train.microbatches,
@@ -125,7 +128,8 @@ class Diffusion(base.InSpace):
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
     """What the space, the conditions and the loss read."""
-    return {**super().frozen, **(self.denoiser.perceptual.frozen if self.denoiser.perceptual else {})}
+    perceptual = self.denoiser.perceptual
+    return {**super().frozen, **(perceptual.frozen if perceptual else {}), **self.first}
 
   @property
   def diffusion(self) -> 'Diffusion':
@@ -199,8 +203,8 @@ class Diffusion(base.InSpace):
     return jointly.init(state, self.conditions, self.optimizer, key)
 
   def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
-    """Returns the state whose encoders are those that they begin as."""
-    return jointly.start(state, self.conditions, frozen)
+    """Returns the state whose networks are those that they begin as."""
+    return jointly.start(extended.start(state, frozen, self.denoiser.network), self.conditions, frozen)
 
   @property
   def draws_times(self) -> bool:
@@ -370,25 +374,6 @@ def make_denoiser(
     perceptual=perceptual,
     **({} if 'teacher' in section else {name: section.loss[name] for name in ('objective', 'vlb_weight')}),
   )
-
-
-def perceptual_of(config: ConfigDict, stage: str, space: Space) -> Perceptual | None:
-  """Returns the perceptual distance of a stage's loss; None where it has none, as of students.
-
-  Raises:
-    UserError: where the maps are no images.
-  """
-  section = config[stage]
-  if 'teacher' in section:
-    return None
-  loss = section.loss
-  found = Perceptual.of(loss.perceptual, loss.perceptual_weight, config.evaluate.weights_dir)
-  if found.source and not space.is_data:
-    raise UserError(
-      f'loss.perceptual is {loss.perceptual!r}, a distance of images; the maps of space = {section.space!r} '
-      "are none: use 'pixel', or loss.perceptual = ''"
-    )
-  return found if found.source else None
 
 
 def unguided(config: ConfigDict, stage: str) -> tuple[Space, Denoiser]:

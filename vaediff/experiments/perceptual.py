@@ -5,10 +5,12 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from vaediff import reads
 from vaediff.errors import UserError
 from vaediff.features import vgg
+from vaediff.spaces import Space
 from vaediff.types import Image, Read
 from vaediff.weights import tensors
 
@@ -46,3 +48,22 @@ class Perceptual:
     if self.source is None:
       return jnp.zeros(a.shape[0])
     return self.weight * vgg.distance_in_unit_range(self.network, read['lpips'], a, b)
+
+
+def perceptual_of(config: ConfigDict, stage: str, space: Space) -> Perceptual | None:
+  """Returns the perceptual distance of a stage's loss; None where it has none, as of students.
+
+  Raises:
+    UserError: where the maps are no images.
+  """
+  section = config[stage]
+  if 'teacher' in section:
+    return None
+  loss = section.loss
+  found = Perceptual.of(loss.perceptual, loss.perceptual_weight, config.evaluate.weights_dir)
+  if found.source and not space.is_data:
+    raise UserError(
+      f'loss.perceptual is {loss.perceptual!r}, a distance of images; the maps of space = {section.space!r} '
+      "are none: use 'pixel', or loss.perceptual = ''"
+    )
+  return found if found.source else None

@@ -1,6 +1,6 @@
-"""The prior of a tokenizer's ids: a transformer that draws them one after the other, of nothing or a class.
+"""The prior of a tokenizer's ids: a transformer that draws them one after the other.
 
-  L = mean over places of -log p(c_n | c_<n, class),   nats per token
+  L = mean over places of -log p(c_n | c_<n, class and caption),   nats per token
 
 The ids of the training images are computed once; the tokenizer is frozen. With several levels (VQ-VAE-2,
 arXiv:1906.00446) there is one network for each, coarse first, and the ids of a level are predicted given all
@@ -17,22 +17,23 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
-from vaediff.conditions import label
+from vaediff.conditions import SAMPLE_BOUNDS
 from vaediff.conditions.base import Conditions
 from vaediff.data import pixels
 from vaediff.diffusion.likelihood import bits_per_dimension
 from vaediff.errors import UserError
 from vaediff.experiments import base, bounds, id_usage
+from vaediff.experiments.token_source import Before, Source, conditions_of
 from vaediff.models import layers, token_sampling, transformer, transformer_blocks
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, global_norm, is_kernel, make_optimizer
 from vaediff.spaces import tokenizers
 from vaediff.spaces.tokenizers import TOKENIZER, Grids, Tokenizer
-from vaediff.types import Batch, Given, Image, Keys, Labels, Metrics, Params, Read
+from vaediff.types import Batch, Given, Image, Keys, Metrics, Params, Read, Values
 
 FORMS = {'decoder': transformer.Decoder, 'encoder_decoder': transformer.EncoderDecoder}
 NETWORK = 'prior'
@@ -52,7 +53,7 @@ BOUNDS = {
   'sample.temperature': bounds.number(0, 1000),
   'sample.top_k': bounds.whole(0, 2**22),
   'sample.top_p': bounds.number(0, 1, above=True),
-  **label.SAMPLE_BOUNDS,
+  **SAMPLE_BOUNDS,
   **bounds.optimizers('optim'),
 }
 
@@ -64,13 +65,14 @@ class TokenPrior(base.Experiment):
   Attributes:
     tokenizer: whose ids they are.
     models: of the levels, coarse first.
-    conditions: the label, or nothing.
+    conditions: the label, the caption, both, or nothing.
     optimizer: of each network.
     rule: how ids are drawn.
     keep_probability: that an id is the one that it is, among the inputs of training; others are any.
     flip: half of the training images are mirrored.
     microbatches: parts that a batch is split into for the gradient.
     dimensions: of an image.
+    source: how the conditions stand before the ids.
   """
 
   tokenizer: Tokenizer
@@ -82,6 +84,7 @@ class TokenPrior(base.Experiment):
   flip: bool
   microbatches: int
   dimensions: int
+  source: Source = Source()
 
   likelihood = base.IDS
   bounds = BOUNDS
@@ -98,10 +101,11 @@ class TokenPrior(base.Experiment):
     section, data = config[stage], config.data
     named = section.tokenizer
     tokenizer = tokenizers.tokenizer_of(config, named.stage, named.workdir, 'tokenizer.stage')
-    conditions = conditions_of(config, stage)
+    conditions, source = conditions_of(config, stage), Source.of(config, stage)
     return cls(
       tokenizer=tokenizer,
-      models=models_of(section.model, tokenizer, data.num_classes if conditions.each else 0),
+      models=models_of(section.model, tokenizer, source),
+      source=source,
       conditions=conditions,
       optimizer=make_optimizer(section.optim, section.train.num_steps, decays=is_kernel),
       rule=rule_of(section.sample, tokenizer, conditions),
@@ -128,8 +132,8 @@ class TokenPrior(base.Experiment):
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
-    """The tokenizer."""
-    return {TOKENIZER: self.tokenizer.source}
+    """The tokenizer, and what the conditions read."""
+    return {TOKENIZER: self.tokenizer.source, **self.conditions.frozen}
 
   @property
   def draws_images(self) -> bool:
@@ -149,7 +153,7 @@ class TokenPrior(base.Experiment):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The label; and ids, which then are not drawn: with those of coarser levels alone the finer ones are."""
+    """Of the conditions; and ids, then not drawn: with those of coarser levels alone the finer ones are."""
     return {**self.conditions.inputs, **self.handed}
 
   @property
@@ -170,7 +174,7 @@ class TokenPrior(base.Experiment):
 
   @property
   def can_be_guided(self) -> bool:
-    """Whether training drops the label."""
+    """Whether training drops a condition."""
     return bool(self.conditions.droppable)
 
   @property
@@ -213,16 +217,13 @@ class TokenPrior(base.Experiment):
     mask = pixels.random_flip(key, len(batch['image']))[:, None, None]
     return tuple(jnp.where(mask, value[:, 1], value[:, 0]) for value in stored.values())
 
-  def source(self, labels: Labels | None, count: int, drop: Bool[Array, ' batch'] | None = None) -> Array:
-    """Returns what stands before the ids, [count, 1]: the class, or the null."""
-    null = self.models[0].module.source_size - 1  # the last row of the table
-    if labels is None:
-      return jnp.full((count, 1), null, jnp.int32)
-    labels = labels.astype(jnp.int32)
-    return (labels if drop is None else jnp.where(drop, null, labels))[:, None]
+  def values(self, read: Read, batch: Batch) -> Values:
+    """Returns what the conditions see of a batch."""
+    x = pixels.to_unit_range(batch['image'])
+    return self.conditions.values(read, self.conditions.observe(read, batch, x, None))
 
   def nats(
-    self, params: Mapping[str, Params], codes: Grids, source: Array, key: jax.Array | None = None
+    self, params: Mapping[str, Params], codes: Grids, before: Before, key: jax.Array | None = None
   ) -> dict[str, Float[Array, ' batch']]:
     """Returns -log p of the ids of each level given those above, summed over places, by name.
 
@@ -230,13 +231,13 @@ class TokenPrior(base.Experiment):
     """
     found, keys = {}, (None,) * len(codes) if key is None else tuple(jax.random.split(key, len(codes)))
     for level, (name, own) in enumerate(zip(self.names, keys, strict=True)):
-      inputs, flat, dropout = codes, codes[level].reshape(len(source), -1), None
+      inputs, flat, dropout = codes, codes[level].reshape(len(before.ids), -1), None
       if own is not None:
         key_keep, dropout = jax.random.split(own)
         inputs = self.corrupted(codes, key_keep)
       logits = self.models[level].apply(
-        params[self.network_names[level]], inputs[level].reshape(flat.shape), source, *inputs[:level],
-        key_dropout=dropout,
+        params[self.network_names[level]], inputs[level].reshape(flat.shape), before.ids, *inputs[:level],
+        mask=before.mask, key_dropout=dropout,
       )  # fmt: skip
       found[name] = jnp.sum(token_sampling.nats(logits, flat), axis=1)
     return found
@@ -272,9 +273,8 @@ class TokenPrior(base.Experiment):
       key_view, key_drop, key_nats = jax.random.split(key, 3)
       codes = self.ids(frozen, batch, key_view)
       drop = self.conditions.drop(key_drop, len(codes[0]))
-      labels = batch[label.LABEL] if self.classes else None
-      source = self.source(labels, len(codes[0]), drop.get(label.LABEL))
-      nats = self.nats(params, codes, source, key_nats)
+      before = self.source(self.values(frozen, batch), len(codes[0]), drop)
+      nats = self.nats(params, codes, before, key_nats)
       places = zip(nats.values(), self.tokenizer.grids, strict=True)
       loss = sum(jnp.mean(value) / math.prod(grid) for value, grid in places)
       return loss, {name: jnp.mean(value) for name, value in self.report(nats).items()}
@@ -297,25 +297,24 @@ class TokenPrior(base.Experiment):
     """Returns -log p of the ids of each level, in nats per image: no bound, but the mass itself."""
     del keys, num_times
     codes = self.ids(read, batch, None)
-    source = self.source(batch[label.LABEL] if self.classes else None, len(codes[0]))
-    return self.nats(read, codes, source)
+    return self.nats(read, codes, self.source(self.values(read, batch), len(codes[0])))
 
   # Sampling ---------------------------------------------------------------------------------------
 
   def draw(self, read: Read, keys: base.SampleKeys, indices: Int[Array, ' batch']) -> Given:
-    """Returns the labels, in turn."""
+    """Returns the labels and captions, in turn."""
     return self.conditions.draw(read, keys.conditions, indices)
 
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
     """Returns the ids of each level, and {'x0': their images} where the tokenizer has a decoder."""
     own = jax.vmap(lambda key: jax.random.split(key, len(self.models)))(keys.sampler)
-    source = self.source(given[label.LABEL] if self.classes else None, len(own))
+    before = self.source(self.conditions.values(read, given), len(own))
     codes = ()
     for level, name in enumerate(self.names):
       if name in given:
         codes += (self.checked(name, given[name]),)
       else:
-        codes += (self.drawn(read, level, source, codes, own[:, level]),)
+        codes += (self.drawn(read, level, before, codes, own[:, level]),)
     found = dict(zip(self.names, codes, strict=True))
     if not self.draws_images:
       return found
@@ -328,36 +327,23 @@ class TokenPrior(base.Experiment):
       raise UserError(f'{name} must be ids on a grid of {wanted}, got {codes.shape[1:]}')
     return codes
 
-  def drawn(self, read: Read, level: int, source: Array, above: Grids, keys: Keys) -> Array:
+  def drawn(self, read: Read, level: int, before: Before, above: Grids, keys: Keys) -> Array:
     """Returns ids of a level given the coarser ones, drawn in one scan that keeps keys and values."""
     model, params = self.models[level], read[self.network_names[level]]
     if self.rule.guidance_weight:
-      source = token_sampling.paired(source, self.source(None, len(source)))
+      before = before.paired(self.source({}, len(before.ids)))
       above = tuple(token_sampling.paired(ids, ids) for ids in above)
     context = model.apply(params, *above, method='context')
     grid = self.tokenizer.grids[level]
     codes, _ = token_sampling.sample(
-      lambda: model.apply(params, source, context, method='start'),
+      lambda: model.apply(params, before.ids, context, before.mask, method='start'),
       lambda codes, n, cache: model.apply(params, codes, n, cache, context, method='step'),
       keys, math.prod(grid), self.rule,
     )  # fmt: skip
     return codes.reshape(-1, *grid)
 
 
-def conditions_of(config: ConfigDict, stage: str) -> Conditions:
-  """Returns what the ids are conditioned on: the label, or nothing.
-
-  Raises:
-    UserError: for another condition, or a label of a data set whose classes are not known.
-  """
-  label.check_unread(config, stage)
-  for name in config[stage].conditions:
-    if name != label.LABEL:
-      raise UserError(f'conditions has a section {name!r}; a token prior reads {label.LABEL}')
-  return Conditions((label.label_condition(config, stage),) if len(config[stage].conditions) else ())
-
-
-def models_of(section: ConfigDict, tokenizer: Tokenizer, num_classes: int) -> tuple[Model, ...]:
+def models_of(section: ConfigDict, tokenizer: Tokenizer, source: Source) -> tuple[Model, ...]:
   """Returns the network of each level of a tokenizer, coarse first.
 
   Raises:
@@ -371,9 +357,10 @@ def models_of(section: ConfigDict, tokenizer: Tokenizer, num_classes: int) -> tu
   for number, (grid, size) in enumerate(levels):
     above = levels[:number]
     module = FORMS[form](
-      grid=grid, codebook_size=size, above=above, source_size=num_classes + 1, **fields, **own
+      grid=grid, codebook_size=size, above=above, source_size=source.size, source_length=source.length,
+      **fields, **own,
     )
-    inputs = (ids(math.prod(grid)), ids(1), *(ids(*each) for each, _ in above))
+    inputs = (ids(math.prod(grid)), ids(source.length), *(ids(*each) for each, _ in above))
     found.append(Model(module=module, inputs=inputs))
   return tuple(found)
 
@@ -392,7 +379,7 @@ def rule_of(sample: ConfigDict, tokenizer: Tokenizer, conditions: Conditions) ->
   if sample.guidance_weight > 0 and not conditions.droppable:
     raise UserError(
       f'sample.guidance_weight is {sample.guidance_weight}; above 0 it needs a prior that was trained with a '
-      'label (variant label) and conditions.label.dropout > 0, such as 0.1'
+      'label (variant label) or captions (variant text) and their dropout > 0, such as 0.1'
     )
   fields = [field.name for field in dataclasses.fields(token_sampling.Rule)]
   return token_sampling.Rule(**{name: sample[name] for name in fields})

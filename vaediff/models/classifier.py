@@ -27,6 +27,9 @@ class Classifier(nn.Module):
     num_features: length of the feature vector.
     dropout: rate on the features while training.
     dtype: compute type.
+    heads: how many classes each of several properties has, whose logits follow one another in place of those
+    of
+      `num_classes`; () = the label alone.
 
   Raises:
     UserError: for a number of classes, channels or features that makes no network.
@@ -37,6 +40,7 @@ class Classifier(nn.Module):
   num_features: int
   dropout: float
   dtype: str
+  heads: tuple[int, ...] = ()
 
   @nn.compact
   def __call__(
@@ -60,5 +64,5 @@ class Classifier(nn.Module):
     h = h.reshape(h.shape[0], -1)
     features = nn.silu(layers.dense(self.num_features, name='features', dtype=self.dtype)(h))
     h = nn.Dropout(self.dropout, deterministic=deterministic)(features)
-    logits = layers.dense(self.num_classes, name='logits', dtype=self.dtype)(h)
+    logits = layers.dense(sum(self.heads) or self.num_classes, name='logits', dtype=self.dtype)(h)
     return jnp.asarray(features, jnp.float32), jnp.asarray(logits, jnp.float32)

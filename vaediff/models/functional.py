@@ -51,3 +51,28 @@ class Model:
       kwargs['deterministic'] = key_dropout is None
     rngs = None if key_dropout is None else {'dropout': key_dropout}
     return self.module.apply({'params': params}, *args, method=method, rngs=rngs, **kwargs)
+
+
+def laid_over(params: Params, known: Params, path: str = '') -> Params:
+  """Returns the parameters of a network with all those that a part of it has, such as a trained one.
+
+  Args:
+    params: of the whole; not changed.
+    known: of the part, by the same names.
+    path: of both in the whole, for messages.
+
+  Raises:
+    ValueError: for what the whole does not have, or has in another shape.
+  """
+  found = dict(params)
+  for name, value in known.items():
+    where = f'{path}{name}'
+    if name not in params:
+      raise ValueError(f'{where}: it is not here')
+    if isinstance(value, dict):
+      found[name] = laid_over(params[name], value, f'{where}/')
+    elif value.shape != params[name].shape:
+      raise ValueError(f'{where}: {value.shape} there, {params[name].shape} here')
+    else:
+      found[name] = value
+  return found

@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vaediff.errors import UserError
 from vaediff.types import Time
 
 MAX_GROUPS = 32
 DTYPES = ('float32', 'bfloat16')
+LEAST = -1e9
+"""Logit of what is not to be seen: its weight is exactly 0 where anything else is."""
 
 # Uniform on +-1/sqrt(fan_in): He et al. 2015 (1502.01852) with a negative slope of sqrt(5), the
 # initialisation under which the published VAE and U-Nets were trained.
@@ -175,8 +177,11 @@ def attention(
   value: Float[Array, 'batch position heads channels'],
   *,
   scale: float,
+  allowed: Bool[Array, 'batch position'] | None = None,
 ) -> Float[Array, 'batch query heads channels']:
   """Returns softmax(scale * query key^T) value for each head, with the softmax in float32.
+
+  With `allowed` an example's positions are read only where it is True, which must be at one at least.
 
   Vaswani et al. 2017 (1706.03762), eq. 1. The square root of `scale` multiplies query and key
   before their product, which keeps the products small in bfloat16. Heads are moved beside the batch
@@ -186,6 +191,8 @@ def attention(
   root = math.sqrt(scale)
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * root, key * root, value))
   logits = jnp.einsum('bhqc,bhkc->bhqk', query, key, preferred_element_type=jnp.float32)
+  if allowed is not None:
+    logits = jnp.where(allowed[:, None, None], logits, LEAST)
   largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
   weights = jnp.exp(logits - largest)
   total = jnp.sum(weights, axis=-1, keepdims=True)

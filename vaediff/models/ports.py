@@ -10,8 +10,12 @@ here, beside the network's own parameters:
     <name>         a number, as waves, to the width of the embedding; zero at first
     <name>_mlp     a level, as waves, to the same width; its last layer is zero at first, and null_<name>
                    stands for the waves
+    <name>_tower   a transformer of the ids of words, with the null token among its parameters; of words that
+                   are vectors that token is null_<name>
+    <name>_mlp     the mean of its tokens, to the width of the embedding; its last layer is zero at first
 
-What is learned where a map enters inside is made there (`models.token_injection`).
+What is learned where a map or a text enters inside is made there (`models.token_injection`,
+`models.text_attention`).
 
 Must not import diffusion, experiments, run, config or data.
 """
@@ -25,11 +29,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vaediff.models import text_attention, text_tower
+from vaediff.models.text_attention import Text, Texts
+from vaediff.models.text_tower import TextTower, Tower, Words
 from vaediff.models.token_injection import POSITIONS, WAYS, Entering, Tokens
 from vaediff.models.unet_blocks import Mlp
 from vaediff.types import Drop, Values
 
-PLACES = ('concat', 'vector', *POSITIONS)
+TEXT = 'text'
+PLACES = ('concat', 'vector', *POSITIONS, TEXT)
 NUMBER_SCALE = 250
 """Times a number, such as a guidance weight of 0 ... 4, before it is embedded as a step index is."""
 LEVEL_SCALE = 1000
@@ -44,13 +52,14 @@ class Port:
 
   Attributes:
     enters: 'concat' (a map beside the state, along the channels), 'vector' (added to the time embedding), or
-      inside a U-Net, a map at its 'encoder', 'middle' or 'decoder'.
+      inside a U-Net, a map at its 'encoder', 'middle' or 'decoder', or a 'text' wherever it has attention.
     shape: of one example; () = a number, or one of `classes`.
-    classes: above 0, the value is a whole number below it.
+    classes: above 0, the value is a whole number below it, or those of a text are; a text of 0 is of vectors.
     zero: the embedding of the vector is zero at first, and computed in float32.
     level: the number is a time in [0, 1], how strongly another value is noised: embedded as the time is.
     droppable: it has a learned stand-in, which a dropped example reads.
-    how: a map joins inside, one of `token_injection.WAYS`.
+    how: a map joins inside, one of `token_injection.WAYS`; a text, one of `text_attention.WAYS`.
+    tower: of a text of whole numbers, which is one of words; None of others.
   """
 
   enters: str
@@ -60,20 +69,32 @@ class Port:
   level: bool = False
   droppable: bool = False
   how: str = 'concat'
+  tower: Tower | None = None
 
   def __post_init__(self):
     if self.enters not in PLACES:
       raise ValueError(f'A port enters at one of {", ".join(PLACES)}, not at {self.enters!r}.')
-    if self.how not in (WAYS if self.enters in POSITIONS else ('concat',)):
-      raise ValueError(f'A {self.enters} port cannot join by {self.how!r}; inside a network: {WAYS}.')
-    fits = len(self.shape) <= 1 if self.enters == 'vector' else len(self.shape) == 3
+    ways = {TEXT: text_attention.WAYS, **dict.fromkeys(POSITIONS, WAYS)}
+    if self.how not in ways.get(self.enters, ('concat',)):
+      raise ValueError(
+        f'A {self.enters} port cannot join by {self.how!r}; a map inside a network: {WAYS}, a text: '
+        f'{text_attention.WAYS}.'
+      )
     number = self.enters == 'vector' and not self.shape and not self.classes
-    fits = fits and not (self.zero and (self.enters != 'vector' or not self.shape))
-    if not fits or self.classes < 0 or (self.classes and self.shape) or (self.level and not number):
+    if not self._fits() or self.classes < 0 or (self.level and not number):
       raise ValueError(
         f'A {self.enters} port cannot have shape {self.shape} with {self.classes} classes'
         f'{" and be a level" if self.level else ""}{" and begin at zero" if self.zero else ""}.'
       )
+
+  def _fits(self) -> bool:
+    """Returns whether a value of its shape and classes can enter there."""
+    if self.enters == TEXT:
+      words = self.classes > 0
+      return not self.zero and len(self.shape) == (1 if words else 2) and (self.tower is not None) == words
+    number = len(self.shape) <= 1 if self.enters == 'vector' else len(self.shape) == 3
+    zero = not self.zero or (self.enters == 'vector' and self.shape)
+    return bool(zero) and number and not (self.classes and self.shape) and self.tower is None
 
   @property
   def struct(self) -> jax.ShapeDtypeStruct:
@@ -103,6 +124,40 @@ def inside(module: nn.Module, ports: Named, values: Values, drop: Drop) -> dict[
       kept = _kept(module, name, port, values[name], drop)
       found[port.enters] += (Tokens(name, port.how, kept),)
   return found
+
+
+def texts(module: nn.Module, ports: Named, values: Values, drop: Drop, dtype: Any) -> Texts:
+  """Returns the tokens of the texts, a null token before them; call it in the module's compact method."""
+  found = ()
+  for name, port in ports:
+    if port.enters != TEXT:
+      continue
+    if port.tower:
+      tower = TextTower(vocabulary=port.classes, tower=port.tower, dtype=dtype, name=f'{name}_tower')
+      words = tower(values[name], drop.get(name))
+    else:
+      words = _vectors(module, name, port, values[name], drop)
+    found += (Text(name, port.how, words),)
+  return found
+
+
+def _vectors(module: nn.Module, name: str, port: Port, value: Array, drop: Drop) -> Words:
+  """Returns words that are given as vectors, with their null token if they can be dropped; all are read."""
+  read = jnp.ones(value.shape[:2], bool)
+  if not port.droppable:
+    return Words(value, read)
+  null = module.param(f'null_{name}', nn.initializers.zeros, port.shape[-1:])
+  first = jnp.broadcast_to(null, (len(value), 1, *port.shape[-1:]))
+  return Words(jnp.concatenate([first, value], axis=1), text_tower.behind_null(read, drop.get(name)))
+
+
+def with_texts(emb: Float[Array, 'batch width'], found: Texts, dtype: Any) -> Float[Array, 'batch width']:
+  """Returns the embedding with those of the means of texts; latent diffusion's block has none."""
+  for text in found:
+    if text.how == 'attention':
+      mlp = Mlp(features=emb.shape[-1], dtype=dtype, zero_init=True, name=f'{text.name}_mlp')
+      emb = emb + mlp(text_tower.mean(text.words))
+  return emb
 
 
 def check(ports: Named, values: Values, drop: Drop) -> None:

@@ -7,7 +7,8 @@
                   it (DiVAE, arXiv:2206.00386, eq. 23)
 
 Both are called in two ways that agree: with all ids at once, and id after id with the keys and values of what
-is before in a `Cache`. The prefix has a table of its own: no class or word is a code.
+is before in a `Cache`. The prefix has a table of its own: no class or word is a code. What a mask leaves out
+of it, such as padding, is read by nothing.
 
 In a hierarchy the coarser ids are known before the first one of this grid is drawn: the embedding of those
 that lie above place n is added where id n is predicted.
@@ -52,11 +53,13 @@ class Cache(NamedTuple):
     known: keys and values, [layers, batch, places, heads, channels].
     memory: keys and values of the source, [layers, batch, words, heads, channels]; None without an encoder.
     memory_allowed: which words are read; None without an encoder.
+    allowed: which places are read, whatever the order; None = all.
   """
 
   known: Pair
   memory: Pair | None = None
   memory_allowed: Bool[Array, 'batch 1 words'] | None = None
+  allowed: Bool[Array, 'batch places'] | None = None
 
 
 class _Predictor(nn.Module):
@@ -146,7 +149,7 @@ class _Predictor(nn.Module):
   ) -> tuple[Tokens, Cache]:
     """Returns the tokens, which are at the places from `start` on, after the blocks; the cache with them."""
     places = start + jnp.arange(x.shape[1])
-    allowed = (jnp.arange(num_places)[None, :] <= places[:, None])[None]
+    allowed = _seen(jnp.arange(num_places)[None, :] <= places[:, None], cache)
     rotation = None if turns is None else jax.lax.dynamic_slice_in_dim(turns, start, x.shape[1])
     known = cache.known
     for number, block in enumerate(self.blocks):
@@ -155,7 +158,7 @@ class _Predictor(nn.Module):
 
   def _all(self, x: Tokens, cache: Cache, turns: Array | None, deterministic: bool) -> Tokens:
     """Returns all tokens after the blocks, at once."""
-    allowed = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]
+    allowed = _seen(jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)), cache)
     x = self.drop(x, deterministic=deterministic)
     for number, block in enumerate(self.blocks):
       x, _ = block(x, deterministic, allowed, turns, None, (0, 0), *_of_layer(cache, number))
@@ -168,6 +171,11 @@ class _Predictor(nn.Module):
     """Returns keys and values of no token yet."""
     shape = (self.num_layers, batch, num_places, self.num_heads, self.width // self.num_heads)
     return Pair(jnp.zeros(shape, self.options.dtype), jnp.zeros(shape, self.options.dtype))
+
+
+def _seen(before: Bool[Array, 'query key'], cache: Cache) -> Bool[Array, '#batch query key']:
+  """Returns what each place sees of those before it and its own."""
+  return before[None] if cache.allowed is None else before[None] & cache.allowed[:, None]
 
 
 def _of_layer(cache: Cache, number: int) -> tuple[Pair | None, Array | None]:
@@ -190,6 +198,9 @@ class Decoder(_Predictor):
     self._set_up(self.codebook_size, self.num_places, reads_memory=False)
     if self.source_size:
       self.prefix = nn.Embed(self.source_size, self.width, embedding_init=normal_init)
+    if self.style == 'llama' and self.source_length > 1:  # rotations leave the prefix as it is
+      shape = (self.source_length, self.width)
+      self.prefix_position = self.param('prefix_position', nn.initializers.zeros, shape)
 
   @property
   def turns(self) -> Array | None:
@@ -201,7 +212,14 @@ class Decoder(_Predictor):
 
   def _before(self, source: Array) -> Tokens:
     """Returns the vectors of the prefix."""
-    return self.prefix(source) if self.source_size else source
+    x = self.prefix(source) if self.source_size else source
+    return x + self.prefix_position[None] if self.style == 'llama' and self.source_length > 1 else x
+
+  def _read(self, mask: Bool[Array, 'batch length'] | None) -> Bool[Array, 'batch places'] | None:
+    """Returns which places are read; None = all."""
+    if mask is None:
+      return None
+    return jnp.concatenate([mask, jnp.ones((len(mask), self.num_tokens - 1), bool)], axis=1)
 
   def _placed(self, x: Tokens, start: Int[Array, ''] | int) -> Tokens:
     """Returns the tokens with what says their place, where that is added."""
@@ -209,28 +227,39 @@ class Decoder(_Predictor):
       x = x + jax.lax.dynamic_slice_in_dim(self.position, start, x.shape[1])[None]
     return x.astype(self.options.dtype)
 
-  def __call__(self, codes: Ids, source: Array, *above: Grid, deterministic: bool = True) -> Logits:
+  def __call__(
+    self,
+    codes: Ids,
+    source: Array,
+    *above: Grid,
+    mask: Bool[Array, 'batch length'] | None = None,
+    deterministic: bool = True,
+  ) -> Logits:
     """Returns the logits of every id, given those before it.
 
     Args:
       codes: all ids, row by row.
       source: of the prefix: numbers of its vectors [batch, length], or vectors [batch, length, width].
       *above: ids of the coarser levels.
+      mask: which of the prefix are read: its last always is; None = all.
       deterministic: no dropout.
     """
     x = jnp.concatenate([self._before(source), self.codes(codes[:, :-1])], axis=1)
     context, first = self.context(*above), self.source_length - 1
     if context is not None:
       x = x.at[:, first:].add(context)
-    x = self._all(self._placed(x, 0), Cache(Pair(x, x)), self.turns, deterministic)
+    cache = Cache(Pair(x, x), allowed=self._read(mask))
+    x = self._all(self._placed(x, 0), cache, self.turns, deterministic)
     return self._logits(x[:, first:])
 
-  def start(self, source: Array, context: Context | None = None) -> tuple[Float[Array, 'batch codes'], Cache]:
+  def start(
+    self, source: Array, context: Context | None = None, mask: Bool[Array, 'batch length'] | None = None
+  ) -> tuple[Float[Array, 'batch codes'], Cache]:
     """Returns the logits of the first id, and the cache with the prefix, all of it at once."""
     x = self._before(source)
     if context is not None:
       x = x.at[:, -1].add(context[:, 0])
-    cache = Cache(self._empty(len(x), self.num_places))
+    cache = Cache(self._empty(len(x), self.num_places), allowed=self._read(mask))
     x, cache = self._run(self._placed(x, 0), 0, cache, self.turns, self.num_places)
     return self._logits(x[:, -1:])[:, 0], cache
 

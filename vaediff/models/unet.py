@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from vaediff.errors import UserError
 from vaediff.models import layers
 from vaediff.models import ports as entering
+from vaediff.models.text_attention import Texts
 from vaediff.models.token_injection import POSITIONS, Entering
 from vaediff.models.unet_blocks import VARIANTS, BlockOptions, DownLevel, Middle, Mlp, UpLevel
 from vaediff.types import Drop, Image, Params, Time, Values
@@ -153,14 +154,16 @@ class UNet(nn.Module):
 
     emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(waves(TIME_STEPS * t - 1.0))
     emb = entering.embed(self, self.ports, emb, values, drop, waves, dtype)
+    texts = entering.texts(self, self.ports, values, drop, dtype)
+    emb = entering.with_texts(emb, texts, dtype)
     x = entering.join(self, self.ports, x_t, values, drop)
     # A first level that is narrower than the base width begins so; no wider one does.
     h = layers.conv3x3(min(self.channels, _level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
     inside = entering.inside(self, self.ports, values, drop)
-    skips, features = self._down(h, emb, options, inside)
+    skips, features = self._down(h, emb, options, inside, texts)
     if encoder_only:
       return features
-    h = self._up(features[-1], skips, emb, options, inside['decoder'])
+    h = self._up(features[-1], skips, emb, options, inside['decoder'], texts)
     h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
     return self._conv_out(variant.zero_init)(h.astype(jnp.float32))
 
@@ -173,7 +176,7 @@ class UNet(nn.Module):
     return nn.Conv(outputs, kernel_size=(3, 3), kernel_init=init, dtype=jnp.float32, name='conv_out')
 
   def _down(
-    self, h: Array, emb: Array, options: BlockOptions, inside: Mapping[str, Entering]
+    self, h: Array, emb: Array, options: BlockOptions, inside: Mapping[str, Entering], texts: Texts
   ) -> tuple[list[Array], list[Array]]:
     """Returns the maps that the way up reads back, and those of `features`."""
     sizes, widths = _level_sizes(self), _level_widths(self)
@@ -187,13 +190,21 @@ class UNet(nn.Module):
         downsample=level < bottom,
         options=options,
         name=f'down_{level}',
-      )(skips[-1], emb, inside['encoder'] if level == bottom else ())
+      )(skips[-1], emb, inside['encoder'] if level == bottom else (), texts)
       features.append(outputs[self.num_res_blocks - 1])
       skips += outputs
-    features.append(Middle(options=options, name='middle')(skips[-1], emb, inside['middle']))
+    features.append(Middle(options=options, name='middle')(skips[-1], emb, inside['middle'], texts))
     return skips, features
 
-  def _up(self, h: Array, skips: list[Array], emb: Array, options: BlockOptions, tokens: Entering) -> Array:
+  def _up(
+    self,
+    h: Array,
+    skips: list[Array],
+    emb: Array,
+    options: BlockOptions,
+    tokens: Entering,
+    texts: Texts,
+  ) -> Array:
     """Returns the map after all levels of the way up, at full resolution; tokens enter at the first."""
     sizes, widths = _level_sizes(self), _level_widths(self)
     for level in reversed(range(len(sizes))):
@@ -205,7 +216,7 @@ class UNet(nn.Module):
         upsample=level > 0,
         options=options,
         name=f'up_{level}',
-      )(h, skips[first:], emb, tokens if level == len(sizes) - 1 else ())
+      )(h, skips[first:], emb, tokens if level == len(sizes) - 1 else (), texts)
       skips = skips[:first]
     return h
 
@@ -303,6 +314,12 @@ def _check_shape(unet: UNet) -> None:
 def _check_ports(unet: UNet) -> None:
   """Raises an error unless maps have the sides of what they join: ValueError beside x_t, UserError inside."""
   sides, bottom = (unet.image_size, unet.image_size), _level_sizes(unet)[-1]
+  instead = [name for name, port in unet.ports if port.how == 'transformer']
+  if len(instead) > 1:
+    raise UserError(
+      f"{' and '.join(instead)} have how = 'transformer', which takes the place of attention, and is one: "
+      "use how = 'attention' for the others"
+    )
   for name, port in unet.ports:
     if port.enters == 'concat' and port.shape[:2] != sides:
       raise ValueError(f'{name} has sides {port.shape[:2]}, x_t has {sides}; they must be equal.')

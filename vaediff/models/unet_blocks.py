@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vaediff.models import layers, token_injection
+from vaediff.models import layers, text_attention, token_injection
+from vaediff.models.text_attention import Texts
 from vaediff.models.token_injection import Entering
 
 
@@ -218,6 +219,25 @@ def attention_block(options: BlockOptions, name: str) -> nn.Module:
   return block(options=options, name=name)
 
 
+def attended(texts: Texts, options: BlockOptions, name: str, x: Array) -> Array:
+  """Returns a map after attention to itself and to texts; call it within the level's compact method."""
+  kept = nn.remat if options.remat else lambda block: block
+  heads, instead = options.heads(x.shape[-1]), text_attention.in_place(texts)
+  if instead:
+    block = kept(text_attention.SpatialTransformer)
+    x = block(heads=heads, dtype=options.dtype, name=f'{name}_{instead.name}')(x, *instead.words)
+  else:
+    x = attention_block(options, name)(x)
+  for text in texts:
+    if text.how == 'attention':
+      block = kept(text_attention.TextAttention)
+      x = block(
+        heads=heads, norm_epsilon=options.variant.norm_epsilon, dtype=options.dtype,
+        name=f'{name}_{text.name}',
+      )(x, *text.words)  # fmt: skip
+  return x
+
+
 def block_with(
   entering: Entering, features: int, options: BlockOptions, name: str, x: Array, emb: Array
 ) -> Array:
@@ -260,13 +280,14 @@ class DownLevel(nn.Module):
     x: Float[Array, 'batch height width channels'],
     emb: Float[Array, 'batch embedding'],
     entering: Entering = (),
+    texts: Texts = (),
   ) -> list[Array]:
     """Returns the output of each block, then of what halves; the last is the level's output."""
     outputs = []
     for i in range(self.num_blocks):
       x = block_with(entering, self.features, self.options, f'res_{i}', x, emb)
       if self.attend:
-        x = attention_block(self.options, f'attn_{i}')(x)
+        x = attended(texts, self.options, f'attn_{i}', x)
       outputs.append(x)
     if self.downsample and self.options.resblock_updown:
       outputs.append(residual_block(self.features, self.options, 'down', resize='halve')(x, emb))
@@ -297,10 +318,11 @@ class Middle(nn.Module):
     x: Float[Array, 'batch height width channels'],
     emb: Float[Array, 'batch embedding'],
     entering: Entering = (),
+    texts: Texts = (),
   ) -> Float[Array, 'batch height width channels']:
     """Returns the map that starts the way up; tokens enter at its first block."""
     x = block_with(entering, x.shape[-1], self.options, 'res_0', x, emb)
-    x = attention_block(self.options, 'attn')(x)
+    x = attended(texts, self.options, 'attn', x)
     return residual_block(x.shape[-1], self.options, 'res_1')(x, emb)
 
 
@@ -326,13 +348,14 @@ class UpLevel(nn.Module):
     skips: list[Array],
     emb: Float[Array, 'batch embedding'],
     entering: Entering = (),
+    texts: Texts = (),
   ) -> Float[Array, 'batch height_out width_out features']:
     """Returns the level's output; each block reads one skip, the last of the list first."""
     for i, skip in enumerate(reversed(skips)):
       x = jnp.concatenate([x, skip], axis=-1)
       x = block_with(entering, self.features, self.options, f'res_{i}', x, emb)
       if self.attend:
-        x = attention_block(self.options, f'attn_{i}')(x)
+        x = attended(texts, self.options, f'attn_{i}', x)
     if self.upsample and self.options.resblock_updown:
       return residual_block(self.features, self.options, 'up', resize='double')(x, emb)
     if self.upsample:

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff import experiments
-from vaediff.data import loader, sources
+from vaediff.data import loader, sources, words
 from vaediff.experiments import quantized
 from vaediff.experiments.base import NOISE, Experiment, InSpace, SampleKeys, sampling_keys
 from vaediff.experiments.denoiser import DENOISER
 from vaediff.machine import cost, sharding
 from vaediff.modes import paired
-from vaediff.run import draw, guard, log
+from vaediff.run import captions, draw, guard, log
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -88,6 +88,8 @@ def measure_stage(
   split = sharding.batch_sharding(mesh)
   for name, struct in experiment.stored.items():
     batch[name] = jax.device_put(jnp.zeros((len(rows), *struct.shape), struct.dtype), split)
+  if length := captions.length_of(config, stage):
+    batch[words.TOKENS] = jax.device_put(jnp.full((len(rows), length), words.BOS, jnp.int32), split)
   key = jax.device_put(jax.random.key(2), replicated)
 
   kinds = kinds_of(experiment, section.train.num_steps)

@@ -29,7 +29,7 @@ from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, cost, hlo, sharding
 from vaediff.modes import compile_tables as tables
-from vaediff.run import checkpoint, draw, log
+from vaediff.run import captions, checkpoint, draw, log
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -173,7 +173,7 @@ def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: 
   state = training.abstract_state(experiment, mesh)
   where, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
   frozen = frozen_networks.abstract(experiment, mesh)
-  shapes = sources.batch_structs(config.data, batch_size)
+  shapes = sources.batch_structs(config.data, batch_size, captions.length_of(config, stage))
   shapes |= {name: ((batch_size, *struct.shape), struct.dtype) for name, struct in experiment.stored.items()}
   split = sharding.batch_sharding(mesh)
   batch = {name: _abstract(shape, dtype, split) for name, (shape, dtype) in shapes.items()}

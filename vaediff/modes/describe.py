@@ -75,6 +75,9 @@ def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, floa
       forward = cost.macs(
         lambda params, args, model=model: model.apply(params, *args), network.params, model.inputs
       )
+      if tower := sum(cost.num_parameters(network.params[part]) for part in towers(network.params)):
+        whole = cost.num_parameters(network.params)
+        notes.append(f'{stage}/{name}: {tower:,} parameters are of the text tower, {whole - tower:,} others')
       rows.append(
         {
           'stage': stage,
@@ -106,6 +109,11 @@ def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, floa
   log.say(f'\ntraining: {shown}; {sum(steps.values()):,} steps in all')
   log.say(f'data: {sources.describe(config.data)}')
   return rows
+
+
+def towers(params) -> list[str]:
+  """Returns the names of the parts of a network that are towers of words: often another one's, elsewhere."""
+  return [part for part in params if part.endswith('_tower')]
 
 
 def layers(params) -> str:

@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -177,6 +177,20 @@ def write_grid(
 ) -> None:
   """Writes a PNG grid of uint8 images, row by row, and says so."""
   write_picture(trained, name, images.grid(value, min(columns, len(value))), out)
+
+
+def write_captioned(
+  trained: Trained,
+  name: str,
+  value: np.ndarray,
+  columns: int,
+  texts: Sequence[str],
+  out: pathlib.Path | None = None,
+) -> None:
+  """Writes such a grid with the text of each image above it; without texts as `write_grid`."""
+  if not texts:
+    return write_grid(trained, name, value, columns, out)
+  return write_picture(trained, name, images.captioned(value, min(columns, len(value)), texts), out)
 
 
 def write_picture(trained: Trained, name: str, picture: np.ndarray, out: pathlib.Path | None = None) -> None:

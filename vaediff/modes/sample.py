@@ -28,7 +28,8 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
   With `save_images` also one PNG per image, `samples/<index>.png`, which take the place of those of an
   earlier call once all are drawn. All say what they were made of. Holds one batch of noise at a time. Image i
   depends on `sample.seed` and i alone. Samples that come in kinds, such as classes, have a row each. Which
-  classes those are is said, and `samples.npz` holds the class of each image beside it.
+  classes those are is said, and `samples.npz` holds the class of each image beside it. The captions that they
+  have stand above them, and are in `samples.npz` too.
   A stage that can only repeat images, as an autoencoder does, draws those of the evaluation split.
 
   Args:
@@ -58,19 +59,28 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
   order = images.in_groups(len(next(iter(columns.values()))), kinds)
   groups = len(order) // kinds if 0 < kinds <= len(order) else max(1, round(np.sqrt(len(order))))
   picture = images.side_by_side(*(value[order] for value in columns.values()))
-  pictures.write_grid(trained, 'samples', picture, groups * len(columns), out)
+  texts = captions_of(trained, np.repeat(order, len(columns)))
+  pictures.write_captioned(trained, 'samples', picture, groups * len(columns), texts, out)
   asked = trained.asked.classes_of(np.arange(count))
   if asked is not None:
     say_classes(trained, order)
   if settings.save_npz:
     path = pictures.path_of(trained, 'samples', 'npz', out)
     beside = {} if asked is None else {sources.LABEL: asked}
+    if texts:
+      beside['captions'] = np.array(captions_of(trained, np.arange(count)))
     if jax.process_index() == 0:
       files.write_npz(path, {**stored, **beside, 'provenance': json.dumps(made_of, sort_keys=True)})
     log.say(f'wrote {path}')
   if settings.save_images:
     log.say(f'wrote {count} images to {folder}')
   return {'num_images': float(count)}
+
+
+def captions_of(trained: Trained, indices: np.ndarray) -> list[str]:
+  """Returns the captions of samples with these indices; [] where the stage reads none."""
+  known = trained.captions
+  return [known[i % len(known)] for i in indices.tolist()] if known else []
 
 
 def say_classes(trained: Trained, order: np.ndarray) -> None:

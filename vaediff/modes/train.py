@@ -18,7 +18,7 @@ from vaediff.experiments import quantized
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.modes import checked, interpolate, reconstruct, sample
-from vaediff.run import checkpoint, log, loop, measurements, same_run
+from vaediff.run import captions, checkpoint, log, loop, measurements, same_run
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
@@ -126,13 +126,16 @@ def train_stage(
 
   Its pictures on the way are drawn without networks that guide samples alone: they may not be there yet.
   """
-  experiment = experiment.alone()
+  experiment, folder = experiment.alone(), workdir / stage
+  captions.check_training(config, stage, images['train'])
+  tokenizer = captions.tokenizer_of(config, stage, folder)
+  images = {split: captions.with_tokens(config, stage, folder, source) for split, source in images.items()}
   frozen = frozen_networks.load(experiment, config, workdir, mesh, training=stage)
   measure, measured_with = make_measure(config, stage, experiment, frozen, images['eval'], mesh)
   return loop.train(
     loop.Stage(
       name=stage,
-      folder=workdir / stage,
+      folder=folder,
       config=config,
       experiment=experiment,
       frozen=frozen,
@@ -143,6 +146,7 @@ def train_stage(
       mesh=mesh,
       measure=measure,
       measured_with=measured_with,
+      tokenizer=tokenizer.digest if tokenizer else '',
     )
   )
 

@@ -93,12 +93,16 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   if 'evaluate' in config and 'sweep' in config['evaluate']:
     config['evaluate']['sweep'].setdefault('aug_levels', ())
     config['evaluate'].setdefault('decoders', DECODERS)
+    config['evaluate'].setdefault('num_captions', 500)
   config['data'].setdefault('check_fingerprint', True)
+  config['data'].setdefault('caption_feature', '')
   for section in filter(_is_stage, config.values()):
     _upgrade_diffusion(section)
     _upgrade_autoencoder(section)
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
+    if 'sample' in section and 'labels' in section['sample']:
+      section['sample'].setdefault('captions', ())
   config.setdefault('checkpoints', {'check_arrays': True})
   config.setdefault('quantize', {})
   for mode, settings in MODES.items():

@@ -12,7 +12,7 @@ from vaediff import identity, reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
-from vaediff.run import checkpoint, digests, measurements, same_run
+from vaediff.run import captions, checkpoint, digests, measurements, same_run
 
 
 def load(
@@ -61,12 +61,18 @@ def load(
       case reads.Measured():
         of = own[1] if own and own[0] == source.stage and not source.workdir else None
         return sharding.replicate(measurements.load(source, config, workdir, mesh, of), mesh)
+      case reads.Captions():
+        found = captions.table(source, config, workdir, training=source.stage == training)
+        return sharding.replicate(found, mesh)
       case reads.Published():
         return sharding.replicate(source.load(), mesh)
 
   if training:
-    return {name: one(source) for name, source in experiment.frozen.items()}
+    loaded = {name: one(source) for name, source in experiment.frozen.items()}
+    check_tokenizers(experiment.frozen, config, workdir)
+    return loaded
   loaded = {name: one(source) for name, source in of(experiment).items()}
+  check_tokenizers(of(experiment), config, workdir)
   check_guides(experiment, workdir, own)
   return loaded
 
@@ -119,6 +125,32 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
     {f'the network {name!r}': value for name, value in now.items()},
     f'Move {stage_folder} away to train it anew, put back what it was trained with, or use another --workdir',
   )
+
+
+def check_tokenizers(
+  sources: Mapping[str, reads.Reads], config: ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Does nothing where all networks that read captions, such as a teacher, know words by the same numbers.
+
+  Raises:
+    Stale: when one was trained with another tokenizer than the stage that reads it.
+  """
+  own = next((source for source in sources.values() if isinstance(source, reads.Captions)), None)
+  if own is None:
+    return
+  tokenizer = captions.tokenizer_of(config, own.stage, workdir / own.stage)
+  for name, source in sources.items():
+    if not isinstance(source, reads.FromStage):
+      continue
+    folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+    meta = checkpoint.load_meta(folder, source.step)
+    if captions.DIGEST in meta and meta[captions.DIGEST]:
+      identity.compare(
+        f'the network {name!r}, the checkpoint of {folder},',
+        {'the tokenizer': meta[captions.DIGEST]},
+        {'the tokenizer': tokenizer.digest},
+        'Name a stage that was trained on the same captions, with the same section `text`',
+      )
 
 
 def check_guides(experiment: Experiment, workdir: pathlib.Path, own: tuple[str, pathlib.Path] | None) -> None:
@@ -200,7 +232,7 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
     match source:
       case reads.FromStage():
         return checkpoint.abstract_params(source.model, mesh)
-      case reads.Measured():
+      case reads.Measured() | reads.Captions():
         return sharding.abstract_replicated(source.neutral(), mesh)
       case reads.Published():
         return sharding.abstract_replicated(source.load(), mesh)
@@ -215,7 +247,7 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
     match source:
       case reads.FromStage():
         return jax.jit(source.model.init, out_shardings=sharding.replicated(mesh))(jax.random.key(1))
-      case reads.Measured():
+      case reads.Measured() | reads.Captions():
         return sharding.replicate(source.neutral(), mesh)
       case reads.Published():
         return sharding.replicate(source.load(), mesh)

@@ -13,6 +13,8 @@ from vaediff import files
 
 MIN_SIDE = 64
 """Images narrower than this are enlarged by a whole factor in grids, so that they can be seen."""
+MIN_SIDE_BELOW_TEXT = 128
+"""The same where each has a text above it."""
 GAP = 2
 MIN_LETTERS, MAX_LETTERS = 11, 20
 """Size of text beside rows, in pixels."""
@@ -20,10 +22,10 @@ MADE_OF = 'vaediff'
 """Key of a PNG file's text that says what the picture was made of, as JSON."""
 
 
-def grid(images: np.ndarray, columns: int) -> np.ndarray:
+def grid(images: np.ndarray, columns: int, least: int = MIN_SIDE) -> np.ndarray:
   """Returns one uint8 picture [height, width, channels] of uint8 images [n, h, w, c], row by row."""
   count, height, width, channels = images.shape
-  factor = max(1, -(-MIN_SIDE // max(height, width)))
+  factor = max(1, -(-least // max(height, width)))
   images = images.repeat(factor, axis=1).repeat(factor, axis=2)
   height, width = height * factor, width * factor
   rows = -(-count // columns)
@@ -57,6 +59,37 @@ def beside_rows(picture: np.ndarray, left: Sequence[str], right: Sequence[str]) 
   whole = np.repeat(np.asarray(canvas)[..., None], channels, axis=2)
   whole[:, margins[0] : margins[0] + width] = picture
   return whole
+
+
+def captioned(images: np.ndarray, columns: int, texts: Sequence[str]) -> np.ndarray:
+  """Returns a grid of uint8 images with the text of each above it; a row of one text has it once."""
+  rows, font = [], ImageFont.load_default(size=MIN_LETTERS)
+  for start in range(0, len(images), columns):
+    row = grid(images[start : start + columns], columns, MIN_SIDE_BELOW_TEXT)
+    own = list(texts[start : start + columns])
+    alone = len(set(own)) == 1
+    cell = row.shape[1] - GAP if alone else (row.shape[1] - GAP) // columns
+    blocks = [wrapped(text, cell - 2 * GAP, font) for text in (own[:1] if alone else own)]
+    high = max(block.count('\n') + 1 for block in blocks) * (MIN_LETTERS + 2 * GAP) + GAP
+    canvas = PilImage.new('L', (row.shape[1], high), 255)
+    pen = ImageDraw.Draw(canvas)
+    for number, block in enumerate(blocks):
+      where = (2 * GAP + number * cell, high - GAP)
+      pen.multiline_text(where, block, fill=0, font=font, anchor='ld')
+    rows += [np.repeat(np.asarray(canvas)[..., None], row.shape[2], axis=2), row]
+  return np.concatenate(rows)
+
+
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+  """Returns a text in lines that are no wider than so many pixels, but for words that alone are wider."""
+  lines = ['']
+  for word in text.split():
+    longer = f'{lines[-1]} {word}'.strip()
+    if lines[-1] and font.getlength(longer) > width:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  return '\n'.join(lines)
 
 
 def in_groups(count: int, num_groups: int) -> np.ndarray:

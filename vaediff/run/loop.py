@@ -24,7 +24,7 @@ from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
-from vaediff.run import checkpoint, guard, log, review, same_run
+from vaediff.run import captions, checkpoint, guard, log, review, same_run
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'
@@ -49,6 +49,7 @@ class Stage:
     mesh: the devices.
     measure: params by network -> the figure `train.best_measure`; not used where that is a validation metric.
     measured_with: what that figure depends on beside the parameters, for the best checkpoint.
+    tokenizer: the digest of what makes numbers of captions; '' = none are read.
   """
 
   name: str
@@ -63,6 +64,7 @@ class Stage:
   mesh: Mesh
   measure: Callable[[dict[str, Params]], float] | None = None
   measured_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  tokenizer: str = ''
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
@@ -164,6 +166,7 @@ def train_with(
       'last': last,
       'frozen': stage.frozen_ids,
       same_run.DATA: {'train': stage.train_source.fingerprint, 'eval': stage.eval_source.fingerprint},
+      **({captions.DIGEST: stage.tokenizer} if stage.tokenizer else {}),
     }
 
   try:

@@ -105,18 +105,22 @@ class Reviewer:
       self._keeper.close()
 
 
+UNSAID = (('guidance_interval', ()), ('captions', ()))
+"""Settings that an earlier version did not have, with what they were."""
+
+
 def _of_samples(config: Any, stage: str) -> str:
   """Returns the digest of how a stage is sampled while it trains.
 
   How many images, and where they go, does not count, nor do networks that guide once it is trained; nor does
-  an interval where there is none, which an earlier version did not say.
+  what an earlier version did not say, where there is none: an interval, captions.
   """
   without = ('checkpoint', 'num_images', 'guide', 'classifier')
   return identity.digest(
     {
       name: value
       for name, value in config[stage].sample.to_dict().items()
-      if name not in without and not name.startswith('save_') and (name, value) != ('guidance_interval', ())
+      if name not in without and not name.startswith('save_') and (name, value) not in UNSAID
     }
   )
 

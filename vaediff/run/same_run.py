@@ -52,6 +52,7 @@ OF_PICTURES = (
   'sample.save_*',
   'sample.with_vae',
   'sample.labels',
+  'sample.captions',
   'sample.temperature',
   'sample.top_*',
 )
@@ -72,7 +73,7 @@ OVER_TRAINING = {
   'loss.reconstruction': ('linear', 'weighted_learning'),
 }
 """Patterns of fields of a stage, and their values, that depend on how far it is from its last step."""
-UNKNOWN = {'num_classes': 0}
+UNKNOWN = {'num_classes': 0, 'caption_feature': ''}
 """Fields of `data` with the value that says: not known. It may become known when a run goes on."""
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,11 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff import experiments, identity, reads
-from vaediff.data import sources
+from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
-from vaediff.run import best, checkpoint, draw, guides, log, same_run
+from vaediff.run import best, captions, checkpoint, draw, guides, log, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -79,7 +80,7 @@ class Trained:
     other.config[self.stage].sample.update(changes)
     guides.resolve(other.config)
     other.experiment = experiments.build(other.config, self.stage)
-    if other.experiment.for_sampling != self.experiment.for_sampling:
+    if other.experiment.for_sampling != self.experiment.for_sampling or 'captions' in changes:
       own = (self.stage, self.folder)
       frozen = frozen_networks.load(other.experiment, other.config, self.workdir, self.mesh, own=own)
       other.read = {**frozen, **self.params}
@@ -111,8 +112,33 @@ class Trained:
       Stale: when they are others.
     """
     if split not in self._sources:
-      self._sources[split] = same_run.open_images(self.config, split, self.folder)
+      source = same_run.open_images(self.config, split, self.folder)
+      self._sources[split] = captions.with_tokens(self.config, self.stage, self.workdir / self.stage, source)
     return self._sources[split]
+
+  @property
+  def captioned(self) -> 'Trained | None':
+    """The stage that reads the captions of its samples: it, or one that feeds it; None = they have none."""
+    if captions.length_of(self.config, self.stage):
+      return self
+    makers = (self.maker(source) for source in filter(self.has_maker, self.experiment.makers))
+    return next((maker.captioned for maker in makers if maker.captioned), None)
+
+  @property
+  def captions(self) -> tuple[str, ...]:
+    """Those of its samples, in turn; () where they have none."""
+    reader = self.captioned
+    return captions.asked(reader.config, reader.stage) if reader else ()
+
+  def told(self, texts: Sequence[str]) -> HostArrays:
+    """Returns what its samples are given, to have these captions; of a stage that has `captioned`.
+
+    Raises:
+      UserError: for a word that it does not know, or a caption that is too long.
+    """
+    reader = self.captioned
+    tokenizer = captions.tokenizer_of(reader.config, reader.stage, reader.workdir / reader.stage)
+    return {words.TOKENS: tokenizer.encode(texts, captions.length_of(reader.config, reader.stage))}
 
   @property
   def made_of(self) -> dict[str, str]:
@@ -123,7 +149,7 @@ class Trained:
     measured = {
       f'the measurement {name!r}': _digest(self.read[name])
       for name, source in frozen_networks.of(self.experiment).items()
-      if isinstance(source, reads.Measured)
+      if isinstance(source, reads.Measured | reads.Captions)
     }
     makers = {
       f'the samples of {source.stage!r}': identity.digest(self.maker(source).made_of)
@@ -194,6 +220,7 @@ class Trained:
     else its image, in [-1, 1].
     A stage before it reads what this one reads, where both have an input of the same name, shape and type, be
     it given or drawn: a cascade has one label and one level throughout. Each starts from noise of its own.
+    What is given and this one does not read, such as a caption, is for the stages before it.
     """
     missing = [source for source in self.experiment.makers if source.feeds not in given]
     if not missing:
@@ -203,6 +230,7 @@ class Trained:
       maker = self.maker(source)
       inputs, own = maker.experiment.inputs, self.experiment.inputs
       names = [name for name in own if name in inputs and name in shared and inputs[name] == own[name]]
+      names += [name for name in given if name not in own and name in inputs]
       same = {name: shared[name] for name in names if name != NOISE}
       if handed := self.handed(source):
         drawn = maker.draw(indices, same, seed, handed=True)

@@ -1,0 +1,80 @@
+"""Text to image on a folder of images with captions, 256x256 RGB, at the sizes of latent diffusion.
+
+    python -m vaediff.main --config=configs/captions256.py:ldm_txt2img --mode=describe
+    python -m vaediff.main --config=configs/captions256.py:ldm_txt2img --config.data.path=DIR
+
+Data: DIR/train and DIR/test, each with images and a `captions.jsonl` or `metadata.csv` beside them, whose
+column `caption` says what they show (docs/words.md). Any size; the shorter side cropped square, then resized.
+
+`ldm_txt2img`: latent diffusion's text to image (arXiv:2112.10752) in latents of 32x32x4: 872,300,484
+parameters, and a text tower of its width and depth, trained with it. `stable_diffusion`: the network of
+Stable Diffusion 1, 859,520,964 parameters, in 64x64x4 of images of 512 pixels, with a tower of the width and
+depth of the one that was frozen there, trained here. Betas are those of latent diffusion's smaller networks,
+to 0.0195; these two had 0.00085 .. 0.012. Without a variant it is DiffuseVAE with the settings of CelebA-HQ.
+
+Hardware, hours and figures: not yet measured.
+"""
+
+from configs import base, gan_papers, parts, presets
+from configs.stages import diffusion, text
+
+DATA = {
+  'source': 'image_folder',
+  'name': 'captions256',
+  'image_size': 256,
+  'caption_feature': 'caption',
+  'crop': 'center',
+  'resize': 'bilinear',
+  'materialize': False,
+  'num_threads': 16,
+}
+SUBWORDS = {'kind': 'subword', 'vocab_size': 30_522, 'length': 77}
+TOWERS = {
+  'ldm_txt2img': {'width': 1280, 'num_layers': 32, 'num_heads': 20},
+  'stable_diffusion': {'width': 768, 'num_layers': 12, 'num_heads': 12},
+}
+"""Of words, by network of `presets.UNET`."""
+
+
+def _vae(stage):
+  stage.model.update(presets.VAE['celebahq256'])
+  stage.train = parts.train(400_000, 64, flip=True)
+
+
+def _refiner(stage):
+  stage.model.update({'channel_multipliers': (1, 1, 2, 2, 4, 4), 'attention_resolutions': (16,)})
+  stage.optim.learning_rate = 2e-5
+  stage.train = parts.train(500_000, 64)  # captions say left and right
+  stage.sample.batch_size = 16
+
+
+def _text(run):
+  """As the shared one, in pieces of words: of any text."""
+  text.text(run, **SUBWORDS)
+  if 'vae' in run.config.stages:  # its image would say what captions are to say
+    diffusion.unconditional(run)
+
+
+def _published(run, name):
+  run.edit('autoencoder', gan_papers.kl_f8)
+  diffusion.unconditional(run)
+  diffusion.published_latent_diffusion(run, presets.UNET[name])
+  _text(run)
+  run.section('refiner').conditions.text.update({**TOWERS[name], 'how': 'transformer'})
+
+
+def _txt2img(run):
+  _published(run, 'ldm_txt2img')
+
+
+def _stable_diffusion(run):
+  run.config.data.image_size = 512
+  _published(run, 'stable_diffusion')
+
+
+SIZES = {'vae': _vae, 'refiner': _refiner}
+OWN = {'text': _text, 'ldm_txt2img': _txt2img, 'stable_diffusion': _stable_diffusion}
+
+
+def get_config(variant: str = ''):
+  return base.make('captions256', DATA, SIZES, variant, own=OWN)

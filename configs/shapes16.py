@@ -1,0 +1,33 @@
+"""DiffuseVAE, and text to image, on drawn shapes, 16x16 RGB, with captions: no download.
+
+    python -m vaediff.main --config=configs/shapes16.py:text         # captions to images
+    python -m vaediff.main --config=configs/shapes16.py:text,mini    # 96 compositions, for minutes of a core
+    python -m vaediff.main --config=configs/shapes16.py              # with a VAE, without captions
+
+Hardware, hours and figures: not yet measured.
+"""
+
+from configs import base, parts, shapes_parts
+
+DATA = shapes_parts.data(16)
+SIZES = shapes_parts.sizes(16, 32, (1, 2, 2), (8,), 8000, 64)
+
+
+def _mini(run):
+  """Circles, squares and triangles of four colours, large, in the corners, on black or white."""
+  run.config.data.update({'name': 'shapes/mini', 'num_classes': 3})
+  run.edit('refiner', _short)
+
+
+def _short(stage):
+  stage.model.channel_multipliers = (1, 2)
+  stage.train = parts.train(
+    2000, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=1000, eval_images=512
+  )
+
+
+OWN = {**shapes_parts.OWN, 'mini': _mini}
+
+
+def get_config(variant: str = ''):
+  return base.make('shapes16', DATA, SIZES, variant, own=OWN)

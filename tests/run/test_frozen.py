@@ -1,0 +1,40 @@
+"""What a stage reads of others: networks that read captions know the same words."""
+
+import pathlib
+import types
+
+import pytest
+
+from vaediff import identity, reads
+from vaediff.run import captions, checkpoint, frozen
+
+
+def source(stage, workdir=''):
+  return reads.FromStage(stage=stage, network='denoiser', workdir=workdir, model=None)
+
+
+@pytest.mark.parametrize(('digest', 'fits'), [('same', True), ('', True), (None, True), ('another', False)])
+def test_a_teacher_of_other_words_is_refused(digest, fits, monkeypatch):
+  asked = []
+
+  def meta(folder, step=0):
+    asked.append(folder)
+    return {} if digest is None else {captions.DIGEST: digest}
+
+  monkeypatch.setattr(checkpoint, 'load_meta', meta)
+  monkeypatch.setattr(captions, 'tokenizer_of', lambda *args: types.SimpleNamespace(digest='same'))
+  known = {
+    'captions': reads.Captions(stage='student', workdir='', length=8, vocab_size=9),
+    'teacher': source('refiner', 'elsewhere'),
+  }
+  if fits:
+    frozen.check_tokenizers(known, None, pathlib.Path('run'))
+  else:
+    with pytest.raises(identity.Stale, match="network 'teacher'.*tokenizer"):
+      frozen.check_tokenizers(known, None, pathlib.Path('run'))
+  assert asked == [pathlib.Path('elsewhere/refiner')]
+
+
+def test_stages_without_captions_ask_for_no_tokenizer(monkeypatch):
+  monkeypatch.setattr(captions, 'tokenizer_of', None)
+  frozen.check_tokenizers({'teacher': source('refiner')}, None, pathlib.Path('run'))

@@ -1,0 +1,98 @@
+"""Whether samples show what captions ask for, on the data set `shapes`, whose images can be read exactly.
+
+Captions that tell everything are those of the split `test`, and those of compositions that no training image
+has. What is drawn is read in closed form (`vaediff.data.oracle`).
+
+accuracy_<attribute>    share of samples that show what was asked
+accuracy_joint          ... all that was asked
+valid                   share of samples that are one shape on one background at all
+oracles_agree           share of samples in which the data set's own classifier sees the same five attributes
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vaediff.data import oracle, shapes, sources
+from vaediff.evaluation.measures import CLASSIFIER, Figure
+from vaediff.evaluation.networks import Networks
+from vaediff.run import log
+from vaediff.run.trained import Trained
+
+SPLITS = {'captions of test': 'test', 'compositions held out': 'held_out'}
+OTHERS = 'samples of other captions'
+"""What chance gives."""
+DATA = 'evaluation images'
+ABOUT = (
+  'Captions tell all five attributes; samples are read in closed form: vaediff/data/oracle.py. '
+  f'{OTHERS.capitalize()}: those of the first set, each against the caption of the next.'
+)
+
+
+def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]:
+  """Returns a row for each set of captions; [] for a stage without captions, or of other data.
+
+  Raises:
+    UserError: as `Trained.draw`.
+  """
+  data, count = trained.config.data, trained.config.evaluate.num_captions
+  if not (shapes.is_named(data) and count and trained.draws_alone and trained.captioned):
+    return []
+  mini, rows, reader = shapes.is_mini(data), [], None
+  for title, split in SPLITS.items():
+    scenes = [shapes.scene(split, index, mini=mini) for index in range(count)]
+    log.say(f'drawing {count} samples of the {title}')
+    drawn = trained.draw_all(trained.told([scene.caption_full for scene in scenes]))
+    image = drawn[list(drawn)[-1]]
+    reader = reader or oracle.Oracle(image.shape[1], mini=mini)
+    asked = np.array([scene.attributes for scene in scenes], np.int32)
+    reading = reader.read(image)
+    rows.append(row_of(title, asked, reading) | agreement(image, reading, opened))
+    if len(rows) == 1:
+      chance = row_of(OTHERS, np.roll(asked, 1, axis=0), reading)
+  real = trained.eval_source.read(np.arange(min(count, len(trained.eval_source))))[sources.IMAGE]
+  told = asked_by(trained.eval_source.captions[: len(real)])
+  rows.append(chance)
+  image = trained.as_drawn(real)
+  reading = reader.read(image)
+  rows.append(row_of(DATA, told, reading) | agreement(image, reading, opened))
+  return rows
+
+
+def agreement(image: np.ndarray, reading: oracle.Reading, opened: Networks) -> dict[str, Figure]:
+  """Returns how often the own classifier sees what is read; {} where it is not open."""
+  if CLASSIFIER not in opened.features:
+    return {}
+  same = opened.features[CLASSIFIER](image)[oracle.ATTRIBUTES] == reading.attributes
+  return {'oracles_agree': Figure(value=float(same.all(axis=1).mean()))}
+
+
+def asked_by(captions: Sequence[str]) -> np.ndarray:
+  """Returns what captions ask for, int32 [n, attributes]; -1 for nothing."""
+  return np.stack([shapes.told(caption) for caption in captions])
+
+
+def row_of(title: str, asked: np.ndarray, reading: oracle.Reading) -> dict[str, Any]:
+  """Returns the row of a set of images.
+
+  Args:
+    title: of the set.
+    asked: what their captions ask for, [n, attributes]; -1 for nothing.
+    reading: what they show.
+  """
+  right = oracle.correct(asked, reading.attributes)
+  figures = {
+    f'accuracy_{name}': Figure(value=float(np.nanmean(column)))
+    if np.isfinite(column).any()
+    else Figure(missing='no caption asks for it')
+    for name, column in zip(shapes.ATTRIBUTES, right.T, strict=True)
+  }
+  whole = (asked < 0) | (asked == reading.attributes)
+  return {
+    'set': title,
+    'N': len(asked),
+    **figures,
+    'accuracy_joint': Figure(value=float(whole.all(axis=1).mean())),
+    'valid': Figure(value=float(reading.valid.mean())),
+  }

@@ -1,0 +1,155 @@
+"""Captions of a stage as numbers: its tokenizer, the captions of the data, those that samples are asked for.
+
+A stage reads captions where its section has a part `text`: `kind`, `vocab_size` and `length`. Its tokenizer
+is trained on the captions of the training split before its first step, and kept beside its checkpoints, which
+know its digest. The same captions and settings give the same tokenizer in every stage and run.
+"""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vaediff import identity, reads
+from vaediff.data import sources, words
+from vaediff.errors import UserError
+from vaediff.machine import distributed
+from vaediff.run import checkpoint, log
+
+FILE = 'tokenizer.json'
+TEXT = 'text'
+"""The part of a stage's section that makes it one that reads captions."""
+DIGEST = 'tokenizer'
+"""In the `meta` of a checkpoint: the digest of the tokenizer that it was trained with."""
+MOST_DRAWN = 4096
+"""Captions of the evaluation split that samples have in turn."""
+
+
+def settings_of(config: ConfigDict, stage: str) -> ConfigDict | None:
+  """Returns the part of a stage's section that is about its captions; None where it reads none."""
+  return config[stage][TEXT] if TEXT in config[stage] else None
+
+
+def length_of(config: ConfigDict, stage: str) -> int:
+  """Returns how many tokens a caption of a stage has; 0 where it reads none."""
+  settings = settings_of(config, stage)
+  return 0 if settings is None else settings.length
+
+
+def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.Tokenizer | None:
+  """Returns the tokenizer of a stage, trained first where it is not there; None where it reads no captions.
+
+  Args:
+    config: of the run.
+    stage: its name.
+    folder: `<workdir>/<stage>`.
+
+  Raises:
+    UserError: when the images have no captions, or the file cannot be read.
+    Stale: when it is not the one that the stage's checkpoint was trained with.
+  """
+  settings = settings_of(config, stage)
+  if settings is None:
+    return None
+  path = folder / FILE
+  if distributed.agree(path.exists()):
+    found = words.load(path, 'remove it: it is made again of the captions of the training split')
+  else:
+    source = sources.open_source(config.data, 'train')
+    need_captions(source, stage)
+    found = words.train(source.captions, settings.kind, settings.vocab_size)
+    log.say(f'{stage}: {len(found.vocab)} numbers for the captions of {len(source)} training images: {path}')
+    if jax.process_index() == 0:
+      words.save(found, path)
+    distributed.wait_for_all(f'wrote {path}')
+  trained_with = _digest_of(folder)
+  identity.compare(
+    f'the checkpoint of {folder}',
+    {'the tokenizer': trained_with or found.digest},
+    {'the tokenizer': found.digest},
+    f'Put back {path}, or train anew in another --workdir',
+  )
+  return found
+
+
+def _digest_of(folder: pathlib.Path) -> str:
+  """Returns the digest of the tokenizer that a stage was trained with; '' where it is not trained."""
+  if checkpoint.latest_step(folder) is None:
+    return ''
+  meta = checkpoint.load_meta(folder)
+  return meta[DIGEST] if DIGEST in meta else ''
+
+
+def with_tokens(
+  config: ConfigDict, stage: str, folder: pathlib.Path, source: sources.Source
+) -> sources.Source:
+  """Returns images whose batches have their captions as the stage reads them; as they are for other stages.
+
+  Raises:
+    UserError: when there are none, or one cannot be told in its tokens.
+  """
+  tokenizer = tokenizer_of(config, stage, folder)
+  if tokenizer is None:
+    return source
+  need_captions(source, stage)
+  return sources.with_tokens(source, tokenizer, length_of(config, stage))
+
+
+def need_captions(source: sources.Source, stage: str) -> None:
+  """Raises UserError where images have no captions."""
+  if not source.captions:
+    raise UserError(
+      f'stage {stage!r} reads captions, and of these images none are read: set data.caption_feature to the'
+      f' field'
+      ' that holds them, such as caption'
+    )
+
+
+def check_training(config: ConfigDict, stage: str, source: sources.Source) -> None:
+  """Does nothing where the captions of the training split are still true of what the stage is shown.
+
+  Raises:
+    UserError: when images are mirrored and a caption says left or right.
+  """
+  if settings_of(config, stage) is None or not config[stage].train.flip:
+    return
+  wrong = next((text for text in source.captions if re.search(r'\b(left|right)\b', text, re.I)), None)
+  if wrong is not None:
+    raise UserError(
+      f'config.{stage}.train.flip is on, and captions say left and right, as {wrong!r}: what is mirrored'
+      f' would be'
+      ' told wrongly. Set it to False'
+    )
+
+
+def asked(config: ConfigDict, stage: str, *, training: bool = False) -> tuple[str, ...]:
+  """Returns the captions that samples of a stage have, in turn; () where it reads none.
+
+  Those of `sample.captions`, or else those of the evaluation split; while it trains the latter.
+  """
+  if settings_of(config, stage) is None:
+    return ()
+  chosen = () if training else tuple(config[stage].sample.captions)
+  if chosen:
+    return chosen
+  source = sources.open_source(config.data, 'eval')
+  need_captions(source, stage)
+  return source.captions[:MOST_DRAWN]
+
+
+def table(
+  source: reads.Captions, config: ConfigDict, workdir: pathlib.Path, *, training: bool = False
+) -> dict[str, np.ndarray]:
+  """Returns `words.TOKENS`, int32 [captions, length], of those that samples of a stage have.
+
+  Raises:
+    UserError: for a caption with an unknown word, or one that is too long; names the field.
+  """
+  folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+  tokenizer = tokenizer_of(config, source.stage, folder)
+  chosen = not training and config[source.stage].sample.captions
+  field = f'config.{source.stage}.sample.captions' if chosen else 'the captions of the evaluation split'
+  captions = asked(config, source.stage, training=training)
+  return {words.TOKENS: tokenizer.encode(captions, source.length, field)}
