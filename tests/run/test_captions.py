@@ -121,7 +121,9 @@ def test_a_trained_stage_keeps_its_tokenizer(config, folder, one_device):
   found = asked.draw(indices)['x0']
   told = opened.draw(indices, opened.told(['gray', DISC] * 2))['x0']
   assert np.abs(found.astype(int) - told).max() <= 1  # two programs; of two updates captions change little
-  drawn = [one.experiment.draw(one.read, *keys_of(indices))[words.TOKENS] for one in (opened, asked)]
+  drawn = [
+    np.asarray(one.experiment.draw(one.read, *keys_of(indices))[words.TOKENS]) for one in (opened, asked)
+  ]
   tokenizer = words.load(folder / captions.FILE)
   assert tokenizer.decode(drawn[1]) == ['gray', DISC] * 2
   assert tokenizer.decode(drawn[0]) == list(opened.captions[:4]) and asked.made_of != opened.made_of
