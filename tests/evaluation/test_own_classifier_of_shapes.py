@@ -25,8 +25,8 @@ def config_of(variant=''):
 def test_the_loss_is_the_sum_over_heads_and_the_label_is_the_first():
   config = config_of('debug')
   with config.unlocked():
-    config.classifier.model.update({'num_classes': 6, 'heads': oracle.NUMBERS})
-  experiment = experiments.build(config, 'classifier')
+    config.classifier.model.num_classes = 6
+  experiment = experiments.build(config, 'classifier').with_heads(oracle.NUMBERS)
   random = np.random.RandomState(0)
   logits = random.standard_normal((4, sum(oracle.NUMBERS))).astype(np.float32)
   asked = np.stack([random.randint(count, size=4) for count in oracle.NUMBERS], axis=1)

@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from vaediff import identity, reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.modes import train
-from vaediff.run import captions, checkpoint
+from vaediff.run import captions, checkpoint, draw
 from vaediff.run.trained import Trained
 
 pytest.importorskip('sentencepiece')
@@ -98,6 +99,10 @@ def test_left_and_right_are_not_mirrored(config):
   captions.check_training(config, 'refiner', told)
 
 
+def keys_of(indices):
+  return draw.image_keys(0, jnp.asarray(indices)), jnp.asarray(indices)
+
+
 @pytest.mark.slow
 def test_a_trained_stage_keeps_its_tokenizer(config, folder, one_device):
   """Its checkpoint knows the digest; pictures have captions in turn; another tokenizer is refused."""
@@ -115,8 +120,13 @@ def test_a_trained_stage_keeps_its_tokenizer(config, folder, one_device):
   indices = np.arange(4)
   found = asked.draw(indices)['x0']
   told = opened.draw(indices, opened.told(['gray', DISC] * 2))['x0']
-  np.testing.assert_array_equal(found, told)
-  assert (opened.draw(indices)['x0'] != found).any() and asked.made_of != opened.made_of
+  assert np.abs(found.astype(int) - told).max() <= 1  # two programs; of two updates captions change little
+  drawn = [
+    np.asarray(one.experiment.draw(one.read, *keys_of(indices))[words.TOKENS]) for one in (opened, asked)
+  ]
+  tokenizer = words.load(folder / captions.FILE)
+  assert tokenizer.decode(drawn[1]) == ['gray', DISC] * 2
+  assert tokenizer.decode(drawn[0]) == list(opened.captions[:4]) and asked.made_of != opened.made_of
   with pytest.raises(UserError, match=r'config.refiner.sample.captions: .*known words are'):
     opened.with_settings(captions=('a ring',))
 

@@ -48,10 +48,8 @@ def load(config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float]:
   with config.unlocked():
     config.seed = SEED
     config.classifier.model.num_classes = num_classes
-    if heads:  # what it is of other data does not change by a key that they do not need
-      config.classifier.model.heads = heads
-  experiment = experiments.build(config, STAGE)
-  folder = folder_of(config, splits)
+  experiment = experiments.build(config, STAGE).with_heads(heads)
+  folder = folder_of(config, splits, heads)
   model = experiment.networks[STAGE]
   params, accuracy = trained(
     Stage(
@@ -131,11 +129,14 @@ def _accuracy(folder: pathlib.Path, steps: int) -> float | None:
   return None if summary is None else summary['last'].get('val/accuracy')
 
 
-def folder_of(config: ConfigDict, splits: dict[str, sources.Source]) -> pathlib.Path:
+def folder_of(
+  config: ConfigDict, splits: dict[str, sources.Source], heads: tuple[int, ...] = ()
+) -> pathlib.Path:
   """Returns where the classifier of these images and settings is kept."""
   facts = {
     'classifier': json.loads(config.classifier.to_json()),
     **{split: source.fingerprint for split, source in splits.items()},
+    **({'heads': heads} if heads else {}),
   }
   name = (config.data.name or config.data.source).replace('/', '_').replace(':', '_')
   folder = f'{name}-{config.data.image_size}px-{STAGE}-{identity.digest(facts)}'

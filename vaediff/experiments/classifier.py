@@ -1,7 +1,7 @@
 """A classifier of the data set's labels: its features measure samples of sets that have no published network.
 
 Trained by the cross-entropy with dropout on the features. It draws no images. Of images whose properties are
-known (`model.heads`) it learns each of them, by the sum of the cross-entropies; the label is the first.
+known (`with_heads`) it learns each of them, by the sum of the cross-entropies; the label is the first.
 """
 
 import dataclasses
@@ -60,6 +60,11 @@ class Classifier(base.Experiment):
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       microbatches=section.train.microbatches,
     )
+
+  def with_heads(self, heads: tuple[int, ...]) -> 'Classifier':
+    """Returns the same, to learn several properties of so many classes each; () = the label alone."""
+    model = dataclasses.replace(self.classifier, module=self.classifier.module.clone(heads=heads))
+    return dataclasses.replace(self, classifier=model)
 
   @property
   def networks(self) -> Mapping[str, Model]:
