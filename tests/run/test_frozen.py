@@ -4,13 +4,18 @@ import pathlib
 import types
 
 import pytest
+from ml_collections import ConfigDict
 
 from vaediff import identity, reads
+from vaediff.models.functional import Model
+from vaediff.models.unet_blocks import Mlp
 from vaediff.run import captions, checkpoint, frozen
+
+MODEL = Model(module=Mlp(features=1, dtype='float32'), inputs=())
 
 
 def source(stage, workdir=''):
-  return reads.FromStage(stage=stage, network='denoiser', workdir=workdir, model=None)
+  return reads.FromStage(stage=stage, network='denoiser', workdir=workdir, model=MODEL)
 
 
 @pytest.mark.parametrize(('digest', 'fits'), [('same', True), ('', True), (None, True), ('another', False)])
@@ -28,13 +33,13 @@ def test_a_teacher_of_other_words_is_refused(digest, fits, monkeypatch):
     'teacher': source('refiner', 'elsewhere'),
   }
   if fits:
-    frozen.check_tokenizers(known, None, pathlib.Path('run'))
+    frozen.check_tokenizers(known, ConfigDict(), pathlib.Path('run'))
   else:
     with pytest.raises(identity.Stale, match="network 'teacher'.*tokenizer"):
-      frozen.check_tokenizers(known, None, pathlib.Path('run'))
+      frozen.check_tokenizers(known, ConfigDict(), pathlib.Path('run'))
   assert asked == [pathlib.Path('elsewhere/refiner')]
 
 
 def test_stages_without_captions_ask_for_no_tokenizer(monkeypatch):
   monkeypatch.setattr(captions, 'tokenizer_of', None)
-  frozen.check_tokenizers({'teacher': source('refiner')}, None, pathlib.Path('run'))
+  frozen.check_tokenizers({'teacher': source('refiner')}, ConfigDict(), pathlib.Path('run'))
