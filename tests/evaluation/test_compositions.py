@@ -1,19 +1,18 @@
-import types
-
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from vaediff.data import oracle, shapes, sources
-from vaediff.evaluation import compositions, report
+from vaediff.evaluation import compositions, networks, report
+from vaediff.run import trained as opened_stages
 
 COUNT = 60
 
 
-class Stage:
-  """Stands for a trained stage: draws what it is told, as `wrong` leaves it."""
+class Stage(opened_stages.Trained):
+  """Draws what it is told, as `wrong` leaves it."""
 
-  draws_alone = True
+  draws_alone, captioned, eval_source = True, None, None
 
   def __init__(self, name='shapes/16', wrong=lambda index, attributes: attributes, told=True):
     self.config = ConfigDict({'data': {'source': 'tfds', 'name': name}, 'evaluate': {'num_captions': COUNT}})
@@ -38,14 +37,10 @@ class Stage:
     return image
 
 
-NONE = types.SimpleNamespace(features={})
-
-
-class Sees:
-  """Stands for open networks: a classifier that is wrong about the background of the first image alone."""
+class Classifier(networks.Features):
+  """Is wrong about the background of the first image alone."""
 
   def __init__(self, name):
-    self.features = {'classifier': self}
     self._reader = oracle.Oracle(16, mini=name.endswith('mini'))
 
   def __call__(self, image):
@@ -54,13 +49,17 @@ class Sees:
     return {'attributes': found}
 
 
+def opened(**features):
+  return networks.Networks(features=features, lpips=None, missing={})
+
+
 def values(row):
   return {name: figure.value for name, figure in row.items() if not isinstance(figure, str | int)}
 
 
 @pytest.mark.parametrize('name', ['shapes/16', 'shapes/mini'])
 def test_samples_that_show_what_is_asked(name):
-  rows = compositions.composition_rows(Stage(name), Sees(name))
+  rows = compositions.composition_rows(Stage(name), opened(classifier=Classifier(name)))
   assert [row['set'] for row in rows] == [*compositions.SPLITS, compositions.OTHERS, compositions.DATA]
   assert [row['N'] for row in rows] == [COUNT, COUNT, COUNT, 20]
   for row in (rows[0], rows[1], rows[3]):
@@ -81,26 +80,25 @@ def test_one_attribute_that_is_ignored_costs_itself_and_the_joint():
   def wrong(index, attributes):
     return [*attributes[:1], (attributes[1] + (index < 15)) % 8, *attributes[2:]]
 
-  found = values(compositions.composition_rows(Stage(wrong=wrong), NONE)[0])
+  found = values(compositions.composition_rows(Stage(wrong=wrong), opened())[0])
   assert found['accuracy_colour'] == found['accuracy_joint'] == pytest.approx(1 - 15 / COUNT)
   assert found['accuracy_shape'] == found['accuracy_background'] == 1
 
 
 def test_what_captions_do_not_tell_is_not_counted():
   asked = np.array([[1, -1, 0, 0, 0], [2, -1, 0, 0, 0]], np.int32)
-  reading = types.SimpleNamespace(
-    attributes=np.array([[1, 3, 0, 0, 0], [2, 5, 1, 0, 0]]), valid=np.array([True, False])
-  )
+  attributes = np.array([[1, 3, 0, 0, 0], [2, 5, 1, 0, 0]], np.int32)
+  reading = oracle.Reading(attributes=attributes, rmse=np.array([0.02, 0.2], np.float32))
   row = compositions.row_of('some', asked, reading)
   assert row['accuracy_colour'].value is None and row['accuracy_colour'].missing == 'no caption asks for it'
   assert (row['accuracy_size'].value, row['accuracy_joint'].value, row['valid'].value) == (0.5, 0.5, 0.5)
 
 
 def test_other_data_and_stages_have_no_such_rows():
-  assert compositions.composition_rows(Stage('noto_emoji'), NONE) == []
-  assert compositions.composition_rows(Stage(told=False), NONE) == []
+  assert compositions.composition_rows(Stage('noto_emoji'), opened()) == []
+  assert compositions.composition_rows(Stage(told=False), opened()) == []
   stage = Stage()
   stage.config.evaluate.num_captions = 0
-  assert compositions.composition_rows(stage, NONE) == []
+  assert compositions.composition_rows(stage, opened()) == []
   stage.config.update({'evaluate': {'num_captions': 5}, 'data': {'source': 'synthetic'}})
-  assert compositions.composition_rows(stage, NONE) == []
+  assert compositions.composition_rows(stage, opened()) == []

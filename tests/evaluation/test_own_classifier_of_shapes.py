@@ -22,11 +22,14 @@ def config_of(variant=''):
   return importlib.import_module('configs.shapes16').get_config(variant)
 
 
+def built(variant):
+  config = config_of(variant)
+  config.classifier.model.num_classes = 6
+  return experiments.build(config, 'classifier')
+
+
 def test_the_loss_is_the_sum_over_heads_and_the_label_is_the_first():
-  config = config_of('debug')
-  with config.unlocked():
-    config.classifier.model.num_classes = 6
-  experiment = experiments.build(config, 'classifier').with_heads(oracle.NUMBERS)
+  experiment = built('debug').with_heads(oracle.NUMBERS)
   random = np.random.RandomState(0)
   logits = random.standard_normal((4, sum(oracle.NUMBERS))).astype(np.float32)
   asked = np.stack([random.randint(count, size=4) for count in oracle.NUMBERS], axis=1)
@@ -43,14 +46,16 @@ def test_the_loss_is_the_sum_over_heads_and_the_label_is_the_first():
   assert [part.shape[1] for part in classifier.split(jnp.array(logits), oracle.NUMBERS)] == [6, 8, 3, 9, 4]
 
 
-def test_batches_hold_what_their_images_show():
+def test_batches_hold_what_their_images_show(tmp_path):
   image = shapes.images('train', range(30), 16)
   source = sources.ArraySource(
     images=image, labels=np.zeros(30, np.int32), label_names=shapes.SHAPES, num_classes=6, captions=('',) * 30
   )
+  config = config_of()
+  experiment = built('debug')
   stage = own_classifier.Stage(
-    name='classifier', folder=None, config=config_of(), experiment=None, frozen={}, frozen_ids={},
-    train_source=source, eval_source=source, extra={}, mesh=None,
+    name='classifier', folder=tmp_path, config=config, experiment=experiment, frozen={}, frozen_ids={},
+    train_source=source, eval_source=source, extra={}, mesh=sharding.make_mesh(config.mesh),
   )  # fmt: skip
   seen = own_classifier._seen(stage).eval_source.read(np.array([7, 3]))
   expected = [shapes.scene('train', index).attributes for index in (7, 3)]
