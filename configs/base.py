@@ -368,4 +368,5 @@ def variants_with(stage: str) -> list[str]:
   """Returns the shared variants that give a run this stage; of a stage that runs have anyway, none."""
   if stage in STAGES:
     return []
-  return [name for name in known.VARIANTS if stage in make('', {'num_classes': 1}, {}, name).stages]
+  data = {'num_classes': 1, 'caption_feature': 'caption'}
+  return [name for name in known.VARIANTS if stage in make('', data, {}, name).stages]

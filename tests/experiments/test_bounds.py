@@ -199,7 +199,9 @@ def test_the_section_of_another_experiment_is_refused(stage, other):
   if config[name].experiment == other:
     return
   config[name].experiment = other
-  message = rf"config.{name}.*experiment is '{other}', which has (no field|a teacher)"
+  message = (
+    rf"config.{name}.*(experiment is '{other}', which has (no field|a teacher)|has no section '{other}')"
+  )
   with pytest.raises(UserError, match=message):
     experiments.build(config, name)
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff import reads
+from vaediff import checks, reads
+from vaediff.conditions import pca
 from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
 from vaediff.experiments import base
@@ -210,6 +211,7 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
       f'teacher.stage is {named.stage!r}, which is no stage of this config with a denoiser that can teach '
       f'(experiments {", ".join(TEACHERS)})'
     )
+  checks.check(section, pca.BOUNDS)
   for field in SAME:
     if section.diffusion[field] != teacher_section.diffusion[field]:
       raise UserError(
