@@ -56,9 +56,9 @@ def test_which_arguments_a_result_depends_on():
   assert straight.reads(lambda x, key: x + jax.random.normal(key, x.shape), x, key) == (True, True)
 
   def by_steps(x, keys):
-    noise = lambda key: jax.random.normal(key, (3,))
-    step = lambda carry, scale: (carry + scale * jax.vmap(noise)(keys['of']), None)
-    return jax.lax.scan(step, jnp.zeros_like(x), jnp.ones(2))[0]
+    noise = lambda key, k: jax.random.normal(jax.random.fold_in(key, k), (3,))
+    step = lambda carry, k: (carry + jax.vmap(noise, (0, None))(keys['of'], k), None)
+    return jax.lax.scan(step, jnp.zeros_like(x), jnp.arange(2))[0]
 
   assert straight.reads(by_steps, x, {'of': jax.random.split(key, 2)}) == (False, True)
 

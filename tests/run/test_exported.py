@@ -1,5 +1,6 @@
 """A stage as one function: it draws what the stage draws; a stage that is none is refused by name."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,8 +33,8 @@ def test_the_function_draws_what_the_stage_draws(opened, output):
   assert list(given) == ['noise', 'z'] and all(len(value) == 3 for value in given.values())
   whole = exported.of(stage, given, output)
   wanted = stage.draw(indices)['x0'].astype(np.float32)
-  found = np.asarray(whole.apply(whole.read, given), np.float32)
-  straight = np.asarray(whole.straight()(*given.values()), np.float32)
+  found = np.asarray(jax.jit(whole.apply)(whole.read, given), np.float32)
+  straight = np.asarray(jax.jit(whole.straight())(*given.values()), np.float32)
   for image in (found, straight):
     image = image if output == 'uint8' else (image + 1) * 127.5
     assert abs(image - wanted).max() <= (1 if output == 'uint8' else 0.51)

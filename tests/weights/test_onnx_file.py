@@ -73,8 +73,8 @@ def test_a_graph_computes_what_the_function_does_in_floats_and_in_whole_numbers(
   assert {tensor.data_type for tensor in kernels.values()} == {3}  # INT8
   run = onnx_file.runner(onnx_file.stored(whole, {}), 1)
   error = np.concatenate([run(batch) - image for batch, image in zip(batches, wanted, strict=True)])
-  # a step is 1/255 of the range: three products in a row are off by a few of them
-  assert 0 < error.std() < 0.02 * np.std(wanted)
+  # a step of 1/255 of eight standard deviations is off by 0.9 % of one, and there are three, and kernels
+  assert 0 < error.std() < 0.04 * np.std(wanted)
 
   reduced = onnx_file.quantized(graph, iter(batches), reduce_range=True)
   of_reduced = [tensor for tensor in reduced.graph.initializer if len(tensor.dims) == 4]

@@ -6,6 +6,7 @@ noise in its steps has none.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,12 +16,12 @@ import numpy as np
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments import quantized
-from vaediff.experiments.base import NOISE
+from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import straight
 from vaediff.run import draw
 from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained
-from vaediff.types import Read
+from vaediff.types import Given, Read
 
 OUTPUTS = ('float32', 'uint8')
 """Types of the images: in [-1, 1], or bytes."""
@@ -42,7 +43,7 @@ class Exported:
     about: what it was made of, and how it draws, in words and ids.
   """
 
-  apply: Callable[[Read, HostArrays], jax.Array]
+  apply: Callable[[Read, Given], jax.Array]
   read: Read
   inputs: Mapping[str, jax.ShapeDtypeStruct]
   ranges: Mapping[str, str]
@@ -51,8 +52,8 @@ class Exported:
 
   def straight(self) -> Callable[..., jax.Array]:
     """Returns a function of arrays, in the order of `inputs`, that has no loops and reads nothing else."""
-    flat = straight.straight(lambda given: self.apply(self.read, given), dict(self.inputs))
-    return lambda *arrays: flat(*arrays)[0]
+    flat, constants = straight.straight(self.apply, self.read, dict(self.inputs)), jax.tree.leaves(self.read)
+    return lambda *arrays: flat(*constants, *arrays)[0]
 
 
 def starts(trained: Trained, indices: np.ndarray) -> HostArrays:
@@ -84,11 +85,10 @@ def of(trained: Trained, example: HostArrays, output: str) -> Exported:
   keys = abstract_keys(len(next(iter(example.values()))))
   zeros = jax.tree.map(lambda key: jnp.zeros(key.shape, key.dtype), jax.eval_shape(raw, keys))
 
-  def apply(read: Read, given: HostArrays) -> jax.Array:
+  def apply(read: Read, given: Given) -> jax.Array:
     keys = jax.tree.map(jax.random.wrap_key_data, zeros)
-    drawn = experiment.sample(read, given, keys)
-    image = drawn[list(drawn)[-1]].astype(jnp.float32)
-    return pixels.to_bytes(image) if output == 'uint8' else image
+    found = image(experiment, read, given, keys)
+    return pixels.to_bytes(found) if output == 'uint8' else found
 
   inputs = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in example.items()}
   return Exported(
@@ -99,6 +99,12 @@ def of(trained: Trained, example: HostArrays, output: str) -> Exported:
     output=output,
     about=about(trained),
   )
+
+
+def image(experiment: Experiment, read: Read, given: Given, keys: draw.SampleKeys) -> jax.Array:
+  """Returns the stage's own images, float32: the last of what it draws."""
+  drawn = experiment.sample(read, given, keys)  # a tree that jax returns has its names sorted
+  return drawn[list(drawn)[-1]].astype(jnp.float32)
 
 
 def abstract_keys(count: int) -> draw.SampleKeys:
@@ -135,18 +141,14 @@ def check(trained: Trained, example: HostArrays) -> None:
   drawn = jax.eval_shape(experiment.sample, trained.read, example, keys)
   if not drawn or set(drawn) <= set(experiment.handed):
     raise UserError(f'stage {stage!r} draws no images, so that there is no sampler to export')
-
-  def image(given, keys):
-    return experiment.sample(trained.read, given, keys)[last]
-
-  last = list(drawn)[-1]
-  if straight.reads(image, example, keys)[1]:
+  drawer = functools.partial(image, experiment, trained.read)
+  if straight.reads(drawer, example, keys)[1]:
     sampler = trained.settings.sampler if 'sampler' in trained.settings else trained.config[stage].experiment
     raise UserError(
       f'stage {stage!r} draws with {sampler!r}, which adds noise in its steps: an exported graph draws none. '
       f'Where the stage has a sampler, set config.{stage}.sample.sampler to {DETERMINISTIC}'
     )
-  if 'bfloat16' in straight.types(image, example, keys):
+  if 'bfloat16' in straight.types(drawer, example, keys):
     raise UserError(
       f'stage {stage!r}, or a stage that it reads, computes in bfloat16; float32 can be exported: '
       f'--config.{stage}.model.dtype=float32 (its parameters are float32 in any case)'
