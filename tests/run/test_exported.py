@@ -47,7 +47,6 @@ def test_the_function_draws_what_the_stage_draws(opened, output):
   [
     ({'sampler': 'ddpm'}, r"'refiner' draws with 'ddpm', which adds noise in its steps.*sample.sampler to"),
     ({'eta': 0.5}, "draws with 'ddim', which adds noise"),
-    ({'num_steps': 65}, r'with 65 forward passes, .* at most 64 .*config\.refiner\.sample\.num_steps'),
   ],
 )
 def test_a_sampler_that_is_no_function_of_its_start_is_refused(opened, settings, message):
@@ -56,13 +55,31 @@ def test_a_sampler_that_is_no_function_of_its_start_is_refused(opened, settings,
     exported.of(stage, exported.starts(stage, np.arange(2)), 'float32')
 
 
+def test_stages_of_another_kind_are_refused(opened, monkeypatch):
+  with pytest.raises(
+    UserError, match=r'with 65 forward passes, .* at most 64 .*config\.refiner\.sample\.num_s'
+  ):
+    exported.check(opened(num_steps=65))
+  stage = opened(num_steps=64)
+  exported.check(stage)
+  monkeypatch.setattr(type(stage.experiment), 'draws_images', False)
+  with pytest.raises(UserError, match="'refiner' draws no images"):
+    exported.check(stage)
+  with stage.config.unlocked():
+    stage.config.refiner.update({'experiment': 'quantized', 'quantized': {'stage': 'source'}})
+  with pytest.raises(
+    UserError, match="of whole numbers.*export 'source' with config.export.weights = 'int8'"
+  ):
+    exported.check(stage)
+
+
 def test_one_step_of_a_stochastic_sampler_is_a_function_of_its_start(opened):
   stage = opened(sampler='ddpm', num_steps=1)
-  exported.check(stage, exported.starts(stage, np.arange(2)))
+  exported.check_program(stage, exported.starts(stage, np.arange(2)))
 
 
 def test_what_computes_in_bfloat16_is_refused(opened, monkeypatch):
   stage = opened(num_steps=1)
   monkeypatch.setattr(exported.straight, 'types', lambda *args: {'float32', 'bfloat16'})
   with pytest.raises(UserError, match="'refiner', or a stage that it reads, computes in bfloat16"):
-    exported.check(stage, exported.starts(stage, np.arange(2)))
+    exported.check_program(stage, exported.starts(stage, np.arange(2)))

@@ -36,8 +36,8 @@ def mode(run: Run) -> None:
   settings = run.config.export
   checks.check(settings, {'format': checks.one_of(FORMATS), **BOUNDS}, 'config.export.')
   check, export = FORMATS[settings.format]
-  check()
   out = pictures.out_of(run)
+  check()
   trained = open_last(run)
   path, figures = export(trained, settings, out, run.config.benchmark.num_repeats)
   for name, value in figures.items():

@@ -54,6 +54,7 @@ def export(
   Raises:
     UserError: for a stage that cannot be exported, or a file that draws other images: nothing is written.
   """
+  exported.check(trained)
   batches = list(batches_of(trained, settings))
   whole = exported.of(trained, batches[0], settings.output)
   log.say(f'{trained.stage}: converting {trained.experiment.num_function_evaluations or 1} forward passes')

@@ -80,7 +80,7 @@ def of(trained: Trained, example: HostArrays, output: str) -> Exported:
   Raises:
     UserError: for a stage that cannot be one.
   """
-  check(trained, example)
+  check_program(trained, example)
   experiment = trained.experiment
   keys = abstract_keys(len(next(iter(example.values()))))
   zeros = jax.tree.map(lambda key: jnp.zeros(key.shape, key.dtype), jax.eval_shape(raw, keys))
@@ -117,13 +117,8 @@ def raw(keys: draw.SampleKeys) -> draw.SampleKeys:
   return jax.tree.map(jax.random.key_data, keys)
 
 
-def check(trained: Trained, example: HostArrays) -> None:
-  """Raises UserError where a stage's sampler is no function of what its samples start from.
-
-  Args:
-    trained: the stage.
-    example: what a batch of its samples starts from.
-  """
+def check(trained: Trained) -> None:
+  """Raises UserError where a stage is of a kind that cannot be exported; nothing is drawn for that."""
   experiment, stage = trained.experiment, trained.stage
   if trained.config[stage].experiment == quantized.SECTION:
     source = trained.config[stage][quantized.SECTION].stage
@@ -131,16 +126,25 @@ def check(trained: Trained, example: HostArrays) -> None:
       f'stage {stage!r} is one of whole numbers, for the programs of this package; other formats have their '
       f"own: export {source!r} with config.export.weights = 'int8'"
     )
+  if not experiment.draws_images:
+    raise UserError(f'stage {stage!r} draws no images, so that there is no sampler to export')
   if experiment.num_function_evaluations > MAX_CALLS:
     raise UserError(
       f'stage {stage!r} draws with {experiment.num_function_evaluations} forward passes, each of which '
       f'would be written out; at most {MAX_CALLS} can be: lower config.{stage}.sample.num_steps (with '
       f'sample.sampler {DETERMINISTIC}), or export a student'
     )
+
+
+def check_program(trained: Trained, example: HostArrays) -> None:
+  """Raises UserError where a stage's sampler is no function of floats of what its samples start from.
+
+  Args:
+    trained: the stage.
+    example: what a batch of its samples starts from.
+  """
+  experiment, stage = trained.experiment, trained.stage
   keys = abstract_keys(len(next(iter(example.values()))))
-  drawn = jax.eval_shape(experiment.sample, trained.read, example, keys)
-  if not drawn or set(drawn) <= set(experiment.handed):
-    raise UserError(f'stage {stage!r} draws no images, so that there is no sampler to export')
   drawer = functools.partial(image, experiment, trained.read)
   if straight.reads(drawer, example, keys)[1]:
     sampler = trained.settings.sampler if 'sampler' in trained.settings else trained.config[stage].experiment
