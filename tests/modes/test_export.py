@@ -120,3 +120,7 @@ def test_kernels_have_seven_bits_where_sums_of_products_saturate(monkeypatch, fl
 def test_images_of_bytes_are_compared_without_a_wrap():
   a, b = np.uint8([0, 255]), np.uint8([1, 254])
   np.testing.assert_array_equal(export_onnx.differences(a, b), [1, 1])
+
+
+def test_the_speed_is_the_median_of_ratios_of_calls_in_turn():
+  assert export_onnx.speed([2.0, 4.0, 9.0], [1.0, 1.0, 3.0]) == 3.0

@@ -42,8 +42,9 @@ def export(
   """Writes `<out>/<stage>.onnx`, or `<stage>_int8.onnx`; returns its path and what was measured.
 
   Figures: `file_bytes` of floats, `max_difference` of its images from those
-  of JAX, `onnx_ms` and `jax_ms` of one call on this machine, medians of calls in turn; of whole numbers
-  `file_bytes_int8`, `onnx_int8_ms`, `max_difference_int8` and `mean_difference_int8` from the floats' images.
+  of JAX, `onnx_ms` and `jax_ms` of one call on this machine, medians of calls in turn, and `onnx_speed`, the
+  median of their ratio; of whole numbers
+  `file_bytes_int8`, `onnx_int8_ms`, `onnx_int8_speed`, `max_difference_int8` and `mean_difference_int8` from the floats' images.
 
   Args:
     trained: the stage.
@@ -81,8 +82,9 @@ def export(
       'mean_difference_int8': float(np.mean([part.mean() for part in apart])),
     }
     calls['onnx_int8'] = functools.partial(in_int8, batches[0])
-  for name, seconds in paired.in_turn(calls, repeats).items():
-    found[f'{name}_ms'] = 1e3 * statistics.median(seconds)
+  times = paired.in_turn(calls, repeats)
+  found |= {f'{name}_ms': 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+  found |= {f'{name}_speed': speed(times['jax'], times[name]) for name in calls if name != 'jax'}
   log.say(
     f'{trained.stage}: calls of {settings.batch_size} images on {threads} threads; CPU flags '
     f'{", ".join(integers.cpu_flags()) or "unknown"}'
@@ -126,6 +128,11 @@ def compare(
       'written. Other versions of jax2onnx or onnxruntime may do better'
     )
   return apart
+
+
+def speed(of: list[float], own: list[float]) -> float:
+  """Returns how many times as fast calls are as others that were made in turn with them, a median."""
+  return statistics.median(a / b for a, b in zip(of, own, strict=True))
 
 
 def differences(images: np.ndarray, others: np.ndarray) -> np.ndarray:
