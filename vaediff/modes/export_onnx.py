@@ -41,10 +41,10 @@ def export(
 ) -> tuple[pathlib.Path, Figures]:
   """Writes `<out>/<stage>.onnx`, or `<stage>_int8.onnx`; returns its path and what was measured.
 
-  Figures: `file_bytes` of floats, `max_difference` of its images from those
-  of JAX, `onnx_ms` and `jax_ms` of one call on this machine, medians of calls in turn, and `onnx_speed`, the
-  median of their ratio; of whole numbers
-  `file_bytes_int8`, `onnx_int8_ms`, `onnx_int8_speed`, `max_difference_int8` and `mean_difference_int8` from the floats' images.
+  Figures: `file_bytes` of floats, `max_difference` of its images from those of JAX, `onnx_ms` and `jax_ms` of
+  one call on this machine, medians of calls in turn, and `onnx_speed`, the median of jax over onnx in each
+  turn; of whole numbers `file_bytes_int8`, `onnx_int8_ms`, `onnx_int8_speed` (over jax too), and from the
+  floats' images `max_difference_int8` and `mean_difference_int8`.
 
   Args:
     trained: the stage.
