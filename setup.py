@@ -43,6 +43,8 @@ setup(
     'compile': ['libtpu'],
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
+    # above 0.13.0 jax2onnx wants an older orbax-checkpoint than this package: pip finds the one that fits
+    'onnx': ['jax2onnx>=0.13', 'onnx>=1.20', 'onnxruntime>=1.24'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
     'prepare': ['tensorflow-cpu>=2.21'],
     'text': ['sentencepiece>=0.2.1'],

@@ -138,6 +138,7 @@ def default() -> ConfigDict:
   )
   config.benchmark = benchmark()
   config.quantize = quantize()
+  config.export = export()
   return config
 
 
@@ -267,6 +268,22 @@ def quantize() -> ConfigDict:
   )
 
 
+def export() -> ConfigDict:
+  """What `--mode=export` writes of a trained stage; read by `vaediff.modes.export`."""
+  return ConfigDict(
+    {
+      'format': 'onnx',  # one graph from noise to images, run by onnxruntime (extra `[onnx]`)
+      'weights': 'float32',  # 'float32' | 'int8', whose products read bytes too (docs/quantization.md)
+      'batch_size': 1,  # images of one call
+      'output': 'float32',  # of the images: 'float32', in [-1, 1] | 'uint8'
+      'num_images': 64,  # own samples: compared with those of this package, and what int8 is calibrated on
+      # kernels of 7 bits, for processors whose sums of products of bytes saturate: 'auto', where this one has
+      # no instruction for them | 'yes' | 'no'
+      'reduce_range': 'auto',
+    }
+  )
+
+
 # The variants that are about every stage -----------------------------------------------------------
 
 
@@ -327,6 +344,7 @@ def _debug_modes(config: ConfigDict) -> None:
     {'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2, 'num_directions': 1}
   )
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
+  config.export.update({'batch_size': 2, 'num_images': 4})
   config.quantize.update({'time_buckets': 2, 'num_images': 4, 'correction_images': 2})
   config.quantize.calibration.update({'num_samples': 4, 'steps': 2, 'batch_size': 4})
   config.quantize.adaround.update({'num_steps': 3, 'batch_size': 4})

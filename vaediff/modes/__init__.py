@@ -7,6 +7,7 @@ from vaediff.modes import (
   compile,
   describe,
   evaluate,
+  export,
   interpolate,
   prepare,
   quantize,
@@ -30,8 +31,9 @@ MODES: dict[str, Mode] = {
   'benchmark': benchmark.mode,
   'compile': compile.mode,
   'quantize': quantize.mode,
+  'export': export.mode,
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""
-WRITERS = ('sample', 'reconstruct', 'interpolate', 'restore', 'evaluate')
-"""Modes that write pictures or tables, into the run's folder or that of `--out`."""
+WRITERS = ('sample', 'reconstruct', 'interpolate', 'restore', 'evaluate', 'export')
+"""Modes that write pictures, tables or files for other programs, into the run's folder or that of `--out`."""

@@ -57,8 +57,18 @@ QUANTIZE = {
   },
 }
 """How a stage is quantized, which earlier versions could not."""
+EXPORT = {
+  'format': 'onnx',
+  'weights': 'float32',
+  'batch_size': 1,
+  'output': 'float32',
+  'num_images': 64,
+  'reduce_range': 'auto',
+}
+"""What is written for other programs, which earlier versions could not."""
 MODES = {
   'quantize': QUANTIZE,
+  'export': EXPORT,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
@@ -105,6 +115,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['sample'].setdefault('captions', ())
   config.setdefault('checkpoints', {'check_arrays': True})
   config.setdefault('quantize', {})
+  config.setdefault('export', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

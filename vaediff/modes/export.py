@@ -1,0 +1,45 @@
+"""`--mode=export`: a trained stage as a file that other programs run."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+
+from vaediff import checks
+from vaediff.errors import UserError
+from vaediff.modes import export_onnx, pictures
+from vaediff.run import exported, log
+from vaediff.run.config import Run
+from vaediff.run.trained import open_last
+
+BOUNDS = {
+  'weights': checks.one_of(export_onnx.WEIGHTS),
+  'batch_size': checks.count(1),
+  'output': checks.one_of(exported.OUTPUTS),
+  'num_images': checks.count(1),
+  'reduce_range': checks.one_of(export_onnx.REDUCED),
+}
+FORMATS: Mapping[str, tuple[Callable, Callable]] = {
+  'onnx': (export_onnx.check, export_onnx.export),
+}
+"""By name, as `config.export.format` has it: what sees whether it can be written, and what writes it."""
+
+
+def mode(run: Run) -> None:
+  """Exports the last stage.
+
+  Raises:
+    UserError: for an unknown format or setting, packages that are missing, a stage that is not trained, one
+      that cannot be exported, or a file whose images are others.
+  """
+  if jax.process_count() > 1:
+    raise UserError(f'--mode=export runs in one process, and this job has {jax.process_count()}')
+  settings = run.config.export
+  checks.check(settings, {'format': checks.one_of(FORMATS), **BOUNDS}, 'config.export.')
+  check, export = FORMATS[settings.format]
+  out = pictures.out_of(run)
+  check()
+  trained = open_last(run)
+  path, figures = export(trained, settings, out, run.config.benchmark.num_repeats)
+  for name, value in figures.items():
+    log.say(f'{name} {value:,}' if isinstance(value, int) else f'{name} {value:.4g}')
+  log.say(f'wrote {path}')

@@ -1,0 +1,185 @@
+"""What of a trained stage goes into a file of another format: one function of arrays, from noise to images.
+
+It is what `--mode=sample` draws with, all networks in it: the stage's own and those that it reads, as the
+VAE's decoder. It takes what a sample starts from (`starts`) and draws nothing, so that a sampler which adds
+noise in its steps has none.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaediff.data import pixels, sources
+from vaediff.errors import UserError
+from vaediff.experiments import quantized
+from vaediff.experiments.base import NOISE, Experiment
+from vaediff.machine import straight
+from vaediff.run import draw
+from vaediff.run.draw import HostArrays
+from vaediff.run.trained import Trained
+from vaediff.types import Given, Read
+
+OUTPUTS = ('float32', 'uint8')
+"""Types of the images: in [-1, 1], or bytes."""
+MAX_CALLS = 64
+"""Most forward passes in a program in which each is written out."""
+DETERMINISTIC = "'ddim' with sample.eta = 0, 'dpmpp_2m' or 'heun', or one step of any"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+  """A stage as one function.
+
+  Attributes:
+    apply: (read, arrays by name) -> images [batch, height, width, channels] in [-1, 1], or bytes.
+    read: what the stage reads, on the host: constants of the file.
+    inputs: shape and type of each array, with the batch.
+    ranges: what the inputs are, in words.
+    output: 'float32' or 'uint8'.
+    about: what it was made of, and how it draws, in words and ids.
+  """
+
+  apply: Callable[[Read, Given], jax.Array]
+  read: Read
+  inputs: Mapping[str, jax.ShapeDtypeStruct]
+  ranges: Mapping[str, str]
+  output: str
+  about: Mapping[str, str]
+
+  def straight(self) -> Callable[..., jax.Array]:
+    """Returns a function of arrays, in the order of `inputs`, that has no loops and reads nothing else."""
+    flat, constants = straight.straight(self.apply, self.read, dict(self.inputs)), jax.tree.leaves(self.read)
+    return lambda *arrays: flat(*constants, *arrays)[0]
+
+
+def starts(trained: Trained, indices: np.ndarray) -> HostArrays:
+  """Returns what the stage's own samples with these indices start from: drawn, made by others, observed."""
+  found = trained.drawn(indices, trained.settings.seed)
+  found |= trained.fed(indices, found, trained.settings.seed)
+  data = trained.config.data
+  shape = (data.image_size, data.image_size, data.channels)
+  if missing := draw.observed_alone(trained.experiment, trained.read, shape) - found.keys():
+    batch = trained.eval_source.read(indices % len(trained.eval_source))
+    seen = trained.observe(batch[sources.IMAGE], batch[sources.LABEL])
+    found |= {name: seen[name] for name in missing}
+  return {name: np.asarray(found[name]) for name in sorted(found)}
+
+
+def of(trained: Trained, example: HostArrays, output: str) -> Exported:
+  """Returns a stage as one function.
+
+  Args:
+    trained: the stage.
+    example: what a batch of its samples starts from.
+    output: type of the images.
+
+  Raises:
+    UserError: for a stage that cannot be one.
+  """
+  check_program(trained, example)
+  experiment = trained.experiment
+  keys = abstract_keys(len(next(iter(example.values()))))
+  zeros = jax.tree.map(lambda key: jnp.zeros(key.shape, key.dtype), jax.eval_shape(raw, keys))
+
+  def apply(read: Read, given: Given) -> jax.Array:
+    keys = jax.tree.map(jax.random.wrap_key_data, zeros)
+    found = image(experiment, read, given, keys)
+    return pixels.to_bytes(found) if output == 'uint8' else found
+
+  inputs = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in example.items()}
+  return Exported(
+    apply=apply,
+    read=jax.device_get(trained.read),
+    inputs=inputs,
+    ranges=ranges(inputs),
+    output=output,
+    about=about(trained),
+  )
+
+
+def image(experiment: Experiment, read: Read, given: Given, keys: draw.SampleKeys) -> jax.Array:
+  """Returns the stage's own images, float32: the last of what it draws."""
+  drawn = experiment.sample(read, given, keys)  # a tree that jax returns has its names sorted
+  return drawn[list(drawn)[-1]].astype(jnp.float32)
+
+
+def abstract_keys(count: int) -> draw.SampleKeys:
+  """Returns the shapes of the keys of so many samples."""
+  return jax.eval_shape(lambda: draw.image_keys(0, jnp.arange(count)))
+
+
+def raw(keys: draw.SampleKeys) -> draw.SampleKeys:
+  """Returns the numbers of keys."""
+  return jax.tree.map(jax.random.key_data, keys)
+
+
+def check(trained: Trained) -> None:
+  """Raises UserError where a stage is of a kind that cannot be exported; nothing is drawn for that."""
+  experiment, stage = trained.experiment, trained.stage
+  if trained.config[stage].experiment == quantized.SECTION:
+    source = trained.config[stage][quantized.SECTION].stage
+    raise UserError(
+      f'stage {stage!r} is one of whole numbers, for the programs of this package; other formats have their '
+      f"own: export {source!r} with config.export.weights = 'int8'"
+    )
+  if not experiment.draws_images:
+    raise UserError(f'stage {stage!r} draws no images, so that there is no sampler to export')
+  if experiment.num_function_evaluations > MAX_CALLS:
+    raise UserError(
+      f'stage {stage!r} draws with {experiment.num_function_evaluations} forward passes, each of which '
+      f'would be written out; at most {MAX_CALLS} can be: lower config.{stage}.sample.num_steps (with '
+      f'sample.sampler {DETERMINISTIC}), or export a student'
+    )
+
+
+def check_program(trained: Trained, example: HostArrays) -> None:
+  """Raises UserError where a stage's sampler is no function of floats of what its samples start from.
+
+  Args:
+    trained: the stage.
+    example: what a batch of its samples starts from.
+  """
+  experiment, stage = trained.experiment, trained.stage
+  keys = abstract_keys(len(next(iter(example.values()))))
+  drawer = functools.partial(image, experiment, trained.read)
+  if straight.reads(drawer, example, keys)[1]:
+    sampler = trained.settings.sampler if 'sampler' in trained.settings else trained.config[stage].experiment
+    raise UserError(
+      f'stage {stage!r} draws with {sampler!r}, which adds noise in its steps: an exported graph draws none. '
+      f'Where the stage has a sampler, set config.{stage}.sample.sampler to {DETERMINISTIC}'
+    )
+  if 'bfloat16' in straight.types(drawer, example, keys):
+    raise UserError(
+      f'stage {stage!r}, or a stage that it reads, computes in bfloat16; float32 can be exported: '
+      f'--config.{stage}.model.dtype=float32 (its parameters are float32 in any case)'
+    )
+
+
+def ranges(inputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
+  """Returns what the numbers of each input are."""
+  shown = {}
+  for name, struct in inputs.items():
+    if name == NOISE:
+      shown[name] = 'drawn from N(0, I)'
+    elif jnp.issubdtype(struct.dtype, jnp.integer):
+      shown[name] = 'whole numbers'
+    else:
+      shown[name] = 'an image in [-1, 1]' if len(struct.shape) == 4 else 'numbers; see the prior of the stage'
+  return shown
+
+
+def about(trained: Trained) -> dict[str, str]:
+  """Returns stage, experiment, sampler and the ids of all that it was made of."""
+  settings = trained.settings
+  shown = ('sampler', 'num_steps', 'grid', 'clip', 'guidance_weight')
+  return {
+    'stage': trained.stage,
+    'experiment': trained.config[trained.stage].experiment,
+    'data': trained.config.data.name or trained.config.data.source,
+    'sampling': ', '.join(f'{name} {settings[name]}' for name in shown if name in settings),
+    **{f'id of {what}': value for what, value in trained.made_of.items()},
+  }
