@@ -10,7 +10,11 @@ column `caption` says what they show (docs/words.md). Any size; the shorter side
 parameters, and a text tower of its width and depth, trained with it. `stable_diffusion`: the network of
 Stable Diffusion 1, 859,520,964 parameters, in 64x64x4 of images of 512 pixels, with a tower of the width and
 depth of the one that was frozen there, trained here. Betas are those of latent diffusion's smaller networks,
-to 0.0195; these two had 0.00085 .. 0.012. `clip_vit_b32`: CLIP of the published sizes, 151,277,313 parameters. Without a variant it is DiffuseVAE with the settings of CelebA-HQ.
+to 0.0195; these two had 0.00085 .. 0.012. Without a variant it is
+DiffuseVAE with the settings of CelebA-HQ.
+
+`clip`: CLIP of the size of ViT-B/32 on these images. `clip_vit_b32`: the published one, 151,277,313
+parameters, on images of 224 pixels.
 
 Hardware, hours and figures: not yet measured.
 """

@@ -75,7 +75,7 @@ class Clip(base.Experiment):
 
   draws_images = False
   measures = (EMBEDDING,)
-  metrics = {'loss': False, 'recall_1': True, 'chance': False, 'scale': True}
+  metrics = {'loss': False, 'recall_1': True, 'floor': False, 'chance': False, 'scale': True}
   bounds = BOUNDS
 
   @classmethod
@@ -118,7 +118,7 @@ class Clip(base.Experiment):
   def train_step(
     self, state: base.TrainState, frozen: Read, batch: Batch, key: jax.Array, kind: str = ''
   ) -> tuple[base.TrainState, Metrics]:
-    """Returns the state after one update, ls clamped, and loss, recall at 1 in the batch, and the scale."""
+    """Returns the state after one update, ls clamped, and what `values` does, over the batch."""
     del frozen, kind
     batch = pixels.prepare(batch, key if self.flip else None)
     real = jnp.ones(len(batch['image']), bool)
@@ -136,7 +136,7 @@ class Clip(base.Experiment):
     return state.replace(networks={NETWORK: network}), {**metrics, **norms}
 
   def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
-    """Returns loss, recall at 1 and the scale in a batch, and `chance`: the loss of equal vectors, ln B."""
+    """Returns what `values` does, over a batch, and `chance`: the loss of equal vectors, ln B."""
     del key
     real = batch['mask'] > 0
     values = self.values(read[NETWORK], pixels.to_unit_range(batch['image']), batch[TOKENS], real)
@@ -144,12 +144,13 @@ class Clip(base.Experiment):
     return {**found, 'chance': jnp.log(jnp.sum(batch['mask']))}
 
   def values(self, params: Params, image: Image, tokens: jax.Array, real: jax.Array) -> Metrics:
-    """Returns loss, recall at 1, and the scale, of each image, in [-1, 1], among all that are real."""
+    """Returns loss, its floor, recall at 1, and the scale, of each image, in [-1, 1], among the real ones."""
     seen = self.clip.apply(params, image, tokens)
     logits, right = logits_of(seen), contrastive.same_captions(tokens)
     return {
       'loss': contrastive.BY_NAME[self.loss](logits, right, real),
       'recall_1': contrastive.first_is_right(logits, right, real),
+      'floor': contrastive.floor(right, real),
       'scale': jnp.broadcast_to(seen.scale, real.shape),
     }
 

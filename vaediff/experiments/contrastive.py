@@ -1,8 +1,10 @@
 """Losses of images and texts that belong together, over all pairs of a batch.
 
 The batch is the global one: of sharded arrays under `jit` the matrix of logits is that of all devices' rows.
-Two images of equal captions are both right for either text: with the pair alone as the target no network
-could get below the logarithm of how many there are.
+Two images of equal captions are both right for either text. To SigLIP's loss the pair alone as the target
+would say of equal texts that one is right and the other wrong. The cross-entropies are the same with either
+target, for equal texts have equal logits: none can get below the logarithm of how many they are, on average,
+which is `floor`.
 """
 
 import jax
@@ -56,6 +58,11 @@ def sigmoid(logits: Logits, right: Pairs, real: Mask) -> Float[Array, ' batch']:
 
 
 BY_NAME = {SOFTMAX: symmetric, SIGMOID: sigmoid}
+
+
+def floor(right: Pairs, real: Mask) -> Float[Array, ' batch']:
+  """Returns the least that `symmetric` can be for each row, in nats: ln of how many captions are equal."""
+  return jnp.log(jnp.maximum(jnp.sum(right & real[None], axis=1), 1).astype(jnp.float32))
 
 
 def first_is_right(logits: Logits, right: Pairs, real: Mask) -> Float[Array, ' batch']:

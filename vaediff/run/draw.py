@@ -101,8 +101,8 @@ def make_draw(
 ) -> Callable[..., HostArrays]:
   """Returns draw(read, indices, given={}, seed=seed, *, handed=False, candidate=None) -> images by name.
 
-  They are uint8, on the host. With `handed` what the stage hands to others is there too, before its images. With a
-  `candidate` they are the images of that number for each index, which differ from those without.
+  They are uint8, on the host. With `handed` what the stage hands to others is there too, before its images.
+  With a `candidate` they are the images of that number for each index, which differ from those without.
 
   Where what a sample starts from comes from: what is `given`, with one row per index, by the caller or by the
   stages that feed this one (`run.trained`); else what the stage draws; else what it observes of the images of

@@ -1,4 +1,4 @@
-"""How well captions fit images by a CLIP stage that was trained here, `clip_own`; the best of several samples.
+"""How well captions fit images by a CLIP stage of our own, `clip_own`; the best of several samples.
 
 `clip_own` is the cosine of two vectors of that stage. It is no CLIP score: that is of published weights.
 """
