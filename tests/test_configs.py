@@ -97,7 +97,7 @@ def test_config_files_import_one_way_and_nothing_of_the_program():
   order = [
     ['configs.presets', 'configs.parts', 'configs.run'],
     ['configs.stages.prior'],
-    ['configs.stages.diffusion', 'configs.stages.vae', 'configs.stages.autoencoder'],
+    ['configs.stages.diffusion', 'configs.stages.vae', 'configs.stages.autoencoder', 'configs.stages.text'],
     stages,
     ['configs.stages'],
     ['configs.base', 'configs.gan_small', 'configs.gan_papers'],

@@ -102,6 +102,13 @@ def test_the_sample_that_fits_its_caption_best_is_kept(run):
   found = retrieval.figures(clip)
   assert found['recall_5'].value >= found['recall_1'].value > 0
   assert not clip.draws_alone
+  (path,) = (plain.workdir / 'clip').glob('embedding-*.npz')
+  vectors = scoring.Scorer(clip).images(
+    clip.images('train').read(np.arange(len(clip.images('train'))))['image']
+  )
+  stored = np.load(path)
+  np.testing.assert_allclose(stored['mean'], vectors.mean(axis=0), atol=1e-5)
+  np.testing.assert_allclose(stored['std'], vectors.std(axis=0), atol=1e-5)
 
 
 @pytest.mark.slow

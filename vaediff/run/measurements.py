@@ -99,21 +99,21 @@ def ensure(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, st
 
 def latents(of: Of) -> Arrays:
   """Returns `STATISTICS` of an autoencoder's latents, as a later stage draws them."""
-  return _statistics(of, LATENTS, 'latents')
+  return _statistics(of, LATENTS)
 
 
 def embeddings(of: Of) -> Arrays:
   """Returns `STATISTICS` of a CLIP stage's vectors of images, of unit length."""
-  return _statistics(of, EMBEDDING, 'vectors')
+  return _statistics(of, EMBEDDING)
 
 
-def _statistics(of: Of, name: str, what: str) -> Arrays:
-  """Returns `STATISTICS` of what a stage observes, by its name; `what` is for the log."""
+def _statistics(of: Of, name: str) -> Arrays:
+  """Returns `STATISTICS` of what a stage observes, by its name."""
 
   def make() -> Arrays:
     experiment, read = opened(of)
     source = same_run.open_images(of.config, 'train', of.checkpoints)
-    log.say(f'{of.stage}: measuring the {what} of {len(source)} training images')
+    log.say(f'{of.stage}: measuring the {name} of {len(source)} training images')
     size = of.config[of.stage].sample.batch_size
     found = moments_of_latents(experiment, read, source, size, of.mesh, of.config.seed, name)
     for key in STATISTICS:
