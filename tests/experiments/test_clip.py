@@ -14,7 +14,7 @@ from vaediff import experiments
 from vaediff.data import words
 from vaediff.errors import UserError
 from vaediff.experiments import clip
-from vaediff.machine import sharding
+from vaediff.machine import cost, sharding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 BATCH = 16
@@ -86,6 +86,12 @@ def test_the_scale_of_each_loss_at_step_0():
   for kind, (scale, bias) in {'softmax': (1 / 0.07, None), 'sigmoid': (10.0, -10.0)}.items():
     module = build(**{'clip.loss.kind': kind}).clip.module
     assert (module.scale, module.bias) == (scale, bias)
+
+
+def test_the_preset_is_the_published_network():
+  config = importlib.import_module('configs.captions256').get_config('clip_vit_b32')
+  params = jax.eval_shape(experiments.build(config, 'clip').clip.init, jax.random.key(0))
+  assert cost.num_parameters(params) == 151_277_313 and config.stages == ('clip',)
 
 
 def test_what_is_refused():
