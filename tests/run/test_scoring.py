@@ -50,12 +50,11 @@ def test_the_key_of_a_candidate_is_folded_into_that_of_its_image():
   assert (jax.random.key_data(found.noise) != jax.random.key_data(draw.image_keys(7, rows).noise)).any()
 
 
-@pytest.fixture(scope='module')
-def run(once):
-  """A run with a CLIP stage and a diffusion that reads captions, two updates of each."""
+def trained(once, variant, stages):
+  """Returns the config and the folder of a run, two updates of each stage, one of them CLIP."""
 
   def config_of(folder):
-    config = importlib.import_module('configs.shapes16').get_config('text,clip,debug')
+    config = importlib.import_module('configs.shapes16').get_config(variant)
     config.data.data_dir = str(folder / 'data')
     for stage in config.stages:
       config[stage].train.update({'num_steps': 2, 'grid_every_steps': 0})
@@ -65,12 +64,19 @@ def run(once):
     with pytest.MonkeyPatch.context() as patch:
       make_mesh = sharding.make_mesh
       patch.setattr(sharding, 'make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))
+      patch.setattr(train, 'first_images', lambda *run: {})
       config = config_of(folder)
-      assert config.stages == ('clip', 'refiner') and config.evaluate.clip.stage == 'clip'
+      assert config.stages == stages and config.evaluate.clip.stage == 'clip'
       train.run_stages(config, folder / 'run', config.stages)
 
-  folder = once('scoring', make)
+  folder = once(f'scoring-{variant}', make)
   return config_of(folder), folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def run(once):
+  """A diffusion that reads captions, after CLIP."""
+  return trained(once, 'text,clip,debug', ('clip', 'refiner'))
 
 
 def opened(run, **changes):
@@ -109,6 +115,22 @@ def test_the_sample_that_fits_its_caption_best_is_kept(run):
   stored = np.load(path)
   np.testing.assert_allclose(stored['mean'], vectors.mean(axis=0), atol=1e-5)
   np.testing.assert_allclose(stored['std'], vectors.std(axis=0), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_candidates_of_codes_are_those_of_the_prior_too(once):
+  run = trained(once, 'divae,prior,text,clip,debug', ('clip', 'vqvae', 'prior', 'refiner'))
+  plain = opened(run)
+  ranked = opened(run, **{'refiner.sample.rerank.stage': 'clip', 'refiner.sample.rerank.candidates': 2})
+  indices, name = np.arange(3), 'codes'
+  ids = [plain.fed(indices, {}, 0, candidate) for candidate in (None, 0, 1)]
+  assert all((one[name] != other[name]).any() for one, other in zip(ids, [*ids[1:], ids[0]], strict=True))
+  scorer = ranked.scorer(ranked.settings.rerank, 'field')
+  texts = scorer.texts(scoring.tokens_of(ranked, indices, {}))
+  drawn = [plain.draw(indices, candidate=k)['x0'] for k in range(2)]
+  scores = np.stack([scorer.cosines(image, texts) for image in drawn])
+  wanted = np.stack(drawn)[scores.argmax(axis=0), indices]
+  np.testing.assert_array_equal(ranked.draw(indices)['x0'], wanted)
 
 
 @pytest.mark.slow
