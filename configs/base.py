@@ -194,6 +194,10 @@ def evaluate() -> ConfigDict:
       'num_memorisation': 1000,  # samples whose nearest training image is looked for; 0 = none
       'num_bound': 256,  # images of the evaluation split for the variational bound; 0 = none
       'num_captions': 500,  # samples of captions, of the data set shapes, whose images can be read; 0 = none
+      'clip': {  # the CLIP stage by which samples are compared with their captions: clip_own
+        'stage': '',  # its stage; '' = none
+        'workdir': '',  # ... of this other run; '' = this run
+      },
       'num_bound_times': 20,  # times drawn per image for the bound's sum over diffusion steps
       'decoders': {  # of stages that read codes: the same ones drawn again by every decoder of the run
         'samplers': (('ddpm', 1000), ('ddim', 25), ('dpmpp_2m', 10)),  # and their steps, of the first teacher

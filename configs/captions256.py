@@ -10,13 +10,17 @@ column `caption` says what they show (docs/words.md). Any size; the shorter side
 parameters, and a text tower of its width and depth, trained with it. `stable_diffusion`: the network of
 Stable Diffusion 1, 859,520,964 parameters, in 64x64x4 of images of 512 pixels, with a tower of the width and
 depth of the one that was frozen there, trained here. Betas are those of latent diffusion's smaller networks,
-to 0.0195; these two had 0.00085 .. 0.012. Without a variant it is DiffuseVAE with the settings of CelebA-HQ.
+to 0.0195; these two had 0.00085 .. 0.012. Without a variant it is
+DiffuseVAE with the settings of CelebA-HQ.
+
+`clip`: CLIP of the size of ViT-B/32 on these images. `clip_vit_b32`: the published one, 151,277,313
+parameters, on images of 224 pixels.
 
 Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_papers, parts, presets
-from configs.stages import diffusion, text
+from configs.stages import clip, diffusion, text
 
 DATA = {
   'source': 'image_folder',
@@ -72,8 +76,25 @@ def _stable_diffusion(run):
   _published(run, 'stable_diffusion')
 
 
+def _clip(run):
+  """ViT-B/32, by the tokenizer of the diffusions; alone on images of its size, with one on those of that."""
+  clip.clip(run, **SUBWORDS)
+
+
+def _vit_b32(run):
+  """CLIP of the published sizes: 151,277,313 parameters, on images of 224 pixels."""
+  run.config.data.image_size = 224
+  clip.clip(run, kind='subword', vocab_size=49_408, length=77)
+
+
 SIZES = {'vae': _vae, 'refiner': _refiner}
-OWN = {'text': _text, 'ldm_txt2img': _txt2img, 'stable_diffusion': _stable_diffusion}
+OWN = {
+  'text': _text,
+  'ldm_txt2img': _txt2img,
+  'stable_diffusion': _stable_diffusion,
+  'clip': _clip,
+  'clip_vit_b32': _vit_b32,
+}
 
 
 def get_config(variant: str = ''):

@@ -15,7 +15,7 @@ Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import diffusion, prior, text
+from configs.stages import clip, diffusion, prior, text
 
 DATA = {
   'name': 'noto_emoji',
@@ -98,6 +98,11 @@ def _text(run):
     diffusion.unconditional(run)
 
 
+def _clip(run):
+  """As the shared one, by the same tokenizer."""
+  clip.clip(run, kind='subword', vocab_size=1024, length=32)
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -105,6 +110,7 @@ SIZES = {
   'ddgan': _ddgan,
   'vqvae': _vqvae,
   'prior': _prior,
+  'clip': clip.small,
   'vqgan': _vqgan,
   'vqvae2': _vqvae2,
   'dvae': _dvae,
@@ -112,5 +118,5 @@ SIZES = {
 
 
 def get_config(variant: str = ''):
-  own = {'latent': gan_small.latent, 'free': gan_small.free, 'text': _text}
+  own = {'latent': gan_small.latent, 'free': gan_small.free, 'text': _text, 'clip': _clip}
   return base.make('emoji64', DATA, SIZES, variant, own=own)

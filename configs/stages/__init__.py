@@ -5,6 +5,7 @@ from configs.stages import (
   autoencoder,
   cascade,
   classifier,
+  clip,
   consistency,
   ddgan,
   diffusion,
@@ -39,6 +40,7 @@ BY_NAME = {
   'prior': prior,
   'vqgan': vqgan,
   'dvae': dvae,
+  'clip': clip,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

@@ -82,6 +82,11 @@ def section() -> ConfigDict:
     guidance_weight=0.0,  # classifier-free guidance, all conditions dropped; 0 = conditional network only
     guidance=(),  # ((condition, weight), ...): each one more term, that condition alone dropped
     captions=(),  # to draw, in turn; () = those of the evaluation split; with the condition `text`
+    rerank={  # of several samples of each image the one that fits its caption best is kept
+      'stage': '',  # the CLIP stage that says so; '' = one sample
+      'workdir': '',  # ... of this other run; '' = this run
+      'candidates': 16,  # samples of each image
+    },
     labels=(),  # classes to draw, in turn: numbers or names, as 3,7; () = all; with the condition `label`
     guidance_interval=(),  # (low, high): guided where low < sigma / alpha <= high; () = everywhere
     guide={  # a weaker network of the same inputs, for the term ('guide', weight) of `guidance`

@@ -47,6 +47,11 @@ def section() -> ConfigDict:
     top_k=0,  # only so many of the most probable ids; 0 = all
     top_p=1.0,  # only the most probable ids that together have this probability
     captions=(),  # to draw, in turn; () = those of the evaluation split; with the condition `text`
+    rerank={  # of several samples of each image the one that fits its caption best is kept
+      'stage': '',  # the CLIP stage that says so; '' = one sample
+      'workdir': '',  # ... of this other run; '' = this run
+      'candidates': 16,  # samples of each image
+    },
     labels=(),  # classes to draw, in turn: numbers or names, as 3,7; () = all; with the condition `label`
   )
   return config

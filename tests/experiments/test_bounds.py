@@ -91,6 +91,7 @@ def test_every_number_of_every_section_has_a_bound():
   tables = {**tables, 'distill': {**tables['distill_2'], **progressive.TEMPLATE_BOUNDS}}
   tables |= dict.fromkeys(known.cascade.STAGES, tables['sr_8'])
   tables |= dict.fromkeys(('vqvae', 'vqgan', 'dvae'), tables['autoencoder'])
+  tables['clip'] = experiments.BY_NAME['clip'].bounds
   for stage, module in known.BY_NAME.items():
     missing = set(bounds.numeric_fields(module.section())) - set(tables[stage]) - ELSEWHERE
     assert not missing, f'{stage}: {missing}'

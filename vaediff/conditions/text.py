@@ -40,12 +40,13 @@ BOUNDS = {
   'conditions.text.num_layers': checks.between(1, 64),
   'conditions.text.num_heads': checks.between(1, 64),
 }
-OF_CAPTIONS = {
-  'conditions.text.dropout': checks.below_one(),
+OF_TOKENIZERS = {
   'text.kind': checks.one_of(words.KINDS),
   'text.vocab_size': checks.between(words.EOS + 2, 2**22),
   'text.length': checks.between(LEAST, MOST),
 }
+"""Of every stage that reads captions."""
+OF_CAPTIONS = {'conditions.text.dropout': checks.below_one(), **OF_TOKENIZERS}
 SAMPLE_BOUNDS = {
   'sample.captions': checks.Bound(
     lambda value: isinstance(value, tuple | list) and all(isinstance(one, str) for one in value),
@@ -53,7 +54,8 @@ SAMPLE_BOUNDS = {
       f"{field} must be captions, as ('a red ring', 'a blue cross'), or () = those of the evaluation split; "
       f'got {value!r}'
     ),
-  )
+  ),
+  'sample.rerank.candidates': checks.between(2, MOST),
 }
 """Of every stage that can be given captions, whether it reads them or not."""
 
@@ -217,7 +219,10 @@ def for_student(named: Mapping[str, Any], teacher: str, workdir: str) -> dict[st
 
 
 def check_unread(config: ConfigDict, stage: str) -> None:
-  """Raises UserError where captions are asked of a stage that reads none."""
+  """Raises UserError where captions are asked of a stage that reads none, or no CLIP stage is to rank."""
+  ranks = config[stage].sample.rerank
+  if ranks.stage and not ranks.workdir:
+    reads.need_stage(config, ranks.stage, 'clip', 'sample.rerank.stage', 'CLIP stage')
   captions = config[stage].sample.captions
   if captions and TEXT not in config[stage].conditions:
     raise UserError(

@@ -19,6 +19,7 @@ from vaediff.evaluation import (
   networks,
   plots,
   report,
+  retrieval,
   shuffled_codes,
 )
 from vaediff.evaluation.measures import Figure
@@ -58,6 +59,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
     **likelihoods.figures(trained),
     **shuffled_codes.figures(trained),
     **codebooks.figures(trained),
+    **retrieval.figures(trained),
   }
   result = {
     **header(trained),

@@ -21,7 +21,7 @@ from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Features as Network
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.references import Reference, reference
-from vaediff.run import draw, log
+from vaediff.run import draw, log, scoring
 from vaediff.run.trained import Trained
 
 FOLDER = 'evaluation'
@@ -152,7 +152,7 @@ def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.
         'N': count,
         'seeds': settings.num_seeds,
         'sampler': trained.settings.sampler if 'sampler' in trained.settings and not shown_before else '',
-        'NFE': 0 if shown_before else trained.experiment.num_function_evaluations,
+        'NFE': 0 if shown_before else function_evaluations(trained),
         'seconds per image': Figure(missing='drawn together with the refined samples')
         if shown_before
         else over(by_seed, name),
@@ -165,6 +165,11 @@ def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.
   if by_seed:
     add_memorisation(trained, rows, {name: sets.first for name, sets in by_seed[0].items()}, keep, folder)
   return rows
+
+
+def function_evaluations(trained: Trained) -> int:
+  """Returns the forward passes of the denoiser for an image that is kept, those of its candidates too."""
+  return trained.experiment.num_function_evaluations * scoring.candidates_of(trained.settings)
 
 
 def class_accuracy(

@@ -8,6 +8,7 @@ from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.base import Experiment
 from vaediff.experiments.classifier import Classifier
+from vaediff.experiments.clip import Clip
 from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
@@ -35,6 +36,7 @@ BY_NAME: dict[str, type[Experiment] | type[quantized.FromConfig]] = {
   'classifier': Classifier,
   'noisy_classifier': NoisyClassifier,
   'token_prior': TokenPrior,
+  'clip': Clip,
   quantized.SECTION: quantized.FromConfig,
 }
 

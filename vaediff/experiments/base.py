@@ -132,18 +132,14 @@ class Experiment(abc.ABC):
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
-  reads_codes = False
-  num_groups = 0
+  reads_codes = reconstructs = can_be_guided = False
+  num_groups = num_function_evaluations = 0
   classes: tuple[int, ...] = ()
-  reconstructs = False
   diffusion: Any = None
-  num_function_evaluations = 0
   makers: tuple[reads.Sampled, ...] = ()
   image_factor = 1
   max_level = 0.0
-  can_be_guided = False
-  likelihood = ''
-  no_likelihood = ''
+  likelihood = no_likelihood = ''
   measures: tuple[str, ...] = ()
   metrics: Mapping[str, bool] = {'loss': False}
   notes: tuple[str, ...] = ()
@@ -186,6 +182,11 @@ class Experiment(abc.ABC):
   @abc.abstractmethod
   def eval_step(self, read: Read, batch: Batch, key: jax.Array) -> Metrics:
     """Returns scalars averaged over the examples with `batch['mask'] == 1`."""
+
+  def warnings(self, metrics: Mapping[str, float]) -> tuple[str, ...]:
+    """Returns what the metrics of a validation say is wrong, a line each."""
+    del metrics
+    return ()
 
   def counts(self, read: Read, batch: Batch) -> dict[str, jax.Array]:
     """Returns how often each code of a codebook occurs in the images with mask 1, by codebook; float."""
@@ -343,11 +344,8 @@ def apply_gradients(network: Network, grads: Params, optimizer: Optimizer, step:
   """Returns the network after one optimizer update and one update of its average."""
   updates, opt_state = optimizer.transform.update(grads, network.opt_state, network.params)
   params = jax.tree.map(lambda p, u: p + u, network.params, updates)
-  return Network(
-    params=params,
-    opt_state=opt_state,
-    ema_params=optimizer.update_ema(network.ema_params, params, step),
-  )
+  ema_params = optimizer.update_ema(network.ema_params, params, step)
+  return Network(params=params, opt_state=opt_state, ema_params=ema_params)
 
 
 def gradients(

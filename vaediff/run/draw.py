@@ -25,20 +25,26 @@ LAST = 2**32 - 1
 """Numbers below it, less than 2^31 of them, are indices of images; from it down they are depths."""
 
 
-def image_keys(seed: int | jax.Array, indices: jax.Array, depth: int = 0) -> SampleKeys:
+def image_keys(
+  seed: int | jax.Array, indices: jax.Array, depth: int = 0, candidate: int | jax.Array | None = None
+) -> SampleKeys:
   """Returns the keys of each image, those of a stage that is sampled after `depth` others.
 
   The depth is folded into the key of the seed, before the index: the key of an image is split, and a number
-  folded into it would repeat one of the parts.
+  folded into it would repeat one of the parts. That of an image of which several candidates are drawn is
+  never split: the number of the candidate is folded into it, and what that gives is split.
   """
   root = jax.random.key(seed)
   if depth:
     root = jax.random.fold_in(root, LAST - depth)
-  return sampling_keys(jax.vmap(lambda i: jax.random.fold_in(root, i))(indices))
+  keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(indices)
+  if candidate is not None:
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, candidate))(keys)
+  return sampling_keys(keys)
 
 
 def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
-  """Returns (read, indices, given, seed) -> (images by name, finite): what draws, here and on other machines.
+  """Returns (read, indices, given, seed, candidate=None) -> (images by name, finite): what draws, anywhere.
 
   The images are bytes; `finite` [n] says of which every one was finite before it was made bytes of. What is
   handed to other stages is among them, as it is. What is not given is drawn.
@@ -48,9 +54,9 @@ def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array],
     return value if name in experiment.handed else pixels.to_bytes(value)
 
   def run(
-    read: Read, indices: jax.Array, given: Given, seed: jax.Array
+    read: Read, indices: jax.Array, given: Given, seed: jax.Array, candidate: jax.Array | None = None
   ) -> tuple[dict[str, jax.Array], jax.Array]:
-    keys = image_keys(seed, indices, experiment.depth)
+    keys = image_keys(seed, indices, experiment.depth, candidate)
     drawn = experiment.sample(read, {**experiment.draw(read, keys, indices), **given}, keys)
     finite = jnp.ones(len(indices), bool)
     for image in drawn.values():
@@ -93,9 +99,10 @@ def make_draw(
   source: Callable[[], sources.Source],
   about: str = '',
 ) -> Callable[..., HostArrays]:
-  """Returns draw(read, indices, given={}, seed=seed, *, handed=False) -> uint8 images on the host, by name.
+  """Returns draw(read, indices, given={}, seed=seed, *, handed=False, candidate=None) -> images by name.
 
-  With `handed` what the stage hands to others is there too, before its images.
+  They are uint8, on the host. With `handed` what the stage hands to others is there too, before its images.
+  With a `candidate` they are the images of that number for each index, which differ from those without.
 
   Where what a sample starts from comes from: what is `given`, with one row per index, by the caller or by the
   stages that feed this one (`run.trained`); else what the stage draws; else what it observes of the images of
@@ -122,6 +129,7 @@ def make_draw(
     seed: int = seed,
     *,
     handed: bool = False,
+    candidate: int | None = None,
   ) -> HostArrays:
     nonlocal needed
     if needed is None:
@@ -138,8 +146,9 @@ def make_draw(
     rows = np.minimum(np.arange(padded), count - 1)
     given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in given.items()}
     chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
-    number = jax.device_put(np.int32(seed), sharding.replicated(mesh))
-    result, finite = jax.device_get(compiled(read, chosen, given, number))
+    numbers = [np.int32(number) for number in (seed, candidate) if number is not None]
+    numbers = jax.device_put(numbers, sharding.replicated(mesh))
+    result, finite = jax.device_get(compiled(read, chosen, given, *numbers))
     distributed.beat('a batch of images')
     check_finite(finite[:count], indices, seed, about)
     # jit sorts the names; what an image was made from comes before it

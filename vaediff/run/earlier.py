@@ -89,6 +89,9 @@ GUIDES = {
 }
 """How a diffusion is sampled without an interval and without other networks."""
 
+RERANK = {'stage': '', 'workdir': '', 'candidates': 16}
+"""How samples are ranked by a CLIP stage, which none was."""
+
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a run of any version with this version's keys, changed in place."""
@@ -104,6 +107,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     config['evaluate']['sweep'].setdefault('aug_levels', ())
     config['evaluate'].setdefault('decoders', DECODERS)
     config['evaluate'].setdefault('num_captions', 500)
+    config['evaluate'].setdefault('clip', {'stage': '', 'workdir': ''})
   config['data'].setdefault('check_fingerprint', True)
   config['data'].setdefault('caption_feature', '')
   for section in filter(_is_stage, config.values()):
@@ -113,6 +117,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['sample'] = {**GUIDES, **section['sample']}
     if 'sample' in section and 'labels' in section['sample']:
       section['sample'].setdefault('captions', ())
+      section['sample'].setdefault('rerank', dict(RERANK))
   config.setdefault('checkpoints', {'check_arrays': True})
   config.setdefault('quantize', {})
   config.setdefault('export', {})

@@ -73,4 +73,6 @@ def _stored(config: ConfigDict, stage: str, field: str, folder: pathlib.Path) ->
 def _alone(sample: Mapping[str, Any]) -> dict[str, Any]:
   """Returns how a stage is sampled with nothing that guides it: a guide is not guided."""
   named = {name: {**sample[name], 'stage': '', 'workdir': ''} for name in guides.FIELDS if name in sample}
+  if 'rerank' in sample:
+    named['rerank'] = {**sample['rerank'], 'stage': '', 'workdir': ''}
   return {**sample, **named, **({'guidance': ()} if 'guidance' in sample else {})}

@@ -23,6 +23,7 @@ from vaediff.conditions import pca, prior
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
+from vaediff.experiments.clip import EMBEDDING
 from vaediff.machine import distributed, sharding
 from vaediff.models import codebook
 from vaediff.run import checkpoint, draw, log, same_run
@@ -98,19 +99,29 @@ def ensure(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, st
 
 def latents(of: Of) -> Arrays:
   """Returns `STATISTICS` of an autoencoder's latents, as a later stage draws them."""
+  return _statistics(of, LATENTS)
+
+
+def embeddings(of: Of) -> Arrays:
+  """Returns `STATISTICS` of a CLIP stage's vectors of images, of unit length."""
+  return _statistics(of, EMBEDDING)
+
+
+def _statistics(of: Of, name: str) -> Arrays:
+  """Returns `STATISTICS` of what a stage observes, by its name."""
 
   def make() -> Arrays:
     experiment, read = opened(of)
     source = same_run.open_images(of.config, 'train', of.checkpoints)
-    log.say(f'{of.stage}: measuring the latents of {len(source)} training images')
+    log.say(f'{of.stage}: measuring the {name} of {len(source)} training images')
     size = of.config[of.stage].sample.batch_size
-    found = moments_of_latents(experiment, read, source, size, of.mesh, of.config.seed)
-    for name in STATISTICS:
-      log.say(f'  {name} per channel: {" ".join(f"{value:.4g}" for value in found[name][:16])}')
+    found = moments_of_latents(experiment, read, source, size, of.mesh, of.config.seed, name)
+    for key in STATISTICS:
+      log.say(f'  {key} per channel: {" ".join(f"{value:.4g}" for value in found[key][:16])}')
     return found
 
-  stored = stored_or_made(of, LATENTS, {}, STATISTICS, make)
-  return {name: stored[name] for name in STATISTICS}
+  stored = stored_or_made(of, name, {}, STATISTICS, make)
+  return {key: stored[key] for key in STATISTICS}
 
 
 def fitted_prior(of: Of) -> Arrays:
@@ -201,6 +212,7 @@ def code_frequencies(of: Of) -> Arrays:
 BY_NAME: dict[str, Callable[[Of], Arrays]] = {
   tokenizers.FREQUENCIES: code_frequencies,
   LATENTS: latents,
+  EMBEDDING: embeddings,
   pca.PCA: principal_directions,
   prior.PRIOR: fitted_prior,
   prior.OF_CLASSES: prior_of_classes,
@@ -333,14 +345,16 @@ def moments_of_latents(
   batch_size: int,
   mesh: Mesh,
   seed: int,
+  name: str = LATENTS,
 ) -> Arrays:
-  """Returns the statistics over all images of a source; sums in float64 on the host."""
+  """Returns the statistics over all images of a source, of what is observed; sums in float64 on the host."""
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   @jax.jit
   def moments(read, image, rows, key, first, count):
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    z = experiment.observe(read, {}, pixels.to_unit_range(image), keys)[LATENTS]
+    z = experiment.observe(read, {}, pixels.to_unit_range(image), keys)[name]
+    z = z.reshape(len(z), 1, -1, z.shape[-1])  # of maps, or of vectors
     real = (jnp.arange(z.shape[0]) < count)[:, None, None, None]
     shifted = jnp.where(real, z - first, 0.0)
     return {

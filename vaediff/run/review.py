@@ -52,8 +52,11 @@ class Reviewer:
       if self._was_logged(step, 'val/'):
         self._last.update({name: x for name, x in self._board.logged.items() if name.startswith('val/')})
       else:
-        values = {f'val/{name}': value for name, value in self._evaluate(state).items()}
+        found = self._evaluate(state)
+        values = {f'val/{name}': value for name, value in found.items()}
         self._board.scalars(step, values)
+        for line in self._evaluate.warnings(found):
+          log.say(f'step {step}: {line}')
         self._last.update(values)
     if self._compares(step):  # again after a resume: the save may not have been finished
       value = self._measured(step, state)
@@ -112,10 +115,10 @@ UNSAID = (('guidance_interval', ()), ('captions', ()))
 def _of_samples(config: Any, stage: str) -> str:
   """Returns the digest of how a stage is sampled while it trains.
 
-  How many images, and where they go, does not count, nor do networks that guide once it is trained; nor does
-  what an earlier version did not say, where there is none: an interval, captions.
+  How many images, and where they go, does not count, nor do networks that guide or rank once it is trained;
+  nor does what an earlier version did not say, where there is none: an interval, captions.
   """
-  without = ('checkpoint', 'num_images', 'guide', 'classifier')
+  without = ('checkpoint', 'num_images', 'guide', 'classifier', 'rerank')
   return identity.digest(
     {
       name: value
@@ -171,6 +174,10 @@ class Evaluator:
         counted[name] += np.asarray(value, np.float64)
       count += weight
     return {**{name: total / count for name, total in totals.items()}, **usage.figures(counted)}
+
+  def warnings(self, metrics: dict[str, float]) -> tuple[str, ...]:
+    """Returns what the stage's experiment says of these metrics."""
+    return self._stage.experiment.warnings(metrics)
 
   def figure(self, state: Any, measure: str) -> float:
     """Returns a validation metric ('val/loss') or what `Stage.measure` makes of the averaged parameters."""

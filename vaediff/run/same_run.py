@@ -53,6 +53,7 @@ OF_PICTURES = (
   'sample.with_vae',
   'sample.labels',
   'sample.captions',
+  'sample.rerank.*',
   'sample.temperature',
   'sample.top_*',
 )

@@ -16,7 +16,7 @@ from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
-from vaediff.run import best, captions, checkpoint, draw, guides, log, same_run
+from vaediff.run import best, captions, checkpoint, draw, guides, log, same_run, scoring
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -53,7 +53,7 @@ class Trained:
     frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own)
     self.read = {**frozen, **self.params}
     self._ids = frozen_networks.ids(self.experiment, workdir, sampling=True)
-    self._sources, self._makers = {}, {}
+    self._sources, self._makers, self._scorers = {}, {}, {}
     self._prepare()
 
   def _prepare(self) -> None:
@@ -161,6 +161,7 @@ class Trained:
       **{f'the network {name!r}': value for name, value in self._ids.items()},
       **measured,
       **makers,
+      **scoring.made_of(self),
       'the settings': identity.digest(self.settings.to_dict()),
     }
 
@@ -196,10 +197,12 @@ class Trained:
     seed: int | None = None,
     *,
     handed: bool = False,
+    candidate: int | None = None,
   ) -> HostArrays:
     """Returns uint8 images by name, with `handed` what the stage hands to others too.
 
-    Without a seed it is `sample.seed`.
+    Without a seed it is `sample.seed`. Where `sample.rerank` names a CLIP stage, the image of an index is the
+    best of several, unless one `candidate` is asked for, or the noise is given, or `handed`.
 
     Where what they start from comes from: what is `given`; else the samples of the stages that feed this one,
     of the same indices and seed; else see `draw.make_draw`.
@@ -210,10 +213,25 @@ class Trained:
     if not (self.experiment.draws_images or handed):
       raise UserError(f'stage {self.stage!r} draws no images; name one that does, as --stages=refiner')
     seed, given = self.settings.seed if seed is None else seed, given or {}
-    whole = {**self.fed(indices, given, seed), **given}
-    return self._draw(self.read, indices, whole, seed, handed=handed)
+    count = scoring.candidates_of(self.settings)
+    if count > 1 and candidate is None and not handed and NOISE not in given:
+      scorer = self.scorer(self.settings.rerank, f'config.{self.stage}.sample.rerank')
+      texts = scorer.texts(scoring.tokens_of(self, indices, given))
+      one = lambda number: self.draw(indices, given, seed, candidate=number)
+      return scoring.best_of(one, lambda image: scorer.cosines(image, texts), count)
+    whole = {**self.fed(indices, given, seed, candidate), **given}
+    return self._draw(self.read, indices, whole, seed, handed=handed, candidate=candidate)
 
-  def fed(self, indices: np.ndarray, given: HostArrays, seed: int) -> HostArrays:
+  def scorer(self, named: ConfigDict, field: str) -> scoring.Scorer:
+    """Returns what compares its samples with their captions, opened once; see `scoring.open_scorer`."""
+    key = (named.stage, named.workdir)
+    if key not in self._scorers:
+      self._scorers[key] = scoring.open_scorer(self, named, field)
+    return self._scorers[key]
+
+  def fed(
+    self, indices: np.ndarray, given: HostArrays, seed: int, candidate: int | None = None
+  ) -> HostArrays:
     """Returns what the stages that feed this one draw, of its inputs that are not given.
 
     That is what such a stage hands over as it is, where the input that it feeds is among that, as ids are;
@@ -225,7 +243,7 @@ class Trained:
     missing = [source for source in self.experiment.makers if source.feeds not in given]
     if not missing:
       return {}
-    shared, found = {**self.drawn(indices, seed), **given}, {}
+    shared, found = {**self.drawn(indices, seed, candidate), **given}, {}
     for source in missing:
       maker = self.maker(source)
       inputs, own = maker.experiment.inputs, self.experiment.inputs
@@ -233,10 +251,10 @@ class Trained:
       names += [name for name in given if name not in own and name in inputs]
       same = {name: shared[name] for name in names if name != NOISE}
       if handed := self.handed(source):
-        drawn = maker.draw(indices, same, seed, handed=True)
+        drawn = maker.draw(indices, same, seed, handed=True, candidate=candidate)
         found |= {name: drawn[name] for name in handed if name not in given}
       else:
-        images = maker.draw(indices, same, seed)
+        images = maker.draw(indices, same, seed, candidate=candidate)
         found[source.feeds] = images[list(images)[-1]].astype(np.float32) / 127.5 - 1
     return found
 
@@ -315,10 +333,10 @@ class Trained:
         parts.setdefault(name, []).append(value[:fresh])
     return {name: np.concatenate(part) for name, part in parts.items()}
 
-  def drawn(self, indices: np.ndarray, seed: int) -> HostArrays:
+  def drawn(self, indices: np.ndarray, seed: int, candidate: int | None = None) -> HostArrays:
     """Returns what the images with these indices start from, where a seed draws it."""
     rows = jnp.asarray(indices, jnp.int32)
-    keys = draw.image_keys(seed, rows, self.experiment.depth)
+    keys = draw.image_keys(seed, rows, self.experiment.depth, candidate)
     return jax.device_get(self.experiment.draw(self.read, keys, rows))
 
   def observe(self, image: np.ndarray, label: np.ndarray, key: jax.Array | None = None) -> HostArrays:

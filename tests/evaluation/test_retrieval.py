@@ -1,0 +1,84 @@
+"""Recall of vectors that are known, and of scenes by an encoder that sees everything."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vaediff.data import oracle, shapes, words
+from vaediff.evaluation import retrieval
+from vaediff.evaluation.measures import Figure
+from vaediff.run.trained import Trained
+
+SEEN = np.eye(4)
+
+
+def test_recall_of_known_vectors():
+  kinds = np.arange(4)[:, None]
+  told = np.array([[1, 0, 0, 0], [0.9, 0.5, 0, 0], [0, 0.6, 0.5, 0], [0, 0, 0, 1.0]])
+  assert retrieval.recall(SEEN, SEEN, kinds, 1) == 1
+  assert retrieval.recall(SEEN, told, kinds, 1) == 0.75  # image 1 is nearest to text 2
+  assert retrieval.recall(SEEN, told, kinds, 2) == 1
+  assert retrieval.recall(told, SEEN, kinds, 1) == 0.5  # text 1 is nearest to image 0, text 2 to image 1
+  same = np.array([[0], [0], [1], [2]])
+  assert retrieval.recall(told, SEEN, same, 1) == 0.75  # image 0 shows what text 1 says
+
+
+def test_equal_vectors_find_what_chance_does():
+  equal = np.ones((300, 2))
+  found = retrieval.recalls(equal, equal, np.arange(300)[:, None])
+  assert {name: figure.value for name, figure in found.items()} == {
+    'recall_1': 1 / 256, 'recall_5': 5 / 256, 'recall_1_images': 1 / 256, 'recall_5_images': 5 / 256
+  }  # fmt: skip
+  assert found['recall_1'] == Figure(value=1 / 256, n=256)
+
+
+class SeesAll:
+  """Stands for a scorer: one-hot vectors of the attributes that an image shows, or a caption tells."""
+
+  def __init__(self, trained):
+    self._reader = oracle.Oracle(16, mini=True)
+
+  def images(self, image):
+    return self._vectors(self._reader.read(image).attributes)
+
+  def texts(self, captions):
+    return self._vectors(np.stack([shapes.told(caption) for caption in captions]))
+
+  def _vectors(self, attributes):
+    parts = [np.eye(n + 1)[column][:, :n] for n, column in zip(oracle.NUMBERS, attributes.T, strict=True)]
+    return np.concatenate(parts, axis=1)
+
+
+class Stage(Trained):
+  """Stands for a trained stage."""
+
+  captioned = None
+  draws_alone = True
+
+  def __init__(self, config, **more):
+    self.config, self.experiment = ConfigDict(config), None
+    vars(self).update(more)
+
+
+def test_scenes_are_found_by_what_they_show(monkeypatch):
+  monkeypatch.setattr(retrieval.scoring, 'Scorer', SeesAll)
+  monkeypatch.setattr(retrieval, 'MOST', 256)
+  data = {'source': 'tfds', 'name': 'shapes/mini', 'image_size': 16}
+  found = retrieval.of_shapes(Stage({'data': data}, told=lambda texts: {words.TOKENS: texts}))
+  assert len(found) == 10 and 'recall_5_images_held_out' in found
+  assert {figure.value for figure in found.values()} == {1.0}
+  assert found['zero_shot_shape'].n == 256
+
+
+def test_stages_without_captions_have_no_such_figures():
+  for stage, captioned in (('', True), ('clip', None)):
+    config = {'evaluate': {'clip': {'stage': stage}, 'num_captions': 3}}
+    assert retrieval.figures(Stage(config, captioned=captioned)) == {}
+
+
+def test_a_stage_that_cannot_score_is_said_in_the_table():
+  def refused(named, field):
+    raise retrieval.UserError(f'{field}: no such stage')
+
+  config = {'evaluate': {'clip': {'stage': 'clip'}, 'num_captions': 3}}
+  (figure,) = retrieval.figures(Stage(config, captioned=True, scorer=refused)).values()
+  assert figure.value is None and figure.missing == 'evaluate.clip: no such stage'
