@@ -89,6 +89,7 @@ class Trained(opened.Trained):
       classes_of=lambda indices: None,
       counts=lambda read, batch: {},
       reads_codes=False,
+      diffusion=None,
     )
     self.drawn_source, self._sources, self.read = drawn, {}, {}
 

@@ -103,11 +103,11 @@ class OfWholeNumbers:
   """What such a stage has in place of that of the experiment that it also is.
 
   Attributes:
-    source: the stage it is made of.
+    made_of_stage: the stage it is made of.
     suffix: how its name ends.
   """
 
-  source: str
+  made_of_stage: str
   suffix: str
   trainable = False
 
@@ -120,7 +120,9 @@ class OfWholeNumbers:
   def made_of(self) -> Mapping[str, reads.FromStage]:
     """The networks of floats, which are not read any more."""
     return {
-      f'float_{name}': reads.FromStage(stage=self.source, network=name, workdir='', model=model.in_floats)
+      f'float_{name}': reads.FromStage(
+        stage=self.made_of_stage, network=name, workdir='', model=model.in_floats
+      )
       for name, model in self.networks.items()
       if isinstance(model, Quantized)
     }
@@ -189,7 +191,7 @@ def of(experiment: base.Experiment, made: Mapping[str, Any], field: str) -> base
   if made['correction_rows'] and isinstance(experiment, Diffusion):
     experiment = corrected(experiment, direction=made['correction'] == 'published')
   kind = type(experiment)
-  known = {'source': made['stage'], 'suffix': SUFFIX[made['weights'], made['activations']]}
+  known = {'made_of_stage': made['stage'], 'suffix': SUFFIX[made['weights'], made['activations']]}
   own = type(f'Quantized{kind.__name__}', (OfWholeNumbers, kind), known)
   return own(**{field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)})
 
