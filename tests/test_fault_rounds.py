@@ -379,8 +379,8 @@ def disturbed(runner, small_disk, count):
   rounds(runner, count, seed)
 
 
-def test_ten_rounds_of_faults(runner, small_disk):
-  disturbed(runner, small_disk, 10)
+def test_five_rounds_of_faults(runner, small_disk):
+  disturbed(runner, small_disk, 5)
 
 
 @pytest.mark.slow

@@ -293,6 +293,7 @@ def test_a_frozen_tokenizer_is_not_trained():
   assert set(metrics) == {'loss', 'simple', 'bound', 'grad_norm/denoiser'}
 
 
+@pytest.mark.slow
 def test_the_loss_trains_encoder_and_codes_of_a_joint_one():
   experiment, state, after, metrics = stepped()
   assert set(experiment.networks) == {'denoiser', 'tokenizer'} and experiment.frozen == {}
@@ -319,6 +320,7 @@ def test_the_commitment_is_a_term_of_the_loss_by_its_weight():
   assert conditions.with_losses(terms, {}) == terms  # of images that are not trained on
 
 
+@pytest.mark.slow
 def test_a_warm_one_begins_as_the_trained_one():
   experiment = build('divae_warm,debug', **JOINT)
   read = frozen_of(experiment)

@@ -76,6 +76,7 @@ def test_a_student_is_taught_all_classes_whatever_its_pictures_show():
 # What the network makes of it ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dropped_is_the_last_row_of_the_table_bit_for_bit():
   experiment = build()
   read, denoiser = read_of(experiment), experiment.denoiser

@@ -179,6 +179,7 @@ def test_the_pca_of_a_batch_has_fewer_directions_than_the_batch_has_images():
   assert (np.abs(whitened[:, :48]).std(axis=0) < 10).all()
 
 
+@pytest.mark.slow
 def test_the_pca_of_each_batch_is_noise():
   """Even without dividing: an image has other numbers in each batch, where the sound code has the same."""
   mean, _, z = latent()
@@ -341,6 +342,7 @@ def toy_losses(condition, others=None, steps=600, seed=0):
   return np.array(losses), np.square(loss_of(x, target[3000:], read)[1]).mean()
 
 
+@pytest.mark.slow
 def test_a_toy_learns_more_with_the_code_and_is_led_astray_by_that_of_others():
   sound = functools.partial(code, arrays())
   losses_none, none = toy_losses(lambda z: np.zeros((COUNT, 0)))

@@ -61,6 +61,7 @@ def test_the_fit_is_the_least_squares_solution():
     assert rmse == pytest.approx(least, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_number_of_images_at_a_time_does_not_matter(monkeypatch):
   image, _ = drawn('test', 20, 16, False)
   whole = oracle.Oracle(16).read(image)

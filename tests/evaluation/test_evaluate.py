@@ -49,6 +49,7 @@ def opened(run, stage='refiner', **changes):
   return Trained(config, run, stage, sharding.make_mesh(config.mesh))
 
 
+@pytest.mark.slow
 def test_the_table_of_a_refiner(run, capsys):
   trained = opened(run, num_seeds=2, extractors=('classifier', 'inception'), lpips='lpips_vgg16',
                    weights_dir=str(run / 'none'))  # fmt: skip
@@ -84,6 +85,7 @@ def test_the_table_of_a_refiner(run, capsys):
       assert np.asarray(picture).std() > 0
 
 
+@pytest.mark.slow
 def test_the_table_of_a_vae(run):
   evaluate.evaluate(opened(run, 'vae', name='mine'))
   result = json.loads((run / 'evaluation' / 'mine.json').read_text())
@@ -184,6 +186,7 @@ def test_a_denoising_gan_is_one_row_of_the_same_table(run, tmp_path):
   assert all(row['fd_classifier']['value'] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_can_be_used(run):
   lines = [json.loads(line) for line in (run / 'refiner' / 'metrics.jsonl').read_text().splitlines()]
   values = {line['step']: line['best/fd_classifier'] for line in lines if 'best/fd_classifier' in line}
@@ -205,6 +208,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(run):
   }
 
 
+@pytest.mark.slow
 def test_best_needs_a_checkpoint_and_a_known_name(run):
   config = configs.read(run)
   config.refiner.sample.checkpoint = 'first'
@@ -240,6 +244,7 @@ def test_keeping_the_best(tmp_path):
   assert checkpoint.finished_steps(tmp_path / 'earlier' / 'best' / 'checkpoints') == [4]
 
 
+@pytest.mark.slow
 def test_modes(run, capsys):
   config = configs.read(run)
   config.evaluate.update({'num_bound': 0, 'num_memorisation': 0, 'name': 'plain'})

@@ -298,6 +298,7 @@ def test_an_update_moves_both_players_and_the_average(run):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_losses_are_what_they_are_called(run):
   *_, history = run
   for metrics in history:

@@ -60,6 +60,7 @@ def vq():
   return experiment, *updates(experiment, 4)
 
 
+@pytest.mark.slow
 def test_the_discriminator_starts_at_its_step(vq):
   experiment, state, history = vq
   assert [experiment.kind_of(step) for step in range(4)] == ['', '', 'adversarial', 'adversarial']
@@ -184,6 +185,7 @@ def test_the_codebook_of_a_split_batch_is_that_of_the_batch(split):
     assert metrics[name] == others[name]
 
 
+@pytest.mark.slow
 def test_codes_start_at_vectors_in_the_first_update_that_counts():
   """With on_bad_step = 'skip' and a bad first update they never did."""
   experiment = small(**{'loss.adversarial_weight': 0.0})

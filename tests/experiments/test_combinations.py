@@ -70,8 +70,6 @@ CASES = {
   'halving_with_pca': ('formulation1,pca,distill', 'distill_2', {'distill.data_free_fraction': 0.5}),
   'weight_as_input': ('formulation2,z,guided,distill', 'distill_guided', {}),
 }  # fmt: skip
-QUICK = ('latents_formulation2',)
-"""It has most of what the others are made of; each takes a quarter of a minute."""
 
 
 def build(variant, stage, changes):
@@ -84,9 +82,8 @@ def build(variant, stage, changes):
   return experiments.build(config, stage), config[stage]
 
 
-@pytest.mark.parametrize('case', [
-  pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize('case', CASES)
 def test_it_trains_and_draws(case, one_device):
   experiment, section = build(*CASES[case])
   mesh = sharding.make_mesh(importlib.import_module('configs.digits').get_config('debug').mesh)

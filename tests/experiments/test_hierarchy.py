@@ -69,6 +69,7 @@ def decayed():
   return experiment, one, three, [*history, *more]
 
 
+@pytest.mark.slow
 def test_the_codes_of_every_level_start_at_vectors_of_the_first_batch(decayed):
   """Of the vectors that the codes above give, as they are by then."""
   experiment = build(**{'loss.codebook_decay': 0.999999, 'loss.restart_below': 0.0})

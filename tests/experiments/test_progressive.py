@@ -204,6 +204,7 @@ def test_the_target_does_not_change_when_x_t_and_x0_vae_shift_together():
   np.testing.assert_allclose(*targets, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_guided_target_is_the_guided_teacher():
   config = get('guided,distill,debug')
   experiment = experiments.build(config, 'distill_guided')
@@ -234,6 +235,7 @@ def test_a_student_of_guided_teachers_reads_the_weight():
   assert float(jnp.abs(out[0] - out[1]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_examples_free_of_data_come_from_the_student_itself():
   experiment = build(**{'distill.data_free_fraction': 0.5})
   read = {**frozen_of(experiment), 'denoiser': made(experiment.student.denoiser.model, 7)}

@@ -148,6 +148,7 @@ def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats
   np.testing.assert_allclose(whole.apply(tree, x, t), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_bits_come_near_to_floats_within_the_ranges_that_were_seen():
   model = unet()
   params, x = filled(model.init(jax.random.key(0))), jax.random.normal(jax.random.key(1), (4, 8, 8, 1))

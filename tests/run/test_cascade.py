@@ -80,6 +80,7 @@ def test_the_order_of_training_changes_no_byte(more, stage):
   assert any(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_the_last_stage_draws_the_whole_chain(runs):
   trained, base = opened(runs / 'together'), opened(runs / 'together', 'base')
   images, small = trained.draw(np.arange(4)), base.draw(np.arange(4))
@@ -168,6 +169,7 @@ def test_the_stage_before_may_be_of_another_run(more):
   np.testing.assert_array_equal(drawn['low'][:, ::2, ::2], base.draw(np.arange(3))['x0'])
 
 
+@pytest.mark.slow
 def test_a_sweep_of_levels_has_the_distance_of_reconstructions_beside_that_of_samples(runs, monkeypatch):
   """As many images as samples are made of the evaluation images, the first of these in turn."""
   trained = opened(runs / 'together', batch_size=4)
@@ -219,6 +221,7 @@ def test_every_mode_of_the_last_stage(runs, tmp_path):
     assert (tmp_path / file).exists()
 
 
+@pytest.mark.slow
 def test_small_images_are_not_compared_with_large_ones(runs):
   config = configs.read(runs / 'together')
   run = configs.Run(config, runs / 'together', ('base',))

@@ -173,6 +173,7 @@ def copied(trained, tmp_path):
   return configs.read(workdir), workdir
 
 
+@pytest.mark.slow
 def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device, trained):
   config, workdir = copied(trained, tmp_path)
   stages = tuple(config.stages)

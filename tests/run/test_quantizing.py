@@ -52,6 +52,7 @@ def test_edges_lie_between_the_times_of_buckets():
   assert len(quantizing.time_edges(t, 1)) == 0
 
 
+@pytest.mark.slow
 def test_blocks_are_those_that_were_asked_for(stage, made):  # noqa: F811
   """Alone they give what they give inside of the network."""
   quantized, _ = made
@@ -68,6 +69,7 @@ def test_blocks_are_those_that_were_asked_for(stage, made):  # noqa: F811
     np.testing.assert_allclose(block.apply(subtree(params, block.path), *args), output, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ranges_are_those_of_each_bucket(stage, made):  # noqa: F811
   quantized, found = made
   records = calibration.load(stage, QUANTIZE.calibration)
@@ -89,6 +91,7 @@ def test_ranges_are_those_of_each_bucket(stage, made):  # noqa: F811
         np.testing.assert_allclose(table[k, part], (min(low, 0), max(high, 0)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_roundings_are_down_or_up_and_are_not_learned_twice(stage, made, monkeypatch):  # noqa: F811
   quantized, found = made
   assert found['kernels'].keys() == {layer.path for layer in quantized.layers}
@@ -111,6 +114,7 @@ def test_roundings_are_down_or_up_and_are_not_learned_twice(stage, made, monkeyp
     quantizing.roundings(stage, records, quantized, found['kernel_scales'], QUANTIZE, {**of, 'records': 'x'})
 
 
+@pytest.mark.slow
 def test_the_corrected_network_has_no_bias(stage, made):  # noqa: F811
   """Over the records of each step, and less error than without the correction."""
   quantized, found = made
