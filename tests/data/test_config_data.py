@@ -27,6 +27,7 @@ REAL = {
   ('cifar10', ''): [(32, 32, 3)],
   ('captions256', ''): [(256, 341, 3), (512, 300, 3)],
   ('captions256', 'stable_diffusion'): [(640, 512, 3)],
+  ('captions256', 'clip_vit_b32'): [(256, 341, 3), (224, 224, 3)],
   ('fashion_mnist', ''): [(28, 28, 1)],
   ('fashion_mnist', 'idx'): [(28, 28, 1)],
   ('digits', ''): [(8, 8, 1)],
