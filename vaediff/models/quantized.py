@@ -10,7 +10,7 @@ checkpoint takes a kilobyte more than its numbers:
 
     kernel_scale, kernel_sum [numbers]           [parts, outputs] of each layer, one behind the other
     input_scale, input_zero [layers, buckets, 2] of the parts of each layer's input
-    time_edges [buckets - 1]                     of times, ascending
+    time_edges [buckets - 1]                     of times, ascending; not there with one bucket
 
 The sums are those of the kernels, for the zero points; `time_edges` the last time of each bucket but the last
 one. Beside them may be a `correction` of the output (`models.correction`). See `models.integers`
@@ -141,7 +141,8 @@ class Quantized(Model):
     if self.quantized_inputs:
       bounds = tables[INPUT_SCALE]
       tables[INPUT_SCALE], tables[INPUT_ZERO] = integers.affine(bounds[..., 0], bounds[..., 1])
-      tables[EDGES] = jnp.asarray(times, jnp.float32).reshape(self.buckets - 1)
+      if self.buckets > 1:  # arrays without numbers cannot be stored
+        tables[EDGES] = jnp.asarray(times, jnp.float32).reshape(self.buckets - 1)
     tree = {**tree, TABLES: tables}
     if correction is not None:
       tree[CORRECTION] = {name: jnp.asarray(x, jnp.float32) for name, x in correction.items()}
