@@ -110,7 +110,9 @@ def test_one_label_is_that_of_every_stage(runs):
   seen = []
   maker = trained.maker(trained.experiment.makers[0])
   drawn = maker.draw
-  maker.draw = lambda indices, given, seed: seen.append(given) or drawn(indices, given, seed)
+  maker.draw = lambda indices, given, *more, **by_name: (
+    seen.append(given) or drawn(indices, given, *more, **by_name)
+  )
   label = np.array([7, 7, 1], np.int32)
   trained.draw(np.arange(3), {'label': label})
   trained.draw(np.array([3, 14, 5]))
