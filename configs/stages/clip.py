@@ -62,11 +62,7 @@ def clip(run: Run, kind: str = 'word', vocab_size: int = 64, length: int = 32) -
   Raises:
     ValueError: captions of these data are not known.
   """
-  if not run.config.data.caption_feature:
-    raise ValueError(
-      f'variant clip: the data set of config {run.config.name!r} has no captions, data.caption_feature is '
-      "''; take one that has, as configs/shapes16.py"
-    )
+  text.need_captions(run, 'clip')
   run.edit(STAGE, lambda stage: stage.text.update({'kind': kind, 'vocab_size': vocab_size, 'length': length}))
   run.at_end(arrange)
 

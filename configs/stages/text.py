@@ -38,17 +38,22 @@ def tower() -> ConfigDict:
   )
 
 
+def need_captions(run: Run, variant: str) -> None:
+  """Raises ValueError where captions of the data are not known, which a variant needs."""
+  if not run.config.data.caption_feature:
+    raise ValueError(
+      f'variant {variant}: the data set of config {run.config.name!r} has no captions, data.caption_feature '
+      "is ''; take one that has, as configs/shapes16.py"
+    )
+
+
 def text(run: Run, kind: str = 'word', vocab_size: int = 64, length: int = 32) -> None:
   """The U-Net also reads the caption of the image; a token prior does in its place, where there is one.
 
   Raises:
     ValueError: captions of these data are not known.
   """
-  if not run.config.data.caption_feature:
-    raise ValueError(
-      f'variant text: the data set of config {run.config.name!r} has no captions, data.caption_feature is '
-      "''; take one that has, as configs/shapes16.py"
-    )
+  need_captions(run, 'text')
   of_prior = prior.STAGE in run.config.stages
   reads = ConfigDict({'dropout': tower().dropout}) if of_prior else tower()
   settings = tokenizer(kind, vocab_size, length)

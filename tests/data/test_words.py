@@ -142,5 +142,5 @@ def test_a_changed_file_is_noticed(word, tmp_path, change):
 
 def test_without_the_library_it_says_what_to_install(word, monkeypatch):
   monkeypatch.setitem(sys.modules, 'sentencepiece', None)
-  with pytest.raises(UserError, match=r"pip install 'vaediff\[text\]'"):
+  with pytest.raises(UserError, match=r"pip install -e '\.\[text\]'"):
     words.train(captions(), 'word', 64)

@@ -89,6 +89,13 @@ def test_validate_names_field_value_and_bound(field, value, message):
 
 def test_stages_are_chosen_in_the_order_of_the_config():
   assert configs.stages_of(digits(), 'refiner, vae') == ('vae', 'refiner')
+  made = digits().copy_and_resolve_references()
+  with made.unlocked():
+    made.refiner_int8 = made.refiner.copy_and_resolve_references()
+    made.refiner_int8.experiment = 'quantized'
+    made.stages = (*made.stages, 'refiner_int8')
+  assert configs.stages_of(made) == ('vae', 'refiner')  # what is drawn by default is what it was
+  assert configs.stages_of(made, 'refiner_int8') == ('refiner_int8',)
   with pytest.raises(UserError, match="--stages names 'gan'; the stages of this config are vae, refiner"):
     configs.stages_of(digits(), 'gan')
 

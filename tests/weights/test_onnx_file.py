@@ -14,7 +14,7 @@ from vaediff.weights import onnx_file
 def test_what_is_not_installed_is_named_with_the_line_that_installs_it(monkeypatch):
   found = importlib.util.find_spec
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if 'onnx' in name else found(name))
-  with pytest.raises(UserError, match=r"not installed: jax2onnx, onnx, .*pip install 'vaediff\[onnx\]'"):
+  with pytest.raises(UserError, match=r"not installed: jax2onnx, onnx, .*pip install -e '\.\[onnx\]'"):
     onnx_file.check_installed()
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: True)
   onnx_file.check_installed()

@@ -233,4 +233,4 @@ def how_to_get(name: str, root: pathlib.Path) -> str:
   }
   base = name.split('/')[0].split(':')[0]
   hint = f' {hints[base]}' if base in hints else ''
-  return f"Run once: pip install 'vaediff[prepare]' && {command}.{hint}"
+  return f"Run once: pip install -e '.[prepare]' && {command}.{hint}"

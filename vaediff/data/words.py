@@ -225,5 +225,5 @@ def _library() -> Any:
   try:
     import sentencepiece
   except ImportError as error:
-    raise UserError("captions need the package sentencepiece: pip install 'vaediff[text]'") from error
+    raise UserError("captions need the package sentencepiece: pip install -e '.[text]'") from error
   return sentencepiece

@@ -129,7 +129,7 @@ def open_run(path: str, trained: Trained) -> Trained:
       )
   with config.unlocked():
     config.evaluate = trained.config.evaluate
-  return Trained(config, workdir, config.stages[-1], trained.mesh)
+  return Trained(config, workdir, configs.stages_of(config)[-1], trained.mesh)
 
 
 def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import numpy as np
 from vaediff import files
 from vaediff.errors import UserError
 from vaediff.machine import distributed
+from vaediff.run import config as configs
 from vaediff.run import images, log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
@@ -58,7 +59,7 @@ def path_of(
 
   Without `out` it is in the run's folder.
   """
-  stage = '' if trained.stage == trained.config.stages[-1] else f'-{trained.stage}'
+  stage = '' if trained.stage == configs.stages_of(trained.config)[-1] else f'-{trained.stage}'
   return (out or trained.workdir) / f'{name}{stage}.{suffix}'
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vaediff import checks, files
 from vaediff.diffusion.restoration import TASKS
 from vaediff.errors import UserError
-from vaediff.experiments import bounds
+from vaediff.experiments import bounds, quantized
 from vaediff.run import earlier, values
 
 FILE = 'config.json'
@@ -182,13 +182,16 @@ def save(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def stages_of(config: ConfigDict, chosen: str = '') -> tuple[str, ...]:
-  """Returns `config.stages`, or those of them that a comma list chooses, in the config's order.
+  """Returns the stages that a comma list chooses, in the config's order; by default those that are trained.
+
+  One that `--mode=quantize` has made of another is not among these: what a run draws by default stays what it
+  was.
 
   Raises:
     UserError: for a name that is not a stage of this config.
   """
   if not chosen:
-    return tuple(config.stages)
+    return tuple(stage for stage in config.stages if config[stage].experiment != quantized.SECTION)
   names = [name.strip() for name in chosen.split(',')]
   for name in names:
     if name not in config.stages:

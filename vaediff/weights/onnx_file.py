@@ -42,7 +42,7 @@ def check_installed() -> None:
   if missing:
     raise UserError(
       f'config.export.format is onnx, which takes {", ".join(PACKAGES)}; not installed: '
-      f"{', '.join(missing)}. Install them with: pip install 'vaediff[onnx]'"
+      f"{', '.join(missing)}. Install them with: pip install -e '.[onnx]'"
     )
 
 
