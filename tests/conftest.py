@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import types
 
 # before anything of the package: its type checks import jax, which reads these
@@ -48,6 +49,18 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the folders of configs, and of w
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
 flags.FLAGS.mark_as_parsed()
+BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser):
+  parser.addoption('--seconds', type=float, help='tests that would start later than this are skipped')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  seconds = item.config.getoption('--seconds')
+  if seconds is not None and time.monotonic() - BEGUN > seconds:
+    pytest.skip('no time is left of --seconds')
 
 
 @pytest.fixture
