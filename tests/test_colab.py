@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.xdist_group('colab')  # one worker: the tests share what is dear
 COLAB = pathlib.Path(__file__).resolve().parents[1] / 'colab'
-NOTEBOOKS = ('train_tpu', 'explore_latents')
+NOTEBOOKS = ('train_tpu', 'explore_latents', 'text_to_image')
 MAX_LINES = 25
 """A cell longer than this belongs into the package."""
 CELL_TIMEOUT = 240
@@ -115,8 +115,6 @@ def execute(tmp_path_factory):
       'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1'),
       'IPYTHONDIR': str(folder / 'ipython'),
       'MPLCONFIGDIR': str(folder / 'matplotlib'),
-      'VAEDIFF_NOTEBOOK_CONFIG': 'configs/digits.py:debug',
-      'VAEDIFF_NOTEBOOK_WORKDIR': str(folder / 'run'),
       'VAEDIFF_NOTEBOOK_OVERRIDES': shlex.join(overrides),
       'VAEDIFF_NOTEBOOK_TENSORBOARD': '0',  # a server that nobody looks at
       'VAEDIFF_NOTEBOOK_NUM_ENCODED': '32',
@@ -126,14 +124,21 @@ def execute(tmp_path_factory):
   spec.parent.mkdir(parents=True)
   spec.write_text(json.dumps(kernel))
 
-  def run(name):
+  def run(name, config='configs/digits.py:debug', workdir='run'):
     notebook = nbformat.read(COLAB / f'{name}.ipynb', as_version=4)
     nbclient.NotebookClient(
       notebook,
       kernel_name='vaediff-test',
       timeout=CELL_TIMEOUT,
       resources={'metadata': {'path': str(COLAB)}},
-    ).execute()
+    ).execute(
+      env={
+        **os.environ,
+        'VAEDIFF_NOTEBOOK_CONFIG': config,
+        'VAEDIFF_NOTEBOOK_WORKDIR': str(folder / workdir),
+        'VAEDIFF_NOTEBOOK_CAPTIONS': 'a disc; one gray disc',
+      }
+    )
     return notebook
 
   with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +147,7 @@ def execute(tmp_path_factory):
     patch.setenv('JUPYTER_CONFIG_DIR', str(folder / 'config'))
     # relative in a developer's shell, it would be another folder for the kernel
     patch.setenv('JAX_COMPILATION_CACHE_DIR', os.path.abspath(os.environ['JAX_COMPILATION_CACHE_DIR']))
-    run.workdir = folder / 'run'
+    run.folder, run.workdir = folder, folder / 'run'
     yield run
 
 
@@ -189,3 +194,13 @@ def test_explore(execute, trained):
   assert [pictures(part) for part in outputs] == [1] * 4  # directions, classes, interpolation, restoration
   assert "'psnr/super_resolution/restored'" in json.dumps(outputs[-1])
   assert (execute.workdir / 'restored-super_resolution.png').exists()
+
+
+@pytest.mark.slow
+def test_text_to_image(execute):
+  notebook = execute('text_to_image', 'configs/shapes16.py:text,mini,debug', 'text')
+  text = printed(notebook)
+  assert 'numbers for the captions' in text  # the tokenizer
+  assert 'evaluation/refiner-' in text
+  assert sum(pictures(cell['outputs']) for cell in code_cells(notebook)) == 2
+  assert (execute.folder / 'text' / 'own-captions' / 'samples.png').exists()
