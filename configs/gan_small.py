@@ -54,6 +54,7 @@ def decoder(stage: ConfigDict) -> None:
 VQGAN = {
   'perceptual': '',
   'codebook': 'ema',
+  'adversarial_weight': 0.2,  # with 0.8, small decoders lose their images within a thousand updates
   'adversarial_start_step': 500,
   'discriminator_start_step': 400,
 }
