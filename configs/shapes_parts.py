@@ -88,7 +88,7 @@ SIZES = {
   'prior': _prior,
   'clip': clip.small,
   'evaluate': _evaluate,
-  'classifier': lambda section: section.train.update({'num_steps': 1500}),
+  'classifier': lambda section: section.train.update({'num_steps': 5000}),
 }
 """What is the same at every size of the images."""
 

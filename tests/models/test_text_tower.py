@@ -132,10 +132,10 @@ def test_the_gradient_reaches_the_words_that_are_read():
   assert np.flatnonzero(np.abs(tower['place']).max(axis=1)).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_mean_is_of_what_is_read():
+def test_the_sum_is_of_what_is_read():
   tokens = jnp.arange(12.0).reshape(1, 4, 3)
   words = text_tower.Words(tokens, jnp.bool_([[1, 0, 1, 0]]))
-  np.testing.assert_allclose(text_tower.mean(words), [[3.0, 4.0, 5.0]])
+  np.testing.assert_allclose(text_tower.pooled(words), np.array([[6.0, 8.0, 10.0]]) / np.sqrt(2), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The caption of an image: words that a small transformer, trained with the network, makes vectors of.
 
 The ids of a caption's words enter by one port (`models.text_tower`): blocks of the U-Net attend to their
-vectors, and their mean joins the embedding of the time (Rombach et al. 2022, arXiv:2112.10752). What joins
+vectors, and their sum joins the embedding of the time (Rombach et al. 2022, arXiv:2112.10752). What joins
 the network is zero at first, so that one that was trained without captions can be given them
 (`conditions.text.extends`). Dropped in training they make classifier-free guidance possible.
 

@@ -12,7 +12,8 @@ here, beside the network's own parameters:
                    stands for the waves
     <name>_tower   a transformer of the ids of words, with the null token among its parameters; of words that
                    are vectors that token is null_<name>
-    <name>_mlp     the mean of its tokens, to the width of the embedding; its last layer is zero at first
+    <name>_mlp     the sum of its n tokens over sqrt(n), to the width of the embedding; its last layer is
+                   zero at first
 
 What is learned where a map or a text enters inside is made there (`models.token_injection`,
 `models.text_attention`).
@@ -152,11 +153,11 @@ def _vectors(module: nn.Module, name: str, port: Port, value: Array, drop: Drop)
 
 
 def with_texts(emb: Float[Array, 'batch width'], found: Texts, dtype: Any) -> Float[Array, 'batch width']:
-  """Returns the embedding with those of the means of texts; latent diffusion's block has none."""
+  """Returns the embedding with those of the sums of texts; latent diffusion's block has none."""
   for text in found:
     if text.how == 'attention':
       mlp = Mlp(features=emb.shape[-1], dtype=dtype, zero_init=True, name=f'{text.name}_mlp')
-      emb = emb + mlp(text_tower.mean(text.words))
+      emb = emb + mlp(text_tower.pooled(text.words))
   return emb
 
 

@@ -80,7 +80,10 @@ def behind_null(read: Bool[Array, 'batch words'], drop: Mask | None) -> Bool[Arr
   return jnp.concatenate([jnp.ones((len(read), 1), bool), kept], axis=1)
 
 
-def mean(words: Words) -> Float[Array, 'batch width']:
-  """Returns the mean of the tokens that are read, float32."""
+def pooled(words: Words) -> Float[Array, 'batch width']:
+  """Returns the sum of the n tokens that are read over sqrt(n), float32.
+
+  A mean would shrink what one word says to 1 / n beside the embedding of the time.
+  """
   weights = words.allowed.astype(jnp.float32)[..., None]
-  return jnp.sum(weights * words.tokens.astype(jnp.float32), axis=1) / jnp.sum(weights, axis=1)
+  return jnp.sum(weights * words.tokens.astype(jnp.float32), axis=1) / jnp.sqrt(jnp.sum(weights, axis=1))

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Nine minutes of an accelerator: what is worth knowing of one, most valuable first, written as it is known.
+#
+#   benchmarks/accelerator.sh OUT
+#
+# Run in the repository root, on a machine with Python from 3.11 on and jax for its accelerator. Wheels of missing
+# packages in .whl/ are installed into a temporary folder. Nothing is downloaded. OUT gets 8 files at most:
+#   machine.txt      the device, versions, and how each part went
+#   benchmark.jsonl  train step and sampler in bfloat16 of the refiners of cifar10 and celeba256 and of the latent GAN of
+#                    cifar10 (100 images in 4 steps and their decoder are in its `sampling`): seconds, FLOP/s beside the
+#                    measured peak of matrix products, memory; the last line: that GAN in int8
+#   torch.json       the same networks in PyTorch, where it is installed (benchmarks.paired)
+#   costs.txt        operations of the train step of cifar10's refiner that cost most, of a profile
+#   emoji.png .json  samples of emoji64, trained from emoji.npz (in the repository root, or $EMOJI) for EMOJI_SECONDS, and
+#                    their figures
+#   log.txt          all output
+# SIZE=debug: tiny networks, for a test on a CPU. SECONDS_IN_ALL (530): parts that would begin later are left out.
+set -uo pipefail
+out=${1:?benchmarks/accelerator.sh OUT: the folder for results}
+size=${SIZE:-full}
+in_all=${SECONDS_IN_ALL:-530}
+emoji=${EMOJI:-emoji.npz}
+emoji_seconds=${EMOJI_SECONDS:-180}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+runs=$(mktemp -d)
+trap 'rm -rf "$runs"' EXIT
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" JAX_COMPILATION_CACHE_DIR="$runs/cache"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false  # PyTorch has a turn on the same device
+: > "$out/log.txt"
+
+if compgen -G '.whl/*.whl' > /dev/null; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$runs/site" .whl/*.whl \
+    >> "$out/log.txt" 2>&1
+  export PYTHONPATH="$runs/site:$PYTHONPATH"
+fi
+
+say() { echo "$*" | tee -a "$out/machine.txt"; }
+
+part() {  # part NAME LIMIT COMMAND...: runs it, its output into the log; says how it went, and goes on
+  local name=$1 limit=$2 began=$SECONDS status=0
+  shift 2
+  local left=$((in_all - SECONDS))
+  if [ "$left" -lt 20 ]; then
+    say "$name: left out, $SECONDS of $in_all s are gone"
+    return 0
+  fi
+  [ "$limit" -lt "$left" ] || limit=$left
+  echo "== $name: $*" >> "$out/log.txt"
+  timeout --signal=TERM --kill-after=15 "$limit" "$@" >> "$out/log.txt" 2>&1 || status=$?
+  say "$name: exit status $status, $((SECONDS - began)) s"
+}
+
+vaediff() { "$python" -m vaediff.main "$@"; }
+
+benchmark() {  # benchmark CONFIG STAGE [FLAG...]: one line of benchmark.jsonl
+  local config=$1 stage=$2
+  shift 2
+  vaediff --config="$config" --stages="$stage" --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" "$@" \
+    > "$runs/benchmark" || { cat "$runs/benchmark"; return 1; }
+  as_line
+}
+
+as_line() {  # the object of `--mode=benchmark`, behind what else it prints, as one line
+  cat "$runs/benchmark"
+  "$python" -c 'import json, sys; text = sys.stdin.read(); print(json.dumps(json.loads(text[text.index("{\n") :])))' \
+    < "$runs/benchmark" >> "$out/benchmark.jsonl"
+}
+
+costs() {
+  vaediff --config="$cifar" --stages=refiner --workdir="$runs/costs" "${synthetic[@]}" \
+    --config.refiner.train.num_steps=12 '--config.refiner.train.profile_steps=(8,11)' \
+    --config.refiner.train.eval_every_steps=0 --config.refiner.train.grid_every_steps=0 &&
+    "$python" -m benchmarks.costs "$runs/costs/refiner/tensorboard" > "$out/costs.txt"
+}
+
+int8() {  # one update, which times need no more than
+  vaediff --config="$latent" --workdir="$runs/int8" "${synthetic[@]}" --config.autoencoder.train.num_steps=1 \
+    --config.ddgan.train.num_steps=1 --config.autoencoder.train.eval_every_steps=0 \
+    --config.ddgan.train.eval_every_steps=0 &&
+    vaediff --workdir="$runs/int8" --mode=quantize --config.quantize.stage=ddgan --config.quantize.num_images=16 &&
+    vaediff --workdir="$runs/int8" --mode=benchmark --stages=ddgan_int8 --config.ddgan_int8.sample.num_images=100 \
+      --config.ddgan_int8.sample.batch_size=100 > "$runs/benchmark" && as_line
+}
+
+train_emoji() {
+  local folder="$runs/emoji" status=0
+  local flags=(--config="$emoji_config" --workdir="$folder")
+  [ "$size" = debug ] || flags+=(--config.data.source=npz "--config.data.path=$emoji")
+  timeout --signal=TERM --kill-after=20 "$emoji_seconds" "$python" -m vaediff.main "${flags[@]}" || status=$?
+  echo "training ended with status $status"  # 124: after its seconds, with a checkpoint
+  vaediff --workdir="$folder" --mode=sample --out="$folder/out" && cp "$folder/out/samples.png" "$out/emoji.png"
+  vaediff --workdir="$folder" --mode=evaluate "--config.evaluate.extractors=$extractors" \
+    --config.evaluate.num_images="$emoji_images" --config.evaluate.name=emoji --config.evaluate.num_bound=0 &&
+    cp "$folder"/evaluation/emoji.json "$out/emoji.json"
+}
+export python runs out size emoji emoji_seconds
+
+synthetic=(--config.data.source=synthetic)
+cifar=configs/cifar10.py:bfloat16 celeba=configs/celeba256.py:bfloat16 latent=configs/cifar10.py:latent,bfloat16
+emoji_config=configs/emoji64.py:unconditional,bfloat16 extractors="('mobilenetv2',)" emoji_images=2000
+torch_cases=unet_cifar10
+if [ "$size" = debug ]; then
+  cifar=$cifar,debug celeba=$celeba,debug latent=$latent,debug emoji_config=configs/emoji64.py:unconditional,debug
+  extractors="('classifier',)" emoji_images=16 torch_cases=unet_small/forward
+  export JAX_DISABLE_MOST_OPTIMIZATIONS=1  # compiles sooner
+  synthetic+=(--config.benchmark.matmul_size=64 --config.benchmark.num_repeats=1)
+fi
+functions=$(declare -f vaediff benchmark as_line costs int8 train_emoji; declare -p synthetic cifar celeba latent emoji_config \
+  extractors emoji_images)
+call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a function of this script, under a limit
+
+"$python" -c '
+import jax, platform
+print(jax.devices()[0].device_kind, "x", len(jax.devices()), "- jax", jax.__version__, "- Python", platform.python_version())
+' 2>> "$out/log.txt" | tee "$out/machine.txt"
+call 'train step and sampler, cifar10 refiner' 120 "benchmark '$cifar' refiner"
+call 'train step and sampler, celeba256 refiner' 150 "benchmark '$celeba' refiner"
+call 'train step and sampler, cifar10 latent GAN' 120 "benchmark '$latent' ddgan"
+if "$python" -c 'import torch, diffusers' 2> /dev/null; then
+  device=gpu
+  [ "$size" = debug ] && device=cpu
+  part 'beside PyTorch' 120 "$python" -m benchmarks.paired --cases="$torch_cases" --rounds=3 --dtype=bfloat16 \
+    --device="$device" --results="$runs/torch"
+  cp "$runs"/torch/*.json "$out/torch.json" 2> /dev/null
+else
+  say 'beside PyTorch: torch and diffusers are not both here'
+fi
+call 'costs of a train step' 90 costs
+if [ -e "$emoji" ] || [ "$size" = debug ]; then
+  call 'emoji64' $((emoji_seconds + 90)) train_emoji
+else
+  say "emoji64: there is no $emoji"
+fi
+call 'the latent GAN in int8' 120 int8
+say "$SECONDS s in all"
