@@ -1,5 +1,7 @@
 """Networks of whole numbers: the same modules, against the same arithmetic in NumPy and against floats."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +148,22 @@ def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats
   assert tree['tables']['input_scale'].shape == (len(whole.layers), 2, 2)
   wanted = model.apply(whole.dequantized(tree), x, t)
   np.testing.assert_allclose(whole.apply(tree, x, t), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampler_makes_floats_of_the_kernels_once_before_its_steps():
+  """The compiler moves them out of the loop: no bytes are read inside."""
+  model = joined()
+  whole = quantized(model, inputs=False)
+
+  def steps(tree, x):
+    step = lambda x, _: (x - whole.apply(tree, x, jnp.ones(2))[..., :3], None)
+    return jax.lax.scan(step, x, None, length=5)[0]
+
+  tree = jax.eval_shape(whole.init, jax.random.key(0))
+  text = jax.jit(steps).lower(tree, jax.ShapeDtypeStruct((2, 6, 6, 3), jnp.float32)).compile().as_text()
+  (loop,) = set(re.findall(r'body=%?([\w.\-]+)', text))
+  body = text[text.index(f'%{loop} (') :]
+  assert 'convolution(' in text and 's8[' in text and 's8[' not in body[: body.index('\n}')]
 
 
 @pytest.mark.slow

@@ -252,11 +252,12 @@ def _integer_layer(
   kernel, strides = whole_kernel(stored, layer), (1, 1)
   if layer.kind == CONV:
     strides, padding = _window(module, x)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))  # zeros are rounded to the zero point
   total = 0.0
   for part, channels in enumerate(layer.slices):
     scale, zero = (_of_rows(stored[name][:, part], bucket, x) for name in (INPUT_SCALE, INPUT_ZERO))
     rounded, part_kernel = integers.quantize(x[..., channels], scale, zero), kernel[..., channels]
+    if layer.kind == CONV:
+      rounded = integers.bordered(rounded, zero, padding)
     if layer.kind == DENSE or layer.shape[:2] == (1, 1) == strides:
       products = integers.product(rounded, part_kernel.reshape(part_kernel.shape[0], -1))
     elif arithmetic == PRODUCTS:

@@ -55,6 +55,7 @@ QUANTIZE = {
     'beta_start': 20.0,
     'beta_end': 2.0,
   },
+  'learned_ranges': {'num_steps': 0, 'batch_size': 32, 'learning_rate': 2e-3},
 }
 """How a stage is quantized, which earlier versions could not."""
 EXPORT = {
