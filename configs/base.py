@@ -241,6 +241,8 @@ def quantize() -> ConfigDict:
       # 'minmax': rounded to nearest, within what samples show. On records of what the network reads, 'max' |
       # 'mse' | 'adaround': scales of weights, and which way they are rounded (docs/calibration.md)
       'method': 'minmax',
+      # a quantized VAE or autoencoder of this run, read in place of the one in floats; '' = that one
+      'reads': '',
       'keep_float': (),  # patterns of layers that stay as they are, as 'middle/*'
       'time_buckets': 8,  # parts of the time, each with its own scales of activations
       'num_images': 64,  # drawn to see what layers read, with 'minmax'

@@ -32,9 +32,9 @@ def measure(config: ConfigDict, stage: str, mesh: Mesh) -> dict[str, Any]:
   count = sharding.round_up(min(section.batch_size, section.num_images), mesh)
   given = {name: np.zeros((count, *struct.shape), struct.dtype) for name, struct in own.inputs.items()}
   given.pop(NOISE, None)
-  frozen, calls, memory = frozen_networks.fresh(own, mesh), {}, {}
+  calls, memory = {}, {}
   for name, experiment in (('float32', quantized.in_floats(own)), ('quantized', own)):
-    models = experiment.networks.items()
+    models, frozen = experiment.networks.items(), frozen_networks.fresh(experiment, mesh)
     params = {network: fresh(model.init, mesh) for network, model in models}
     run = draw.make_draw(experiment, mesh, 0, (size, size, config.data.channels), lambda: None)
     calls[name] = functools.partial(run, {**frozen, **params}, np.arange(count), given)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import checks, experiments, files
+from vaediff import checks, experiments, files, reads
 from vaediff.errors import UserError
 from vaediff.experiments import quantized as stages
 from vaediff.machine import sharding
@@ -25,6 +25,8 @@ BOUNDS = {
 }
 AS_MADE = ('weights', 'activations', 'method', 'keep_float', 'time_buckets', 'correction')
 """Of `config.quantize`, what the stage's own section says."""
+READS = ('vae', 'autoencoder')
+"""Parts of a stage's section that name what can be read as whole numbers."""
 
 
 def mode(run: Run) -> None:
@@ -48,6 +50,7 @@ def quantize(run: Run) -> str:
   trainable = [stage for stage in run.stages if run.config[stage].experiment != stages.SECTION]
   source = settings.stage or (trainable or run.stages)[-1]
   check_source(run.config, source)
+  check_read(run.config, source)
   trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
   name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
   config = with_stage(run.config, source, name, quantizing.rows_of(trained, settings))
@@ -78,6 +81,36 @@ def check_source(config: ConfigDict, source: str) -> None:
     )
 
 
+def check_read(config: ConfigDict, source: str) -> None:
+  """Raises UserError where `quantize.reads` names no quantized stage of what a stage reads of this run."""
+  name = config.quantize.reads
+  if not name:
+    return
+  if not reads.is_stage(config, name, stages.SECTION) or name not in config.stages:
+    raise UserError(
+      f'config.quantize.reads is {name!r}, which is no quantized stage of this run; make it first, by '
+      '--mode=quantize --config.quantize.stage=<the VAE or autoencoder>'
+    )
+  of = config[name][stages.SECTION].stage
+  if not (found := readers_of(config[source], of)):
+    raise UserError(
+      f'config.quantize.reads is {name!r}, which was made of {of!r}; stage {source!r} reads no such VAE or '
+      'autoencoder of this run'
+    )
+  section = config[source][found[0]]
+  if 'decoder_stage' in section and section.decoder_stage:
+    raise UserError(
+      f'config.quantize.reads is {name!r}, but stage {source!r} decodes by {section.decoder_stage!r}, which '
+      f"belongs to {of!r}: set {source}.autoencoder.decoder_stage to '' when it is trained"
+    )
+
+
+def readers_of(section: ConfigDict, stage: str) -> tuple[str, ...]:
+  """Returns the names of the parts of a stage's section that name a VAE or an autoencoder of this run."""
+  parts = (part for part in READS if part in section)
+  return tuple(part for part in parts if section[part].stage == stage and not section[part].workdir)
+
+
 def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> ConfigDict:
   """Returns the config with a section for the quantized stage: that of its source, and how it is made.
 
@@ -94,6 +127,9 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
   with section.unlocked():
     section.experiment = stages.SECTION
     section[stages.SECTION] = ConfigDict(made)
+    if settings.reads:
+      for part in readers_of(section, config[settings.reads][stages.SECTION].stage):
+        section[part].stage = settings.reads
     if 'sample' in section:
       section.sample.checkpoint = 'latest'  # it has one
   return joined(config, name, section)

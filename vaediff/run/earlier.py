@@ -30,6 +30,7 @@ QUANTIZE = {
   'weights': 'int8',
   'activations': 'int8',
   'method': 'minmax',
+  'reads': '',
   'keep_float': (),
   'time_buckets': 8,
   'num_images': 64,
