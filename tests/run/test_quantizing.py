@@ -163,6 +163,10 @@ def test_what_cannot_be_is_refused(stage, made):  # noqa: F811
   assert quantizing.rows_of(plain, ConfigDict({'correction': 'none'})) == 0
   with pytest.raises(UserError, match="correction is 'mean'.*'refiner' has none: set it to 'none'"):
     quantizing.rows_of(plain, ConfigDict({'correction': 'mean'}))
+  with pytest.raises(
+    UserError, match="stage 'refiner' has no sampler .* does not read what follows from an image"
+  ):
+    subjects.of(plain, QUANTIZE.calibration, 'denoiser')
   wrong = ConfigDict({**QUANTIZE.to_dict(), 'percentile': 40.0})
   with pytest.raises(UserError, match='config.quantize.percentile'):
     quantizing.hand_over(stage, wrong, made[0], 'denoiser')

@@ -102,8 +102,7 @@ def bordered(
 ) -> Int8[Array, 'batch height_padded width_padded inputs']:
   """Returns rounded inputs with a border of what stands for 0.
 
-  It is joined to them, not padded: what is joined XLA's compiler for CPUs writes down once, what is padded it
-  rounds anew for every window that reads it.
+  It is put around bytes: around floats, before they are rounded, four times as much is written and read.
 
   Args:
     x: the inputs.
@@ -127,7 +126,7 @@ def convolution_by_product(
 
   Windows of bytes take twice the memory of the input in floats. On CPUs this is faster than the library's
   convolution, and GPUs have products alone. They are gathered along the width first, then along the height:
-  six copies, of longer rows, in place of nine.
+  what the input is made of XLA's compiler for CPUs makes anew for each slice of it, three times so, not nine.
   """
   for axis in (2, 1):
     size, stride = kernel.shape[axis], strides[axis - 1]
