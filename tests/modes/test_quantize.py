@@ -102,6 +102,13 @@ def test_weights_alone_and_a_decoder_without_time(trained, tmp_path, one_device,
   mesh = sharding.make_mesh(run.config.mesh)
   name = f'refiner_w{weights[-1]}'
   assert abs(drawn(run.workdir, name, mesh) - drawn(run.workdir, 'refiner', mesh)).mean() < 16
+  stored, opened_stage = (
+    configs.read(run.workdir),
+    Trained(configs.read(run.workdir), run.workdir, name, mesh),
+  )
+  assert 'tables' not in opened_stage.read['denoiser']  # floats are made once, when it is opened
+  sizes = describe.describe_quantized(stored, run.workdir, name)
+  assert sizes['memory'] == sizes['memory_float32'] and sizes['disk'] < sizes['disk_float32']
   run.config.update_from_flattened_dict({'quantize.stage': 'vae', 'quantize.activations': 'int8'})
   name = quantize.quantize(run)
   image = Trained(configs.read(run.workdir), run.workdir, name, mesh).draw(np.arange(3))

@@ -12,6 +12,7 @@ from vaediff import identity, reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
+from vaediff.models import quantized
 from vaediff.run import captions, checkpoint, digests, measurements, same_run
 
 
@@ -53,9 +54,10 @@ def load(
           check_same(same_run.stored_config(folder / source.stage), config, source, folder)
         params = checkpoint.abstract_params(source.model, mesh)
         check_arrays = config.checkpoints.check_arrays
-        return checkpoint.load_frozen(
+        stored = checkpoint.load_frozen(
           folder / source.stage, source.network, params, check_arrays=check_arrays, step=source.step
         )
+        return quantized.ready(source.model, stored)
       case reads.Measured() if source.stage == training and not source.workdir:
         return sharding.replicate(source.neutral(), mesh)
       case reads.Measured():
@@ -127,9 +129,7 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
   )
 
 
-def check_tokenizers(
-  sources: Mapping[str, reads.Reads], config: ConfigDict, workdir: pathlib.Path
-) -> None:
+def check_tokenizers(sources: Mapping[str, reads.Reads], config: ConfigDict, workdir: pathlib.Path) -> None:
   """Does nothing where all networks that read captions, such as a teacher, know words by the same numbers.
 
   Raises:
@@ -246,7 +246,8 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
   def one(source: reads.Reads) -> Any:
     match source:
       case reads.FromStage():
-        return jax.jit(source.model.init, out_shardings=sharding.replicated(mesh))(jax.random.key(1))
+        init = jax.jit(source.model.init, out_shardings=sharding.replicated(mesh))
+        return quantized.ready(source.model, init(jax.random.key(1)))
       case reads.Measured() | reads.Captions():
         return sharding.replicate(source.neutral(), mesh)
       case reads.Published():
