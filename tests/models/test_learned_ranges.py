@@ -20,10 +20,10 @@ def test_numbers_are_those_that_the_quantized_network_reads():
 
 def test_the_gradient_of_a_step_is_that_of_learned_step_sizes():
   """Esser et al. 2020, eq. 3: round(x / s) - x / s inside, and the end less the zero point beyond it."""
-  scale, zero = 0.1, 27.0
-  x = np.float32([0.234, -1.07, 30.0, -40.0])
+  scale, zero = jnp.float32(0.1), jnp.float32(27)
+  x = jnp.float32([0.234, -1.07, 30.0, -40.0])
   found = jax.vmap(jax.grad(lambda s, x: learned_ranges.rounded(x, s, zero)), (None, 0))(scale, x)
-  wanted = [2 - 2.34, -11 + 10.7, 127 - zero, -128 - zero]
+  wanted = [2 - 2.34, -11 + 10.7, 127 - 27, -128 - 27]
   np.testing.assert_allclose(found, wanted, atol=1e-4)
   of_input = jax.vmap(jax.grad(lambda x: learned_ranges.rounded(x, scale, zero)))(x)
   np.testing.assert_allclose(of_input, [1, 1, 0, 0], atol=1e-6)
@@ -69,7 +69,7 @@ def test_the_error_of_a_block_falls_in_each_bucket_and_part():
 
 def test_without_an_update_that_helps_the_measured_ranges_stay():
   x, zero = jnp.linspace(-1, 1, 64)[:, None], jnp.zeros((1, 1))
-  block = lambda scales, x: learned_ranges.rounded(x, scales['a'][0], zero[0])
+  block = lambda scales, x: learned_ranges.rounded(x, scales['a'], zero)
   settings = learned_ranges.Settings(num_steps=1, batch_size=8, learning_rate=0.9)
   found = learned_ranges.learn(block, {'a': jnp.full((1, 1), 1 / 127)}, (x,), x, settings, jax.random.key(0))
   assert found.error == found.measured and (found.factors['a'] == 1).all()

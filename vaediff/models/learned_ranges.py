@@ -25,8 +25,9 @@ from jaxtyping import Array, Float, Int
 from vaediff.models import adaround, integers
 from vaediff.models.observed import Layer, is_layer, visiting
 
-Steps = Mapping[str, Float[Array, 'buckets parts']]
-"""By the path of a layer."""
+Steps = Mapping[str, Float[Array, '_buckets _parts']]
+Zeros = Mapping[str, Int[Array, '_buckets _parts']]
+"""Of a layer's input, by the path of the layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Learned(NamedTuple):
     measured: the same, of the ranges as they were.
   """
 
-  factors: dict[str, Float[Array, 'buckets parts']]
+  factors: dict[str, Float[Array, '_buckets _parts']]
   error: float
   measured: float
 
@@ -69,7 +70,7 @@ def with_rounded_inputs(
   call: Callable[[], Any],
   layers: Mapping[str, Layer],
   scales: Steps,
-  zeros: Steps,
+  zeros: Zeros,
   bucket: Int[Array, ' rows'],
 ) -> Any:
   """Returns what a call of a module gives whose layers read rounded inputs.

@@ -145,6 +145,11 @@ def _statistics(subject: Subject, quantized: Quantized) -> dict[str, tuple[np.nd
     calls = [
       inputs_of(model, params, *args, layers=layers, **keywords)[1] for args, keywords in subject.calls(batch)
     ]
+    if missing := [layer.path for layer in layers if layer.path not in calls[0]]:
+      raise UserError(
+        f'what is recorded does not reach the layer {missing[0]!r}: nothing is known of what it reads. Add it '
+        'to config.quantize.keep_float'
+      )
     return {layer.path: _of_layer(layer, number, calls) for number, layer in enumerate(layers)}
 
   parts = [
