@@ -147,8 +147,8 @@ def _statistics(subject: Subject, quantized: Quantized) -> dict[str, tuple[np.nd
     ]
     if missing := [layer.path for layer in layers if layer.path not in calls[0]]:
       raise UserError(
-        f'what is recorded does not reach the layer {missing[0]!r}: nothing is known of what it reads. Add it '
-        'to config.quantize.keep_float'
+        f'what is recorded does not reach the layer {missing[0]!r}: nothing is known of what it reads. Add '
+        'it to config.quantize.keep_float'
       )
     return {layer.path: _of_layer(layer, number, calls) for number, layer in enumerate(layers)}
 
