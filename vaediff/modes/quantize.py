@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from vaediff import checks, experiments, files, reads
 from vaediff.errors import UserError
 from vaediff.experiments import quantized as stages
+from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.modes import describe
 from vaediff.run import config as configs
@@ -50,11 +51,12 @@ def quantize(run: Run) -> str:
   trainable = [stage for stage in run.stages if run.config[stage].experiment != stages.SECTION]
   source = settings.stage or (trainable or run.stages)[-1]
   check_source(run.config, source)
-  check_read(run.config, source)
+  check_read(run.config)
   trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
   name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
   config = with_stage(run.config, source, name, quantizing.rows_of(trained, settings))
   experiment = experiments.build(config, name)
+  check_is_read(run.config, experiment, source)
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
   params = quantization.quantize(trained, experiment, settings)
   quantization.save(config, trained, experiment, name, params)
@@ -81,8 +83,8 @@ def check_source(config: ConfigDict, source: str) -> None:
     )
 
 
-def check_read(config: ConfigDict, source: str) -> None:
-  """Raises UserError where `quantize.reads` names no quantized stage of what a stage reads of this run."""
+def check_read(config: ConfigDict) -> None:
+  """Raises UserError where `quantize.reads` names no quantized stage of this run."""
   name = config.quantize.reads
   if not name:
     return
@@ -91,17 +93,16 @@ def check_read(config: ConfigDict, source: str) -> None:
       f'config.quantize.reads is {name!r}, which is no quantized stage of this run; make it first, by '
       '--mode=quantize --config.quantize.stage=<the VAE or autoencoder>'
     )
-  of = config[name][stages.SECTION].stage
-  if not (found := readers_of(config[source], of)):
+
+
+def check_is_read(config: ConfigDict, experiment: Experiment, source: str) -> None:
+  """Raises UserError where a quantized stage does not read what `quantize.reads` names."""
+  name = config.quantize.reads
+  sources = (each for each in experiment.frozen.values() if isinstance(each, reads.FromStage))
+  if name and not any(each.stage == name for each in sources):
     raise UserError(
-      f'config.quantize.reads is {name!r}, which was made of {of!r}; stage {source!r} reads no such VAE or '
-      'autoencoder of this run'
-    )
-  section = config[source][found[0]]
-  if 'decoder_stage' in section and section.decoder_stage:
-    raise UserError(
-      f'config.quantize.reads is {name!r}, but stage {source!r} decodes by {section.decoder_stage!r}, which '
-      f"belongs to {of!r}: set {source}.autoencoder.decoder_stage to '' when it is trained"
+      f'config.quantize.reads is {name!r}, which was made of {config[name][stages.SECTION].stage!r}; stage '
+      f'{source!r} reads no such VAE or autoencoder of this run'
     )
 
 
