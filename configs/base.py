@@ -271,11 +271,7 @@ def quantize() -> ConfigDict:
         'beta_end': 2.0,
       },
       # with 'adaround', after each block: ranges of its inputs, by the error that is left (Q-Diffusion)
-      'learned_ranges': {
-        'num_steps': 0,  # of each block; 0 = they stay as `ranges` has them
-        'batch_size': 32,
-        'learning_rate': 2e-3,
-      },
+      'learned_ranges': {'num_steps': 0, 'batch_size': 32, 'learning_rate': 2e-3},  # 0 = they are not
     }
   )
 

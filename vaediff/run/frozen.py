@@ -52,11 +52,9 @@ def load(
           same_run.check_stage(config, folder / source.stage, source.stage)
         else:
           check_same(same_run.stored_config(folder / source.stage), config, source, folder)
-        params = checkpoint.abstract_params(source.model, mesh)
+        network = (folder / source.stage, source.network, checkpoint.abstract_params(source.model, mesh))
         check_arrays = config.checkpoints.check_arrays
-        stored = checkpoint.load_frozen(
-          folder / source.stage, source.network, params, check_arrays=check_arrays, step=source.step
-        )
+        stored = checkpoint.load_frozen(*network, check_arrays=check_arrays, step=source.step)
         return quantized.ready(source.model, stored)
       case reads.Measured() if source.stage == training and not source.workdir:
         return sharding.replicate(source.neutral(), mesh)

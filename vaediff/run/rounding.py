@@ -155,7 +155,9 @@ def gatherer(subject: Subject, model: Model, blocks: tuple[Block, ...]) -> Calla
       own = [x for x, chosen in zip(leaves, changing, strict=True) if chosen]
       parts.append(jax.tree.map(lambda x: x[:fresh], (own, output)))  # noqa: B023
     rows, output = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
-    fixed = [None if chosen else np.asarray(x) for x, chosen in zip(leaves, changing, strict=True)]
+    fixed = [
+      None if chosen else x if x.ndim else x.item() for x, chosen in zip(leaves, changing, strict=True)
+    ]
 
     def arguments(rows: Any) -> tuple[Any, ...]:
       given = iter(rows)
