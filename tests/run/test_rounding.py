@@ -36,7 +36,10 @@ def test_blocks_of_a_prior_of_tokens_are_rounded_on_ids(tmp_path):
     lambda x: x + 0.1 * random.standard_normal(x.shape).astype(np.float32),
     jax.jit(model.init)(jax.random.key(0)),
   )
-  ids, before = (random.integers(0, 1, (6, *struct.shape[1:])).astype(np.int32) for struct in model.inputs)
+  ids, before = (
+    jnp.asarray(random.integers(0, most, (6, *struct.shape[1:])), jnp.int32)
+    for most, struct in zip((model.module.codebook_size, 1), model.inputs, strict=True)
+  )
   subject = subjects.Subject(
     params=params, records=(((ids, before), {'mask': None}),), t=np.zeros(6, np.float32),
     calls=lambda calls: calls, size=4, made_of={'records': 'aa'},
@@ -57,5 +60,5 @@ def test_blocks_of_a_prior_of_tokens_are_rounded_on_ids(tmp_path):
   made = rounding.learned(subject, tmp_path, whole, found, SECTION)
   assert made['kernels'].keys() == made['ranges'].keys() == {layer.path for layer in layers}
   tree = whole.quantize(params, **{**found, **made})
-  logits, wanted = whole.apply(tree, jnp.asarray(ids), jnp.asarray(before)), model.apply(params, ids, before)
+  logits, wanted = whole.apply(tree, ids, before), model.apply(params, ids, before)
   assert 0 < jnp.linalg.norm(logits - wanted) < 0.3 * jnp.linalg.norm(wanted)
