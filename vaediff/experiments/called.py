@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from vaediff.experiments import base
 from vaediff.experiments.autoencoder import LATENTS, Autoencoder
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.token_prior import TokenPrior
@@ -81,7 +80,7 @@ READERS = {
 """By kind of experiment."""
 
 
-def reader_of(experiment: base.Experiment) -> Reader | None:
+def reader_of(experiment: Any) -> Reader | None:
   """Returns how the networks of a stage are called; None where that is not known."""
   return next((reader for kind, reader in READERS.items() if isinstance(experiment, kind)), None)
 
