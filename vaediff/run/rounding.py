@@ -56,13 +56,14 @@ def learned(
   gather = gatherer(subject, quantized.in_floats, tuple(block for block, _ in blocks))
   for number, (block, layers) in enumerate(blocks):
     if any(layer.path not in done for layer in layers):
-      key = jax.random.fold_in(jax.random.key(section.calibration.seed), number)
+      root = jax.random.key(section.calibration.seed)
+      keys = [jax.random.fold_in(root, place) for place in (number, len(blocks) + number)]
       task = Task(
         block=block, layers=layers, params=subject.params, found=found, bits=quantized.bits,
         seen=gather(rounded, block), wanted=gather(subject.params, block).output,
       )  # fmt: skip
-      done |= task.kernels(adaround.Settings(**section.adaround.to_dict()), key)
-      done |= task.ranges(of_ranges, jax.random.fold_in(key, 0), subject.t, done) if both else {}
+      done |= task.kernels(adaround.Settings(**section.adaround.to_dict()), keys[0])
+      done |= task.ranges(of_ranges, keys[1], subject.t, done) if both else {}
       if jax.process_index() == 0:
         files.write_npz(path, {**done, calibration.MADE_OF: json.dumps(wanted)})
     for layer in layers:
