@@ -158,7 +158,7 @@ def test_the_corrected_network_has_no_bias(stage, made):  # noqa: F811
     assert np.std(corrected[own]) == pytest.approx(table['std'][step], rel=1e-2)
 
 
-def test_what_cannot_be_is_refused(stage, made):  # noqa: F811
+def test_what_cannot_be_is_refused(stage):  # noqa: F811
   plain = dataclasses.replace(stage, experiment=type('Plain', (), {'diffusion': None})())
   assert quantizing.rows_of(plain, ConfigDict({'correction': 'none'})) == 0
   with pytest.raises(UserError, match="correction is 'mean'.*'refiner' has none: set it to 'none'"):
@@ -168,5 +168,6 @@ def test_what_cannot_be_is_refused(stage, made):  # noqa: F811
   ):
     subjects.of(plain, QUANTIZE.calibration, 'denoiser')
   wrong = ConfigDict({**QUANTIZE.to_dict(), 'percentile': 40.0})
+  none = Quantized.of(stage.experiment.denoiser.model, layers=(), bits=4, quantized_inputs=True, buckets=1)
   with pytest.raises(UserError, match='config.quantize.percentile'):
-    quantizing.hand_over(stage, wrong, made[0], 'denoiser')
+    quantizing.hand_over(stage, wrong, none, 'denoiser')
