@@ -69,4 +69,4 @@ def as_stored(config: ConfigDict, stage: str, model: Model) -> Model:
   """Returns the network of a stage as its checkpoint has it: of whole numbers where that is their stage."""
   if not reads.is_stage(config, stage, SECTION):
     return model
-  return quantized(model, config[stage][SECTION], f'config.{stage}.{SECTION}.keep_float')
+  return quantized(model, config[stage][SECTION].to_dict(), f'config.{stage}.{SECTION}.keep_float')
