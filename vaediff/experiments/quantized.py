@@ -53,7 +53,7 @@ STUDENTS = (Progressive, Consistency, AdversarialDistillation, DistributionMatch
 """Whose sections have fields beside those of a diffusion."""
 FOR_TRAINING = ('discriminator',)
 """Networks that samples do not need."""
-SLOW = 'this machine has no fast products of whole numbers: kernels are made floats where they are used'
+SLOW = 'this machine has no fast products of whole numbers: floats are made of the kernels when it is opened'
 ACTIVATIONS = ('int8', 'float32')
 SUFFIX = {
   ('int8', 'int8'): 'int8',
