@@ -238,9 +238,11 @@ def quantize() -> ConfigDict:
       'stage': '',  # what is quantized: one of the run, trained; '' = the last of --stages
       'weights': 'int8',  # 'int8' | 'int4', two of which share a byte
       'activations': 'int8',  # what is multiplied with them: 'int8' | 'float32', for weights alone
-      # 'minmax': rounded to nearest, within what samples show. For stages with a sampler, on records of it,
-      # 'max' | 'mse' | 'adaround': scales of weights, and which way they are rounded (docs/calibration.md)
+      # 'minmax': rounded to nearest, within what samples show. On records of what the network reads, 'max' |
+      # 'mse' | 'adaround': scales of weights, and which way they are rounded (docs/calibration.md)
       'method': 'minmax',
+      # a quantized VAE or autoencoder of this run, read in place of the one in floats; '' = that one
+      'reads': '',
       'keep_float': (),  # patterns of layers that stay as they are, as 'middle/*'
       'time_buckets': 8,  # parts of the time, each with its own scales of activations
       'num_images': 64,  # drawn to see what layers read, with 'minmax'
@@ -268,6 +270,8 @@ def quantize() -> ConfigDict:
         'beta_start': 20.0,
         'beta_end': 2.0,
       },
+      # with 'adaround', after each block: ranges of its inputs, by the error that is left (Q-Diffusion)
+      'learned_ranges': {'num_steps': 0, 'batch_size': 32, 'learning_rate': 2e-3},  # 0 = they are not
     }
   )
 
@@ -352,6 +356,7 @@ def _debug_modes(config: ConfigDict) -> None:
   config.quantize.update({'time_buckets': 2, 'num_images': 4, 'correction_images': 2})
   config.quantize.calibration.update({'num_samples': 4, 'steps': 2, 'batch_size': 4})
   config.quantize.adaround.update({'num_steps': 3, 'batch_size': 4})
+  config.quantize.learned_ranges.update({'num_steps': 2, 'batch_size': 4})
   config.benchmark.update(
     {
       'num_repeats': 2,

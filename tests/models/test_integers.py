@@ -50,6 +50,32 @@ def test_convolutions_are_exact_sums_of_whole_numbers(strides):
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize('padding', [((1, 1), (1, 1)), ((0, 1), (0, 1)), ((2, 0), (0, 0)), ((0, 0), (0, 0))])
+def test_a_border_is_the_zero_point_of_each_example(padding):
+  x, zero = whole((2, 3, 4, 5)), np.array([-100, 7], np.int32).reshape(2, 1, 1, 1)
+  found = integers.bordered(jnp.asarray(x), jnp.asarray(zero), padding)
+  for row in range(2):
+    wanted = np.pad(x[row], (*padding, (0, 0)), constant_values=int(zero[row, 0, 0, 0]))
+    np.testing.assert_array_equal(found[row], wanted)
+
+
+def test_inputs_are_rounded_for_three_columns_and_not_for_nine_windows():
+  """XLA's compiler for CPUs rounds anew what each slice reads, until slices are joined."""
+
+  def layer(x, scale, zero, kernel):
+    rounded = integers.bordered(integers.quantize(x, scale, zero), zero, ((1, 1), (1, 1)))
+    return integers.convolution_by_product(rounded, kernel, (1, 1))
+
+  each = jax.ShapeDtypeStruct((4, 1, 1, 1), jnp.float32), jax.ShapeDtypeStruct((4, 1, 1, 1), jnp.int32)
+  shapes = (
+    jax.ShapeDtypeStruct((4, 16, 16, 32), jnp.float32),
+    *each,
+    jax.ShapeDtypeStruct((32, 3, 3, 32), jnp.int8),
+  )
+  text = jax.jit(layer).lower(*shapes).compile().as_text()
+  assert 1 <= text.count('round-nearest-even(') <= 3
+
+
 def test_products_are_exact_where_float32_would_not_be():
   x, kernel = np.full((2, 3, 2048), 127, np.int8), np.full((4, 2048), 127, np.int8)
   kernel[:, 0] = 126  # the sum is odd, and above 2^24

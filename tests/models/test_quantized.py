@@ -1,5 +1,7 @@
 """Networks of whole numbers: the same modules, against the same arithmetic in NumPy and against floats."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +137,9 @@ def test_floats_made_of_the_kernels_are_the_network_with_rounded_kernels(bits):
   found = whole.apply(tree, x, t)
   np.testing.assert_allclose(found, model.apply(whole.dequantized(tree), x, t), rtol=1e-4, atol=1e-4)
   assert abs(found - model.apply(params, x, t)).max() > 1e-3
+  ready = whole.ready(tree)
+  assert jax.tree.structure(ready) == jax.tree.structure(params)
+  np.testing.assert_allclose(whole.apply(ready, x, t), found, rtol=1e-4, atol=1e-4)
 
 
 def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats_of():
@@ -146,6 +151,25 @@ def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats
   assert tree['tables']['input_scale'].shape == (len(whole.layers), 2, 2)
   wanted = model.apply(whole.dequantized(tree), x, t)
   np.testing.assert_allclose(whole.apply(tree, x, t), wanted, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(whole.apply(whole.ready(tree), x, t), wanted, rtol=1e-4, atol=1e-4)
+  fast = quantized(model, buckets=2)  # products of whole numbers read them as they are stored
+  assert fast.ready(tree) is tree
+
+
+def test_a_sampler_makes_floats_of_the_kernels_once_before_its_steps():
+  """The compiler moves them out of the loop: no bytes are read inside."""
+  model = joined()
+  whole = quantized(model, inputs=False)
+
+  def steps(tree, x):
+    step = lambda x, _: (x - whole.apply(tree, x, jnp.ones(2))[..., :3], None)
+    return jax.lax.scan(step, x, None, length=5)[0]
+
+  tree = jax.eval_shape(whole.init, jax.random.key(0))
+  text = jax.jit(steps).lower(tree, jax.ShapeDtypeStruct((2, 6, 6, 3), jnp.float32)).compile().as_text()
+  (loop,) = set(re.findall(r'body=%?([\w.\-]+)', text))
+  body = text[text.index(f'%{loop} (') :]
+  assert 'convolution(' in text and 's8[' in text and 's8[' not in body[: body.index('\n}')]
 
 
 @pytest.mark.slow
@@ -174,7 +198,9 @@ def test_the_correction_of_the_output_is_that_of_the_nearest_time():
     'times': np.array([0.25, 1.0]), 'std': np.zeros(2),
     'gain': np.concatenate([0.5 * one, 0 * one]), 'bias': np.concatenate([0.1 * one, 0.2 * one]),
   }  # fmt: skip
-  found = whole.apply(whole.quantize(params, correction=correction), x, t)
+  tree = whole.quantize(params, correction=correction)
+  found = whole.apply(tree, x, t)
+  np.testing.assert_allclose(whole.apply(whole.ready(tree), x, t), found, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(found[0], (plain[0] - 0.1) / 1.5, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(found[1], plain[1] - 0.2, rtol=1e-5, atol=1e-6)
 

@@ -6,8 +6,9 @@ import pytest
 
 from vaediff import identity
 from vaediff.errors import UserError
+from vaediff.experiments import quantized
 from vaediff.machine import integers, sharding
-from vaediff.models.quantized import PRODUCTS
+from vaediff.models.quantized import PRODUCTS, Quantized
 from vaediff.modes import describe, quantize
 from vaediff.modes import train as training
 from vaediff.run import checkpoint
@@ -76,6 +77,7 @@ def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_e
       r"keep_float names the layer 'centre/\*', which the network",
     ),
     ({'keep_float': ('*',)}, 'which leaves no layer to be quantized'),
+    ({'reads': 'vae'}, "config.quantize.reads is 'vae', which is no quantized stage of this run; make it"),
   ],
 )
 def test_what_cannot_be_quantized_is_refused_by_name(trained, tmp_path, one_device, changes, message):
@@ -100,7 +102,47 @@ def test_weights_alone_and_a_decoder_without_time(trained, tmp_path, one_device,
   mesh = sharding.make_mesh(run.config.mesh)
   name = f'refiner_w{weights[-1]}'
   assert abs(drawn(run.workdir, name, mesh) - drawn(run.workdir, 'refiner', mesh)).mean() < 16
+  stored, opened_stage = (
+    configs.read(run.workdir),
+    Trained(configs.read(run.workdir), run.workdir, name, mesh),
+  )
+  assert 'tables' not in opened_stage.read['denoiser']  # floats are made once, when it is opened
+  sizes = describe.describe_quantized(stored, run.workdir, name)
+  assert sizes['memory'] == sizes['memory_float32'] and sizes['disk'] < sizes['disk_float32']
   run.config.update_from_flattened_dict({'quantize.stage': 'vae', 'quantize.activations': 'int8'})
   name = quantize.quantize(run)
   image = Trained(configs.read(run.workdir), run.workdir, name, mesh).draw(np.arange(3))
   assert next(iter(image.values())).shape == (3, 8, 8, 1)
+
+
+@pytest.mark.slow
+def test_a_decoder_is_rounded_on_what_it_reads_of_images_and_a_refiner_reads_it(
+  trained, tmp_path, one_device, whole_numbers, capsys
+):
+  changes = {'stage': 'vae', 'weights': 'int4', 'method': 'adaround', 'calibration.num_samples': 6}
+  run = opened(trained, tmp_path / 'run', **changes)
+  mesh = sharding.make_mesh(run.config.mesh)
+  assert quantize.quantize(run) == 'vae_w4a8'
+  said = capsys.readouterr().out
+  assert 'vae: observing 6 images' in said and 'of rounding to nearest' in said and 'measured ranges' in said
+  assert len(list((run.workdir / 'vae').glob('rounded-*.npz'))) == 1
+
+  config = configs.read(run.workdir)
+  config.quantize.update({'stage': 'refiner', 'reads': 'vae_w4a8', 'num_images': 4})
+  assert quantize.quantize(Run(config, run.workdir, ('refiner',))) == 'refiner_int8'
+  stored = configs.read(run.workdir)
+  assert stored.refiner_int8.vae.stage == 'vae_w4a8' and stored.refiner.vae.stage == 'vae'
+  stage = Trained(stored, run.workdir, 'refiner_int8', mesh)
+  assert stage.experiment.frozen['vae'].stage == 'vae_w4a8' and 'tables' in stage.read['vae']
+  found = drawn(run.workdir, 'refiner_int8', mesh)
+  assert abs(found - drawn(run.workdir, 'refiner', mesh)).mean() < 16
+  models = [
+    source.model
+    for source in quantized.in_floats(stage.experiment).frozen.values()
+    if hasattr(source, 'model')
+  ]
+  assert models and not any(isinstance(model, Quantized) for model in models)
+
+  config.quantize.update({'stage': 'vae', 'reads': 'vae_w4a8'})
+  with pytest.raises(UserError, match="made of 'vae'; stage 'vae' reads no such VAE or autoencoder"):
+    quantize.quantize(Run(config, run.workdir, ('vae',)))

@@ -35,10 +35,10 @@ from vaediff.machine import integers
 from vaediff.models import observed
 from vaediff.models.functional import Model
 from vaediff.models.quantized import FLOATS, Quantized, has_time
+from vaediff.spaces import whole_numbers
+from vaediff.spaces.whole_numbers import SECTION, WEIGHTS
 from vaediff.types import Params
 
-SECTION = 'quantized'
-"""Of a stage's section: how it was made. Its experiment has the same name."""
 SOURCES: Mapping[str, type[base.Experiment]] = {
   'diffusion': Diffusion,
   **dict.fromkeys(student.EXPERIMENTS, Diffusion),  # what they teach is a diffusion
@@ -53,11 +53,7 @@ STUDENTS = (Progressive, Consistency, AdversarialDistillation, DistributionMatch
 """Whose sections have fields beside those of a diffusion."""
 FOR_TRAINING = ('discriminator',)
 """Networks that samples do not need."""
-ENCODER = 'encoder'
-"""How layers begin that stay as they are: they make no samples."""
-SLOW = 'this machine has no fast products of whole numbers: kernels are made floats where they are used'
-WEIGHTS = {'int8': 8, 'int4': 4}
-"""Bits of the kernels."""
+SLOW = 'this machine has no fast products of whole numbers: floats are made of the kernels when it is opened'
 ACTIVATIONS = ('int8', 'float32')
 SUFFIX = {
   ('int8', 'int8'): 'int8',
@@ -171,22 +167,7 @@ def of(experiment: base.Experiment, made: Mapping[str, Any], field: str) -> base
   for name, model in experiment.networks.items():
     if name in FOR_TRAINING:
       continue
-    try:
-      layers = observed.quantizable(observed.layers_of(model), tuple(made['keep_float']))
-    except UserError as error:
-      raise UserError(f'{field} {error}') from error
-    layers = tuple(layer for layer in layers if not layer.path.startswith(ENCODER))
-    if not layers:
-      raise UserError(f'{field} is {made["keep_float"]}, which leaves no layer to be quantized; keep fewer')
-    whole = Quantized.of(
-      model,
-      layers=layers,
-      bits=WEIGHTS[made['weights']],
-      quantized_inputs=made['activations'] == 'int8',
-      buckets=made['time_buckets'],
-      rows=made['correction_rows'] if has_time(model) else 0,
-      arithmetic=integers.arithmetic,
-    )
+    whole = whole_numbers.quantized(model, made, field)
     experiment = replaced(experiment, model, whole)
   if made['correction_rows'] and isinstance(experiment, Diffusion):
     experiment = corrected(experiment, direction=made['correction'] == 'published')
@@ -215,8 +196,9 @@ def replaced(node: Any, old: Any, new: Any) -> Any:
 
 
 def in_floats(experiment: base.Experiment) -> base.Experiment:
-  """Returns the same experiment with the networks that were made whole numbers of."""
-  for model in experiment.networks.values():
+  """Returns the same experiment with its networks, and those that it reads, in floats."""
+  read = (source.model for source in experiment.frozen.values() if isinstance(source, reads.FromStage))
+  for model in (*experiment.networks.values(), *read):
     if isinstance(model, Quantized):
       experiment = replaced(experiment, model, model.in_floats)
   return experiment

@@ -145,16 +145,26 @@ def learn(
   learned, near = _learned(
     block, dict(kernels), dict(scales), args, wanted, key, settings=settings, bits=bits
   )
-  size = settings.batch_size
 
   def error(whole: Mapping[str, Array]) -> float:
     back = {path: scales[path] * whole[path] for path in whole}
-    parts = range(0, len(wanted), size)
-    each = [_error(block, back, _rows(args, i, size), wanted[i : i + size]) for i in parts]
-    return sum(map(float, each)) / len(wanted)
+    return error_over(block, back, args, wanted, settings.batch_size)
 
   errors = error(learned), error(near)
   return Rounded(learned, *errors) if errors[0] < errors[1] else Rounded(near, errors[1], errors[1])
+
+
+def error_over(
+  block: Callable[..., Array],
+  params: Mapping[str, Array],
+  args: Any,
+  wanted: Float[Array, 'examples *shape'],
+  size: int,
+) -> float:
+  """Returns the error of a block, (params, *args) -> outputs, over all examples, `size` at a time."""
+  parts = range(0, len(wanted), size)
+  each = [_error(block, dict(params), _rows(args, i, size), wanted[i : i + size]) for i in parts]
+  return sum(map(float, each)) / len(wanted)
 
 
 def _rows(args: Any, first: int, size: int) -> Any:
@@ -162,8 +172,8 @@ def _rows(args: Any, first: int, size: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _error(block: Callable[..., Array], kernels: Kernels, args: Any, wanted: Array) -> Array:
-  return block_error(block(kernels, *args), wanted) * len(wanted)
+def _error(block: Callable[..., Array], params: Kernels, args: Any, wanted: Array) -> Array:
+  return block_error(block(params, *args), wanted) * len(wanted)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=('settings', 'bits'))

@@ -271,7 +271,7 @@ def blocks_of(model: Model) -> tuple[Block, ...]:
 
 
 def block_io(
-  model: Model, params: Params, *args: Any, blocks: tuple[Block, ...]
+  model: Model, params: Params, *args: Any, blocks: tuple[Block, ...], **kwargs: Any
 ) -> dict[str, tuple[tuple[Any, ...], Any]]:
   """Returns what each block reads and gives, (args, output) by its path; a quantized model has its own."""
   paths, found = {block.path for block in blocks}, {}
@@ -283,5 +283,5 @@ def block_io(
     return result
 
   with visiting(visit):
-    without_remat(model).apply(params, *args)
+    without_remat(model).apply(params, *args, **kwargs)
   return found

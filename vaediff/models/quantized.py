@@ -172,8 +172,24 @@ class Quantized(Model):
     for layer in self.layers:
       stored = by_path[layer.path]
       floats = {name: stored[name] for name in stored if name == 'bias'}
-      tree = with_subtree(tree, layer.path, {**floats, 'kernel': float_kernel(stored, layer)})
+      kernel = _float_kernel(stored, dataclasses.replace(layer, path=''))
+      tree = with_subtree(tree, layer.path, {**floats, 'kernel': kernel})
     return tree
+
+  def computes_whole(self, arithmetic: str) -> bool:
+    """Returns whether products are of whole numbers; else floats are made of the kernels."""
+    return self.quantized_inputs and arithmetic != FLOATS
+
+  def ready(self, params: Params) -> Params:
+    """Returns what programs are given of the stored parameters: floats, where each would make those first.
+
+    A sampler's floats are made before its steps, and take their memory while it runs. Made once, for all
+    programs, they cost no time in any, and no more memory than that.
+    """
+    if self.computes_whole(self.arithmetic() if self.arithmetic else PRODUCTS):
+      return params
+    correction = {name: value for name, value in params.items() if name == CORRECTION}
+    return {**self.dequantized(params), **correction}
 
   def apply(
     self,
@@ -183,12 +199,21 @@ class Quantized(Model):
     key_dropout: jax.Array | None = None,
     **kwargs: Any,
   ) -> Any:
-    """Applies the module (or its named method) to what `quantize` has stored."""
+    """Applies the module (or its named method) to what `quantize` has stored, or `ready` made of it."""
+    t = args[1] if len(args) > 1 and has_time(self) else None
+    if TABLES in params:
+      output = self._apply_stored(params, t, *args, method=method, key_dropout=key_dropout, **kwargs)
+    else:
+      network = {name: value for name, value in params.items() if name != CORRECTION}
+      output = super().apply(network, *args, method=method, key_dropout=key_dropout, **kwargs)
+    return corrected(params[CORRECTION], output, t) if CORRECTION in params and method is None else output
+
+  def _apply_stored(self, params: Params, t: Array | None, *args: Any, **kwargs: Any) -> Any:
+    """Returns the output for stored parameters, before its correction."""
     arithmetic = self.arithmetic() if self.arithmetic else PRODUCTS
-    whole = self.quantized_inputs and arithmetic != FLOATS
+    whole = self.computes_whole(arithmetic)
     by_path, tables = {layer.path: layer for layer in self.layers}, params[TABLES]
     stored_of = self.stored(params)
-    t = args[1] if len(args) > 1 and has_time(self) else None
     bucket = jnp.searchsorted(tables[EDGES], t, side='left') if whole and self.buckets > 1 else None
 
     def visit(module: nn.Module, path: str, call: Any, inputs: Any, others: Any) -> Any:
@@ -207,8 +232,12 @@ class Quantized(Model):
 
     network = {name: value for name, value in params.items() if name not in (TABLES, CORRECTION)}
     with visiting(visit):
-      output = super().apply(network, *args, method=method, key_dropout=key_dropout, **kwargs)
-    return corrected(params[CORRECTION], output, t) if CORRECTION in params and method is None else output
+      return super().apply(network, *args, **kwargs)
+
+
+def ready(model: Model, params: Params) -> Params:
+  """Returns the parameters of any network as programs are given them; see `Quantized.ready`."""
+  return model.ready(params) if isinstance(model, Quantized) else params
 
 
 def has_time(model: Model) -> bool:
@@ -222,6 +251,10 @@ def float_kernel(stored: Mapping[str, Array], layer: Layer) -> Float[Array, '*wi
   whole = jnp.moveaxis(whole_kernel(stored, layer), 0, -1)
   scale = integers.of_inputs(stored[SCALE], layer.slices)
   return whole * scale.reshape((1,) * (whole.ndim - 2) + scale.shape)
+
+
+_float_kernel = jax.jit(float_kernel, static_argnums=1)
+"""Compiled once for all layers of a shape."""
 
 
 def whole_kernel(stored: Mapping[str, Array], layer: Layer) -> Int[Array, 'outputs *window inputs']:
@@ -252,11 +285,12 @@ def _integer_layer(
   kernel, strides = whole_kernel(stored, layer), (1, 1)
   if layer.kind == CONV:
     strides, padding = _window(module, x)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))  # zeros are rounded to the zero point
   total = 0.0
   for part, channels in enumerate(layer.slices):
     scale, zero = (_of_rows(stored[name][:, part], bucket, x) for name in (INPUT_SCALE, INPUT_ZERO))
     rounded, part_kernel = integers.quantize(x[..., channels], scale, zero), kernel[..., channels]
+    if layer.kind == CONV:
+      rounded = integers.bordered(rounded, zero, padding)
     if layer.kind == DENSE or layer.shape[:2] == (1, 1) == strides:
       products = integers.product(rounded, part_kernel.reshape(part_kernel.shape[0], -1))
     elif arithmetic == PRODUCTS:

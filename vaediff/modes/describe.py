@@ -1,6 +1,7 @@
 """What a config would train, without data and without allocating a weight."""
 
 import contextlib
+import functools
 import io
 import pathlib
 
@@ -12,8 +13,11 @@ from vaediff import experiments
 from vaediff.data import sources
 from vaediff.experiments import quantized
 from vaediff.machine import cost
+from vaediff.models import quantized as quantized_models
+from vaediff.models.functional import Model
 from vaediff.run import checkpoint, log, quantization
 from vaediff.run.config import Run
+from vaediff.types import Params
 
 COLUMNS = (
   'stage',
@@ -37,14 +41,15 @@ def mode(run: Run) -> None:
 def describe_quantized(config: ConfigDict, workdir: pathlib.Path, stage: str) -> dict[str, int]:
   """Prints the bytes of a stage of whole numbers beside those of the same in floats; returns them.
 
-  Keys: `memory` and `memory_float32` of the networks that are sampled, as XLA lays them out; where there is a
-  checkpoint also `disk` and `disk_float32`, of its arrays and of the same networks stored as floats.
+  Keys: `memory` and `memory_float32` of the networks that are sampled, as XLA lays them out once the stage is
+  opened: of floats where those are computed with. Where there is a checkpoint also `disk` and `disk_float32`,
+  of its arrays and of the same networks stored as floats.
   """
   experiment = experiments.build(config, stage)
   bytes_of = {}
   for name, chosen in (('memory', experiment), ('memory_float32', quantized.in_floats(experiment))):
     models = chosen.networks.items()
-    shapes = {network: jax.eval_shape(model.init, jax.random.key(0)) for network, model in models}
+    shapes = {network: jax.eval_shape(functools.partial(opened, model)) for network, model in models}
     bytes_of[name] = cost.device_bytes(shapes)
   lines = [('device memory', bytes_of['memory'], bytes_of['memory_float32'])]
   if checkpoint.latest_step(workdir / stage) is not None:
@@ -56,6 +61,11 @@ def describe_quantized(config: ConfigDict, workdir: pathlib.Path, stage: str) ->
       f'{stage}: {own / 1e6:.3f} MB in {what}, {own / floats:.3f} of the {floats / 1e6:.3f} MB of float32'
     )
   return bytes_of
+
+
+def opened(model: Model) -> Params:
+  """Returns fresh parameters as an opened stage holds them."""
+  return quantized_models.ready(model, model.init(jax.random.key(0)))
 
 
 def describe(config: ConfigDict, stages: tuple[str, ...]) -> list[dict[str, float | str]]:

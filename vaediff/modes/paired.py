@@ -14,6 +14,7 @@ from vaediff import experiments
 from vaediff.experiments import quantized
 from vaediff.experiments.base import NOISE
 from vaediff.machine import cost, integers, sharding
+from vaediff.models.quantized import ready
 from vaediff.run import draw, log
 from vaediff.run import frozen as frozen_networks
 
@@ -25,17 +26,17 @@ def measure(config: ConfigDict, stage: str, mesh: Mesh) -> dict[str, Any]:
   `cpu_flags` that the processor has; `sample_batch_size`; `sample_seconds` and `sample_seconds_float32`,
   medians of `benchmark.num_repeats` calls in turn; `speed` and `speed_range`, seconds of floats over those
   of whole numbers in each turn: their median, the smallest and the largest; `memory_bytes` and
-  `memory_bytes_float32` of the networks, as XLA lays them out.
+  `memory_bytes_float32` of the networks, as XLA lays them out: those of floats where floats are made.
   """
   own = experiments.build(config, stage)
   section, size = config[stage].sample, config.data.image_size
   count = sharding.round_up(min(section.batch_size, section.num_images), mesh)
   given = {name: np.zeros((count, *struct.shape), struct.dtype) for name, struct in own.inputs.items()}
   given.pop(NOISE, None)
-  frozen, calls, memory = frozen_networks.fresh(own, mesh), {}, {}
+  calls, memory = {}, {}
   for name, experiment in (('float32', quantized.in_floats(own)), ('quantized', own)):
-    models = experiment.networks.items()
-    params = {network: fresh(model.init, mesh) for network, model in models}
+    models, frozen = experiment.networks.items(), frozen_networks.fresh(experiment, mesh)
+    params = {network: ready(model, fresh(model.init, mesh)) for network, model in models}
     run = draw.make_draw(experiment, mesh, 0, (size, size, config.data.channels), lambda: None)
     calls[name] = functools.partial(run, {**frozen, **params}, np.arange(count), given)
     memory[name] = cost.device_bytes(params)

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import checks, experiments, files
+from vaediff import checks, experiments, files, reads
 from vaediff.errors import UserError
 from vaediff.experiments import quantized as stages
+from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.modes import describe
 from vaediff.run import config as configs
@@ -25,6 +26,8 @@ BOUNDS = {
 }
 AS_MADE = ('weights', 'activations', 'method', 'keep_float', 'time_buckets', 'correction')
 """Of `config.quantize`, what the stage's own section says."""
+READS = ('vae', 'autoencoder')
+"""Parts of a stage's section that name what can be read as whole numbers."""
 
 
 def mode(run: Run) -> None:
@@ -48,10 +51,12 @@ def quantize(run: Run) -> str:
   trainable = [stage for stage in run.stages if run.config[stage].experiment != stages.SECTION]
   source = settings.stage or (trainable or run.stages)[-1]
   check_source(run.config, source)
+  check_read(run.config)
   trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
   name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
   config = with_stage(run.config, source, name, quantizing.rows_of(trained, settings))
   experiment = experiments.build(config, name)
+  check_is_read(run.config, experiment, source)
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
   params = quantization.quantize(trained, experiment, settings)
   quantization.save(config, trained, experiment, name, params)
@@ -78,6 +83,35 @@ def check_source(config: ConfigDict, source: str) -> None:
     )
 
 
+def check_read(config: ConfigDict) -> None:
+  """Raises UserError where `quantize.reads` names no quantized stage of this run."""
+  name = config.quantize.reads
+  if not name:
+    return
+  if not reads.is_stage(config, name, stages.SECTION) or name not in config.stages:
+    raise UserError(
+      f'config.quantize.reads is {name!r}, which is no quantized stage of this run; make it first, by '
+      '--mode=quantize --config.quantize.stage=<the VAE or autoencoder>'
+    )
+
+
+def check_is_read(config: ConfigDict, experiment: Experiment, source: str) -> None:
+  """Raises UserError where a quantized stage does not read what `quantize.reads` names."""
+  name = config.quantize.reads
+  sources = (each for each in experiment.frozen.values() if isinstance(each, reads.FromStage))
+  if name and not any(each.stage == name for each in sources):
+    raise UserError(
+      f'config.quantize.reads is {name!r}, which was made of {config[name][stages.SECTION].stage!r}; stage '
+      f'{source!r} reads no such VAE or autoencoder of this run'
+    )
+
+
+def readers_of(section: ConfigDict, stage: str) -> tuple[str, ...]:
+  """Returns the names of the parts of a stage's section that name a VAE or an autoencoder of this run."""
+  parts = (part for part in READS if part in section)
+  return tuple(part for part in parts if section[part].stage == stage and not section[part].workdir)
+
+
 def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> ConfigDict:
   """Returns the config with a section for the quantized stage: that of its source, and how it is made.
 
@@ -94,6 +128,9 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
   with section.unlocked():
     section.experiment = stages.SECTION
     section[stages.SECTION] = ConfigDict(made)
+    if settings.reads:
+      for part in readers_of(section, config[settings.reads][stages.SECTION].stage):
+        section[part].stage = settings.reads
     if 'sample' in section:
       section.sample.checkpoint = 'latest'  # it has one
   return joined(config, name, section)

@@ -9,6 +9,7 @@ from vaediff.conditions import pca
 from vaediff.errors import UserError
 from vaediff.run import log, measurements
 from vaediff.run.trained import Trained
+from vaediff.spaces import whole_numbers
 
 FLOOR = 0.01
 """Of the scale of a code, which walks do not read."""
@@ -43,10 +44,14 @@ def number_of(found: pca.Arrays) -> int:
 
 def vae_of(trained: Trained) -> tuple[str, str]:
   """Returns stage and run of the VAE whose code a stage's samples start from; '' = this run."""
+
+  def is_vae(stage: str) -> bool:
+    return reads.is_stage(trained.config, stage, 'vae') or whole_numbers.is_of(trained.config, stage, 'vae')
+
   for source in trained.experiment.frozen.values():
-    if isinstance(source, reads.FromStage) and reads.is_stage(trained.config, source.stage, 'vae'):
+    if isinstance(source, reads.FromStage) and is_vae(source.stage):
       return source.stage, source.workdir
-  if reads.is_stage(trained.config, trained.stage, 'vae'):
+  if is_vae(trained.stage):
     return trained.stage, ''
   raise UserError(
     f'stage {trained.stage!r} starts from no code of a VAE, and a code alone has principal directions; '

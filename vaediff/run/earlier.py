@@ -30,6 +30,7 @@ QUANTIZE = {
   'weights': 'int8',
   'activations': 'int8',
   'method': 'minmax',
+  'reads': '',
   'keep_float': (),
   'time_buckets': 8,
   'num_images': 64,
@@ -55,6 +56,7 @@ QUANTIZE = {
     'beta_start': 20.0,
     'beta_end': 2.0,
   },
+  'learned_ranges': {'num_steps': 0, 'batch_size': 32, 'learning_rate': 2e-3},
 }
 """How a stage is quantized, which earlier versions could not."""
 EXPORT = {

@@ -12,6 +12,7 @@ from vaediff import identity, reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
+from vaediff.models import quantized
 from vaediff.run import captions, checkpoint, digests, measurements, same_run
 
 
@@ -51,11 +52,10 @@ def load(
           same_run.check_stage(config, folder / source.stage, source.stage)
         else:
           check_same(same_run.stored_config(folder / source.stage), config, source, folder)
-        params = checkpoint.abstract_params(source.model, mesh)
+        network = (folder / source.stage, source.network, checkpoint.abstract_params(source.model, mesh))
         check_arrays = config.checkpoints.check_arrays
-        return checkpoint.load_frozen(
-          folder / source.stage, source.network, params, check_arrays=check_arrays, step=source.step
-        )
+        stored = checkpoint.load_frozen(*network, check_arrays=check_arrays, step=source.step)
+        return quantized.ready(source.model, stored)
       case reads.Measured() if source.stage == training and not source.workdir:
         return sharding.replicate(source.neutral(), mesh)
       case reads.Measured():
@@ -246,7 +246,8 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
   def one(source: reads.Reads) -> Any:
     match source:
       case reads.FromStage():
-        return jax.jit(source.model.init, out_shardings=sharding.replicated(mesh))(jax.random.key(1))
+        init = jax.jit(source.model.init, out_shardings=sharding.replicated(mesh))
+        return quantized.ready(source.model, init(jax.random.key(1)))
       case reads.Measured() | reads.Captions():
         return sharding.replicate(source.neutral(), mesh)
       case reads.Published():

@@ -70,21 +70,15 @@ def minmax(context: Context) -> dict[str, Any]:
 
 
 def on_records(context: Context) -> dict[str, Any]:
-  """Returns what is measured on records of the stage's own sampler; see `run.quantizing`.
+  """Returns what is measured on records of what the network is called with; see `run.quantizing`.
 
   Raises:
-    UserError: for a stage without a sampler.
+    UserError: for a stage of which no records are known.
   """
-  trained = context.trained
-  diffusion = trained.experiment.diffusion
-  if diffusion is None:
-    raise UserError(
-      f'config.quantize.method is {context.settings.method!r}, which takes records of a sampler, and stage '
-      f"{trained.stage!r} has none; use 'minmax'"
-    )
-  if context.network != diffusion.denoiser.network:  # an encoder that is trained with it
-    return minmax(context)
-  return quantizing.hand_over(trained, context.settings, context.quantized)
+  diffusion = context.trained.experiment.diffusion
+  if diffusion is not None and context.network != diffusion.denoiser.network:
+    return minmax(context)  # an encoder that is trained with it
+  return quantizing.hand_over(context.trained, context.settings, context.quantized, context.network)
 
 
 METHODS: Mapping[str, Callable[[Context], dict[str, Any]]] = {

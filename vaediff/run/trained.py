@@ -16,6 +16,7 @@ from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
+from vaediff.models import quantized
 from vaediff.run import best, captions, checkpoint, draw, guides, log, same_run, scoring
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
@@ -43,12 +44,14 @@ class Trained:
     self.experiment = experiments.build(config, stage)
     frozen_networks.check_ids(self.experiment, workdir, self.folder)
     check = config.checkpoints.check_arrays
-    self.params = {
+    stored = {
       name: checkpoint.load_frozen(
         self.folder, name, checkpoint.abstract_params(model, mesh), check_arrays=check
       )
       for name, model in self.experiment.networks.items()
     }
+    models = self.experiment.networks
+    self.params = {name: quantized.ready(models[name], params) for name, params in stored.items()}
     own = (stage, self.folder)
     frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own)
     self.read = {**frozen, **self.params}

@@ -11,6 +11,7 @@ from vaediff.models import autoencoder as autoencoder_module
 from vaediff.models import codebook
 from vaediff.models import vae as vae_module
 from vaediff.models.functional import Model
+from vaediff.spaces import whole_numbers
 from vaediff.types import Image, LatentMap, Params
 
 CODES = 'codes'
@@ -44,8 +45,8 @@ def vae_of(config: ConfigDict, stage: str, workdir: str, field: str) -> reads.Fr
   Raises:
     UserError: when the stage is no VAE; names the field that named it.
   """
-  section = reads.need_stage(config, stage, 'vae', field, 'VAE stage')
-  model = vae_model(section.model, config.data)
+  section = whole_numbers.need_stage(config, stage, 'vae', field, 'VAE stage')
+  model = whole_numbers.as_stored(config, stage, vae_model(section.model, config.data))
   return reads.FromStage(stage=stage, network='vae', workdir=workdir, model=model)
 
 
@@ -70,8 +71,8 @@ def autoencoder_of(config: ConfigDict, stage: str, workdir: str, field: str) -> 
   Raises:
     UserError: when the stage is no autoencoder; names the field that named it.
   """
-  section = reads.need_stage(config, stage, 'autoencoder', field, 'autoencoder stage')
-  model = autoencoder_model(section.model, config.data)
+  section = whole_numbers.need_stage(config, stage, 'autoencoder', field, 'autoencoder stage')
+  model = whole_numbers.as_stored(config, stage, autoencoder_model(section.model, config.data))
   return reads.FromStage(stage=stage, network='autoencoder', workdir=workdir, model=model)
 
 
