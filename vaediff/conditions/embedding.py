@@ -3,7 +3,7 @@
     e = eta e_tgt + (1 - eta) e_opt
 
 e_tgt are the vectors that the text tower of a network makes of the caption, e_opt those that were optimised
-to show an image; section 3.2 there. At eta = 0 the samples are that image, towards 1 they are what the caption
+to show an image; section 3.2 there. At eta = 0 samples are that image, towards 1 they are what the caption
 says. They take the place of the captions of a diffusion that was trained with some (`conditions.text`), and
 are dropped as these are: the null is the network's own.
 """

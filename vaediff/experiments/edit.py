@@ -37,8 +37,10 @@ from vaediff.types import Batch, Drop, Metrics, Read, Time, Values
 
 EDIT_EMBEDDING, EDIT_FINETUNE = 'edit_embedding', 'edit_finetune'
 """The two experiments, and the names of their stages."""
+DIFFUSION = 'diffusion'
+"""The experiment of stages that can be edited with."""
 SECTION = 'edit'
-"""Of a stage's section: `stage` and `workdir` of what is edited, the `caption`, the digest of the `picture`."""
+"""Of a stage's section: `stage` and `workdir` of what is edited, `caption`, the digest of the `picture`."""
 SHOWN = (TEXT, VAE)
 """The conditions that a picture and a caption tell."""
 
@@ -116,9 +118,7 @@ class Edit(Diffusion):
 
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""
-    networks = {
-      name: base.init_network(model, self.optimizer, key) for name, model in self.networks.items()
-    }
+    networks = {name: base.init_network(model, self.optimizer, key) for name, model in self.networks.items()}
     return base.TrainState(step=jnp.int32(0), networks=networks, extra={})
 
   def train_step(
@@ -191,7 +191,7 @@ def sampled_as(config: ConfigDict, stage: str, sample: ConfigDict) -> base.Exper
   Raises:
     UserError: for a stage that is no diffusion.
   """
-  if config[stage].experiment != 'diffusion':
+  if config[stage].experiment != DIFFUSION:
     raise UserError(refusal(config, stage))
   config = config.copy_and_resolve_references()
   with config.unlocked():
