@@ -93,7 +93,7 @@ def reader_of(data: ConfigDict, size: int) -> oracle.Oracle:
 
 
 def edited(
-  etas: Sequence[float],
+  etas: Sequence[int | float],
   strip: UInt8[np.ndarray, 'n size size channels'],
   before: UInt8[np.ndarray, 'size size channels'],
   image: UInt8[np.ndarray, 'size size channels'],

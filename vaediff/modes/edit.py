@@ -2,8 +2,8 @@
 
 Imagic (Kawar et al. 2022, arXiv:2210.09276): the vectors of the caption are optimised to show the picture,
 the denoiser is tuned to it at these, and samples are drawn between them and the caption's own. All is written
-to `edits/<name>/` in the run's folder, or that of `--out`; the run's own files stay as they are. The same edit
-at other etas trains nothing.
+to `edits/<name>/` in the run's folder, or that of `--out`; the run's own files stay as they are. The same
+edit at other etas trains nothing.
 """
 
 import copy
@@ -227,7 +227,7 @@ def untuned(trained: Trained) -> Trained:
   return other
 
 
-def strip_of(trained: Trained, image: Picture, etas: Sequence[float], number: int) -> np.ndarray:
+def strip_of(trained: Trained, image: Picture, etas: Sequence[int | float], number: int) -> np.ndarray:
   """Returns an image for each eta, all from the noise of the same sample, uint8.
 
   Args:
@@ -245,7 +245,7 @@ def strip_of(trained: Trained, image: Picture, etas: Sequence[float], number: in
 
 
 def best_strip(
-  run: Run, stage: str, trained: Trained, asked: Asked, etas: Sequence[float]
+  run: Run, stage: str, trained: Trained, asked: Asked, etas: Sequence[int | float]
 ) -> tuple[int, np.ndarray]:
   """Returns the number of the sample whose strip fits the caption best by the CLIP stage, and the strip.
 

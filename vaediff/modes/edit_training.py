@@ -1,7 +1,7 @@
 """The two stages of an edit: their config, made of that of the run, and their training, in their own folder.
 
-It is a run like any other: it goes on where it was stopped, and is opened by `--workdir`. What it reads of the
-run that is edited it reads from there; nothing is written there.
+It is a run like any other: it goes on where it was stopped, and is opened by `--workdir`. What it reads of
+the run that is edited it reads from there; nothing is written there.
 """
 
 import pathlib
