@@ -15,7 +15,7 @@ stays as it was, and e_tgt with it.
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class Edit(Diffusion):
   likelihood = ''
 
   @classmethod
-  def from_config(cls, config: ConfigDict, stage: str) -> Self:
+  def from_config(cls, config: ConfigDict, stage: str) -> 'Edit':
     """Builds the experiment of `config.<stage>`, of the diffusion that its part `edit` names."""
     section = config[stage]
     checks.check(section, cls.bounds, f'config.{stage}: ')
@@ -185,7 +185,7 @@ class EditFinetune(Edit):
     return extended.start(state, frozen, DENOISER)
 
 
-def sampled_as(config: ConfigDict, stage: str, sample: ConfigDict) -> base.Experiment:
+def sampled_as(config: ConfigDict, stage: str, sample: ConfigDict) -> Diffusion:
   """Returns the diffusion of a stage, sampled as another section says.
 
   Raises:
