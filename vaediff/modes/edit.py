@@ -121,7 +121,7 @@ def picture_of(run: Run) -> Asked:
   Raises:
     UserError: when it cannot be read, or does not fit as `data.crop` and `data.resize` say.
   """
-  data, path = run.config.data, pathlib.Path(run.config.edit.image).expanduser()
+  data, path = run.config.data, pathlib.Path(run.config.edit.image)
   if not path.is_file():
     raise UserError(f'config.edit.image is {run.config.edit.image!r}, where there is no file')
   image = folder_reader.decode(path, data.channels, formats=None)
