@@ -208,3 +208,14 @@ def test_the_stage_is_the_last_that_can_be_edited_with(tmp_path):
   assert config.stages[-1] == 'distill_2' or config.stages[-1].startswith('distill')
   assert edit.stage_of(Run(config, tmp_path, tuple(config.stages))) == 'refiner'
   assert edit.stage_of(Run(config, tmp_path, config.stages[-1:])) == config.stages[-1]
+
+
+def test_of_several_strips_the_one_that_fits_best_is_kept(monkeypatch, capsys):
+  strips = {0: np.zeros((2, 4, 4, 3), np.uint8), 1: np.full((2, 4, 4, 3), 9, np.uint8)}
+  monkeypatch.setattr(edit, 'strip_of', lambda trained, image, etas, number: strips[number % 2])
+  one = edit.Asked(image=strips[0][0], caption='a disc', title='one')
+  score = lambda strip, caption: float(strip.mean()) + len(caption)
+  number, strip = edit.best_strip(object.__new__(Trained), one, (0.0, 1.0), 4, score)
+  assert number == 1 and strip is strips[1]
+  assert 'of the strips: 6.000 15.000 6.000 15.000; no. 1 is kept' in capsys.readouterr().out
+  assert edit.best_strip(object.__new__(Trained), one, (0.0, 1.0), 1, None)[0] == 0

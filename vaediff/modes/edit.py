@@ -9,7 +9,7 @@ edit at other etas trains nothing.
 import copy
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -53,6 +53,8 @@ BOUNDS = {
   **{f'{part}.{field}': bound for part in (EMBEDDING, 'finetune') for field, bound in SIZES.items()},
 }
 
+Score = Callable[[np.ndarray, str], float]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -83,8 +85,9 @@ def mode(run: Run) -> None:
   checkpoint.latest_folder(run.workdir / stage)
   asked = [picture_of(run)] if settings.image else list(of_evaluation(run))
   check_captions(run, stage, asked)
+  score = ranking(run, stage)
   out = pictures.out_of(run, FOLDER) / FOLDER
-  found = [edit(run, stage, one, out) for one in asked]
+  found = [edit(run, stage, one, out, score) for one in asked]
   if not settings.image:
     say_summary(found, out)
 
@@ -165,7 +168,7 @@ def check_captions(run: Run, stage: str, asked: Sequence[Asked]) -> None:
   tokenizer.encode([one.caption for one in asked], captions.length_of(run.config, stage), field)
 
 
-def edit(run: Run, stage: str, asked: Asked, out: pathlib.Path) -> edits.Edited:
+def edit(run: Run, stage: str, asked: Asked, out: pathlib.Path, score: Score | None) -> edits.Edited:
   """Trains an edit as far as it is not trained, writes its pictures and figures, and prints these.
 
   Args:
@@ -173,6 +176,7 @@ def edit(run: Run, stage: str, asked: Asked, out: pathlib.Path) -> edits.Edited:
     stage: whose network is edited.
     asked: the edit.
     out: folder of all edits.
+    score: of a strip and a caption, by which one of several is kept.
   """
   config = edit_training.config_of(run.config, stage, run.workdir, asked.image, asked.caption)
   name = run.config.edit.name
@@ -184,14 +188,14 @@ def edit(run: Run, stage: str, asked: Asked, out: pathlib.Path) -> edits.Edited:
   with files.lock(folder, '--mode=edit'):
     edit_training.train_edit(config, folder, asked.image, mesh)
     trained = Trained(config, folder, EDIT_FINETUNE, mesh)
-    return write(run, stage, trained, asked)
+    return write(run, trained, asked, score)
 
 
-def write(run: Run, stage: str, trained: Trained, asked: Asked) -> edits.Edited:
+def write(run: Run, trained: Trained, asked: Asked, score: Score | None) -> edits.Edited:
   """Draws the strip of a trained edit, writes and prints what it shows; returns that."""
   etas, data = tuple(run.config.edit.etas), run.config.data
   image = trained.as_drawn(asked.image[None])[0]
-  number, strip = best_strip(run, stage, trained, asked, etas)
+  number, strip = best_strip(trained, asked, etas, run.config.edit.num_seeds, score)
   before = strip_of(untuned(trained), asked.image, etas, number)[0]
   found = edits.edited(etas, strip, before, image, read_by_oracle(data, image, asked.caption))
   titles = ['picture', *(f'eta {eta:g}' for eta in etas)]
@@ -245,25 +249,38 @@ def strip_of(trained: Trained, image: Picture, etas: Sequence[int | float], numb
 
 
 def best_strip(
-  run: Run, stage: str, trained: Trained, asked: Asked, etas: Sequence[int | float]
+  trained: Trained, asked: Asked, etas: Sequence[int | float], num_seeds: int, score: Score | None
 ) -> tuple[int, np.ndarray]:
-  """Returns the number of the sample whose strip fits the caption best by the CLIP stage, and the strip.
+  """Returns the number of the sample whose strip has the largest score, of equal ones the first; and it.
 
-  That is the largest mean cosine over the strip; of one seed it is the first sample, and nothing is compared.
+  Of one seed nothing is compared, and `score` may be None.
   """
-  settings = run.config.edit
-  strips = [strip_of(trained, asked.image, etas, number) for number in range(settings.num_seeds)]
-  if settings.num_seeds == 1:
+  strips = [strip_of(trained, asked.image, etas, number) for number in range(num_seeds)]
+  if num_seeds == 1:
     return 0, strips[0]
-  reader = Trained(run.config, run.workdir, stage, trained.mesh)
-  scorer = scoring.open_scorer(reader, settings.clip, 'config.edit.clip')
-  (ids,) = reader.told([asked.caption]).values()
-  texts = np.repeat(scorer.texts(ids), len(etas), axis=0)
-  scores = [float(np.mean(scorer.cosines(strip, texts))) for strip in strips]
+  scores = [score(strip, asked.caption) for strip in strips]
   best = int(np.argmax(scores))
-  shown = ' '.join(f'{score:.3f}' for score in scores)
+  shown = ' '.join(f'{one:.3f}' for one in scores)
   log.say(f'{scoring.CLIP_OWN} of the strips: {shown}; no. {best} is kept')
   return best, strips[best]
+
+
+def ranking(run: Run, stage: str) -> Score | None:
+  """Returns (strip, caption) -> the mean cosine of the images and the caption; None for one seed.
+
+  Raises:
+    UserError: where `edit.clip` names no CLIP stage, or one that does not fit.
+  """
+  if run.config.edit.num_seeds == 1:
+    return None
+  reader = Trained(run.config, run.workdir, stage, sharding.make_mesh(run.config.mesh))
+  scorer = scoring.open_scorer(reader, run.config.edit.clip, 'config.edit.clip')
+
+  def score(strip: np.ndarray, caption: str) -> float:
+    (ids,) = reader.told([caption]).values()
+    return float(np.mean(scorer.cosines(strip, np.repeat(scorer.texts(ids), len(strip), axis=0))))
+
+  return score
 
 
 def say_summary(found: Sequence[edits.Edited], out: pathlib.Path) -> None:
