@@ -129,7 +129,7 @@ def refused(message, tmp_path, workdir=None, **changes):
   run = Run(config_of(**changes), workdir or tmp_path / 'run', ('refiner',), tmp_path / 'out')
   with pytest.raises(UserError, match=message):
     edit.mode(run)
-  assert not (tmp_path / 'out').exists()
+  assert not (tmp_path / 'out' / 'edits').exists()
 
 
 @pytest.mark.parametrize(

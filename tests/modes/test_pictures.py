@@ -238,8 +238,8 @@ def no_work(*_, **__):
 
 
 def call(name, run, monkeypatch):
-  """Calls a mode whose stage must not be opened."""
-  monkeypatch.setattr(WRITING[name], 'open_last', no_work)
+  """Calls a mode whose stage must not be opened, nor chosen."""
+  monkeypatch.setattr(WRITING[name], 'stage_of' if name == 'edit' else 'open_last', no_work)
   modes.MODES[name](run)
 
 

@@ -80,13 +80,13 @@ def mode(run: Run) -> None:
   """
   if jax.process_count() > 1:
     raise UserError(f'--mode=edit runs in one process, and this job has {jax.process_count()}')
+  out = pictures.out_of(run) / FOLDER
   stage, settings = stage_of(run), run.config.edit
   check(run, stage)
   checkpoint.latest_folder(run.workdir / stage)
   asked = [picture_of(run)] if settings.image else list(of_evaluation(run))
   check_captions(run, stage, asked)
   score = ranking(run, stage)
-  out = pictures.out_of(run, FOLDER) / FOLDER
   found = [edit(run, stage, one, out, score) for one in asked]
   if not settings.image:
     say_summary(found, out)
