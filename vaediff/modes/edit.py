@@ -203,7 +203,8 @@ def write(run: Run, trained: Trained, asked: Asked, score: Score | None) -> edit
   images.write_png(trained.workdir / f'{STRIP}.png', whole, trained.made_of)
   with pictures.whole_set(trained.workdir / IMAGES) as folder:
     for eta, one in zip(etas, strip, strict=True):
-      images.write_png(folder / f'eta-{eta:.3f}.png', one, trained.made_of)
+      # a number of that many digits: so those of an earlier call go
+      images.write_png(folder / f'{round(1000 * eta):0{pictures.DIGITS}d}.png', one, trained.made_of)
     images.write_png(folder / 'picture.png', image)
   rows = edits.rows_of(found)
   log.say(report.table(rows))
