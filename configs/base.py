@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import modes
 from configs import stages as known
 from configs.run import Edit, Run
 from configs.stages import classifier, divae
@@ -139,6 +140,7 @@ def default() -> ConfigDict:
   config.benchmark = benchmark()
   config.quantize = quantize()
   config.export = export()
+  config.edit = modes.edit()
   return config
 
 
@@ -353,6 +355,9 @@ def _debug_modes(config: ConfigDict) -> None:
   )
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
   config.export.update({'batch_size': 2, 'num_images': 4})
+  config.edit.update({'etas': (0.0, 0.5, 1.0), 'num_images': 2})
+  config.edit.embedding.update({'num_steps': 2, 'batch_size': 8})
+  config.edit.finetune.update({'num_steps': 2, 'batch_size': 8})
   config.quantize.update({'time_buckets': 2, 'num_images': 4, 'correction_images': 2})
   config.quantize.calibration.update({'num_samples': 4, 'steps': 2, 'batch_size': 4})
   config.quantize.adaround.update({'num_steps': 3, 'batch_size': 4})

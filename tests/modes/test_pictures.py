@@ -15,7 +15,7 @@ from PIL import Image
 from vaediff import main, modes
 from vaediff.data.idx import LABEL_NAMES
 from vaediff.errors import UserError
-from vaediff.modes import evaluate, export, interpolate, pictures, reconstruct, restore, sample
+from vaediff.modes import edit, evaluate, export, interpolate, pictures, reconstruct, restore, sample
 from vaediff.run import config as configs
 from vaediff.run import draw, images
 from vaediff.run import trained as opened
@@ -28,6 +28,7 @@ WRITING = {
   'restore': restore,
   'evaluate': evaluate,
   'export': export,
+  'edit': edit,
 }
 
 
@@ -237,8 +238,8 @@ def no_work(*_, **__):
 
 
 def call(name, run, monkeypatch):
-  """Calls a mode whose stage must not be opened."""
-  monkeypatch.setattr(WRITING[name], 'open_last', no_work)
+  """Calls a mode whose stage must not be opened, nor chosen."""
+  monkeypatch.setattr(WRITING[name], 'stage_of' if name == 'edit' else 'open_last', no_work)
   modes.MODES[name](run)
 
 
@@ -329,7 +330,7 @@ def test_modes_that_write_nothing_refuse_another_folder(monkeypatch, mode):
     main.main(['vaediff'])
     assert called[1].out is None
   else:
-    valid = 'sample or reconstruct or interpolate or restore or evaluate or export'
+    valid = 'sample or reconstruct or interpolate or restore or evaluate or export or edit'
     with pytest.raises(UserError, match=f'--out goes with --mode={valid}, not with --mode={mode}'):
       main.main(['vaediff'])
     assert not called

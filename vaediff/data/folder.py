@@ -181,11 +181,17 @@ class _Walk:
     return []
 
 
-def decode(file: pathlib.Path, channels: int, content: bytes | None = None) -> np.ndarray:
+def decode(
+  file: pathlib.Path,
+  channels: int,
+  content: bytes | None = None,
+  formats: Sequence[str] | None = FORMATS,
+) -> np.ndarray:
   """Returns an image file as uint8 [height, width, channels], upright, transparency on white.
 
   Its `content` is read where that is given; then `file` is what it is called. Grey becomes RGB when
-  `channels` is 3, and colour becomes grey (ITU-R 601 luma) when it is 1.
+  `channels` is 3, and colour becomes grey (ITU-R 601 luma) when it is 1. With `formats` None it may be of any
+  that Pillow reads.
 
   Raises:
     UserError: the file is empty or broken, of another format than its name may stand for, or of a kind that
@@ -194,7 +200,7 @@ def decode(file: pathlib.Path, channels: int, content: bytes | None = None) -> n
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # PIL warns of odd metadata, which does not matter here.
-      with Image.open(file if content is None else io.BytesIO(content), formats=FORMATS) as image:
+      with Image.open(file if content is None else io.BytesIO(content), formats=formats) as image:
         packed = _packed(image)
         image.load()
         picture = _to_mode(ImageOps.exif_transpose(image), packed, 'L' if channels == 1 else 'RGB')

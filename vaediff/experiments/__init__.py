@@ -13,6 +13,7 @@ from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
+from vaediff.experiments.edit import EDIT_EMBEDDING, EDIT_FINETUNE, EditEmbedding, EditFinetune
 from vaediff.experiments.hierarchy import Hierarchy
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.noisy_classifier import NoisyClassifier
@@ -37,6 +38,8 @@ BY_NAME: dict[str, type[Experiment] | type[quantized.FromConfig]] = {
   'noisy_classifier': NoisyClassifier,
   'token_prior': TokenPrior,
   'clip': Clip,
+  EDIT_EMBEDDING: EditEmbedding,
+  EDIT_FINETUNE: EditFinetune,
   quantized.SECTION: quantized.FromConfig,
 }
 

@@ -6,6 +6,7 @@ from vaediff.modes import (
   benchmark,
   compile,
   describe,
+  edit,
   evaluate,
   export,
   interpolate,
@@ -32,8 +33,9 @@ MODES: dict[str, Mode] = {
   'compile': compile.mode,
   'quantize': quantize.mode,
   'export': export.mode,
+  'edit': edit.mode,
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""
-WRITERS = ('sample', 'reconstruct', 'interpolate', 'restore', 'evaluate', 'export')
+WRITERS = ('sample', 'reconstruct', 'interpolate', 'restore', 'evaluate', 'export', 'edit')
 """Modes that write pictures, tables or files for other programs, into the run's folder or that of `--out`."""

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,17 +44,26 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...
   with contextlib.ExitStack() as held:
     if jax.process_index() == 0:
       held.enter_context(files.lock(workdir, '--mode=train'))
-    moved = set()
-    while True:
-      try:
-        return run_stages_once(config, workdir, stages)
-      except checkpoint.DamagedCheckpoint as error:
-        if workdir.resolve() not in error.folder.resolve().parents:
-          raise  # of another run, which is not ours to change
-        if error.folder in moved:
-          raise  # made anew and damaged again: the disk, or a mistake of the program
-        moved.add(error.folder)
-        log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
+    return with_damage_set_aside(workdir, lambda: run_stages_once(config, workdir, stages))
+
+
+def with_damage_set_aside(workdir: pathlib.Path, once: Callable[[], Any]) -> Any:
+  """Returns what a call returns; as often as it meets a damaged checkpoint of the run, that is set aside.
+
+  Raises:
+    DamagedCheckpoint: of another run, or again of one that was set aside.
+  """
+  moved = set()
+  while True:
+    try:
+      return once()
+    except checkpoint.DamagedCheckpoint as error:
+      if workdir.resolve() not in error.folder.resolve().parents:
+        raise  # of another run, which is not ours to change
+      if error.folder in moved:
+        raise  # made anew and damaged again: the disk, or a mistake of the program
+      moved.add(error.folder)
+      log.say(f'{error}\nset aside as {checkpoint.set_aside(error)}')
 
 
 def run_stages_once(

@@ -68,9 +68,22 @@ EXPORT = {
   'reduce_range': 'auto',
 }
 """What is written for other programs, which earlier versions could not."""
+EDIT = {
+  'image': '',
+  'caption': '',
+  'name': '',
+  'etas': (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+  'num_images': 20,
+  'num_seeds': 1,
+  'clip': {'stage': '', 'workdir': ''},
+  'embedding': {'num_steps': 100, 'batch_size': 16, 'learning_rate': 1e-3},
+  'finetune': {'num_steps': 500, 'batch_size': 16, 'learning_rate': 1e-4},
+}
+"""How a picture is edited, which earlier versions could not."""
 MODES = {
   'quantize': QUANTIZE,
   'export': EXPORT,
+  'edit': EDIT,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
@@ -123,6 +136,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config.setdefault('checkpoints', {'check_arrays': True})
   config.setdefault('quantize', {})
   config.setdefault('export', {})
+  config.setdefault('edit', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}
