@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from vaediff.modes import (
+  adopt,
   benchmark,
   compile,
   describe,
@@ -32,6 +33,7 @@ MODES: dict[str, Mode] = {
   'compile': compile.mode,
   'quantize': quantize.mode,
   'export': export.mode,
+  'import': adopt.mode,
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""

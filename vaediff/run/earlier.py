@@ -64,11 +64,25 @@ EXPORT = {
   'output': 'float32',
   'num_images': 64,
   'reduce_range': 'auto',
+  'names': 'vaediff',
 }
 """What is written for other programs, which earlier versions could not."""
+ADOPT = {
+  'path': '',
+  'sizes': 'config',
+  'weights': 'ema',
+  'formulation': '',
+  'num_heads': 0,
+  'band_order': '',
+  'latent_scale': 0.0,
+  'step': 0,
+  'check_groups': True,
+}
+"""What is imported of published files, which earlier versions could not."""
 MODES = {
   'quantize': QUANTIZE,
   'export': EXPORT,
+  'adopt': ADOPT,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
@@ -111,6 +125,9 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config['data'].setdefault('check_fingerprint', True)
   config['data'].setdefault('caption_feature', '')
   for section in filter(_is_stage, config.values()):
+    if section['experiment'] == 'ddgan':
+      section['model'].setdefault('mapping_dim', 256)
+      section['discriminator'].setdefault('group_order', 'consecutive')
     _upgrade_diffusion(section)
     _upgrade_autoencoder(section)
     if 'sample' in section and 'guidance' in section['sample']:
@@ -121,6 +138,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config.setdefault('checkpoints', {'check_arrays': True})
   config.setdefault('quantize', {})
   config.setdefault('export', {})
+  config.setdefault('adopt', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}
