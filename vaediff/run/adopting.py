@@ -106,6 +106,7 @@ def planned(config: ConfigDict, stages: tuple[str, ...]) -> Plan:
       raise UserError(
         f'stage {network.stage!r} has no network {network.network!r}, which {network.file.path} is to fill'
       )
+    check_main(task, built[network.stage], network)
   check_all_there(built, steps)
   networks, records = {stage: {} for stage in steps}, {}
   for network in task.networks:
@@ -153,6 +154,17 @@ def find(task: Import, file: StateDict) -> None:
     step = task.settings.step or (1 if beside else file.step) or 1
     task.networks.append(
       Network(part=part, file=file, stage=stage, options=options, origin=origin, step=step)
+    )
+
+
+def check_main(task: Import, experiment: Experiment, network: Network) -> None:
+  """Raises UserError where a stage would get a network but not the one that it is about."""
+  main = next(iter(experiment.networks))
+  if main not in {other.network for other in task.networks if other.stage == network.stage}:
+    raise UserError(
+      f'{network.file.path} holds {network.part.family.title} alone; stage {network.stage!r} needs its'
+      f' {main} too: '
+      f'name that file as well, --config.{SECTION}.path=<file>,<file>'
     )
 
 

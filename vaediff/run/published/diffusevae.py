@@ -49,7 +49,7 @@ def adopt_vae(task: Import, file: StateDict, part: Part, stage: str) -> tuple[di
   if 'model.encoder_blocks' not in found:
     task.say(stage, 'model.encoder_blocks', task.value(stage, 'model.encoder_blocks'), 'the config')
   task.take(stage, 'model.stem', 'nearest', 'as published')
-  if settings.get('alpha') is not None:
+  if 'alpha' in settings:
     task.take(stage, 'loss.beta', float(settings['alpha']), 'hyper-parameters in the file')
   side = int(re.match(r'\d+', task.value(stage, 'model.encoder_blocks')).group())
   check_images(task, file, stage, side, fields['image_channels'])

@@ -81,6 +81,8 @@ class Part:
         raise UserError(f'{named} is of {what}, which has no place here')
     try:
       return self.family.fields(self.shapes)
+    except UserError:
+      raise
     except (KeyError, IndexError, ValueError) as error:
       missing = error.args[0] if isinstance(error, KeyError) else 'the shape that is expected of a tensor'
       raise UserError(f'it is {self.family.title}, but it lacks {missing}') from error

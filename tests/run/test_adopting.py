@@ -1,0 +1,287 @@
+"""What an import decides and refuses, and the run that it writes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import published
+import pytest
+import torch_files
+
+from vaediff.errors import UserError
+from vaediff.modes import adopt, export_safetensors, sample, train
+from vaediff.run import adopting, checkpoint, loop
+from vaediff.run import config as configs
+from vaediff.run.config import Run
+from vaediff.run.published.diffusevae import named_condition
+from vaediff.run.trained import Trained
+from vaediff.weights import tensors
+
+SAMPLING = 'diffusevae_sampling/sampling'
+
+
+def planned(name, path=None, **changes):
+  config = published.config_of(name, path, **changes)
+  return adopting.planned(config, tuple(config.stages))
+
+
+def assumed(plan, stage):
+  return {line['what']: (line['value'], line['from']) for line in plan.records[stage]['assumed']}
+
+
+def test_what_is_not_in_the_file_is_said():
+  plan = published.planned(published.STAGE2)
+  found = assumed(plan, 'refiner')
+  assert found['model.num_heads'] == (2, 'config.adopt.num_heads')
+  assert found['model.attention_resolutions'][0] == (8,)
+  assert found['diffusion.condition'] == ('formulation1', 'the config')
+  assert found['sample.recompute_eps'][0] is False and not plan.config.refiner.sample.recompute_eps
+  (source,) = plan.records['refiner']['sources']
+  assert source['repository'] == 'kpandey008/DiffuseVAE' and source['licence'] == 'MIT'
+  assert source['file'] == 'diffusevae_stage2_lightning14.pt' and len(source['sha256']) == 64
+  assert plan.config.adopt.path == ''
+
+
+def test_content_has_both_players_and_says_how_it_was_made():
+  plan = published.planned('ddgan_content/content')
+  model = plan.config.ddgan.model
+  assert (model.channels, model.channel_multipliers, model.latent_dim, model.mapping_dim) == (
+    8,
+    (1, 2),
+    10,
+    16,
+  )
+  assert plan.config.ddgan.discriminator.group_order == 'strided'
+  assert plan.records['ddgan']['fresh'] == [] and plan.steps == {'ddgan': 3}
+  found = assumed(plan, 'ddgan')
+  assert found['model.bounded'] == (True, 'arguments in the file')
+  assert plan.config.ddgan.optim.schedule == 'constant'
+
+
+def test_raw_weights_are_sampled_where_they_are_asked_for():
+  plan = planned('ddgan_content/content', **{'adopt.weights': 'raw'})
+  raw = published.flat(published.planned('ddgan_content/content').networks['ddgan']['generator'].params)
+  found = published.flat(plan.networks['ddgan']['generator'].average)
+  for path, value in raw.items():
+    np.testing.assert_array_equal(found[path], value)
+
+
+@pytest.mark.parametrize(
+  ('name', 'says'),
+  [
+    ('ddpmv2-cifar10_rework_form1_12thJuly_sota_nheads=8_dropout=0.3-epoch=2000.ckpt', 'formulation1'),
+    ('diffvae_chq256_form2_loss=0.0361.ckpt', 'formulation2'),
+    ('ddpmv2-cifar10_rework_uncond_x.ckpt', 'none'),
+    ('transform1.ckpt', ''),
+    ('form1_form2.ckpt', ''),
+  ],
+)
+def test_names_of_files(tmp_path, name, says):
+  import types
+
+  assert named_condition(types.SimpleNamespace(path=tmp_path / name)) == says
+
+
+# Files that do not fit ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(tmp_path):
+  """Returns changed(name, edit) -> a file with the tensors of a fixture after edit(tensors)."""
+
+  def changed(name, edit, file='x.pt'):
+    found = published.tensors_of(published.file_of(name))
+    edit(found)
+    torch_files.write(tmp_path / file, {'state_dict': found})
+    return tmp_path / file
+
+  return changed
+
+
+def renamed(found):
+  found['temb.dense.7.weight'] = found.pop('temb.dense.1.weight')
+
+
+def reshaped(found):
+  found['conv_out.bias'] = np.zeros(5, np.float32)
+
+
+UNET = 'diffusevae_unet_ddim/small_cond'
+
+
+@pytest.mark.parametrize(
+  ('edit', 'message'),
+  [
+    (
+      renamed,
+      r"holds DiffuseVAE's U-Net 'ddim' that does not fit config.refiner: temb.dense.1.weight is missing",
+    ),
+    (reshaped, r'conv_out.bias has shape \(5,\), and \(3,\) is expected'),
+    (lambda found: found.pop('mid.attn_1.k.bias'), r'mid.attn_1.k.bias is missing. Name the config'),
+    (lambda found: found.update(extra=np.ones(2)), r'holds extra, which no network here has a place for'),
+    (lambda found: found.pop('conv_in.weight'), r'holds no network that has a place here. Known are: Diff'),
+    (lambda found: found.update({'label_emb.weight': np.ones(2)}), 'is of a class-conditional U-Net'),
+  ],
+)
+def test_a_tensor_that_is_missing_or_another_is_named(changed, edit, message):
+  with pytest.raises(UserError, match=message):
+    planned(UNET, changed(UNET, edit))
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    (UNET, {'adopt.sizes': 'config'}, 'network with model.channels = 16, and config.refiner.model.channels'),
+    (published.STAGE1, {'adopt.sizes': 'config'}, "model.encoder_blocks = '16x1,16d2,16t8"),
+    (UNET, {'adopt.check_groups': True}, 'a group norm of 16 channels. The published code always has 32'),
+    (UNET, {'refiner.diffusion.condition': 'none'}, 'x_t and the image of a VAE, .* variant formulation1'),
+    (UNET, {'refiner.diffusion.prediction': 'v'}, "prediction is 'v'; the published networks have 'eps'"),
+    (UNET, {'refiner.vae.workdir': ''}, "reads stage 'vae', which no file fills: name its file too"),
+    (UNET, {'stages': ('vae',)}, "U-Net 'ddim'; the stages vae have no such network"),
+    ('ddgan_content/content', {'ddgan.space': 'wavelet'}, 'reads 3 channels and gives 3; .* maps have 12'),
+    (UNET, {'adopt.path': ''}, '--mode=import needs the file to import: --config.adopt.path'),
+  ],
+)  # fmt: skip
+def test_a_config_that_is_another_is_refused(name, changes, message):
+  with pytest.raises(UserError, match=message):
+    planned(name, **changes)
+
+
+def test_a_name_that_contradicts_the_config_is_refused(tmp_path):
+  path = shutil.copy(published.file_of(UNET), tmp_path / 'ddpm_form2_nheads=2.pt')
+  with pytest.raises(UserError, match=r"says 'formulation2' by its name, and .*condition is 'formulation1'"):
+    planned(UNET, path)
+  plan = planned(UNET, path, **{'adopt.formulation': 'formulation1', 'adopt.num_heads': 0})
+  assert plan.config.refiner.diffusion.condition == 'formulation1'
+  assert assumed(plan, 'refiner')['model.num_heads'][:2] == (2, "the file's name; the config said 2") or (
+    plan.config.refiner.model.num_heads == 2
+  )
+
+
+def test_the_cifar_files_of_lddgan_are_recognised(changed):
+  from vaediff.run.published import gan
+
+  config = published.config_of('ddgan_content/content', **{'data.image_size': 256})
+  fields = {'latent_dim': 50, 'inputs': 4, 'channels': 128, 'channel_multipliers': (1, 2, 2)}
+  import types
+
+  with pytest.raises(UserError, match="is LDDGAN's generator of CIFAR-10 .* 256 pixels. The links of its"):
+    gan.check_mislink(types.SimpleNamespace(path='netG_950.pth'), config, fields)
+  gan.check_mislink(types.SimpleNamespace(path='x'), config, {**fields, 'latent_dim': 100})
+
+
+@pytest.mark.parametrize(
+  ('name', 'size', 'order'),
+  [
+    ('cifar10', 32, 'pytorch_wavelets'),
+    ('celeb_a_hq/256', 256, 'wavecnet'),
+    ('celeb_a_hq/512', 512, 'pytorch_wavelets'),
+    ('lsun/church_outdoor', 256, 'pytorch_wavelets'),
+  ],
+)
+def test_the_published_order_of_bands(name, size, order):
+  from vaediff.run.published import gan
+
+  config = published.config_of('ddgan_content/content', **{'data.image_size': size, 'data.name': name})
+  assert gan.published_order(config) == order
+
+
+def test_a_mistake_leaves_no_folder_and_a_run_is_not_written_over(tmp_path):
+  config, workdir = published.config_of(UNET, published.file_of(published.STAGE1)), tmp_path / 'run'
+  config.adopt.sizes = 'config'
+  with pytest.raises(UserError, match='model.encoder_blocks'):
+    adopt.mode(Run(config, workdir, tuple(config.stages)))
+  assert not list(tmp_path.iterdir())
+  workdir.mkdir()
+  (workdir / 'config.json').write_text('{}')
+  with pytest.raises(UserError, match=r'is not empty: an import makes a new run'):
+    adopt.mode(Run(config, workdir, tuple(config.stages)))
+  assert (workdir / 'config.json').read_text() == '{}'
+
+
+# The run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_imported_run_is_sampled_trained_and_exported_as_any_other(tmp_path, one_device, capsys):
+  workdir = tmp_path / 'run'
+  config = published.config_of(published.STAGE2, **{'data.data_dir': str(tmp_path / 'data')})
+  adopt.mode(Run(config, workdir, tuple(config.stages)))
+  out = capsys.readouterr().out
+  assert 'licence: MIT' in out and 'left out: 18 of tables of the noise schedule' in out
+  assert {path.name for path in workdir.iterdir()} == {'config.json', 'vae', 'refiner'}
+  meta, record = checkpoint.load_meta(workdir / 'refiner'), workdir / 'refiner' / adopting.RECORD
+  assert meta[adopting.IMPORTED] == json.loads(record.read_text())
+  with pytest.raises(UserError, match='is not empty'):
+    adopt.mode(Run(config, workdir, tuple(config.stages)))
+
+  config = configs.read(workdir)
+  sample.mode(Run(config, workdir, ('refiner',)))
+  assert (workdir / 'samples').exists() or list(workdir.glob('*.png')) or list(workdir.rglob('*.png'))
+  config.export.update({'format': 'safetensors', 'names': 'official'})
+  from vaediff.modes import export
+
+  export.mode(Run(config, workdir, ('refiner',), tmp_path / 'out'))
+  made, about = tensors.load(tmp_path / 'out' / 'refiner.safetensors')
+  assert about['family'] == 'diffusevae_unet_openai' and about['layout'].startswith('OIHW')
+  stored = published.tensors_of(published.file_of(published.STAGE2))
+  for name, value in made.items():
+    np.testing.assert_array_equal(value, stored[f'target_network.decoder.{name}'])
+
+  config.refiner.train.num_steps = 18
+  summaries = train.run_stages(config, workdir, tuple(config.stages))
+  assert [summary['steps'] for summary in summaries] == [1, 18]
+  assert np.isfinite(loop.read_summary(workdir / 'refiner')['last']['loss'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'form'), [('uniform', 1), ('quad', 2)])
+def test_samples_are_those_of_the_official_code(tmp_path, one_device, kind, form):
+  config = published.config_of(SAMPLING, **{'refiner.vae.workdir': ''})
+  vae = fresh_vae(tmp_path, config)
+  config.adopt.path = f'{config.adopt.path},{vae}'
+  config.refiner.diffusion.condition = f'formulation{form}'
+  adopt.mode(Run(config, tmp_path / 'run', tuple(config.stages)))
+
+  config, data = configs.read(tmp_path / 'run'), published.arrays_of(SAMPLING)
+  grid = {'uniform': 'published_uniform', 'quad': 'published_quadratic'}[kind]
+  config.refiner.sample.update({'sampler': 'ddim', 'num_steps': 10, 'grid': grid})
+  from vaediff.machine import sharding
+
+  trained = Trained(config, tmp_path / 'run', 'refiner', sharding.make_mesh(config.mesh))
+  given = {'noise': data['noise'], 'x0_vae': data['x0_vae']}
+  images = list(trained.draw(np.arange(2), given).values())[-1].astype(np.float32)
+  wanted = np.clip(data[f'ddim_{kind}_form{form}'], -1, 1)
+  assert np.std(wanted) > 0.3  # they are no grey
+  assert np.max(np.abs(images - np.rint(127.5 * (wanted + 1)))) <= 1
+
+
+def fresh_vae(folder, config):
+  """Returns a file of a VAE of the config's size, as it begins, under its published names."""
+  from vaediff import experiments
+  from vaediff.run.published import exported
+
+  model = experiments.build(config, 'vae').vae
+  params = published.flat(jax.jit(model.init)(jax.random.key(0)))
+  family = exported.family_of(config, 'vae', 'vae')
+  path = folder / 'vae.safetensors'
+  tensors.save(path, exported.official(config, 'vae', family, params), {'family': family.name})
+  assert export_safetensors.NAMES == ('vaediff', 'official')
+  return path
+
+
+@pytest.mark.slow
+def test_latents_are_divided_by_what_the_scripts_had(tmp_path, one_device):
+  """LDDGAN on CIFAR-10: 105, as if it had been measured; nothing is."""
+  from vaediff.run import measurements
+
+  name = 'lddgan_autoencoder_free/tanh'
+  plan = planned(name)
+  plan.scales['autoencoder'] = 105.0
+  adopting.write(plan, tmp_path / 'run')
+  folder = tmp_path / 'run' / 'autoencoder'
+  of = measurements.Of(config=plan.config, stage='autoencoder', folder=folder, checkpoints=folder, mesh=None)
+  found = measurements.latents(of)
+  np.testing.assert_array_equal(found['max'], np.full(4, 105, np.float32))
+  np.testing.assert_array_equal(found['min'], np.full(4, -105, np.float32))
