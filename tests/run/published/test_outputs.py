@@ -1,9 +1,11 @@
 """What imported networks compute, against what the official code did; and the names there and back."""
 
+import jax
 import numpy as np
 import published
 import pytest
 
+from vaediff.models import wavelets
 from vaediff.models.discriminator import TimeDiscriminator
 from vaediff.models.functional import Model
 from vaediff.run import adopting
@@ -121,8 +123,6 @@ def test_the_other_order_of_bands_swaps_what_goes_in_and_comes_out(name):
 
 
 def test_the_orders_of_bands_are_those_of_the_two_libraries():
-  from vaediff.models import wavelets
-
   with np.load(published.HERE / 'haar.npz') as stored:
     image, ours, theirs = (
       np.moveaxis(stored[key], 1, -1) for key in ('image', 'bands_wavecnet', 'bands_pytorch_wavelets')
@@ -141,15 +141,12 @@ def test_a_discriminator_in_the_published_groups():
   assert fields == {'variant': 'small', 'channels': 4, 'time_dim': 16, 'num_layers': 4, 'inputs': 6}
   with np.load(published.HERE / f'{name}.npz') as stored:
     data = {key: np.moveaxis(value, 1, -1) if value.ndim == 4 else value for key, value in stored.items()}
-  model = module = None
   for order in ('strided', 'consecutive'):
     module = TimeDiscriminator(
       dtype='float32', group_order=order, **{key: value for key, value in fields.items() if key != 'inputs'}
     )
     x = data['x_t_2'][:1]
     model = Model(module=module, inputs=(x, np.zeros(1, np.float32), x))
-    import jax
-
     own = {
       path: leaf.shape for path, leaf in adopting.leaves_of(jax.eval_shape(model.init, jax.random.key(0)))
     }

@@ -16,11 +16,11 @@ from vaediff.weights.families import Family, base, ldm
 
 def family_of(config: ConfigDict, stage: str, network: str) -> Family | None:
   """Returns the family of a stage's network; None where there is none."""
-  kind, model = config[stage].experiment, config[stage].model
+  kind = config[stage].experiment
   for family in families.FAMILIES:
     if (family.experiment, family.network) != (kind, network):
       continue
-    if kind == 'diffusion' and not family.name.endswith(model.variant):
+    if kind == 'diffusion' and not family.name.endswith(config[stage].model.variant):
       continue
     return family
   return None

@@ -50,9 +50,8 @@ def identity(entry: Entry) -> Entry:
 
 def attends_in_the_middle(arrays: Mapping[str, np.ndarray]) -> bool:
   """Returns whether the middle of our autoencoder does more than add zeros; arrays by path."""
-  return any(np.any(arrays[f'{ours}/middle/attn/out/kernel']) for ours, _, _ in HALVES) or any(
-    np.any(arrays[f'{ours}/middle/attn/out/bias']) for ours, _, _ in HALVES
-  )
+  paths = [f'{ours}/middle/attn/out/{part}' for ours, _, _ in HALVES for part in ('kernel', 'bias')]
+  return any(path not in arrays or np.any(arrays[path]) for path in paths)
 
 
 def fields_of(shapes: Shapes) -> dict[str, Any]:
