@@ -107,6 +107,7 @@ def flat(tree):
 
 
 def applied(experiment, network, params, *args, **kwargs):
-  """Returns what a network makes of arrays."""
+  """Returns what a network, or a method of it, makes of arrays."""
   model = experiment.networks[network]
-  return np.asarray(jax.jit(lambda params, args: model.apply(params, *args, **kwargs))(params, args))
+  made = jax.jit(lambda params, args: model.apply(params, *args, **kwargs))(params, args)
+  return jax.tree.map(np.asarray, made)

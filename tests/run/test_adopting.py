@@ -1,7 +1,7 @@
 """What an import decides and refuses."""
 
+import pathlib
 import shutil
-import types
 
 import numpy as np
 import published
@@ -14,11 +14,26 @@ from vaediff.run import adopting
 from vaediff.run.config import Run
 from vaediff.run.published import exported, gan
 from vaediff.run.published.diffusevae import named_condition
+from vaediff.weights import state_dicts
 
 
 def planned(name, path=None, **changes):
   config = published.config_of(name, path, **changes)
   return adopting.planned(config, tuple(config.stages))
+
+
+def file_named(path):
+  """Returns a file of which nothing matters but its name."""
+  return state_dicts.StateDict(
+    path=pathlib.Path(path),
+    layout='plain',
+    shapes={},
+    settings={},
+    step=0,
+    unread=(),
+    source=None,
+    tensors={},
+  )
 
 
 def assumed(plan, stage):
@@ -73,7 +88,7 @@ def test_raw_weights_are_sampled_where_they_are_asked_for():
   ],
 )
 def test_names_of_files(tmp_path, name, says):
-  assert named_condition(types.SimpleNamespace(path=tmp_path / name)) == says
+  assert named_condition(file_named(tmp_path / name)) == says
 
 
 # Files that do not fit ------------------------------------------------------------------------------
@@ -155,8 +170,8 @@ def test_the_cifar_files_of_lddgan_are_recognised(changed):
   config = published.config_of('ddgan_content/content', **{'data.image_size': 256})
   fields = {'latent_dim': 50, 'inputs': 4, 'channels': 128, 'channel_multipliers': (1, 2, 2)}
   with pytest.raises(UserError, match="is LDDGAN's generator of CIFAR-10 .* 256 pixels. The links of its"):
-    gan.check_mislink(types.SimpleNamespace(path='netG_950.pth'), config, fields)
-  gan.check_mislink(types.SimpleNamespace(path='x'), config, {**fields, 'latent_dim': 100})
+    gan.check_mislink(file_named('netG_950.pth'), config, fields)
+  gan.check_mislink(file_named('x.pth'), config, {**fields, 'latent_dim': 100})
 
 
 @pytest.mark.parametrize(

@@ -125,9 +125,9 @@ def planned(config: ConfigDict, stages: tuple[str, ...]) -> Plan:
 
 def paths_of(path: str) -> list[pathlib.Path]:
   """Returns the files of a comma list; raises UserError where there is none."""
-  found = [
-    places.expanded(part.strip(), f'config.{SECTION}.path') for part in path.split(',') if part.strip()
-  ]
+  field = f'config.{SECTION}.path'
+  whole = [path] if path and places.expanded(path, field).is_file() else path.split(',')
+  found = [places.expanded(part.strip(), field) for part in whole if part.strip()]
   if not found:
     raise UserError(
       f'--mode=import needs the file to import: --config.{SECTION}.path=<file>, several joined by commas'

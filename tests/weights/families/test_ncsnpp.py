@@ -48,7 +48,7 @@ def test_a_generator_of_patches_and_bands_makes_the_same_image(patch, swapped):
 def test_the_pyramid_of_a_wavelet_generator_reads_the_bands_of_each_band():
   order = {'channels': 12, 'patch': 1, 'swapped': True}
   (entry,) = ncsnpp.reordered([Entry('down_0_pyramid/kernel', 'a', 'conv')], order)
-  assert entry.reorders == (Reorder(2, tuple(12 * band + place for band in range(4)
+  assert entry.reorders == (Reorder(2, tuple(int(12 * band + place) for band in range(4)
                                              for place in np.r_[0:3, 6:9, 3:6, 9:12])),)  # fmt: skip
   (deeper,) = ncsnpp.reordered([Entry('down_1_pyramid/kernel', 'a', 'conv')], order)
   assert deeper.reorders == ()
