@@ -62,7 +62,7 @@ def _pickled(content, modules, storages):
     def reducer_override(self, value):
       if not isinstance(value, np.ndarray):
         return NotImplemented
-      storage = _Storage(str(len(storages)), np.ascontiguousarray(value))
+      storage = _Storage(str(len(storages)), np.array(value, order='C'))
       storages.append(storage)
       strides = tuple(stride // storage.array.itemsize for stride in storage.array.strides)
       arguments = (storage, 0, value.shape, strides, False, {})

@@ -24,7 +24,7 @@ SAMPLING = 'diffusevae_sampling/sampling'
 
 
 @pytest.fixture
-def imported(tmp_path, one_device):
+def imported(tmp_path, one_device, capsys):
   """Returns the folder of a run made of DiffuseVAE's second stage."""
   config = published.config_of(published.STAGE2, **{'data.data_dir': str(tmp_path / 'data')})
   adopt.mode(Run(config, tmp_path / 'run', tuple(config.stages)))
