@@ -24,6 +24,12 @@ VAE_16 = {
   'vae.model.encoder_channels': '16:64,8:16,4:16,1:16',
   'vae.model.decoder_channels': '16:64,8:16,4:16,1:16',
 }
+VAE_8 = {
+  'vae.model.encoder_blocks': '8x1,8d2,8t4,4d4,4t1,1x1',
+  'vae.model.decoder_blocks': '1x1,1u4,1t4,4u2,4t8,8x1',
+  'vae.model.encoder_channels': '8:8,4:8,1:16',
+  'vae.model.decoder_channels': '8:8,4:8,1:16',
+}
 SMALL_VAE = {
   'vae.model.encoder_blocks': '16x2,16d2,16t8,8x1,8d2,8t4,4,4d4,4t1,1x2',
   'vae.model.decoder_blocks': '1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x3',
@@ -44,7 +50,7 @@ CONFIGS = {
   'diffusevae_unet_ddim/small_cond': ('ddim_unet,debug', {**OTHER_VAE, 'adopt.num_heads': 4}),
   'diffusevae_unet_openai/small_cond_z': ('z,debug', {**OTHER_VAE, **CODE_20, 'adopt.num_heads': 4}),
   'diffusevae_sampling/sampling': (
-    'debug', {**OTHER_VAE, 'adopt.num_heads': 2, 'data.image_size': 8},
+    'debug', {**OTHER_VAE, **VAE_8, 'adopt.num_heads': 2, 'data.image_size': 8},
   ),
   'ddgan_content/content': ('ddgan,debug', {'data.image_size': 8}),
   'ddgan_generator/generator': ('ddgan,debug', {}),

@@ -103,7 +103,13 @@ def test_latents_are_divided_by_a_constant_as_if_it_had_been_measured(tmp_path, 
   plan.scales['autoencoder'] = 105.0
   adopting.write(plan, tmp_path / 'run')
   folder = tmp_path / 'run' / 'autoencoder'
-  of = measurements.Of(config=plan.config, stage='autoencoder', folder=folder, checkpoints=folder, mesh=None)
+  of = measurements.Of(
+    config=plan.config,
+    stage='autoencoder',
+    folder=folder,
+    checkpoints=folder,
+    mesh=sharding.make_mesh(plan.config.mesh),
+  )
   found = measurements.latents(of)
   np.testing.assert_array_equal(found['max'], np.full(3, 105, np.float32))
   np.testing.assert_array_equal(found['min'], np.full(3, -105, np.float32))

@@ -376,8 +376,8 @@ def state_of(
 
 def write_scale(config: ConfigDict, place: pathlib.Path, stage: str, scale: float) -> None:
   """Writes what the latents of a stage are divided by as if it had been measured."""
-  folder = place / stage
-  of = measurements.Of(config=config, stage=stage, folder=folder, checkpoints=folder, mesh=None)
+  folder, mesh = place / stage, sharding.make_mesh(config.mesh)
+  of = measurements.Of(config=config, stage=stage, folder=folder, checkpoints=folder, mesh=mesh)
   made_of = measurements.made_of(of, {})
   found = standard(config[stage].model.latent_channels)
   arrays = {**found, 'min': scale * found['min'], 'max': scale * found['max'], 'count': np.int64(0)}
