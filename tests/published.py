@@ -58,9 +58,10 @@ CONFIGS = {
   'wavediff_generator/plain_12_channels': (
     'wavelet,debug', {'data.image_size': 32, 'adopt.band_order': 'wavecnet'},
   ),
-  'ldm_autoencoder_vq/vq': ('latent,debug', {}),
-  'ldm_autoencoder_kl/kl': ('latent,debug', {}),
-  'lddgan_autoencoder_free/tanh': ('latent,debug', {}),
+  **dict.fromkeys(
+    ('ldm_autoencoder_vq/vq', 'ldm_autoencoder_kl/kl', 'lddgan_autoencoder_free/tanh'),
+    ('latent,debug', {'autoencoder.model.tanh_out': False}),
+  ),
 }  # fmt: skip
 """By fixture: the variant of configs/cifar10.py, and changes."""
 
