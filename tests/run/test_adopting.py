@@ -69,6 +69,13 @@ def test_content_has_both_players_and_says_how_it_was_made():
   assert plan.config.ddgan.optim.schedule == 'constant'
 
 
+def test_images_are_as_large_as_the_arguments_in_the_file_say():
+  name = 'ddgan_content/content'
+  assert planned(name, **{'data.image_size': 16}).config.data.image_size == 8
+  with pytest.raises(UserError, match=r'network for images of 8 pixels .* data.image_size = 16'):
+    planned(name, **{'data.image_size': 16, 'adopt.sizes': 'config'})
+
+
 def test_raw_weights_are_sampled_where_they_are_asked_for():
   plan = planned('ddgan_content/content', **{'adopt.weights': 'raw'})
   raw = published.flat(published.planned('ddgan_content/content').networks['ddgan']['generator'].params)

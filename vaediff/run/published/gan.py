@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from vaediff.errors import UserError
 from vaediff.run.published.base import SECTION, Import, attended
+from vaediff.run.published.diffusevae import check_images
 from vaediff.weights.families import Part
 from vaediff.weights.state_dicts import StateDict
 
@@ -26,6 +27,8 @@ def adopt_generator(task: Import, file: StateDict, part: Part, stage: str) -> tu
     UserError: when it is of another size or space than the config says.
   """
   fields, config = part.fields(), task.config
+  if 'image_size' in file.settings and config[stage].space == 'pixel':
+    check_images(task, file, stage, int(file.settings['image_size']), config.data.channels)
   side, channels = space_of(config, stage)
   check_mislink(file, config, fields)
   patch = patch_of(file, stage, fields, channels, config[stage].space)
