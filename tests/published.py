@@ -79,9 +79,10 @@ NAMES = tuple(name for name in CONFIGS if file_of(name))
 """Those that are here."""
 
 
-def config_of(name, path=None, **changes):
-  """Returns the config that a fixture is imported with."""
+def config_of(name, path=None, more='', **changes):
+  """Returns the config that a fixture is imported with; `more` are variants of it."""
   variant, own = CONFIGS[name]
+  variant = ','.join(filter(None, (variant, more)))
   config = importlib.import_module('configs.cifar10').get_config(variant)
   shared = {'adopt.sizes': 'file', 'adopt.check_groups': False, 'adopt.path': str(path or file_of(name))}
   config.update_from_flattened_dict({**shared, **own, **changes})

@@ -8,13 +8,16 @@ import published
 import pytest
 import torch_files
 
+from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.modes import adopt
-from vaediff.run import adopting
+from vaediff.run import adopting, students
 from vaediff.run.config import Run
 from vaediff.run.published import exported, gan
 from vaediff.run.published.diffusevae import named_condition
 from vaediff.weights import state_dicts
+
+UNET = 'diffusevae_unet_ddim/small_cond'
 
 
 def planned(name, path=None, **changes):
@@ -84,6 +87,19 @@ def test_raw_weights_are_sampled_where_they_are_asked_for():
     np.testing.assert_array_equal(found[path], value)
 
 
+def test_students_get_what_their_teacher_got_of_the_file():
+  config = students.resolve(published.config_of(UNET, more='distill'))
+  plan = adopting.planned(config, tuple(config.stages))
+  taught = [stage for stage in plan.config.stages if 'teacher' in plan.config[stage]]
+  assert len(taught) > 1 and list(plan.experiments) == ['refiner']
+  fields = ('channels', 'channel_multipliers', 'attention_resolutions', 'num_heads', 'variant')
+  for stage in taught:
+    for field in fields:
+      assert plan.config[stage].model[field] == plan.config.refiner.model[field]
+    experiments.build(plan.config, stage)
+  assert plan.config.refiner.model.channels == 16 != config.refiner.model.channels
+
+
 @pytest.mark.parametrize(
   ('name', 'says'),
   [
@@ -120,9 +136,6 @@ def renamed(found):
 
 def reshaped(found):
   found['conv_out.bias'] = np.zeros(5, np.float32)
-
-
-UNET = 'diffusevae_unet_ddim/small_cond'
 
 
 @pytest.mark.parametrize(
