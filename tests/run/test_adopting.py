@@ -56,6 +56,7 @@ def test_what_is_not_in_the_file_is_said():
   assert plan.config.adopt.path == ''
 
 
+@pytest.mark.slow
 def test_content_has_both_players_and_says_how_it_was_made():
   plan = published.planned('ddgan_content/content')
   model = plan.config.ddgan.model
@@ -72,6 +73,7 @@ def test_content_has_both_players_and_says_how_it_was_made():
   assert plan.config.ddgan.optim.schedule == 'constant'
 
 
+@pytest.mark.slow
 def test_images_are_as_large_as_the_arguments_in_the_file_say():
   name = 'ddgan_content/content'
   assert planned(name, **{'data.image_size': 16}).config.data.image_size == 8
@@ -79,6 +81,7 @@ def test_images_are_as_large_as_the_arguments_in_the_file_say():
     planned(name, **{'data.image_size': 16, 'adopt.sizes': 'config'})
 
 
+@pytest.mark.slow
 def test_raw_weights_are_sampled_where_they_are_asked_for():
   plan = planned('ddgan_content/content', **{'adopt.weights': 'raw'})
   raw = published.flat(published.planned('ddgan_content/content').networks['ddgan']['generator'].params)
@@ -87,6 +90,7 @@ def test_raw_weights_are_sampled_where_they_are_asked_for():
     np.testing.assert_array_equal(found[path], value)
 
 
+@pytest.mark.slow
 def test_students_get_what_their_teacher_got_of_the_file():
   config = students.resolve(published.config_of(UNET, more='distill'))
   plan = adopting.planned(config, tuple(config.stages))
@@ -176,6 +180,7 @@ def test_a_config_that_is_another_is_refused(name, changes, message):
     planned(name, **changes)
 
 
+@pytest.mark.slow
 def test_a_name_that_contradicts_the_config_is_refused(tmp_path):
   path = shutil.copy(published.file_of(UNET), tmp_path / 'ddpm_form2_nheads=2.pt')
   with pytest.raises(UserError, match=r"says 'formulation2' by its name, and .*condition is 'formulation1'"):
@@ -246,6 +251,7 @@ def test_an_autoencoder_without_attention_in_the_middle_adds_zeros_there(changed
   assert set(made) == set(published.tensors_of(path))
 
 
+@pytest.mark.slow
 def test_an_autoencoder_inside_a_latent_diffusion_model(changed):
   def inside(found):
     for name in list(found):
@@ -261,6 +267,7 @@ def test_an_autoencoder_inside_a_latent_diffusion_model(changed):
     np.testing.assert_array_equal(params[path], value)
 
 
+@pytest.mark.slow
 def test_the_average_of_an_autoencoder_is_what_is_kept(changed):
   def averaged(found):
     for name in list(found):

@@ -21,7 +21,12 @@ PREFIX = {
 """Before the names of the tensors that a stage got, where there is something."""
 
 
-@pytest.mark.parametrize('name', published.NAMES)
+QUICK = (published.STAGE1, 'lddgan_autoencoder_free/tanh')
+
+
+@pytest.mark.parametrize(
+  'name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in published.NAMES]
+)
 def test_official_names_and_back_are_equal_tensors(name):
   plan, stored = published.planned(name), published.tensors_of(published.file_of(name))
   for stage, networks in plan.networks.items():
