@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import modes
+from configs import adopt, modes
 from configs import stages as known
 from configs.run import Edit, Run
 from configs.stages import classifier, divae
@@ -141,6 +141,7 @@ def default() -> ConfigDict:
   config.quantize = quantize()
   config.export = export()
   config.edit = modes.edit()
+  config.adopt = adopt.section()
   return config
 
 
@@ -282,7 +283,8 @@ def export() -> ConfigDict:
   """What `--mode=export` writes of a trained stage; read by `vaediff.modes.export`."""
   return ConfigDict(
     {
-      'format': 'onnx',  # one graph from noise to images, run by onnxruntime (extra `[onnx]`)
+      # 'onnx': one graph from noise to images, run by onnxruntime (extra `[onnx]`) | 'safetensors': weights
+      'format': 'onnx',
       'weights': 'float32',  # 'float32' | 'int8', whose products read bytes too (docs/quantization.md)
       'batch_size': 1,  # images of one call
       'output': 'float32',  # of the images: 'float32', in [-1, 1] | 'uint8'
@@ -290,6 +292,7 @@ def export() -> ConfigDict:
       # kernels of 7 bits, for processors whose sums of products of bytes saturate: 'auto', where this one has
       # no instruction for them | 'yes' | 'no'
       'reduce_range': 'auto',
+      'names': 'vaediff',  # safetensors: 'vaediff', its own paths | 'official', those that were published
     }
   )
 

@@ -4,7 +4,8 @@
 
 Data: TFDS `cifar10`. Settings of the official code (arXiv:2201.00308): 9.24 M VAE, U-Net of width 128 with
 attention at 16 pixels, dropout 0.3, flips for the refiner only. Steps: 1,000 and 2,850 epochs of batch 128.
-Variants: `large` (width 160, 3 blocks), `ddim_unet` (the U-Net of the DDIM code, global batch 256).
+Variants: `large` (width 160, 3 blocks), `ddim_unet` (the U-Net of the DDIM code, global batch 256),
+`published` (attention in the middle alone, one head where unconditional, as in the published files).
 Denoising GANs with their papers' settings: `ddgan`, `wavelet`, `latent` (4 steps).
 
 Hardware, hours and figures: not yet measured.
@@ -38,10 +39,22 @@ def _ddim_unet(run):
   run.edit('refiner', _ddim)
 
 
+def _as_published(run):
+  refiner = run.section('refiner')
+  if refiner.model.variant == 'openai':
+    refiner.model.attention_resolutions = ()
+    refiner.model.num_heads = 1 if refiner.diffusion.condition == 'none' else 8
+
+
+def _published(run):
+  run.at_end(_as_published)
+
+
 SIZES = {'vae': _vae, 'refiner': _refiner, 'vqgan': code_papers.vqgan_f4}
 OWN = {
   'large': _large,
   'ddim_unet': _ddim_unet,
+  'published': _published,
   'latent': gan_papers.cifar10_latent,
   'wavelet': gan_papers.cifar10_wavelet,
 }

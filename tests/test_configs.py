@@ -87,7 +87,7 @@ def sections(config):
 def test_the_configs_are_all_here():
   assert NAMES == [
       'afhq256', 'captions256', 'celeba256', 'celeba64', 'celebahq128', 'cifar10', 'digits', 'emoji64',
-      'fashion_mnist', 'lsun_church256', 'shapes16', 'shapes32', 'shapes64',
+      'fashion_mnist', 'ffhq128', 'lsun_church256', 'shapes16', 'shapes32', 'shapes64',
   ]  # fmt: skip
 
 
@@ -346,6 +346,7 @@ def test_describe_at_full_size_without_data(name, capsys):
     ('cifar10', 'refiner', 35.75),
     ('celeba64', 'refiner', 82.64),
     ('celebahq128', 'refiner', 95.17),
+    ('ffhq128', 'refiner', 87.90),
     ('celeba256', 'refiner', 113.68),
     ('afhq256', 'refiner', 113.68),
   ],

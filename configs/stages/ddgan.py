@@ -38,6 +38,7 @@ def section() -> ConfigDict:
       'channels': 64,
       'time_dim': 256,
       'group_size': 4,
+      'group_order': 'consecutive',  # whose examples: 'consecutive' | 'strided', as published
       'init_scale': 0.0,  # of the kernels that end a branch; 1 where the channels are few
       'dtype': 'float32',
     }
@@ -76,6 +77,7 @@ def _generator() -> ConfigDict:
       'attention_resolutions': (16,),  # in pixels of the space's maps
       'latent_dim': 100,  # of the generator's z
       'num_mapping_layers': 4,
+      'mapping_dim': 256,  # width of what is made of z
       'dropout': 0.0,
       'patch_size': 1,
       'bounded': True,  # a tanh at the end

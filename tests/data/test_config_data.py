@@ -19,6 +19,7 @@ REAL = {
   ('celeba64', 'crop140'): [(218, 178, 3)],
   ('celebahq128', ''): [(128, 128, 3)],
   ('celebahq128', 'folder'): [(1024, 1024, 3), (128, 128, 3)],
+  ('ffhq128', ''): [(1024, 1024, 3), (128, 128, 3)],
   ('celeba256', ''): [(256, 256, 3)],
   ('celeba256', 'folder'): [(1024, 1024, 3), (256, 256, 3)],
   ('afhq256', ''): [(512, 512, 3)],
@@ -37,7 +38,9 @@ REAL = {
   ('shapes32', ''): [(32, 32, 3)],
   ('shapes64', ''): [(64, 64, 3)],
 }
-NO_DATA = ('base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run', 'shapes_parts')
+NO_DATA = (
+  'adopt', 'base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run', 'shapes_parts',
+)  # fmt: skip
 CASES = [(name, variant, size) for (name, variant), sizes in REAL.items() for size in sizes]
 
 

@@ -56,6 +56,7 @@ BOUNDS = {
   **bounds.within('model', bounds.CONVOLUTIONAL),
   'model.latent_dim': bounds.whole(1, bounds.MAX_WIDTH),
   'model.num_mapping_layers': bounds.whole(0, bounds.MAX_LEVELS),
+  'model.mapping_dim': bounds.whole(1, bounds.MAX_WIDTH),
   'model.patch_size': bounds.whole(1, bounds.MAX_LEVELS),
   'model.uvit.patch_size': bounds.whole(1, bounds.MAX_LEVELS),
   'model.uvit.dim': bounds.whole(1, bounds.MAX_WIDTH),

@@ -29,6 +29,7 @@ BLOCKS = {
   'large': ((4, True), (8, True), (8, True)),
 }
 NUM_LAYERS = {'small': (3, 4), 'large': (3, 8)}
+GROUP_ORDERS = ('consecutive', 'strided')
 
 
 class TimeDiscriminator(nn.Module):
@@ -42,6 +43,7 @@ class TimeDiscriminator(nn.Module):
     channels: base width; the blocks have 2, 4 or 8 times as many channels.
     time_dim: sines and cosines of t, and width of its embedding; even, at least 4.
     group_size: examples per group of the minibatch standard deviation.
+    group_order: which they are, see `minibatch_std`; 'strided' as published.
     init_scale: of the variance of the first kernels that end a branch, and for 'small' of the last
       convolution: 0, as published, starts the network linear and its logits at 0. A narrow network, whose
       updates move its logits little, leaves that state too slowly to teach a generator, and starts at 1.
@@ -56,6 +58,7 @@ class TimeDiscriminator(nn.Module):
   channels: int = 64
   time_dim: int = 256
   group_size: int = 4
+  group_order: str = 'consecutive'
   init_scale: int | float = 0.0
 
   def __post_init__(self):
@@ -102,7 +105,7 @@ class TimeDiscriminator(nn.Module):
         name=f'block_{i}',
       )
       h = block(h, emb)
-    spread = minibatch_std(h, group_size=self.group_size)
+    spread = minibatch_std(h, group_size=self.group_size, order=self.group_order)
     spread = jnp.broadcast_to(spread[:, None, None, None].astype(dtype), (*h.shape[:3], 1))
     h = jnp.concatenate([h, spread], axis=-1)
     scale = self.init_scale if self.variant == 'small' else 1.0
@@ -167,13 +170,14 @@ class DownBlock(nn.Module):
 
 
 def minibatch_std(
-  x: Float[Array, 'batch height width channels'], *, group_size: int
+  x: Float[Array, 'batch height width channels'], *, group_size: int, order: str = 'consecutive'
 ) -> Float[Array, ' batch']:
   """Returns how much each example's group varies, float32: the mean over all features of the deviation.
 
   Karras et al. 2018 (1710.10196), section 3. The standard deviation, with the biased variance and 1e-8 under
-  the root, is taken over groups of min(batch, group_size) consecutive examples, so that of a batch sharded
-  over devices a group lies on one of them. All examples of a group get the same number.
+  the root, is taken over groups of min(batch, group_size) examples, all of which get the same number. They
+  are 'consecutive', so that of a batch sharded over devices a group lies on one of them, or, as published,
+  'strided': with G groups every G-th example is of the same.
 
   Raises:
     UserError: the groups do not divide the batch.
@@ -185,9 +189,11 @@ def minibatch_std(
       f'The minibatch standard deviation takes groups of {group} examples (discriminator.group_size), which '
       f'do not divide a batch of {batch}; make the batch a multiple of {group}, or choose other groups.'
     )
-  groups = x.astype(jnp.float32).reshape(batch // group, group, -1)
-  deviation = jnp.sqrt(groups.var(axis=1) + MINIBATCH_STD_EPSILON)
-  return jnp.repeat(deviation.mean(axis=-1), group)
+  strided = order == 'strided'
+  shape = (group, batch // group) if strided else (batch // group, group)
+  groups = x.astype(jnp.float32).reshape(*shape, -1)
+  deviation = jnp.sqrt(groups.var(axis=0 if strided else 1) + MINIBATCH_STD_EPSILON).mean(axis=-1)
+  return jnp.tile(deviation, group) if strided else jnp.repeat(deviation, group)
 
 
 def _act(x: Array) -> Array:
@@ -206,6 +212,10 @@ def _check_fields(network: TimeDiscriminator) -> None:
     raise UserError(f"discriminator.variant is '{network.variant}'; choose one of {', '.join(BLOCKS)}.")
   if network.dtype not in layers.DTYPES:
     raise UserError(f"discriminator.dtype is '{network.dtype}'; choose one of {', '.join(layers.DTYPES)}.")
+  if network.group_order not in GROUP_ORDERS:
+    raise UserError(
+      f"discriminator.group_order is '{network.group_order}'; choose one of {', '.join(GROUP_ORDERS)}."
+    )
   least, most = NUM_LAYERS[network.variant]
   if not least <= network.num_layers <= most:
     raise UserError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from vaediff.modes import (
+  adopt,
   benchmark,
   compile,
   describe,
@@ -34,6 +35,7 @@ MODES: dict[str, Mode] = {
   'quantize': quantize.mode,
   'export': export.mode,
   'edit': edit.mode,
+  'import': adopt.mode,
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""

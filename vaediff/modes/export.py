@@ -6,7 +6,7 @@ import jax
 
 from vaediff import checks
 from vaediff.errors import UserError
-from vaediff.modes import export_onnx, pictures
+from vaediff.modes import export_onnx, export_safetensors, pictures
 from vaediff.run import exported, log
 from vaediff.run.config import Run
 from vaediff.run.trained import open_last
@@ -17,9 +17,11 @@ BOUNDS = {
   'output': checks.one_of(exported.OUTPUTS),
   'num_images': checks.count(1),
   'reduce_range': checks.one_of(export_onnx.REDUCED),
+  'names': checks.one_of(export_safetensors.NAMES),
 }
 FORMATS: Mapping[str, tuple[Callable, Callable]] = {
   'onnx': (export_onnx.check, export_onnx.export),
+  'safetensors': (export_safetensors.check, export_safetensors.export),
 }
 """By name, as `config.export.format` has it: what sees whether it can be written, and what writes it."""
 

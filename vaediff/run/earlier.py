@@ -66,6 +66,7 @@ EXPORT = {
   'output': 'float32',
   'num_images': 64,
   'reduce_range': 'auto',
+  'names': 'vaediff',
 }
 """What is written for other programs, which earlier versions could not."""
 EDIT = {
@@ -80,9 +81,22 @@ EDIT = {
   'finetune': {'num_steps': 500, 'batch_size': 16, 'learning_rate': 1e-4},
 }
 """How a picture is edited, which earlier versions could not."""
+ADOPT = {
+  'path': '',
+  'sizes': 'config',
+  'weights': 'ema',
+  'formulation': '',
+  'num_heads': 0,
+  'band_order': '',
+  'latent_scale': 0.0,
+  'step': 0,
+  'check_groups': True,
+}
+"""What is imported of published files, which earlier versions could not."""
 MODES = {
   'quantize': QUANTIZE,
   'export': EXPORT,
+  'adopt': ADOPT,
   'edit': EDIT,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
@@ -126,6 +140,9 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config['data'].setdefault('check_fingerprint', True)
   config['data'].setdefault('caption_feature', '')
   for section in filter(_is_stage, config.values()):
+    if section['experiment'] == 'ddgan':
+      section['model'].setdefault('mapping_dim', 256)
+      section['discriminator'].setdefault('group_order', 'consecutive')
     _upgrade_diffusion(section)
     _upgrade_autoencoder(section)
     if 'sample' in section and 'guidance' in section['sample']:
@@ -137,6 +154,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config.setdefault('quantize', {})
   config.setdefault('export', {})
   config.setdefault('edit', {})
+  config.setdefault('adopt', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

@@ -1,9 +1,11 @@
 """Weights as files: fingerprints, safetensors, and the folder they are kept in."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -50,11 +52,30 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   Raises:
     UserError: when the file is missing or damaged.
   """
+  with _opened(path) as file:
+    return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def load_shapes(path: pathlib.Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+  """Returns the shapes of the tensors of a safetensors file, and its metadata; raises as `load`."""
+  with _opened(path) as file:
+    names = list(file.keys())  # noqa: SIM118
+    return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.metadata() or {}
+
+
+def load_some(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+  """Returns some of the tensors of a safetensors file; raises as `load`."""
+  with _opened(path) as file:
+    return {name: file.get_tensor(name) for name in names}
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
   if path.is_dir():
     raise UserError(f'{path} is a folder, not a safetensors file')
   with files.reading(path, 'fetch or convert it again'):
     try:
       with safetensors.safe_open(path, framework='numpy') as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        yield file
     except safetensors.SafetensorError as error:
       raise files.Damaged(f'{path} is not a readable safetensors file: {error}') from error

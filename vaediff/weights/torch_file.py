@@ -62,14 +62,14 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(
       f'{path} holds a {type(found).__name__}, not a state dict: save model.state_dict() instead'
     )
-  tensors = {name: value for name, value in found.items() if isinstance(value, _Tensor)}
+  tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
   if not tensors:
     raise UserError(
       f'{path} holds no tensors, only {sorted(map(str, found))[:5]}: if the state dict is one of these,'
       ' save it alone'
     )
   with files.reading(path, AGAIN):  # sizes and places are whatever the file says
-    return {str(name): _to_array(path, str(name), value, storages) for name, value in tensors.items()}
+    return {str(name): to_array(path, str(name), value, storages) for name, value in tensors.items()}
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -103,7 +103,7 @@ def check_named_hash(path: pathlib.Path) -> None:
     )
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
   """A run of elements, of which a tensor shows a part; `first` is where it begins in the bytes of `key`."""
 
   key: str
@@ -112,16 +112,16 @@ class _Storage(NamedTuple):
   numel: int
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
   """Where a tensor's elements lie; offset and strides count elements."""
 
-  storage: _Storage
+  storage: Storage
   offset: int
   shape: tuple[int, ...]
   strides: tuple[int, ...]
 
 
-def _counts(values: Any) -> tuple[int, ...]:
+def counts(values: Any) -> tuple[int, ...]:
   """Returns the values if all are non-negative integers: a pickle could hold anything in their place."""
   if not isinstance(values, tuple | list) or not all(
     isinstance(value, int) and value >= 0 for value in values
@@ -130,10 +130,10 @@ def _counts(values: Any) -> tuple[int, ...]:
   return tuple(values)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-  if not isinstance(storage, _Storage) or len(shape) != len(strides):
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+  if not isinstance(storage, Storage) or len(shape) != len(strides):
     raise pickle.UnpicklingError('a tensor without storage')
-  return _Tensor(storage, *_counts([offset]), _counts(shape), _counts(strides))
+  return Tensor(storage, *counts([offset]), counts(shape), counts(strides))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -165,7 +165,7 @@ class _Unpickler(pickle.Unpickler):
       f' (element types {", ".join(STORAGE_TYPES)}); do not trust the file, or save model.state_dict() again'
     )
 
-  def persistent_load(self, pid: Any) -> _Storage:
+  def persistent_load(self, pid: Any) -> Storage:
     # Since PyTorch 1.6 without the view: (key of the view, its first element, its length).
     kind, storage_type, key, _, numel, view = (*pid, None) if len(pid) == 5 else pid
     if kind != 'storage':
@@ -173,11 +173,12 @@ class _Unpickler(pickle.Unpickler):
     dtype, key = STORAGE_TYPES[storage_type], str(key)
     if self.dtypes.setdefault(key, dtype) != dtype:
       raise pickle.UnpicklingError(f'storage {key} has two types')
-    first, numel = _counts([0, numel] if view is None else view[1:])
-    return _Storage(key, dtype, first, numel)
+    first, numel = counts([0, numel] if view is None else view[1:])
+    return Storage(key, dtype, first, numel)
 
 
-def _unpickle(unpickler: _Unpickler, path: pathlib.Path) -> Any:
+def unpickled(unpickler: pickle.Unpickler, path: pathlib.Path) -> Any:
+  """Returns the next object of a pickle; raises UserError where there is none."""
   try:
     return unpickler.load()
   except UserError:
@@ -189,28 +190,12 @@ def _unpickle(unpickler: _Unpickler, path: pathlib.Path) -> Any:
 
 
 def _read_zip(path: pathlib.Path, content: bytes) -> tuple[Any, dict[str, bytes]]:
-  """Returns what was saved, with `_Tensor`s for tensors, and the bytes of the storages by key."""
+  """Returns what was saved, with `Tensor`s for tensors, and the bytes of the storages by key."""
   try:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-      names = archive.namelist()
-      folder = next(
-        (name.removesuffix('data.pkl') for name in names if name.split('/')[1:] == ['data.pkl']), None
-      )
-      if folder is None:
-        raise UserError(f'{path} is a zip archive without data.pkl: not a file of torch.save')
-      unpacked = sum(member.file_size for member in archive.infolist())
-      if unpacked > MOST_UNPACKED * len(content):
-        raise UserError(
-          f'{path} would grow from {len(content)} to {unpacked} bytes: it is no file of torch.save, do not '
-          'use it'
-        )
-      order = archive.read(f'{folder}byteorder') if f'{folder}byteorder' in names else b'little'
-      if order != b'little':
-        raise UserError(
-          f'{path} is {order.decode(errors="replace")}-endian, only little is read: save it again'
-        )
+      folder = check_archive(path, archive, len(content))
       unpickler = _Unpickler(path, io.BytesIO(archive.read(f'{folder}data.pkl')))
-      found = _unpickle(unpickler, path)
+      found = unpickled(unpickler, path)
       return found, {key: archive.read(f'{folder}data/{key}') for key in unpickler.dtypes}
   except UserError:
     raise
@@ -219,18 +204,41 @@ def _read_zip(path: pathlib.Path, content: bytes) -> tuple[Any, dict[str, bytes]
     raise UserError(f'{path} is truncated or damaged ({error}): fetch it again') from error
 
 
+def check_archive(path: pathlib.Path, archive: zipfile.ZipFile, size: int) -> str:
+  """Returns the folder that an archive of torch.save has all in, with its slash; `size` in bytes.
+
+  Raises:
+    UserError: when it is none, would grow beyond all measure, or was written by a big-endian machine.
+  """
+  names = archive.namelist()
+  folder = next(
+    (name.removesuffix('data.pkl') for name in names if name.split('/')[1:] == ['data.pkl']), None
+  )
+  if folder is None:
+    raise UserError(f'{path} is a zip archive without data.pkl: not a file of torch.save')
+  unpacked = sum(member.file_size for member in archive.infolist())
+  if unpacked > MOST_UNPACKED * size:
+    raise UserError(
+      f'{path} would grow from {size} to {unpacked} bytes: it is no file of torch.save, do not use it'
+    )
+  order = archive.read(f'{folder}byteorder') if f'{folder}byteorder' in names else b'little'
+  if order != b'little':
+    raise UserError(f'{path} is {order.decode(errors="replace")}-endian, only little is read: save it again')
+  return folder
+
+
 def _read_legacy(path: pathlib.Path, content: bytes) -> tuple[Any, dict[str, bytes]]:
   """Same as `_read_zip` for the layout before PyTorch 1.6."""
   file = io.BytesIO(content)
-  if _unpickle(_Unpickler(path, file), path) != LEGACY_MAGIC:
+  if unpickled(_Unpickler(path, file), path) != LEGACY_MAGIC:
     raise UserError(f'{path} is not a file of torch.save: it lacks the magic number')
   # The version of the layout has always been 1001; the sizes of the writer's C types do not matter, as
   # storages are written little-endian by any machine.
-  _unpickle(_Unpickler(path, file), path)
-  _unpickle(_Unpickler(path, file), path)
+  unpickled(_Unpickler(path, file), path)
+  unpickled(_Unpickler(path, file), path)
   unpickler = _Unpickler(path, file)
-  found = _unpickle(unpickler, path)
-  keys = _unpickle(_Unpickler(path, file), path)
+  found = unpickled(unpickler, path)
+  keys = unpickled(_Unpickler(path, file), path)
   storages = {}
   for key in map(str, keys if isinstance(keys, list) else [keys]):
     if key not in unpickler.dtypes:
@@ -243,7 +251,7 @@ def _read_legacy(path: pathlib.Path, content: bytes) -> tuple[Any, dict[str, byt
   return found, storages
 
 
-def _to_array(path: pathlib.Path, name: str, tensor: _Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
+def to_array(path: pathlib.Path, name: str, tensor: Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
   """Returns a tensor's elements in order, of a layout of their own."""
   storage, offset, shape, strides = tensor
   if math.prod(shape) > max(storage.numel, 1) or len(shape) > MOST_AXES:

@@ -1,0 +1,68 @@
+"""The weights of a stage as safetensors: under the paths that they have here, or their published names."""
+
+import json
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+import vaediff
+from vaediff.run import adopting
+from vaediff.run.published import exported
+from vaediff.run.trained import Trained
+from vaediff.weights import tensors
+
+NAMES = ('vaediff', 'official')
+LAYOUTS = {'vaediff': 'HWIO, Dense [in,out]', 'official': 'OIHW, Linear [out,in]'}
+"""How the axes of kernels are ordered, by the names."""
+
+
+def check() -> None:
+  """Does nothing: the library is there."""
+
+
+def export(
+  trained: Trained, settings: ConfigDict, out: pathlib.Path, repeats: int
+) -> tuple[pathlib.Path, dict[str, int]]:
+  """Writes a file for each network of a stage; returns the path of the last, and `parameters`, `file_bytes`.
+
+  A file is `<out>/<stage>.safetensors`, or `<stage>-<network>.safetensors` where there are several networks.
+  They hold the averaged parameters where there are any.
+
+  Raises:
+    UserError: for a network that has no published names.
+  """
+  del repeats
+  files = []
+  for name in trained.experiment.networks:
+    arrays = {path: np.asarray(leaf) for path, leaf in adopting.leaves_of(trained.params[name])}
+    family = exported.family_of(trained.config, trained.stage, name)
+    if settings.names == 'official':
+      found = exported.official(trained.config, trained.stage, family, arrays)
+    else:
+      found = {path.replace('/', '.'): value for path, value in arrays.items()}
+    files.append((name, family.name if family else '', found))
+  for name, family, found in files:
+    path = out / (
+      f'{trained.stage}.safetensors' if len(files) == 1 else f'{trained.stage}-{name}.safetensors'
+    )
+    tensors.save(path, found, about(trained, name, family, settings.names))
+  values = [value for _, _, found in files for value in found.values()]
+  return path, {
+    'parameters': sum(value.size for value in values),
+    'file_bytes': sum(value.nbytes for value in values),
+  }
+
+
+def about(trained: Trained, network: str, family: str, names: str) -> dict[str, str]:
+  """Returns the metadata of a file: family, config, layout, and what it was made of."""
+  return {
+    'vaediff': vaediff.__version__,
+    'family': family or 'vaediff',
+    'stage': trained.stage,
+    'network': network,
+    'names': names,
+    'layout': LAYOUTS[names],
+    'config': json.dumps(json.loads(trained.config[trained.stage].to_json())),
+    **{f'id of {what}': value for what, value in trained.made_of.items() if what.startswith('the stage')},
+  }
