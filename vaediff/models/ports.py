@@ -126,13 +126,25 @@ def inside(module: nn.Module, ports: Named, values: Values, drop: Drop) -> dict[
   return found
 
 
-def texts(module: nn.Module, ports: Named, values: Values, drop: Drop, dtype: Any) -> Texts:
-  """Returns the tokens of the texts, a null token before them; call it in the module's compact method."""
+def texts(
+  module: nn.Module,
+  ports: Named,
+  values: Values,
+  drop: Drop,
+  dtype: Any,
+  known: Mapping[str, Words] | None = None,
+) -> Texts:
+  """Returns the tokens of the texts, a null token before them; call it in the module's compact method.
+
+  Those that are `known` are not made here: another network's.
+  """
   found = ()
   for name, port in ports:
     if port.enters != TEXT:
       continue
-    if port.tower:
+    if known is not None:
+      words = Words(*known[name])
+    elif port.tower:
       tower = TextTower(vocabulary=port.classes, tower=port.tower, dtype=dtype, name=f'{name}_tower')
       words = tower(values[name], drop.get(name))
     else:
