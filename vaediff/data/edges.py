@@ -1,9 +1,9 @@
 """Edges of images and how far those of two images agree: what a control image shows, and its score.
 
-An edge is where the Sobel filter of any channel, normalised to the change from one pixel to the next, is above
-a number: in grey a green shape on grey would have none. It is a function of the image alone, written here in
-JAX so that it is computed beside the update, of images that were mirrored before; `shapes.control` is the
-same on the host.
+An edge is where the Sobel filter of any channel, normalised to the change from one pixel to the next, is
+above a number: in grey a green shape on grey would have none. It is a function of the image alone, written
+here in JAX so that it is computed beside the update, of images that were mirrored before; `shapes.control` is
+the same on the host.
 
 Agreement allows an edge to be one pixel off, across or along:
 

@@ -43,7 +43,8 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
   for title, split in SPLITS.items():
     scenes = [shapes.scene(split, index, mini=mini) for index in range(count)]
     log.say(f'drawing {count} samples of the {title}')
-    drawn = trained.draw_all(trained.told([scene.caption_full for scene in scenes]))
+    given = trained.told([scene.caption_full for scene in scenes])
+    drawn = trained.draw_all({**given, **followed_by(trained, split, count)})
     image = drawn[list(drawn)[-1]]
     reader = reader or oracle.Oracle(image.shape[1], mini=mini)
     asked = np.array([scene.attributes for scene in scenes], np.int32)
@@ -58,6 +59,17 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
   reading = reader.read(image)
   rows.append(row_of(DATA, told, reading) | agreement(image, reading, opened))
   return rows
+
+
+def followed_by(trained: Trained, split: str, count: int) -> dict[str, np.ndarray]:
+  """Returns what samples follow, to show the first scenes of a split of `shapes`; {} where they follow none."""
+  names = trained.experiment.borrowed
+  if not names:
+    return {}
+  data = trained.config.data
+  image = shapes.images(split, range(count), data.image_size, mini=shapes.is_mini(data))
+  seen = trained.observe(image, np.zeros(count, np.int32))
+  return {name: seen[name] for name in names}
 
 
 def agreement(image: np.ndarray, reading: oracle.Reading, opened: Networks) -> dict[str, Figure]:

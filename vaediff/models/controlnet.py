@@ -1,9 +1,8 @@
-"""A copy of a U-Net's way down and middle that reads an image to follow: ControlNet (Zhang et al. 2023,
-arXiv:2302.05543).
+"""A copy of a U-Net's way down and middle that reads an image to follow: ControlNet.
 
 The hint, a control image in [0, 1], is encoded to the width of the first map and joins it. Each map that the
 way up of the U-Net would read passes a 1x1 convolution that is zero at first; what comes out is added to the
-U-Net's own map:
+U-Net's own map (Zhang et al. 2023, arXiv:2302.05543, section 3):
 
     h_0 = conv_in(x_t) + hint,    residual_i = zero_i(h_i)
 
@@ -123,8 +122,9 @@ def strides_of(factor: int, num_layers: int, chosen: tuple[int, ...] = ()) -> tu
       product *= stride
     if len(chosen) != num_layers or product != factor:
       raise UserError(
-        f'hint.strides is {chosen}: it must have as many numbers as hint.channels, {num_layers}, whose product '
-        f'is {factor}, the sides of the control image over those of the maps that are diffused; () = by itself'
+        f'hint.strides is {chosen}: it must have as many numbers as hint.channels, {num_layers}, and their '
+        f'product must be {factor}, the sides of the control image over those of the maps that are diffused; '
+        'or () = by itself'
       )
     return chosen
   if 2**halvings != factor or halvings > num_layers:
@@ -142,9 +142,9 @@ def copied(params: Params, base: Params) -> Params:
 
 
 def moved(params: Params, base: Params, tuned: Params) -> Params:
-  """Returns the parameters of a ControlNet for another U-Net than it was trained with: control + tuned - base.
+  """Returns the parameters of a ControlNet for a U-Net that its own was fine-tuned to.
 
-  Of every leaf of the copy; those of the hint's encoder and the zero convolutions stay.
+  control + (tuned - base), of every leaf of the copy; the hint's encoder and the zero convolutions stay.
   """
   def shifted(name: str, own: Params) -> Params:
     return jax.tree.map(lambda c, t, b: c + (t - b), own, tuned[name], base[name])

@@ -153,6 +153,19 @@ def texts(
   return found
 
 
+def word_structs(ports: Named, dtype: Any) -> dict[str, Words]:
+  """Returns shapes and types of the tokens of the texts of a batch of one, by port; see `texts`."""
+  found = {}
+  for name, port in ports:
+    if port.enters != TEXT:
+      continue
+    count = port.shape[0] + (1 if port.tower or port.droppable else 0)
+    width, kind = (port.tower.width, jnp.dtype(dtype)) if port.tower else (port.shape[1], jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, count, width), kind)
+    found[name] = Words(tokens, jax.ShapeDtypeStruct((1, count), jnp.bool_))
+  return found
+
+
 def _vectors(module: nn.Module, name: str, port: Port, value: Array, drop: Drop) -> Words:
   """Returns words that are given as vectors, with their null token if they can be dropped; all are read."""
   read = jnp.ones(value.shape[:2], bool)
