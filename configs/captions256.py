@@ -13,7 +13,8 @@ depth of the one that was frozen there, trained here. Betas are those of latent 
 to 0.0195; these two had 0.00085 .. 0.012. Without a variant it is
 DiffuseVAE with the settings of CelebA-HQ.
 
-`stable_diffusion_control`: the same, and the published control of it, 361,279,120 parameters (docs/control.md).
+`stable_diffusion_control`: the same, and the published control of it, 361,279,120 parameters
+(docs/control.md).
 
 `clip`: CLIP of the size of ViT-B/32 on these images. `clip_vit_b32`: the published one, 151,277,313
 parameters, on images of 224 pixels.

@@ -38,7 +38,7 @@ def section() -> ConfigDict:
   config.only_middle = False  # adds to the middle's map alone
   config.unlocked = False  # the base's way up is trained too
   config.caption_dropout = 0.5  # of the base's captions, where it drops some; 0 = as often as the base
-  config.score_steps = 10  # of DDIM: samples of each validation that are compared with their control; 0 = none
+  config.score_steps = 10  # of DDIM, of samples that each validation compares with their control; 0 = none
   config.optim = parts.optim(1e-5, weight_decay=0.01)
   config.train = parts.train(50_000, 128)
   config.sample = ConfigDict(
@@ -46,7 +46,9 @@ def section() -> ConfigDict:
       'control': (),  # files of control images, in turn; () = those of images of the evaluation split
       'strength': 1.0,  # of all that is added; 0 = the base
       'strengths': (),  # ... of each map, the middle's is the last; () = 1
-      'depth': 'even',  # ... 'decay': 0.825 to the number of maps below | 'resolution': first side over its own
+      # ... by the map's depth: 'even' | 'decay', 0.825 to the number of maps below it | 'resolution', the
+      # side of the first map over its own
+      'depth': 'even',
       'branches': 'both',  # of guidance: the control is read in 'both' | 'conditional' alone
       'controls': (),  # ((stage, weight), ...): other controls of the same base, which are added
       'transfer': {  # another network in the base's place, such as a fine-tuned one or a student

@@ -164,7 +164,7 @@ def _reads_vae(stage: ConfigDict) -> bool:
 
 
 def arrange(run: Run, *, vae: bool) -> None:
-  """Makes the run the refiner's: before it what its space reads, a VAE or none; then students and controls."""
+  """Makes the run the refiner's: before it what its space reads, a VAE or none; after it what reads it."""
   students = tuple(stage for stage in run.config.stages if {'teacher', 'base'} & set(run.section(stage)))
   refiner = run.section('refiner')
   before = ()

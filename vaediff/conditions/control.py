@@ -8,8 +8,8 @@ disagree:
                      its own control image)
     low_resolution   the means of factor x factor pixels, repeated
 
-A control is in [0, 1], where the images that are diffused are in [-1, 1]. In sampling it is that of the images
-of the evaluation split, in turn, or read of files (`sample.control`), or handed over.
+A control is in [0, 1], where the images that are diffused are in [-1, 1]. In sampling it is that of the
+images of the evaluation split, in turn, or read of files (`sample.control`), or handed over.
 """
 
 import dataclasses
@@ -245,6 +245,6 @@ def control_of(config: ConfigDict, stage: str, space: Space, name: str = CONTROL
 
 
 def files_of(config: ConfigDict, stage: str, shape: tuple[int, int, int]) -> Mapping[str, reads.Published]:
-  """Returns the control images that samples are asked to follow, by name; {} for those of evaluation images."""
+  """Returns the files of control images that samples follow, by name; {} = those of evaluation images."""
   paths = tuple(config[stage].sample.control)
   return {FILES: reads.Published(load=Files(paths, shape))} if paths else {}

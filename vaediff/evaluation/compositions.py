@@ -62,7 +62,7 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
 
 
 def followed_by(trained: Trained, split: str, count: int) -> dict[str, np.ndarray]:
-  """Returns what samples follow, to show the first scenes of a split of `shapes`; {} where they follow none."""
+  """Returns what samples follow to show the first scenes of a split; {} where they follow nothing."""
   names = trained.experiment.borrowed
   if not names:
     return {}

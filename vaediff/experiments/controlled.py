@@ -4,8 +4,8 @@
 
 (Zhang et al. 2023, arXiv:2302.05543). The strength of a map by its depth is even, or `DECAY` to the number of
 maps below it (that of the published program without a prompt: 1 at the middle), or the side of the first map
-over its own (there "CFG resolution weighting"). Where a control's value is not among the values, or no map has
-a strength, the output is that of the network alone.
+over its own (there "CFG resolution weighting"). Where a control's value is not among the values, or no map
+has a strength, the output is that of the network alone.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class Controlled(Denoiser):
     drop: Drop = {},  # noqa: B006
     key_dropout: jax.Array | None = None,
   ) -> tuple[State, State | None]:
-    """Returns the prediction, and the fraction of a learned variance; dropout is that of the control alone."""
+    """Returns the prediction, and the fraction of a learned variance; dropout is the control's alone."""
     inputs, params = self.inputs(y, t, values, drop), self.controlled(read)
     residuals = self.residuals(read, params, inputs, values, key_dropout)
     return self.parts(self.model.apply(params, *inputs, residuals=residuals))
@@ -154,5 +154,6 @@ def strengths_of(section: ConfigDict, module: Any, weight: float = 1.0) -> tuple
     'decay': [DECAY ** (last - i) for i in range(len(sides))],
     'resolution': [sides[0] / side for side in sides],
   }
-  found = (weight * sample.strength * own * rule for own, rule in zip(given, rules[sample.depth], strict=True))
+  whole = weight * sample.strength
+  found = [whole * own * rule for own, rule in zip(given, rules[sample.depth], strict=True)]
   return tuple(x if i == last or not section.only_middle else 0.0 for i, x in enumerate(found))

@@ -1,8 +1,8 @@
 """A control for a trained diffusion: ControlNet (Zhang et al. 2023, arXiv:2302.05543).
 
 The network of an earlier stage, the base, is locked. A copy of its way down and middle reads a control image
-too, and learns what to add to the base's maps (`experiments.controlled`), by the base's own loss. At step 0 it
-adds nothing. The gradient then reaches in the first update the zero convolutions alone, in the second the
+too, and learns what to add to the base's maps (`experiments.controlled`), by the base's own loss. At step 0
+it adds nothing. The gradient then reaches in the first update the zero convolutions alone, in the second the
 copy and the last convolution of the hint's encoder, in the third the inside of that.
 
 The section of such a stage is its base's with what the control changes (`vaediff.run.controls`): it is
@@ -59,7 +59,7 @@ BOUNDS = {
   'hint.channels': bounds.sizes(bounds.MAX_WIDTH),
   'hint.strides': bounds.several(bounds.whole(1, 2), 'numbers, 1 or 2', empty=True),
   'sample.strength': bounds.number(0, STRONGEST),
-  'sample.strengths': bounds.several(bounds.number(0, STRONGEST), f'numbers in 0 ... {STRONGEST}', empty=True),
+  'sample.strengths': bounds.several(bounds.number(0, STRONGEST), f'numbers up to {STRONGEST}', empty=True),
   'sample.depth': checks.one_of(DEPTHS),
   'sample.branches': checks.one_of(BRANCHES),
   'sample.transfer.how': checks.one_of(WAYS),
@@ -222,8 +222,8 @@ def check_base(config: ConfigDict, stage: str) -> None:
   named = section.base.stage
   if not reads.is_stage(config, named, 'diffusion'):
     raise UserError(
-      f'base.stage is {named!r}, which is no stage of this config whose experiment is diffusion. A student is '
-      'no base, but a control of its teacher can be transferred to it: sample.transfer.stage'
+      f'base.stage is {named!r}, which is no stage of this config whose experiment is diffusion. A student '
+      'is no base, but a control of its teacher can be transferred to it: sample.transfer.stage'
     )
 
 
@@ -311,7 +311,7 @@ def with_other(
 def transferred(
   config: ConfigDict, stage: str, plain: Diffusion, denoiser: Controlled
 ) -> tuple[Controlled, reads.FromStage]:
-  """Returns the denoiser with the network that `sample.transfer` names in the base's place, and where it is."""
+  """Returns the denoiser with the network of `sample.transfer` in the base's place, and where that is."""
   named, field = config[stage].sample.transfer, 'sample.transfer.stage'
   if config[stage].unlocked:
     raise UserError(

@@ -203,7 +203,8 @@ class Diffusion(base.InSpace):
 
   def times_seen(self) -> dict[str, Array]:
     """Returns what the state holds of the losses at training times, where these are drawn by them."""
-    return {variance.HISTORY: importance.start(self.denoiser.schedule.train_steps)} if self.draws_times else {}
+    steps = self.denoiser.schedule.train_steps if self.draws_times else 0
+    return {variance.HISTORY: importance.start(steps)} if steps else {}
 
   def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
     """Returns the state whose networks are those that they begin as."""

@@ -146,6 +146,7 @@ def moved(params: Params, base: Params, tuned: Params) -> Params:
 
   control + (tuned - base), of every leaf of the copy; the hint's encoder and the zero convolutions stay.
   """
+
   def shifted(name: str, own: Params) -> Params:
     return jax.tree.map(lambda c, t, b: c + (t - b), own, tuned[name], base[name])
 

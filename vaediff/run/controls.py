@@ -43,9 +43,9 @@ def _whole(config: ConfigDict, stage: str) -> ConfigDict:
   named = section['base']
   if not reads.is_stage(config, named['stage'], 'diffusion'):
     raise UserError(
-      f'config.{stage}.base.stage is {named["stage"]!r}, which is no stage of this config whose experiment is '
-      'diffusion, such as refiner. A student is no base, but a control of its teacher can be transferred to '
-      'it: sample.transfer.stage'
+      f'config.{stage}.base.stage is {named["stage"]!r}, which is no stage of this config whose experiment '
+      'is diffusion, such as refiner. A student is no base, but a control of its teacher can be transferred '
+      'to it: sample.transfer.stage'
     )
   base = config[named['stage']].to_dict()
   taken = {

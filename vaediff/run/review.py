@@ -116,8 +116,8 @@ UNSAID = (('guidance_interval', ()), ('captions', ()))
 def _of_samples(config: Any, stage: str) -> str:
   """Returns the digest of how a stage is sampled while it trains.
 
-  How many images, and where they go, does not count, nor do networks that guide, control or rank once it is trained;
-  nor does what an earlier version did not say, where there is none: an interval, captions.
+  How many images, and where they go, does not count, nor does what guides, controls or ranks once it is
+  trained; nor does what an earlier version did not say, where there is none: an interval, captions.
   """
   without = ('checkpoint', 'num_images', 'guide', 'classifier', 'rerank', *controlnet.HANDED)
   return identity.digest(
