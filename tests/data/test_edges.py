@@ -10,7 +10,7 @@ def lines(*columns, size=12):
   """Edges at whole columns."""
   found = np.zeros((1, size, size, 1), np.float32)
   found[:, :, list(columns)] = 1
-  return found
+  return jnp.asarray(found)
 
 
 def figures(e, c):
@@ -27,9 +27,10 @@ def test_edges_are_the_control_images_of_shapes():
 def test_an_edge_of_one_channel_alone_is_one():
   x = np.full((1, 8, 8, 3), 0.5, np.float32)
   x[:, :, 4:, 1] += 0.2  # a change of 0.1 a pixel, on both sides of it
+  x = jnp.asarray(x)
   assert np.asarray(edges.edges(x))[0, :, :, 0].sum(axis=0).tolist() == [0, 0, 0, 8, 8, 0, 0, 0]
   assert not edges.edges(x, 0.11).any()
-  assert not edges.edges(np.full_like(x, 0.3)).any()
+  assert not edges.edges(jnp.full_like(x, 0.3)).any()
 
 
 def test_agreement_of_drawn_edges():
@@ -39,7 +40,7 @@ def test_agreement_of_drawn_edges():
   np.testing.assert_allclose(figures(one, lines(6)), [0, 0, 0])
   np.testing.assert_allclose(figures(lines(4, 9), one), [1 / 2, 1, 2 / 3], rtol=1e-6)  # half of its edges
   np.testing.assert_allclose(figures(one, lines(4, 8, 11)), [1, 1 / 3, 1 / 2], rtol=1e-6)
-  nothing = np.zeros_like(one)
+  nothing = jnp.zeros_like(one)
   np.testing.assert_allclose(figures(nothing, one), [0, 0, 0])
   np.testing.assert_allclose(figures(one, nothing), [0, 0, 0])
   np.testing.assert_allclose(figures(nothing, nothing), [1, 1, 1])
@@ -50,4 +51,4 @@ def test_a_point_is_near_its_eight_neighbours():
   point[0, 0, 2] = 1
   expected = np.zeros((5, 5))
   expected[:2, 1:4] = 1
-  np.testing.assert_array_equal(edges.near(point)[0, :, :, 0], expected)
+  np.testing.assert_array_equal(edges.near(jnp.asarray(point))[0, :, :, 0], expected)

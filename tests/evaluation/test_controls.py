@@ -12,7 +12,7 @@ from vaediff.experiments.base import Experiment
 from vaediff.run import trained as opened_stages
 from vaediff.spaces.pixels import Pixels
 
-COUNT, SIZE = 30, 16
+COUNT, SIZE = 12, 16
 CONTROL = Control(
   kind='edges', image_shape=(SIZE, SIZE, 3), space=Pixels(shape=(SIZE, SIZE, 3)), least=0.06, factor=4
 )
@@ -34,14 +34,14 @@ class Stage(opened_stages.Trained):
 
   draws_alone, captioned, eval_source, experiment, settings = True, None, None, None, None
 
-  def __init__(self, name='shapes/16', experiment=None, strength=1.0):
+  def __init__(self, name='shapes/mini', experiment=None, strength=1.0):
     self.config = ConfigDict({'data': {'source': 'tfds', 'name': name}, 'evaluate': {'num_controls': COUNT}})
     self.experiment, self.strength = experiment or Following(), strength
     self.captioned = self if shapes.is_named(self.config.data) else None
-    scenes = [shapes.scene('test', i) for i in range(COUNT)]
+    scenes = [shapes.scene('test', i, mini=True) for i in range(COUNT)]
     self.eval_source = sources.ArraySource(
-      images=shapes.images('test', range(COUNT), SIZE), labels=np.zeros(COUNT, np.int32), label_names=(),
-      num_classes=6, captions=tuple(scene.caption for scene in scenes),
+      images=shapes.images('test', range(COUNT), SIZE, mini=True), labels=np.zeros(COUNT, np.int32), label_names=(),
+      num_classes=3, captions=tuple(scene.caption for scene in scenes),
     )  # fmt: skip
 
   captions = property(lambda self: self.eval_source.captions)

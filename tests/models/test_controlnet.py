@@ -35,6 +35,7 @@ def count(tree):
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_the_published_control_of_stable_diffusion_has_its_parameters(capsys):
   config = importlib.import_module('configs.captions256').get_config('stable_diffusion_control')
   config = students.resolve(config)
