@@ -150,4 +150,15 @@ def text(run) -> None:
     diffusion.unconditional(run)
 
 
-OWN = {'text': text, 'latent': gan_small.latent, 'wavelet': gan_small.wavelet, 'free': gan_small.free}
+def look(run) -> None:
+  """Captions that tell colour, shape and background: size and place are left to a control image."""
+  run.config.data.caption_feature = 'caption_look'
+
+
+OWN = {
+  'text': text,
+  'look': look,
+  'latent': gan_small.latent,
+  'wavelet': gan_small.wavelet,
+  'free': gan_small.free,
+}

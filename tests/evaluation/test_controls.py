@@ -40,8 +40,8 @@ class Stage(opened_stages.Trained):
     self.captioned = self if shapes.is_named(self.config.data) else None
     scenes = [shapes.scene('test', i, mini=True) for i in range(COUNT)]
     self.eval_source = sources.ArraySource(
-      images=shapes.images('test', range(COUNT), SIZE, mini=True), labels=np.zeros(COUNT, np.int32), label_names=(),
-      num_classes=3, captions=tuple(scene.caption for scene in scenes),
+      images=shapes.images('test', range(COUNT), SIZE, mini=True), labels=np.zeros(COUNT, np.int32),
+      label_names=(), num_classes=3, captions=tuple(scene.caption for scene in scenes),
     )  # fmt: skip
 
   captions = property(lambda self: self.eval_source.captions)

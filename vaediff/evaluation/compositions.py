@@ -1,6 +1,6 @@
 """Whether samples show what captions ask for, on the data set `shapes`, whose images can be read exactly.
 
-Captions that tell everything are those of the split `test`, and those of compositions that no training image
+Captions that tell everything, or all that those of training can tell, are those of the split `test`, and those of compositions that no training image
 has. What is drawn is read in closed form (`vaediff.data.oracle`).
 
 accuracy_<attribute>    share of samples that show what was asked
@@ -25,7 +25,7 @@ OTHERS = 'samples of other captions'
 """What chance gives."""
 DATA = 'evaluation images'
 ABOUT = (
-  'Captions tell all five attributes; samples are read in closed form: vaediff/data/oracle.py. '
+  'Captions tell all that those of training can tell; samples are read exactly: vaediff/data/oracle.py. '
   f'{OTHERS.capitalize()}: those of the first set, each against the caption of the next.'
 )
 
@@ -43,11 +43,12 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
   for title, split in SPLITS.items():
     scenes = [shapes.scene(split, index, mini=mini) for index in range(count)]
     log.say(f'drawing {count} samples of the {title}')
-    given = trained.told([scene.caption_full for scene in scenes])
+    texts = [scene.telling(data.caption_feature) for scene in scenes]
+    given = trained.told(texts)
     drawn = trained.draw_all({**given, **followed_by(trained, split, count)})
     image = drawn[list(drawn)[-1]]
     reader = reader or oracle.Oracle(image.shape[1], mini=mini)
-    asked = np.array([scene.attributes for scene in scenes], np.int32)
+    asked = asked_by(texts)
     reading = reader.read(image)
     rows.append(row_of(title, asked, reading) | agreement(image, reading, opened))
     if len(rows) == 1:
