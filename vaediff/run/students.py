@@ -169,8 +169,12 @@ def _teacher(config: ConfigDict, stage: str) -> ConfigDict:
 
 
 def _is_diffusion(section: ConfigDict) -> bool:
-  """Returns whether the stage is denoised step by step; a denoising GAN predicts nothing of the kind."""
-  return 'model' in section and 'diffusion' in section and 'prediction' in section.diffusion
+  """Returns whether the stage is denoised step by step, by one network.
+
+  A denoising GAN predicts nothing of the kind, and a control is no network of its own.
+  """
+  alone = 'model' in section and 'base' not in section
+  return alone and 'diffusion' in section and 'prediction' in section.diffusion
 
 
 def _first_teacher(config: ConfigDict, stage: str) -> ConfigDict:
