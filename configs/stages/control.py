@@ -62,7 +62,7 @@ def section() -> ConfigDict:
 
 
 def debug(stage: ConfigDict, image_size: int) -> None:
-  stage.hint.update({'channels': (4, 4), 'strides': ()})
+  stage.hint.update({'channels': (4, 4, 4), 'strides': ()})
   stage.score_steps = 2
 
 

@@ -143,7 +143,7 @@ def test_the_gradient_reaches_the_zero_convolutions_then_the_copy_then_the_insid
   assert [each['zeros'] for each in found] == [[True] * 5] * 3
   assert [each['copy'] for each in found] == [[False] * parts, [True] * parts, [True] * parts]
   assert [each['last'] for each in found] == [False, True, True]
-  assert [each['inside'] for each in found] == [[False] * 2, [False] * 2, [True] * 2]
+  assert [each['inside'] for each in found] == [[False] * 3, [False] * 3, [True] * 3]
 
 
 @pytest.mark.slow
