@@ -1,7 +1,8 @@
 """Whether samples show what captions ask for, on the data set `shapes`, whose images can be read exactly.
 
 Captions that tell everything, or all that those of training can tell, are those of the split `test`, and
-those of compositions that no training image has. What is drawn is read in closed form (`vaediff.data.oracle`).
+those of compositions that no training image has. What is drawn is read in closed form
+(`vaediff.data.oracle`).
 
 accuracy_<attribute>    share of samples that show what was asked
 accuracy_joint          ... all that was asked
