@@ -36,7 +36,7 @@ def section() -> ConfigDict:
     }
   )
   config.only_middle = False  # adds to the middle's map alone
-  config.unlocked = False  # the base's way up is trained too
+  config.base_locked = True  # False = its way up is trained too
   config.caption_dropout = 0.5  # of the base's captions, where it drops some; 0 = as often as the base
   config.score_steps = 10  # of DDIM, of samples that each validation compares with their control; 0 = none
   config.optim = parts.optim(1e-5, weight_decay=0.01)

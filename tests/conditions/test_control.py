@@ -16,7 +16,10 @@ from vaediff.errors import UserError
 from vaediff.spaces.pixels import Pixels
 
 SHAPE = (16, 16, 3)
-KEYS = jax.random.split(jax.random.key(0), 4)
+
+
+def keys(count):
+  return jax.random.split(jax.random.key(0), count)
 
 
 def make(kind='edges', **fields):
@@ -105,10 +108,10 @@ def test_files_are_followed_in_turn(tmp_path):
   found = Files(paths, (16, 16, 1))()
   assert found.dtype == np.float32
   np.testing.assert_array_equal(found[..., 0], np.stack([first, second]) / 255)
-  given = make().draw({control.FILES: jnp.asarray(found)}, KEYS, jnp.array([0, 1, 2, 5]))
+  given = make().draw({control.FILES: jnp.asarray(found)}, keys(4), jnp.array([0, 1, 2, 5]))
   np.testing.assert_array_equal(given['control'], found[np.array([0, 1, 0, 1])])
-  assert make().draw({}, KEYS[:2], jnp.arange(2)) == {}
-  assert make(name='control_other').draw({control.FILES: jnp.asarray(found)}, KEYS[:2], jnp.arange(2)) == {}
+  assert make().draw({}, keys(2), jnp.arange(2)) == {}
+  assert make(name='control_other').draw({control.FILES: jnp.asarray(found)}, keys(2), jnp.arange(2)) == {}
 
 
 def test_files_that_cannot_be_followed_are_refused(tmp_path):

@@ -70,7 +70,7 @@ CASES = {
   'halving_with_pca': ('formulation1,pca,distill', 'distill_2', {'distill.data_free_fraction': 0.5}),
   'control_of_a_code_and_an_image': ('formulation2,z,guided,control', 'control', {}),
   'unlocked_control_of_guided_text_in_latents': (
-    'unconditional,text,guided,latent_diffusion,control', 'control', {'control.unlocked': True}
+    'unconditional,text,guided,latent_diffusion,control', 'control', {'control.base_locked': False}
   ),
   'weight_as_input': ('formulation2,z,guided,distill', 'distill_guided', {}),
 }  # fmt: skip

@@ -148,7 +148,7 @@ def test_the_gradient_reaches_the_zero_convolutions_then_the_copy_then_the_insid
 
 @pytest.mark.slow
 def test_an_unlocked_base_learns_its_way_up_alone():
-  experiment = build(**{'control.unlocked': True, 'control.optim.weight_decay': 0.1})
+  experiment = build(**{'control.base_locked': False, 'control.optim.weight_decay': 0.1})
   assert set(experiment.networks) == {'control', 'denoiser'}
   frozen = {'base': made(experiment.frozen['base'].model, 21)}
   state = experiment.start(jax.jit(experiment.init)(jax.random.key(0)), frozen)
@@ -395,7 +395,7 @@ def test_captions_are_dropped_more_often_than_by_the_base():
     ({'control.sample.controls': (('refiner', 1.0),)}, "'refiner', which is no stage of a control"),
     ({'control.sample.controls': (('control', 1.0),)}, "names 'control', which is there already"),
     ({'control.sample.transfer.stage': 'vae'}, "sample.transfer.stage is 'vae', which is no stage"),
-    ({'control.sample.transfer.stage': 'refiner', 'control.unlocked': True}, 'a way up of its own'),
+    ({'control.sample.transfer.stage': 'refiner', 'control.base_locked': False}, 'a way up of its own'),
   ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
@@ -407,7 +407,7 @@ def test_controls_of_two_bases_are_not_added():
   with pytest.raises(UserError, match="'control_low', whose base is .*'other'.*one locked base"):
     build('unconditional,control,control_low', **TWO, **{'control_low.base.workdir': 'other'})
   with pytest.raises(UserError, match='whose base is .*unlocked'):
-    build('unconditional,control,control_low', **TWO, **{'control_low.unlocked': True})
+    build('unconditional,control,control_low', **TWO, **{'control_low.base_locked': False})
 
 
 def test_a_control_is_transferred_to_a_network_of_the_same_architecture_alone():

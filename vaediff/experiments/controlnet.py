@@ -90,7 +90,7 @@ class ControlNet(Diffusion):
     check_base(config, stage)
     base.check(cls, config, stage)
     plain = Diffusion.from_config(config, stage)
-    network = DENOISER if section.unlocked else BASE
+    network = BASE if section.base_locked else DENOISER
     own = control.control_of(config, stage, plain.space)
     trained = controlled(plain.denoiser, network, own, branch_of(config, stage, plain, own))
     sampled, sources = for_samples(config, stage, plain, trained)
@@ -293,10 +293,10 @@ def with_other(
   if name == stage or network in sources:
     raise UserError(f'{field} names {name!r}, which is there already: raise its weight, or sample.strength')
   wanted, got = (section.base.to_dict() for section in (own, other))
-  if wanted != got or own.unlocked or other.unlocked:
+  if wanted != got or not (own.base_locked and other.base_locked):
     raise UserError(
-      f'{field} names {name!r}, whose base is {got}{", unlocked" if other.unlocked else ""}; that of this '
-      f'stage is {wanted}{", unlocked" if own.unlocked else ""}: controls are added of one locked base'
+      f'{field} names {name!r}, whose base is {got}{"" if other.base_locked else ", unlocked"}; that of this '
+      f'stage is {wanted}{"" if own.base_locked else ", unlocked"}: controls are added of one locked base'
     )
   its = control.control_of(config, name, plain.space, network)
   branch = branch_of(config, name, plain, its, network, weight)
@@ -313,9 +313,9 @@ def transferred(
 ) -> tuple[Controlled, reads.FromStage]:
   """Returns the denoiser with the network of `sample.transfer` in the base's place, and where that is."""
   named, field = config[stage].sample.transfer, 'sample.transfer.stage'
-  if config[stage].unlocked:
+  if not config[stage].base_locked:
     raise UserError(
-      f'{field} is {named.stage!r}, but this control was trained with a way up of its own (unlocked = True), '
+      f'{field} is {named.stage!r}, but this control was trained with a way up of its own (base_locked = False), '
       'which a transfer would leave out'
     )
   section = guides.described(config, stage, guides.TRANSFER, named)
