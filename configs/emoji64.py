@@ -11,6 +11,10 @@ Codes, 8x8 of 256 (`vqvae2`: 16x16, 8x8 and 4x4):
     python -m vaediff.main --config=configs/emoji64.py:vqvae     # or vqvae2, vqgan, dvae (logit-Laplace)
     python -m vaediff.main --config=configs/emoji64.py:divae,prior,label
 
+Names, and edges to follow:
+
+    python -m vaediff.main --config=configs/emoji64.py:text,control
+
 Hardware, hours and figures: not yet measured.
 """
 

@@ -315,8 +315,8 @@ def transferred(
   named, field = config[stage].sample.transfer, 'sample.transfer.stage'
   if not config[stage].base_locked:
     raise UserError(
-      f'{field} is {named.stage!r}, but this control was trained with a way up of its own (base_locked = False), '
-      'which a transfer would leave out'
+      f'{field} is {named.stage!r}, but this control was trained with a way up of its own (base_locked = '
+      'False), which a transfer would leave out'
     )
   section = guides.described(config, stage, guides.TRANSFER, named)
   own = config[section] if section in config else None
