@@ -197,6 +197,7 @@ def evaluate() -> ConfigDict:
       'num_memorisation': 1000,  # samples whose nearest training image is looked for; 0 = none
       'num_bound': 256,  # images of the evaluation split for the variational bound; 0 = none
       'num_captions': 500,  # samples of captions, of the data set shapes, whose images can be read; 0 = none
+      'num_controls': 500,  # samples that follow control images of the evaluation split; 0 = none
       'clip': {  # the CLIP stage by which samples are compared with their captions: clip_own
         'stage': '',  # its stage; '' = none
         'workdir': '',  # ... of this other run; '' = this run
@@ -346,7 +347,7 @@ def _debug_training(section: ConfigDict) -> None:
       'eval_images': 16,
     }
   )
-  if 'teacher' not in section:  # it samples as its teacher does
+  if not {'teacher', 'base'} & set(section):  # it samples as its teacher, or its base, does
     section.sample.update({'num_images': 4, 'batch_size': 4})
 
 
@@ -385,6 +386,7 @@ def _debug_modes(config: ConfigDict) -> None:
       'num_bound': 8,
       'num_bound_times': 4,
       'num_captions': 8,
+      'num_controls': 8,
     }
   )
   config.evaluate.decoders.update({'samplers': (('ddim', 2),), 'num_images': 8, 'num_samples': 2})

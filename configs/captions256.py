@@ -13,6 +13,9 @@ depth of the one that was frozen there, trained here. Betas are those of latent 
 to 0.0195; these two had 0.00085 .. 0.012. Without a variant it is
 DiffuseVAE with the settings of CelebA-HQ.
 
+`stable_diffusion_control`: the same, and the published control of it, 361,279,120 parameters
+(docs/control.md).
+
 `clip`: CLIP of the size of ViT-B/32 on these images. `clip_vit_b32`: the published one, 151,277,313
 parameters, on images of 224 pixels.
 
@@ -20,7 +23,7 @@ Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_papers, parts, presets
-from configs.stages import clip, diffusion, text
+from configs.stages import clip, control, diffusion, text
 
 DATA = {
   'source': 'image_folder',
@@ -76,6 +79,15 @@ def _stable_diffusion(run):
   _published(run, 'stable_diffusion')
 
 
+def _stable_diffusion_control(run):
+  """The published control of Stable Diffusion 1: 361,279,120 parameters, of 512x512 RGB edges."""
+  _stable_diffusion(run)
+  control.control(run)
+  section = run.section('control')
+  section.hint.update(control.PUBLISHED)
+  section.control.channels = 3
+
+
 def _clip(run):
   """ViT-B/32, by the tokenizer of the diffusions; alone on images of its size, with one on those of that."""
   clip.clip(run, **SUBWORDS)
@@ -92,6 +104,7 @@ OWN = {
   'text': _text,
   'ldm_txt2img': _txt2img,
   'stable_diffusion': _stable_diffusion,
+  'stable_diffusion_control': _stable_diffusion_control,
   'clip': _clip,
   'clip_vit_b32': _vit_b32,
 }

@@ -18,7 +18,7 @@ Variants: configs/base.py.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import prior
+from configs.stages import control, prior
 
 DATA = {'name': 'digits', 'image_size': 8, 'channels': 1, 'num_classes': 10}
 
@@ -205,6 +205,7 @@ SIZES = {
   'prior': _prior,
   'vqgan': _vqgan,
   'dvae': _dvae,
+  **dict.fromkeys(control.STAGES, control.small),
   'evaluate': _evaluate,
   'reconstruct': lambda section: section.update({'num_images': 297}),  # the whole evaluation split
   'restore': lambda section: section.update({'num_images': 297}),

@@ -11,11 +11,15 @@ Codes, 8x8 of 256 (`vqvae2`: 16x16, 8x8 and 4x4):
     python -m vaediff.main --config=configs/emoji64.py:vqvae     # or vqvae2, vqgan, dvae (logit-Laplace)
     python -m vaediff.main --config=configs/emoji64.py:divae,prior,label
 
+Names, and edges to follow:
+
+    python -m vaediff.main --config=configs/emoji64.py:text,control
+
 Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import clip, diffusion, prior, text
+from configs.stages import clip, control, diffusion, prior, text
 
 DATA = {
   'name': 'noto_emoji',
@@ -103,6 +107,11 @@ def _clip(run):
   clip.clip(run, kind='subword', vocab_size=1024, length=32)
 
 
+def _control(stage):
+  control.small(stage)
+  stage.train.update({'num_steps': 20_000, 'eval_every_steps': 1000, 'grid_every_steps': 2000})
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -111,6 +120,7 @@ SIZES = {
   'vqvae': _vqvae,
   'prior': _prior,
   'clip': clip.small,
+  **dict.fromkeys(control.STAGES, _control),
   'vqgan': _vqgan,
   'vqvae2': _vqvae2,
   'dvae': _dvae,

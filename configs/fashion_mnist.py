@@ -19,7 +19,7 @@ Codes, 8x8 of 256 (`vqvae2`: 8x8 and 4x4 of 64):
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import prior
+from configs.stages import control, prior
 
 DATA = {'name': 'fashion_mnist', 'image_size': 32, 'channels': 1, 'num_classes': 10, 'resize': 'pad'}
 
@@ -127,6 +127,7 @@ SIZES = {
   'prior': _prior,
   'vqgan': _vqgan,
   'dvae': _dvae,
+  **dict.fromkeys(control.STAGES, control.small),
   'evaluate': lambda section: section.update({'extractors': ('classifier', 'inception'), 'lpips': ''}),
   'classifier': lambda section: section.train.update({'num_steps': 1500}),
 }

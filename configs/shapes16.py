@@ -2,6 +2,7 @@
 
     python -m vaediff.main --config=configs/shapes16.py:text         # captions to images
     python -m vaediff.main --config=configs/shapes16.py:text,mini    # 96 compositions, for minutes of a core
+    python -m vaediff.main --config=configs/shapes16.py:look,text,mini,control   # ... whose place edges say
     python -m vaediff.main --config=configs/shapes16.py              # with a VAE, without captions
 
 Hardware, hours and figures: not yet measured.

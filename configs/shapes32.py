@@ -4,6 +4,8 @@
     python -m vaediff.main --workdir=runs/shapes32-text --mode=sample \
         --config.refiner.sample.captions="('a small red ring at the top left on a black background',)"
 
+    python -m vaediff.main --config=configs/shapes32.py:look,text,control      # size and place said by edges
+
 Hardware, hours and figures: not yet measured.
 """
 

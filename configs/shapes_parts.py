@@ -5,7 +5,7 @@ can be read out of it exactly, so `--mode=evaluate` says how often samples are w
 """
 
 from configs import gan_small, parts, presets, stages
-from configs.stages import clip, diffusion, prior
+from configs.stages import clip, control, diffusion, prior
 
 AVERAGED = {'ema_decay': 0.995, 'ema_warmup': True}
 OFTEN = {'save_every_steps': 1000, 'eval_every_steps': 1000, 'eval_images': 512}
@@ -87,6 +87,7 @@ SIZES = {
   'dvae': _dvae,
   'prior': _prior,
   'clip': clip.small,
+  **dict.fromkeys(control.STAGES, control.small),
   'evaluate': _evaluate,
   'classifier': lambda section: section.train.update({'num_steps': 5000}),
 }
@@ -149,4 +150,15 @@ def text(run) -> None:
     diffusion.unconditional(run)
 
 
-OWN = {'text': text, 'latent': gan_small.latent, 'wavelet': gan_small.wavelet, 'free': gan_small.free}
+def look(run) -> None:
+  """Captions that tell colour, shape and background: size and place are left to a control image."""
+  run.config.data.caption_feature = 'caption_look'
+
+
+OWN = {
+  'text': text,
+  'look': look,
+  'latent': gan_small.latent,
+  'wavelet': gan_small.wavelet,
+  'free': gan_small.free,
+}

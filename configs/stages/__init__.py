@@ -7,6 +7,7 @@ from configs.stages import (
   classifier,
   clip,
   consistency,
+  control,
   ddgan,
   diffusion,
   distribution_matching,
@@ -41,6 +42,7 @@ BY_NAME = {
   'vqgan': vqgan,
   'dvae': dvae,
   'clip': clip,
+  **dict.fromkeys(control.STAGES, control),
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

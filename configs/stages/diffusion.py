@@ -164,8 +164,8 @@ def _reads_vae(stage: ConfigDict) -> bool:
 
 
 def arrange(run: Run, *, vae: bool) -> None:
-  """Makes the run the refiner's: before it what its space reads, and a VAE or none; after it its students."""
-  students = tuple(stage for stage in run.config.stages if 'teacher' in run.section(stage))
+  """Makes the run the refiner's: before it what its space reads, a VAE or none; after it what reads it."""
+  students = tuple(stage for stage in run.config.stages if {'teacher', 'base'} & set(run.section(stage)))
   refiner = run.section('refiner')
   before = ()
   if refiner.space == 'latent':

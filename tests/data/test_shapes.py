@@ -114,6 +114,14 @@ def test_captions_tell_what_they_say_in_every_order():
       assert told['shape'] == 5
 
 
+def test_captions_of_the_look_leave_size_and_place_to_an_image():
+  one = shapes.scene('test', 5)
+  told = shapes.told(one.caption_look)
+  assert [int(told[i]) for i in (0, 1, 4)] == [one.attributes[i] for i in (0, 1, 4)]
+  assert (told[2], told[3]) == (-1, -1) and one.telling('caption_look') == one.caption_look
+  assert one.telling('caption') == one.telling('caption_full') == one.caption_full
+
+
 def test_captions_are_english():
   assert shapes.in_words((5, 0, 0, 0, 0)) == 'a small red ring at the top left on a black background'
   assert shapes.in_words((5, 0, 0, 0, 0), 1) == 'at the top left, a small red ring on a black background'
@@ -192,6 +200,8 @@ def test_features_say_what_attributes_are(data):
   example = next(iter(builder.as_data_source(split='test')))
   attributes = [int(example['attributes'][name]) for name in shapes.ATTRIBUTES]
   assert attributes == shapes.told(example['caption_full'].decode()).tolist()
+  numbers = shapes.told(example['caption_look'].decode()).tolist()
+  assert numbers == [attributes[0], attributes[1], -1, -1, attributes[4]]
   assert builder.info.features['attributes']['colour'].names == list(shapes.COLOURS)
 
 

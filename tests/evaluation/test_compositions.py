@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from vaediff.data import oracle, shapes, sources
 from vaediff.evaluation import compositions, networks, report
+from vaediff.experiments.base import Experiment
 from vaediff.run import trained as opened_stages
 
 COUNT = 60
@@ -12,10 +13,11 @@ COUNT = 60
 class Stage(opened_stages.Trained):
   """Draws what it is told, as `wrong` leaves it."""
 
-  draws_alone, captioned, eval_source = True, None, None
+  draws_alone, captioned, eval_source, experiment = True, None, None, Experiment
 
   def __init__(self, name='shapes/16', wrong=lambda index, attributes: attributes, told=True):
-    self.config = ConfigDict({'data': {'source': 'tfds', 'name': name}, 'evaluate': {'num_captions': COUNT}})
+    data = {'source': 'tfds', 'name': name, 'caption_feature': 'caption'}
+    self.config = ConfigDict({'data': data, 'evaluate': {'num_captions': COUNT}})
     self.captioned, self._wrong, mini = self if told else None, wrong, name.endswith('mini')
     scenes = [shapes.scene('test', i, mini=mini) for i in range(20)]
     self.eval_source = sources.ArraySource(

@@ -68,6 +68,10 @@ CASES = {
     'refiner.diffusion.condition': 'none', 'refiner.diffusion.x0_vae_source': 'mean'
   }),
   'halving_with_pca': ('formulation1,pca,distill', 'distill_2', {'distill.data_free_fraction': 0.5}),
+  'control_of_a_code_and_an_image': ('formulation2,z,guided,control', 'control', {}),
+  'unlocked_control_of_guided_text_in_latents': (
+    'unconditional,text,guided,latent_diffusion,control', 'control', {'control.base_locked': False}
+  ),
   'weight_as_input': ('formulation2,z,guided,distill', 'distill_guided', {}),
 }  # fmt: skip
 
@@ -110,12 +114,14 @@ def test_it_trains_and_draws(case, one_device):
     assert any(jax.tree.leaves(moved)), name
   read = {**frozen, **state.eval_params}
   run = jax.jit(draw.sampler(experiment))
-  images, finite = run(read, jnp.arange(4), {}, 0)
+  hints = {name: rng.random((10, *experiment.inputs[name].shape), np.float32) for name in experiment.borrowed}
+  given = lambda rows: {name: jnp.asarray(value[rows]) for name, value in hints.items()}
+  images, finite = run(read, jnp.arange(4), given([0, 1, 2, 3]), 0)
   assert finite.tolist() == [True] * 4
   assert images['x0'].shape == (4, 8, 8, 1)
   assert all(image.dtype == np.uint8 and int(image.max()) > int(image.min()) for image in images.values())
   # image 2 is the same among others, whatever it is made of
-  others, _ = run(read, jnp.asarray([7, 2, 9, 5]), {}, 0)
+  others, _ = run(read, jnp.asarray([7, 2, 9, 5]), given([7, 2, 9, 5]), 0)
   assert int(np.max(np.abs(others['x0'][1].astype(int) - images['x0'][2].astype(int)))) <= 1
 
 

@@ -40,7 +40,8 @@ def test_an_earlier_config_is_read_as_one_of_today(run):
     expected[mode].update(read[mode])
   assert set(read.evaluate.decoders) == set(expected.evaluate.decoders)
   expected.evaluate.decoders.update(read.evaluate.decoders)  # those of a full size
-  expected.evaluate.num_captions = read.evaluate.num_captions
+  for field in ('num_captions', 'num_controls'):
+    expected.evaluate[field] = read.evaluate[field]
   assert read == expected
   assert read.is_locked
 

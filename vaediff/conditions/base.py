@@ -55,6 +55,8 @@ class Condition(abc.ABC):
       `nats`, so that a loss given it bounds -log p of the image.
     trained: networks that the stage trains beside its own, by their names in `read`.
     seen: of its inputs, those that an image shows, or another stage makes, and `draw` cannot.
+    borrowed: of these, those that samples have of the images of the evaluation split, in turn: what they
+      follow, which says less than the image.
     added_to: (stage, run) of a trained network, the stage's own but for this condition, which training begins
       as; None = it begins fresh.
     losses: of the values of training, those that are terms of the loss, a number per example: their weights.
@@ -76,6 +78,7 @@ class Condition(abc.ABC):
   trained: Mapping[str, Trained] = {}
   losses: Mapping[str, float] = {}
   seen: tuple[str, ...] = ()
+  borrowed: tuple[str, ...] = ()
   added_to: tuple[str, str] | None = None
 
   @property
@@ -219,6 +222,11 @@ class Conditions:
   def seen(self) -> tuple[str, ...]:
     """What cannot be drawn of nothing."""
     return tuple(name for one in self.each for name in one.seen)
+
+  @property
+  def borrowed(self) -> tuple[str, ...]:
+    """What samples have of images of the evaluation split."""
+    return tuple(name for one in self.each for name in one.borrowed)
 
   @property
   def max_level(self) -> float:

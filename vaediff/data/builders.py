@@ -152,7 +152,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
   20,000 images to train, 2,000 to test, 2,000 of compositions that neither of these has.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
+  RELEASE_NOTES = {'1.1.0': 'caption_look'}
   BUILDER_CONFIGS = [
     ShapesConfig(name='mini', description='96 compositions, 16x16', size=16, mini=True),
     *(ShapesConfig(name=str(size), description=f'{size}x{size}', size=size) for size in (16, 32, 64)),
@@ -175,6 +176,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
           'attributes': attributes,
           'caption': tfds.features.Text(),
           'caption_full': tfds.features.Text(),
+          shapes.LOOK: tfds.features.Text(),
         }
       ),
     )
@@ -194,6 +196,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
           'attributes': dict(zip(shapes.ATTRIBUTES, scene.attributes, strict=True)),
           'caption': scene.caption,
           'caption_full': scene.caption_full,
+          shapes.LOOK: scene.caption_look,
         },
       )
 

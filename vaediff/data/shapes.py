@@ -54,6 +54,8 @@ JITTER, GROWTH, SHADE, GLOW = 1.5 / 32, (0.93, 1.07), (0.9, 1.0), 8.0
 bytes."""
 OMITTED = {'colour': 0.1, 'size': 0.25, 'position': 0.25, 'background': 0.25}
 """How often a caption leaves an attribute out; it never leaves out the shape."""
+LOOK = 'caption_look'
+"""The feature whose captions tell shape, colour and background alone."""
 FINER = 8
 """Masks are drawn so many times as large, and averaged."""
 
@@ -83,6 +85,15 @@ class Scene:
   def caption_full(self) -> str:
     """Tells all attributes."""
     return in_words(self.attributes)
+
+  @property
+  def caption_look(self) -> str:
+    """Tells what it looks like, and neither how large it is nor where: what a control image is to say."""
+    return in_words(self.attributes, left_out={'size', 'position'})
+
+  def telling(self, feature: str) -> str:
+    """Returns a caption that tells all that captions of a feature can tell, in the words that they have."""
+    return self.caption_look if feature == LOOK else self.caption_full
 
 
 def is_named(data: ml_collections.ConfigDict) -> bool:

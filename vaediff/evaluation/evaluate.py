@@ -13,6 +13,7 @@ from vaediff.errors import UserError
 from vaediff.evaluation import (
   codebooks,
   compositions,
+  controls,
   decoders,
   likelihoods,
   measures,
@@ -54,6 +55,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   reconstructed = reconstruction_rows(trained, opened, real)
   decoded = decoders.decoder_rows(trained, opened, real)
   composed = compositions.composition_rows(trained, opened)
+  followed = controls.control_rows(trained)
   model = {
     '': trained.stage,
     **likelihoods.figures(trained),
@@ -70,6 +72,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
     'reconstructions': reconstructed,
     'decoders': decoded,
     'compositions': composed,
+    'controls': followed,
     'model': model,
     'missing': opened.missing,
     'settings': config[trained.stage].sample.to_dict(),
@@ -194,13 +197,16 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
   if result['compositions']:
     parts.append(shown(report.turned(result['compositions'], 'set')))
     parts.append(compositions.ABOUT)
+  if result['controls']:
+    parts.append(shown(report.turned(result['controls'], 'set')))
+    parts.append(controls.ABOUT)
   if len(result['model']) > 1:
     parts.append(shown(report.turned([result['model']], '')))
     parts.append(
       'Bounds and losses are over the first N images of the evaluation split; ± is the standard error over '
       'images. elbo is in nats. Codes are counted in the first N images.'
     )
-  tables = ('samples', 'reconstructions', 'decoders', 'compositions')
+  tables = ('samples', 'reconstructions', 'decoders', 'compositions', 'controls')
   rows = [*(row for name in tables for row in result[name]), result['model']]
   parts += [f'note: {line}' for line in result['notes']]
   parts += [f'not computed: {line}' for line in report.reasons(rows)]

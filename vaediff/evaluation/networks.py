@@ -52,6 +52,7 @@ BOUNDS = {
   'num_memorisation': checks.count(0),
   'num_bound': checks.count(0),
   'num_captions': checks.count(0),
+  'num_controls': checks.count(0),
   'num_bound_times': checks.count(1),
   'decoders.samplers': checks.each(SAMPLER_AND_STEPS),
   'decoders.num_images': checks.zero_or_above(1),

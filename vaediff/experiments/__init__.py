@@ -10,6 +10,8 @@ from vaediff.experiments.base import Experiment
 from vaediff.experiments.classifier import Classifier
 from vaediff.experiments.clip import Clip
 from vaediff.experiments.consistency import Consistency
+from vaediff.experiments.controlnet import EXPERIMENT as CONTROLNET
+from vaediff.experiments.controlnet import ControlNet
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
@@ -40,6 +42,7 @@ BY_NAME: dict[str, type[Experiment] | type[quantized.FromConfig]] = {
   'clip': Clip,
   EDIT_EMBEDDING: EditEmbedding,
   EDIT_FINETUNE: EditFinetune,
+  CONTROLNET: ControlNet,
   quantized.SECTION: quantized.FromConfig,
 }
 

@@ -113,6 +113,7 @@ class Experiment(abc.ABC):
     diffusion: the `experiments.diffusion.Diffusion` that draws its samples step by step; None = none does.
     num_function_evaluations: forward passes of the denoiser per sampled image; 0 without one.
     makers: the stages whose samples feed it when it is sampled.
+    borrowed: of its inputs, those that its samples have of the images of the evaluation split, in turn.
     image_factor: the sides of the data over those of the images that it draws.
     max_level: of the noise on what it reads of an image, in training; 0 = there is none.
     can_be_guided: conditions are dropped in training, so that a guidance weight above 0 is possible.
@@ -137,6 +138,7 @@ class Experiment(abc.ABC):
   classes: tuple[int, ...] = ()
   diffusion: Any = None
   makers: tuple[reads.Sampled, ...] = ()
+  borrowed: tuple[str, ...] = ()
   image_factor = 1
   max_level = 0.0
   likelihood = no_likelihood = ''
@@ -241,6 +243,11 @@ class Experiment(abc.ABC):
     raise UserError('this stage draws in no steps')
 
 
+def of_conditions(name: str) -> property:
+  """Returns the attribute of an experiment that is the same one of its `conditions`."""
+  return property(lambda self: getattr(self.conditions, name))
+
+
 class InSpace(Experiment):
   """An experiment whose samples are made as maps of a space, and then decoded.
 
@@ -251,6 +258,14 @@ class InSpace(Experiment):
 
   space: Space
   conditions: Conditions
+
+  reads_codes = of_conditions('reads_codes')
+  num_groups = of_conditions('num_groups')
+  classes = of_conditions('classes')
+  reconstructs = of_conditions('reconstructs')
+  makers = of_conditions('makers')
+  borrowed = of_conditions('borrowed')
+  max_level = of_conditions('max_level')
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -272,36 +287,6 @@ class InSpace(Experiment):
     """Of what is shown before a sample; the sample then is 'refined'."""
     before = self.conditions.titles
     return {**before, 'x0': 'refined'} if before else {}
-
-  @property
-  def reads_codes(self) -> bool:
-    """Whether a condition does."""
-    return self.conditions.reads_codes
-
-  @property
-  def num_groups(self) -> int:
-    """Of the conditions."""
-    return self.conditions.num_groups
-
-  @property
-  def classes(self) -> tuple[int, ...]:
-    """Of the conditions."""
-    return self.conditions.classes
-
-  @property
-  def reconstructs(self) -> bool:
-    """Whether a condition does."""
-    return self.conditions.reconstructs
-
-  @property
-  def makers(self) -> tuple[reads.Sampled, ...]:
-    """Of the conditions."""
-    return self.conditions.makers
-
-  @property
-  def max_level(self) -> float:
-    """Of the conditions."""
-    return self.conditions.max_level
 
   @property
   def image_factor(self) -> int:

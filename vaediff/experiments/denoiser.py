@@ -182,9 +182,11 @@ class Denoiser:
     key_dropout: jax.Array | None = None,
   ) -> tuple[State, State | None]:
     """Returns the prediction, and the fraction f of a learned log variance, float32; None of a fixed one."""
-    output = self.model.apply(
-      read[self.network], *self.inputs(y, t, values, drop), key_dropout=key_dropout
-    )
+    inputs = self.inputs(y, t, values, drop)
+    return self.parts(self.model.apply(read[self.network], *inputs, key_dropout=key_dropout))
+
+  def parts(self, output: State) -> tuple[State, State | None]:
+    """Returns the two parts of the network's output; see `outputs`."""
     if self.variance != LEARNED:
       return output, None
     prediction, v = jnp.split(output, 2, axis=-1)

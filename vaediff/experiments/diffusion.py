@@ -196,11 +196,15 @@ class Diffusion(base.InSpace):
   def init(self, key: jax.Array) -> base.TrainState:
     """Returns the state at step 0."""
     network = base.init_network(self.denoiser.model, self.optimizer, key)
-    extra = {}
-    if self.draws_times:
-      extra[variance.HISTORY] = importance.start(self.denoiser.schedule.train_steps)
-    state = base.TrainState(step=jnp.int32(0), networks={self.denoiser.network: network}, extra=extra)
+    state = base.TrainState(
+      step=jnp.int32(0), networks={self.denoiser.network: network}, extra=self.times_seen()
+    )
     return jointly.init(state, self.conditions, self.optimizer, key)
+
+  def times_seen(self) -> dict[str, Array]:
+    """Returns what the state holds of the losses at training times, where these are drawn by them."""
+    steps = self.denoiser.schedule.train_steps if self.draws_times else 0
+    return {variance.HISTORY: importance.start(steps)} if steps else {}
 
   def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
     """Returns the state whose networks are those that they begin as."""

@@ -24,8 +24,10 @@ GUIDE = 'guide'
 """Name of the weaker network: in `sample.guidance`, in `sample`, and in `read`."""
 CLASSIFIER = 'classifier'
 """Name of the classifier in `sample`."""
-FIELDS = (GUIDE, CLASSIFIER)
-"""Of `sample`: sections that name a stage."""
+TRANSFER = 'transfer'
+"""Name, in `sample`, of the network that a control is transferred to."""
+FIELDS = (GUIDE, CLASSIFIER, TRANSFER)
+"""Of `sample`: sections that name a stage; the last is of stages with a control alone."""
 MAX_GUIDANCE = 1000
 """Weights that are used are below 20."""
 Build = Callable[[ConfigDict, str], tuple[Space, Denoiser]]

@@ -127,18 +127,43 @@ def inside(module: nn.Module, ports: Named, values: Values, drop: Drop) -> dict[
   return found
 
 
-def texts(module: nn.Module, ports: Named, values: Values, drop: Drop, dtype: Any) -> Texts:
-  """Returns the tokens of the texts, a null token before them; call it in the module's compact method."""
+def texts(
+  module: nn.Module,
+  ports: Named,
+  values: Values,
+  drop: Drop,
+  dtype: Any,
+  known: Mapping[str, Words] | None = None,
+) -> Texts:
+  """Returns the tokens of the texts, a null token before them; call it in the module's compact method.
+
+  Those that are `known` are not made here: another network's.
+  """
   found = ()
   for name, port in ports:
     if port.enters != TEXT:
       continue
-    if port.tower:
+    if known is not None:
+      words = Words(*known[name])
+    elif port.tower:
       tower = TextTower(vocabulary=port.classes, tower=port.tower, dtype=dtype, name=f'{name}_tower')
       words = tower(values[name], drop.get(name))
     else:
       words = _vectors(module, name, port, values[name], drop)
     found += (Text(name, port.how, words),)
+  return found
+
+
+def word_structs(ports: Named, dtype: Any) -> dict[str, Words]:
+  """Returns shapes and types of the tokens of the texts of a batch of one, by port; see `texts`."""
+  found = {}
+  for name, port in ports:
+    if port.enters != TEXT:
+      continue
+    count = port.shape[0] + (1 if port.tower or port.droppable else 0)
+    width, kind = (port.tower.width, jnp.dtype(dtype)) if port.tower else (port.shape[1], jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, count, width), kind)
+    found[name] = Words(tokens, jax.ShapeDtypeStruct((1, count), jnp.bool_))
   return found
 
 

@@ -11,18 +11,18 @@ ways are a residual, an attention and a residual block.
 Must not import diffusion, experiments, run, config or data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vaediff.errors import UserError
-from vaediff.models import layers
+from vaediff.models import layers, unet_sizes
 from vaediff.models import ports as entering
 from vaediff.models.text_attention import Texts
-from vaediff.models.token_injection import POSITIONS, Entering
+from vaediff.models.text_tower import Words
+from vaediff.models.token_injection import Entering
 from vaediff.models.unet_blocks import VARIANTS, BlockOptions, DownLevel, Middle, Mlp, UpLevel
 from vaediff.types import Drop, Image, Params, Time, Values
 
@@ -79,9 +79,7 @@ class UNet(nn.Module):
 
   def __post_init__(self):
     layers.check_dtype(self.dtype)
-    _check_shape(self)
-    _check_attention(self)
-    _check_ports(self)
+    unet_sizes.check(self)
     super().__post_init__()
 
   def __call__(
@@ -90,6 +88,7 @@ class UNet(nn.Module):
     t: Time,
     values: Values = {},  # noqa: B006
     drop: Drop = {},  # noqa: B006
+    residuals: Sequence[Array | None] | None = None,
     *,
     deterministic: bool = True,
   ) -> Float[Array, 'batch height width outputs']:
@@ -100,12 +99,13 @@ class UNet(nn.Module):
       t: time in (0, 1]; embedded as the step index 1000 t - 1.
       values: what it is conditioned on, one for each port.
       drop: by value: where True, the learned stand-in is read; values that are not named are kept.
+      residuals: added to what `maps` returns, in its order, before the way up reads it; None = nothing.
       deterministic: dropout is off; otherwise the 'dropout' key is needed.
 
     Raises:
       ValueError: an input does not fit the module.
     """
-    return self._run(x_t, t, values, drop, deterministic=deterministic, encoder_only=False)
+    return self._run(x_t, t, values, drop, residuals=residuals, deterministic=deterministic)
 
   def features(
     self,
@@ -119,13 +119,46 @@ class UNet(nn.Module):
     A level's map is that of its last block, at the level's own resolution. Nothing of the way up is computed,
     and dropout is off. Arguments and errors are those of `__call__`.
     """
-    return self._run(x_t, t, values, drop, deterministic=True, encoder_only=True)
+    return self._run(x_t, t, values, drop, until='features')
+
+  def words(self, x_t: Image, t: Time, values: Values, drop: Drop = {}) -> dict[str, Words]:  # noqa: B006
+    """Returns the tokens of the texts that it reads, by port; arguments and errors as `__call__`."""
+    return self._run(x_t, t, values, drop, until='words')
+
+  def maps(
+    self,
+    x_t: Image,
+    t: Time,
+    values: Values,
+    drop: Drop,
+    words: Mapping[str, Words],
+    added: Array,
+    *,
+    deterministic: bool,
+  ) -> list[Array]:
+    """Returns all that the way up reads: the first map, those of the way down, last the middle's.
+
+    The tokens of texts are given, as `words` returns them, of this network or another: it then has no tower.
+    What is `added` joins the first map. The other arguments, and errors, are those of `__call__`.
+    """
+    run = self._run
+    return run(x_t, t, values, drop, words=words, added=added, until='maps', deterministic=deterministic)
 
   @nn.compact
   def _run(
-    self, x_t: Array, t: Array, values: Values, drop: Drop, *, deterministic: bool, encoder_only: bool
-  ) -> Array | list[Array]:
-    """Returns what `features` does with `encoder_only`, else what `__call__` does; Flax wants one method."""
+    self,
+    x_t: Array,
+    t: Array,
+    values: Values,
+    drop: Drop,
+    *,
+    deterministic: bool = True,
+    until: str = '',
+    residuals: Sequence[Array | None] | None = None,
+    words: Mapping[str, Words] | None = None,
+    added: Array | None = None,
+  ) -> Any:
+    """Returns what the method named by `until` does, or `__call__`; Flax wants one method."""
     expected = (self.image_size, self.image_size, self.image_channels)
     if x_t.shape[1:] != expected:
       raise ValueError(f'The U-Net reads x_t of shape {expected}, got {x_t.shape[1:]}.')
@@ -154,16 +187,21 @@ class UNet(nn.Module):
 
     emb = Mlp(features=4 * self.channels, dtype=dtype, name='time_mlp')(waves(TIME_STEPS * t - 1.0))
     emb = entering.embed(self, self.ports, emb, values, drop, waves, dtype)
-    texts = entering.texts(self, self.ports, values, drop, dtype)
+    texts = entering.texts(self, self.ports, values, drop, dtype, words)
+    if until == 'words':
+      return {text.name: text.words for text in texts}
     emb = entering.with_texts(emb, texts, dtype)
     x = entering.join(self, self.ports, x_t, values, drop)
     # A first level that is narrower than the base width begins so; no wider one does.
-    h = layers.conv3x3(min(self.channels, _level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
+    h = layers.conv3x3(min(self.channels, unet_sizes.level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
     inside = entering.inside(self, self.ports, values, drop)
-    skips, features = self._down(h, emb, options, inside, texts)
-    if encoder_only:
+    skips, features = self._down(h if added is None else h + added, emb, options, inside, texts)
+    if until == 'features':
       return features
-    h = self._up(features[-1], skips, emb, options, inside['decoder'], texts)
+    maps = with_residuals([*skips, features[-1]], residuals)
+    if until == 'maps':
+      return maps
+    h = self._up(maps[-1], maps[:-1], emb, options, inside['decoder'], texts)
     h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
     return self._conv_out(variant.zero_init)(h.astype(jnp.float32))
 
@@ -179,7 +217,7 @@ class UNet(nn.Module):
     self, h: Array, emb: Array, options: BlockOptions, inside: Mapping[str, Entering], texts: Texts
   ) -> tuple[list[Array], list[Array]]:
     """Returns the maps that the way up reads back, and those of `features`."""
-    sizes, widths = _level_sizes(self), _level_widths(self)
+    sizes, widths = unet_sizes.level_sizes(self), unet_sizes.level_widths(self)
     bottom = len(sizes) - 1
     skips, features = [h], []
     for level, width in enumerate(widths):
@@ -206,7 +244,7 @@ class UNet(nn.Module):
     texts: Texts,
   ) -> Array:
     """Returns the map after all levels of the way up, at full resolution; tokens enter at the first."""
-    sizes, widths = _level_sizes(self), _level_widths(self)
+    sizes, widths = unet_sizes.level_sizes(self), unet_sizes.level_widths(self)
     for level in reversed(range(len(sizes))):
       # A level reads back what it wrote, and the map that entered it.
       first = len(skips) - self.num_res_blocks - 1
@@ -219,6 +257,19 @@ class UNet(nn.Module):
       )(h, skips[first:], emb, tokens if level == len(sizes) - 1 else (), texts)
       skips = skips[:first]
     return h
+
+
+def with_residuals(maps: list[Array], residuals: Sequence[Array | None] | None) -> list[Array]:
+  """Returns maps with what is added to each; None = nothing is.
+
+  Raises:
+    ValueError: there are not as many.
+  """
+  if residuals is None:
+    return maps
+  if len(residuals) != len(maps):
+    raise ValueError(f'The U-Net has {len(maps)} maps that residuals are added to, got {len(residuals)}.')
+  return [x if one is None else x + one for x, one in zip(maps, residuals, strict=True)]
 
 
 def convert_formulation(params: Params, *, to: int, image_channels: int) -> Params:
@@ -273,89 +324,3 @@ def _zero_behind(channels: int) -> nn.initializers.Initializer:
     return jnp.concatenate([kernel, jnp.zeros((*shape[:-1], shape[-1] - channels), dtype)], axis=-1)
 
   return init
-
-
-def _level_sizes(unet: UNet) -> list[int]:
-  """Returns the side of the map at each level, in pixels."""
-  return [unet.image_size >> level for level in range(len(unet.channel_multipliers))]
-
-
-def _level_widths(unet: UNet) -> list[int]:
-  """Returns the channels of the map at each level."""
-  return [int(multiplier * unet.channels) for multiplier in unet.channel_multipliers]
-
-
-def _check_shape(unet: UNet) -> None:
-  """Raises UserError unless the variant exists and the image can be halved from level to level."""
-  if unet.variant not in VARIANTS:
-    raise UserError(f"model.variant is '{unet.variant}'; choose one of {', '.join(VARIANTS)}.")
-  if unet.channels < 4 or unet.channels % 2:
-    raise UserError(f'model.channels is {unet.channels}; it must be even and at least 4.')
-  if not unet.channel_multipliers:
-    raise UserError('model.channel_multipliers is empty; give one multiplier per level.')
-  if not 0.0 <= unet.dropout < 1.0:
-    raise UserError(f'model.dropout is {unet.dropout}; it must be in [0, 1).')
-  for multiplier in unet.channel_multipliers:
-    if multiplier * unet.channels != int(multiplier * unet.channels) or not multiplier * unet.channels >= 4:
-      raise UserError(
-        f'model.channel_multipliers has {multiplier}, which makes {multiplier * unet.channels} channels of '
-        f'model.channels = {unet.channels}; they must be a whole number, at least 4.'
-      )
-  factor = 2 ** (len(unet.channel_multipliers) - 1)
-  below = unet.image_size // factor * factor
-  if below != unet.image_size or below == 0:
-    nearest = ' or '.join(str(size) for size in (below, below + factor) if size > 0)
-    raise UserError(
-      f'image_size is {unet.image_size}, but {len(unet.channel_multipliers)} levels '
-      f'(model.channel_multipliers) need a multiple of {factor}; nearest: {nearest}.'
-    )
-
-
-def _check_ports(unet: UNet) -> None:
-  """Raises an error unless maps have the sides of what they join: ValueError beside x_t, UserError inside."""
-  sides, bottom = (unet.image_size, unet.image_size), _level_sizes(unet)[-1]
-  instead = [name for name, port in unet.ports if port.how == 'transformer']
-  if len(instead) > 1:
-    raise UserError(
-      f"{' and '.join(instead)} have how = 'transformer', which takes the place of attention, and is one: "
-      "use how = 'attention' for the others"
-    )
-  for name, port in unet.ports:
-    if port.enters == 'concat' and port.shape[:2] != sides:
-      raise ValueError(f'{name} has sides {port.shape[:2]}, x_t has {sides}; they must be equal.')
-    if port.enters not in POSITIONS or port.how == 'attention' or port.shape[:2] == (bottom, bottom):
-      continue
-    height, width, _ = port.shape
-    factor = unet.image_size // height
-    fits = height == width and factor * height == unet.image_size and not factor & (factor - 1)
-    advice = f'take log2 f + 1 = {factor.bit_length()} levels for f = {factor}, or' if fits else 'use'
-    raise UserError(
-      f'{name} has a grid of {height} x {width}, but the bottom level of the U-Net has {bottom} x {bottom}: '
-      f"model.channel_multipliers has {len(unet.channel_multipliers)} levels; {advice} how = 'attention', "
-      'whose grid is free.'
-    )
-
-
-def _check_attention(unet: UNet) -> None:
-  """Raises UserError unless every attention resolution occurs and the heads divide its channels."""
-  sizes = _level_sizes(unet)
-  for resolution in unet.attention_resolutions:
-    if resolution not in sizes:
-      raise UserError(
-        f'model.attention_resolutions names {resolution}, which never occurs; the maps have '
-        f'sides {", ".join(map(str, sizes))}. These are resolutions, not downsampling rates.'
-      )
-  for size, width in zip(sizes, _level_widths(unet), strict=True):
-    attends = size in unet.attention_resolutions or size == sizes[-1]
-    if unet.head_channels < 0 or (unet.head_channels and attends and width % unet.head_channels):
-      raise UserError(
-        f'model.head_channels is {unet.head_channels}, which does not divide the {width} channels of the '
-        f'attention at resolution {size}; 0 leaves it to model.num_heads.'
-      )
-    if unet.head_channels:
-      continue
-    if unet.num_heads < 1 or (attends and width % unet.num_heads):
-      raise UserError(
-        f'model.num_heads is {unet.num_heads}, which does not divide the {width} channels of the '
-        f'attention at resolution {size}.'
-      )

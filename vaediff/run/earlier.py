@@ -136,6 +136,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     config['evaluate']['sweep'].setdefault('aug_levels', ())
     config['evaluate'].setdefault('decoders', DECODERS)
     config['evaluate'].setdefault('num_captions', 500)
+    config['evaluate'].setdefault('num_controls', 500)
     config['evaluate'].setdefault('clip', {'stage': '', 'workdir': ''})
   config['data'].setdefault('check_fingerprint', True)
   config['data'].setdefault('caption_feature', '')

@@ -13,6 +13,7 @@ import numpy as np
 from vaediff import identity
 from vaediff.data import loader
 from vaediff.errors import UserError
+from vaediff.experiments import controlnet
 from vaediff.machine import distributed, sharding
 from vaediff.run import best, draw, log, usage
 
@@ -115,10 +116,10 @@ UNSAID = (('guidance_interval', ()), ('captions', ()))
 def _of_samples(config: Any, stage: str) -> str:
   """Returns the digest of how a stage is sampled while it trains.
 
-  How many images, and where they go, does not count, nor do networks that guide or rank once it is trained;
-  nor does what an earlier version did not say, where there is none: an interval, captions.
+  How many images, and where they go, does not count, nor does what guides, controls or ranks once it is
+  trained; nor does what an earlier version did not say, where there is none: an interval, captions.
   """
-  without = ('checkpoint', 'num_images', 'guide', 'classifier', 'rerank')
+  without = ('checkpoint', 'num_images', 'guide', 'classifier', 'rerank', *controlnet.HANDED)
   return identity.digest(
     {
       name: value

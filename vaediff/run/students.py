@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from vaediff import checks, conditions
 from vaediff.errors import UserError
 from vaediff.experiments import guides, progressive
+from vaediff.run import controls
+from vaediff.run.controls import read_from
 
 MATCHED = {False: 'v', True: 'guided'}
 """What is appended to the name of the stage before the others, without and with guidance."""
@@ -28,9 +30,12 @@ MOST_STEPS = 2**20
 def resolve(config: ConfigDict) -> ConfigDict:
   """Returns the config, changed in place: its `stages` are all trainable. Changes nothing the second time.
 
+  Stages with a control are made whole first (`vaediff.run.controls`).
+
   Raises:
     UserError: when a teacher is missing or no diffusion, or `from_steps` cannot be halved to `to_steps`.
   """
+  controls.resolve(config)
   stages = []
   with config.unlocked():
     for stage in config.stages:
@@ -164,8 +169,12 @@ def _teacher(config: ConfigDict, stage: str) -> ConfigDict:
 
 
 def _is_diffusion(section: ConfigDict) -> bool:
-  """Returns whether the stage is denoised step by step; a denoising GAN predicts nothing of the kind."""
-  return 'model' in section and 'diffusion' in section and 'prediction' in section.diffusion
+  """Returns whether the stage is denoised step by step, by one network.
+
+  A denoising GAN predicts nothing of the kind, and a control is no network of its own.
+  """
+  alone = 'model' in section and 'base' not in section
+  return alone and 'diffusion' in section and 'prediction' in section.diffusion
 
 
 def _first_teacher(config: ConfigDict, stage: str) -> ConfigDict:
@@ -216,14 +225,4 @@ def _student(config: ConfigDict, stage: str, section: dict[str, Any], num_steps:
 
 def _guides(sample: Mapping[str, Any]) -> list[tuple[str, Any]]:
   """Returns the sections of a teacher's sampling that name networks which guide it: they teach through it."""
-  return [(name, sample[name]) for name in guides.FIELDS]
-
-
-def read_from(workdir: str, value: Any) -> Any:
-  """Returns a copy of what a stage of another run has; stages that it names are stages of that run."""
-  if not isinstance(value, Mapping):
-    return value
-  copy = {name: read_from(workdir, item) for name, item in value.items()}
-  if {'stage', 'workdir'} <= copy.keys():
-    copy['workdir'] = copy['workdir'] or workdir
-  return copy
+  return [(name, sample[name]) for name in guides.FIELDS if name in sample]

@@ -184,13 +184,14 @@ class Trained:
 
   @property
   def draws_alone(self) -> bool:
-    """Whether it draws samples, and they need no image."""
+    """Whether it draws samples, and they need no image but one to follow, which they can borrow."""
     data = self.config.data
     shape = (data.image_size, data.image_size, data.channels)
     if not self.experiment.draws_images:
       return False
     makers = [source for source in self.experiment.makers if self.has_maker(source)]
     made = {name for source in makers for name in (source.feeds, *self.handed(source))}
+    made |= set(self.experiment.borrowed)
     return draw.observed_alone(self.experiment, self.read, shape) <= made
 
   def draw(

@@ -144,7 +144,8 @@ def _defaults(stored: dict[str, Any]) -> dict[str, Any]:
     if isinstance(section, dict) and 'experiment' in section:
       kind = section['experiment'] if isinstance(section['experiment'], str) else ''
       own = by_experiment[kind] if kind in by_experiment else {'experiment': ''}
-      found[name] = _over(by_experiment['diffusion'] if 'teacher' in section else {}, own)
+      laid_over = {'teacher', 'base'} & section.keys()  # a student's section, or a control's
+      found[name] = _over(by_experiment['diffusion'] if laid_over else {}, own)
   return found
 
 

@@ -1,0 +1,94 @@
+"""Rows of samples that follow control images: identical ones, none, others, and what captions ask for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vaediff.conditions.control import Control
+from vaediff.data import pixels, shapes, sources
+from vaediff.evaluation import controls
+from vaediff.experiments.base import Experiment
+from vaediff.run import trained as opened_stages
+from vaediff.spaces.pixels import Pixels
+
+COUNT, SIZE = 12, 16
+CONTROL = Control(
+  kind='edges', image_shape=(SIZE, SIZE, 3), space=Pixels(shape=(SIZE, SIZE, 3)), least=0.06, factor=4
+)
+
+
+class Following(Experiment):
+  """Borrows edges, and can say how far images follow them."""
+
+  borrowed = CONTROL.borrowed
+  networks = {}
+  init = train_step = eval_step = lambda self: None
+
+  def followed(self, image, hint):
+    return CONTROL.followed(image, hint)
+
+
+class Stage(opened_stages.Trained):
+  """Draws the very image whose control is given; at strength 0 a grey one."""
+
+  draws_alone, captioned, eval_source, experiment, settings = True, None, None, None, None
+
+  def __init__(self, name='shapes/mini', experiment=None, strength=1.0):
+    self.config = ConfigDict({'data': {'source': 'tfds', 'name': name}, 'evaluate': {'num_controls': COUNT}})
+    self.experiment, self.strength = experiment or Following(), strength
+    self.captioned = self if shapes.is_named(self.config.data) else None
+    scenes = [shapes.scene('test', i, mini=True) for i in range(COUNT)]
+    self.eval_source = sources.ArraySource(
+      images=shapes.images('test', range(COUNT), SIZE, mini=True), labels=np.zeros(COUNT, np.int32),
+      label_names=(), num_classes=3, captions=tuple(scene.caption for scene in scenes),
+    )  # fmt: skip
+
+  captions = property(lambda self: self.eval_source.captions)
+
+  def observe(self, image, label, key=None):
+    seen = CONTROL.observe({}, {}, pixels.to_unit_range(jnp.asarray(image)), None)
+    return {**{name: np.asarray(value) for name, value in seen.items()}, 'z': np.zeros((len(image), 2))}
+
+  def draw_all(self, given):
+    assert set(given) == {'control'}
+    image = self.eval_source.images
+    return {'control': image, 'x0': image if self.strength else np.full_like(image, 128)}
+
+  def with_settings(self, strength, controls):
+    assert controls == ()
+    return Stage(self.config.data.name, self.experiment, strength)
+
+  def as_drawn(self, image):
+    return image
+
+
+def values(row):
+  return {name: figure.value for name, figure in row.items() if not isinstance(figure, str | int)}
+
+
+def test_rows_of_samples_with_and_without_their_control():
+  rows = controls.control_rows(Stage())
+  names = [controls.SAMPLES, controls.ALONE, controls.OTHERS, controls.DATA]
+  assert [row['set'] for row in rows] == names and {row['N'] for row in rows} == {COUNT}
+  own, alone, others, data = map(values, rows)
+  for row in (own, data):
+    assert row['edge_f1'] == row['edge_precision'] == row['edge_recall'] == pytest.approx(1)
+    assert row['accuracy_colour'] == row['valid'] == 1
+  assert alone['edge_f1'] == alone['edge_recall'] == 0 and alone['accuracy_colour'] < 1
+  assert 0.05 < others['edge_f1'] < 0.6 and others['accuracy_colour'] == 1
+
+
+def test_other_data_have_no_captions_to_read():
+  rows = controls.control_rows(Stage('noto_emoji'))
+  assert set(values(rows[0])) == {'edge_f1', 'edge_precision', 'edge_recall'}
+
+
+def test_a_stage_that_follows_nothing_has_no_rows():
+  class Other(Following):
+    borrowed = ()
+
+  assert controls.control_rows(Stage(experiment=Other())) == []
+  stage = Stage()
+  stage.config.evaluate.num_controls = 0
+  assert controls.control_rows(stage) == []
