@@ -25,7 +25,6 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 from random_parameters import SEEDS, made  # noqa: E402
 
 SEEDS |= {'base': 21, 'tuned': 22, 'control_control_low': 23}
-pytestmark = pytest.mark.slow
 COUNT = 4
 TWO = {'control.sample.controls': (('control_low', 0.5),)}
 
@@ -119,6 +118,7 @@ def moved(before, after):
   return any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)))
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_the_zero_convolutions_then_the_copy_then_the_inside_of_the_hint():
   experiment = build()
   frozen = {'base': made(experiment.frozen['base'].model, 21)}
@@ -212,6 +212,7 @@ def only(experiment, *branches, **strengths):
   return dataclasses.replace(experiment.denoiser, branches=tuple(chosen))
 
 
+@pytest.mark.slow
 def test_several_controls_are_added_with_their_weights():
   experiment, read, inputs = trained()
   first, second = experiment.denoiser.branches
@@ -299,6 +300,7 @@ def transferred(how):
   return experiments.build(config, 'control')
 
 
+@pytest.mark.slow
 def test_a_transfer_by_offset_is_the_control_moved_by_what_the_base_was():
   offset, as_is, plain = transferred('offset'), transferred('as_is'), build()
   (source,) = offset.for_sampling.values()
