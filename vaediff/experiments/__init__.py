@@ -13,6 +13,7 @@ from vaediff.experiments.consistency import Consistency
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
+from vaediff.experiments.embedding_prior import EmbeddingPrior
 from vaediff.experiments.hierarchy import Hierarchy
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.noisy_classifier import NoisyClassifier
@@ -37,6 +38,7 @@ BY_NAME: dict[str, type[Experiment] | type[quantized.FromConfig]] = {
   'noisy_classifier': NoisyClassifier,
   'token_prior': TokenPrior,
   'clip': Clip,
+  'embedding_prior': EmbeddingPrior,
   quantized.SECTION: quantized.FromConfig,
 }
 
