@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import stages as known
+from configs import variations
 from configs.run import Edit, Run
 from configs.stages import classifier, divae
 
@@ -128,6 +129,7 @@ def default() -> ConfigDict:
       'hole_fraction': 0.5,  # inpaint: side of the square hole over the side of the image
     }
   )
+  config.vary, config.text_diff = variations.vary(), variations.text_diff()
   config.evaluate = evaluate()
   config.classifier = classifier.section()
   config.compile = ConfigDict(
@@ -348,6 +350,7 @@ def _debug_modes(config: ConfigDict) -> None:
     {'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2, 'num_directions': 1}
   )
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
+  variations.debug(config)
   config.export.update({'batch_size': 2, 'num_images': 4})
   config.quantize.update({'time_buckets': 2, 'num_images': 4, 'correction_images': 2})
   config.quantize.calibration.update({'num_samples': 4, 'steps': 2, 'batch_size': 4})

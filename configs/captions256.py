@@ -13,6 +13,10 @@ depth of the one that was frozen there, trained here. Betas are those of latent 
 to 0.0195; these two had 0.00085 .. 0.012. Without a variant it is
 DiffuseVAE with the settings of CelebA-HQ.
 
+`unclip`: DALL-E 2 on these images, with the published settings of its prior. `unclip_vit_h16`: its prior
+alone, 24 blocks of 2,048, of a CLIP of the size of ViT-H/16. `unclip_vit_l14`: 20 blocks of 32 heads of 64,
+of one of the size of ViT-L/14: 1,022 million parameters.
+
 `clip`: CLIP of the size of ViT-B/32 on these images. `clip_vit_b32`: the published one, 151,277,313
 parameters, on images of 224 pixels.
 
@@ -20,7 +24,7 @@ Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_papers, parts, presets
-from configs.stages import clip, diffusion, text
+from configs.stages import clip, diffusion, embedding_prior, text
 
 DATA = {
   'source': 'image_folder',
@@ -87,6 +91,27 @@ def _vit_b32(run):
   clip.clip(run, kind='subword', vocab_size=49_408, length=77)
 
 
+def _unclip(run):
+  """As the shared one, by the tokenizer of the diffusions."""
+  embedding_prior.unclip(run, **SUBWORDS)
+
+
+def _published_prior(run, towers, prior):
+  """A CLIP stage and the prior of its vectors, on images of 224 pixels."""
+  run.config.data.image_size = 224
+  run.edit('clip', lambda stage: stage.model.update(towers))
+  run.edit('embedding_prior', lambda stage: stage.model.update(prior))
+  run.only('clip', 'embedding_prior')
+
+
+def _vit_h16(run):
+  _published_prior(run, presets.CLIP['vit_h16'], presets.EMBEDDING_PRIOR['dalle2'])
+
+
+def _vit_l14(run):
+  _published_prior(run, presets.CLIP['vit_l14'], presets.EMBEDDING_PRIOR['20x2048'])
+
+
 SIZES = {'vae': _vae, 'refiner': _refiner}
 OWN = {
   'text': _text,
@@ -94,6 +119,9 @@ OWN = {
   'stable_diffusion': _stable_diffusion,
   'clip': _clip,
   'clip_vit_b32': _vit_b32,
+  'unclip': _unclip,
+  'unclip_vit_h16': _vit_h16,
+  'unclip_vit_l14': _vit_l14,
 }
 
 

@@ -11,11 +11,15 @@ Codes, 8x8 of 256 (`vqvae2`: 16x16, 8x8 and 4x4):
     python -m vaediff.main --config=configs/emoji64.py:vqvae     # or vqvae2, vqgan, dvae (logit-Laplace)
     python -m vaediff.main --config=configs/emoji64.py:divae,prior,label
 
+Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/unclip.md):
+
+    python -m vaediff.main --config=configs/emoji64.py:unclip
+
 Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import clip, diffusion, prior, text
+from configs.stages import clip, diffusion, embedding_prior, prior, text
 
 DATA = {
   'name': 'noto_emoji',
@@ -103,6 +107,17 @@ def _clip(run):
   clip.clip(run, kind='subword', vocab_size=1024, length=32)
 
 
+def _unclip(run):
+  """As the shared one, by the same tokenizer."""
+  embedding_prior.unclip(run, kind='subword', vocab_size=1024, length=32)
+
+
+def _embedding_prior(stage):
+  embedding_prior.small(stage)
+  stage.model.dropout = 0.1
+  stage.train.num_steps = 10_000
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -111,6 +126,7 @@ SIZES = {
   'vqvae': _vqvae,
   'prior': _prior,
   'clip': clip.small,
+  'embedding_prior': _embedding_prior,
   'vqgan': _vqgan,
   'vqvae2': _vqvae2,
   'dvae': _dvae,
@@ -119,4 +135,5 @@ SIZES = {
 
 def get_config(variant: str = ''):
   own = {'latent': gan_small.latent, 'free': gan_small.free, 'text': _text, 'clip': _clip}
+  own['unclip'] = _unclip
   return base.make('emoji64', DATA, SIZES, variant, own=own)

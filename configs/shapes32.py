@@ -4,6 +4,11 @@
     python -m vaediff.main --workdir=runs/shapes32-text --mode=sample \
         --config.refiner.sample.captions="('a small red ring at the top left on a black background',)"
 
+Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/unclip.md):
+
+    python -m vaediff.main --config=configs/shapes32.py:unclip
+    python -m vaediff.main --config=configs/shapes32.py:unclip,cascade    # 8, 16, then 32 pixels
+
 Hardware, hours and figures: not yet measured.
 """
 

@@ -12,6 +12,7 @@ from configs.stages import (
   distribution_matching,
   divae,
   dvae,
+  embedding_prior,
   light_decoder,
   noisy_classifier,
   prior,
@@ -41,6 +42,7 @@ BY_NAME = {
   'vqgan': vqgan,
   'dvae': dvae,
   'clip': clip,
+  'embedding_prior': embedding_prior,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

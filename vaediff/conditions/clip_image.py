@@ -73,7 +73,9 @@ class ClipImage(Condition):
     found = {EMBEDDING: Port(enters='vector', shape=(self.size,), droppable=droppable)}
     if self.num_tokens:
       made = (self.num_tokens, self.width)
-      found[AS_TOKENS] = Port(enters='text', shape=(self.size,), made=made, droppable=droppable)
+      found[AS_TOKENS] = Port(
+        enters='text', how='attention', shape=(self.size,), made=made, droppable=droppable
+      )
     return found
 
   @property
@@ -108,8 +110,8 @@ class ClipImage(Condition):
     z = given[EMBEDDING]
     if z.shape[1:] != (self.size,):
       raise UserError(
-        f'{EMBEDDING} must be {self.size} numbers per image, as the CLIP stage {self.clip.stage!r} makes them '
-        f'(model.embedding_size); got {z.shape[1:]}'
+        f'{EMBEDDING} must be {self.size} numbers per image, as the CLIP stage {self.clip.stage!r} makes '
+        f'them (model.embedding_size); got {z.shape[1:]}'
       )
     return dict.fromkeys(self.ports, math.sqrt(self.size) * z)
 

@@ -1,9 +1,9 @@
 """The caption of an image as a frozen CLIP stage reads it: its words behind the tower, and one vector.
 
-What DALL-E 2's prior is given (arXiv:2204.06125, section 2.2). The ids are those of the caption, so that they
-are drawn, given and refused as everywhere (`conditions.text`); the vector is multiplied by the square root of
-its size, so that its numbers have a mean square of 1. Of a caption of no words nothing is read, as of one that
-is dropped.
+What DALL-E 2's prior is given (arXiv:2204.06125, section 2.2). The ids are those of the caption, so that
+they are drawn, given and refused as everywhere (`conditions.text`); the vector is multiplied by the square
+root of its size, so that its numbers have a mean square of 1. Of a caption of no words nothing is read, as of
+one that is dropped.
 """
 
 import dataclasses
@@ -41,7 +41,9 @@ class ClipText(Text):
     """All are dropped at once."""
     module, droppable = self.clip.model.module, self.dropout > 0
     return {
-      WORDS: Port(enters='text', shape=(self.length, module.text.width), droppable=droppable),
+      WORDS: Port(
+        enters='text', how='attention', shape=(self.length, module.text.width), droppable=droppable
+      ),
       READ: Port(enters='vector', shape=(self.length,), droppable=droppable),
       CAPTION: Port(enters='vector', shape=(module.embedding_size,), droppable=droppable),
     }

@@ -58,8 +58,8 @@ def on_sphere(
   angle = 2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))  # exact at both ends
   if np.pi - angle < OPPOSITE:
     raise UserError(
-      f'the two vectors are opposite, {np.pi - angle:.2g} radians from it (at least {OPPOSITE:g} are needed): '
-      'there is no one shortest way between them. Choose other images or captions'
+      f'the two vectors are opposite, {np.pi - angle:.2g} radians from it (at least {OPPOSITE:g} are '
+      'needed): there is no one shortest way between them. Choose other images or captions'
     )
   w = np.asarray(weights, np.float64)[:, None]
   if angle < EQUAL:

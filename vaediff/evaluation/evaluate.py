@@ -14,6 +14,7 @@ from vaediff.evaluation import (
   codebooks,
   compositions,
   decoders,
+  embedded,
   likelihoods,
   measures,
   networks,
@@ -53,13 +54,14 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
   decoded = decoders.decoder_rows(trained, opened, real)
-  composed = compositions.composition_rows(trained, opened)
+  composed = [*compositions.composition_rows(trained, opened), *embedded.decoder_rows(trained)]
   model = {
     '': trained.stage,
     **likelihoods.figures(trained),
     **shuffled_codes.figures(trained),
     **codebooks.figures(trained),
     **retrieval.figures(trained),
+    **embedded.figures(trained),
   }
   result = {
     **header(trained),

@@ -1,9 +1,9 @@
-"""The prior of DALL-E 2: a diffusion that draws, of a caption, the vector that a CLIP stage makes of an image.
+"""The prior of DALL-E 2: a diffusion that draws, of a caption, the vector that CLIP makes of an image.
 
 Ramesh et al. 2022 (arXiv:2204.06125), section 2.2: a causal transformer (`models.embedding_prior`) that
 predicts the vector itself,
 
-    L = E |f(z_t, t, caption) - z|^2,    z the vectors of images at mean 0 and deviation 1 (`spaces.embeddings`)
+    L = E |f(y_t, t, caption) - y|^2,    y a vector at mean 0 and deviation 1 (`spaces.embeddings`)
 
 The CLIP stage is frozen; of every training image the vector is computed once. A sample is the best of
 `sample.candidates` by its product with the vector of the caption. It draws no images: a diffusion that reads
@@ -141,7 +141,7 @@ class EmbeddingPrior(Diffusion):
     return self.space.whitened(read, z), self.conditions.values(read, given)
 
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
-    """Returns {EMBEDDING: vectors of unit length}: of each caption the best candidate, of equal ones the first.
+    """Returns {EMBEDDING: vectors of unit length}: of each caption the best candidate, of equals the first.
 
     The first starts from the given noise, the others from noise of their own. Of a caption of no words all
     are equal.

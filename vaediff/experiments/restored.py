@@ -1,4 +1,4 @@
-"""A trained diffusion, sampled to agree with degraded images, or through the noise of an image, or that noise.
+"""A trained diffusion, sampled to agree with degraded images, or through the noise of an image.
 
 Nothing is trained here: whoever has opened a stage draws with one of these in place of its experiment.
 """

@@ -1,4 +1,4 @@
-"""Stages that read the vectors of a CLIP stage: that stage opened, vectors of captions, the noise of images."""
+"""Stages that read the vectors of a CLIP stage: that one opened, vectors of captions, the noise of images."""
 
 import pathlib
 from typing import Any
@@ -56,7 +56,7 @@ def neutral(clip: Any) -> Float[np.ndarray, ' d']:
 
 
 def no_words(trained: Any, count: int) -> HostArrays:
-  """Returns captions without words for so many samples, of a stage whose training dropped captions; else {}."""
+  """Returns captions without words for so many samples, where training dropped captions; else {}."""
   conditions = trained.experiment.conditions
   reading = next((one for one in conditions.each if words.TOKENS in one.inputs), None)
   if reading is None or not reading.dropout:
@@ -81,7 +81,7 @@ def noise_of(
 def drawn_from(
   trained: Any, given: HostArrays, noise: np.ndarray, num_steps: int, eta: float
 ) -> UInt8[np.ndarray, 'n h w c']:
-  """Returns the images that DDIM makes of noise; of one with eta = 0 that `noise_of` found the image again."""
+  """Returns the images that DDIM makes of noise; with eta = 0 of that of `noise_of` the images again."""
   sampler = trained.with_settings(sampler='ddim', num_steps=num_steps, eta=eta)
   drawn = sampler.draw_all({**given, NOISE: noise})
   return drawn[list(drawn)[-1]]

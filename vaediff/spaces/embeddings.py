@@ -117,8 +117,8 @@ def check_words(config: ConfigDict, stage: str, named: str, field: str) -> None:
   for name, value in theirs.items():
     if own[name] != value:
       raise UserError(
-        f'text.{name} is {own[name]!r}, but {value!r} in the stage {named!r} ({field}.stage), whose words are '
-        'read: set both to the same value'
+        f'text.{name} is {own[name]!r}, but {value!r} in the stage {named!r} ({field}.stage), which reads '
+        'the captions: set both to the same value'
       )
 
 
