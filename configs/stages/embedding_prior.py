@@ -92,7 +92,7 @@ def vectors(num_tokens: int = 4, width: int = 64) -> ConfigDict:
       'num_tokens': num_tokens,  # that the network attends to; 0 = it joins the time's embedding alone
       'width': width,  # of a token
       'dropout': DROPOUT,  # probability, per example, of the learned null
-      'prior_stage': STAGE,  # in sampling they are the samples of this stage; '' = none, they are seen in data
+      'prior_stage': STAGE,  # in sampling: the samples of this stage; '' = none, they are seen in data
     }
   )
 

@@ -14,7 +14,9 @@ def test_known_points():
   wanted = [[1, 0, 0], [0.97325, 0.22975, 0], [0.89443, 0.44721, 0], [0.6, 0.8, 0]]
   np.testing.assert_allclose(found, wanted, atol=5e-6)
   assert found.dtype == np.float32
-  np.testing.assert_allclose(interpolation.on_sphere(3 * A, 0.1 * B, np.array([0.25]))[0], wanted[1], atol=5e-6)
+  np.testing.assert_allclose(
+    interpolation.on_sphere(3 * A, 0.1 * B, np.array([0.25]))[0], wanted[1], atol=5e-6
+  )
 
 
 def test_equal_parts_of_the_angle_of_any_two_vectors():
@@ -28,7 +30,9 @@ def test_vectors_that_are_all_but_equal_are_joined_by_a_line():
   near = np.array([1.0, 2e-5, 0.0])
   found = interpolation.on_sphere(A, near, np.array([0.0, 0.5, 1.0]))
   np.testing.assert_allclose(found[:, 1], [0, 1e-5, 2e-5], rtol=1e-4)
-  np.testing.assert_array_equal(interpolation.on_sphere(B, B, np.array([0.3])), interpolation.unit(B)[None].astype('f4'))
+  np.testing.assert_array_equal(
+    interpolation.on_sphere(B, B, np.array([0.3])), interpolation.unit(B)[None].astype('f4')
+  )
 
 
 @pytest.mark.parametrize('off', [0.0, 5e-4])

@@ -65,7 +65,9 @@ def test_what_is_learned_is_the_stored_vector_or_that_of_the_image():
   np.testing.assert_allclose(stored, -y0, atol=1e-5)
   assert set(experiment.stored) == {'embedding'} == set(experiment.handed)
   assert build(**{'train.flip': True}).stored == {}
-  assert experiment.metrics == {'loss': False} and not experiment.draws_images and experiment.diffusion is None
+  assert (
+    experiment.metrics == {'loss': False} and not experiment.draws_images and experiment.diffusion is None
+  )
 
 
 def test_a_caption_is_read_by_the_clip_stage_and_one_of_no_words_by_none():
@@ -93,7 +95,7 @@ class Known(nn.Module):
 
 
 def known(experiment):
-  """The same with a network that is the best for vectors of unit variance: they are anywhere on the sphere."""
+  """The best network for vectors of unit variance, which are anywhere on the sphere."""
   denoiser = experiment.denoiser
   model = Model(module=Known(denoiser.schedule), inputs=denoiser.model.inputs)
   return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, model=model))
@@ -161,7 +163,10 @@ def test_guidance_is_against_no_caption():
       {'conditions.text.dropout': 0.0, 'sample.guidance_weight': 1.0},
       'sample.guidance_weight is 1.0; .* trained with conditions.text.dropout > 0',
     ),
-    ({'sample.candidates': 0}, 'sample.candidates must be a whole number >= 1|sample.candidates must be >= 1'),
+    (
+      {'sample.candidates': 0},
+      'sample.candidates must be a whole number >= 1|sample.candidates must be >= 1',
+    ),
     ({'sample.captions': ('', 'a ring'), 'conditions.text.dropout': 0.0}, 'sample.captions has no words'),
   ],
 )

@@ -34,7 +34,9 @@ def network():
   model = build()
   leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
   keys = jax.random.split(jax.random.key(1), len(leaves))
-  params = tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+  params = tree.unflatten(
+    [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  )
   values = {
     'words': random((3, WORDS, WIDTH), 2), 'caption': random((3, SIZE), 3),
     'read': jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], jnp.float32),

@@ -31,10 +31,12 @@ def test_vectors_are_whitened_by_what_was_measured_and_come_back_to_the_sphere()
   np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-5)
   np.testing.assert_allclose(y.std(axis=0), 1, atol=1e-4)
   np.testing.assert_allclose(one.decode_map(read, y), z, atol=1e-6)
-  (name, again), = one.decode(read, 1.5 * y).items()
+  ((name, again),) = one.decode(read, 1.5 * y).items()
   assert name == 'embedding'
   np.testing.assert_allclose(np.linalg.norm(again, axis=1), 1, rtol=1e-5)
-  assert one.shape == (8,) and one.bound is None and not one.is_data and set(one.frozen) == {'clip', 'embedding'}
+  assert (
+    one.shape == (8,) and one.bound is None and not one.is_data and set(one.frozen) == {'clip', 'embedding'}
+  )
 
 
 def test_images_become_what_the_clip_stage_makes_of_them():

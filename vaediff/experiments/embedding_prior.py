@@ -131,9 +131,7 @@ class EmbeddingPrior(Diffusion):
     del batch
     return {EMBEDDING: embeddings.images(self.space.source, read, x)}
 
-  def examples(
-    self, read: Read, batch: Batch, key: jax.Array, *, training: bool
-  ) -> tuple[Vectors, Values]:
+  def examples(self, read: Read, batch: Batch, key: jax.Array, *, training: bool) -> tuple[Vectors, Values]:
     """Returns what is diffused, and the values of the captions; in training with flips."""
     batch = pixels.prepare(batch, key if training and self.flip else None)
     z = batch[EMBEDDING] if EMBEDDING in batch else self.store(read, batch, batch['image'])[EMBEDDING]

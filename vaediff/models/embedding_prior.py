@@ -57,9 +57,7 @@ class EmbeddingPrior(nn.Module):
   def __post_init__(self):
     layers.check_dtype(self.dtype)
     if self.width % self.num_heads:
-      raise UserError(
-        f'model.num_heads is {self.num_heads}, which does not divide model.width {self.width}'
-      )
+      raise UserError(f'model.num_heads is {self.num_heads}, which does not divide model.width {self.width}')
     if self.width % 2 or self.width < 4:
       raise UserError(f'model.width must be even, and at least 4, got {self.width}')
     super().__post_init__()

@@ -13,6 +13,7 @@ import pathlib
 import jax
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from vaediff import files
 from vaediff.data import oracle, shapes
@@ -59,6 +60,8 @@ def text_diff(trained: Trained, out: pathlib.Path | None = None) -> list[dict[st
   clips.need_vectors(trained, 'text_diff')
   if not settings.target.strip():
     raise UserError(f"{FIELD}.target is '': write the caption that the image is to be moved to")
+  if shapes.is_named(trained.config.data):  # what images show is compared with what captions tell
+    told_of(settings)
   clip = clips.open_clip(trained)
   wanted, direction = difference(clip, settings.source, settings.target)
   image, label = chosen(trained)
@@ -68,9 +71,7 @@ def text_diff(trained: Trained, out: pathlib.Path | None = None) -> list[dict[st
   moved = np.stack([on_sphere(z, direction, thetas) for z in given[clips.EMBEDDING]])
   repeated = {name: np.repeat(value, len(thetas), axis=0) for name, value in given.items()}
   repeated[clips.EMBEDDING] = moved.reshape(-1, moved.shape[-1])
-  drawn = clips.drawn_from(
-    trained, repeated, np.repeat(noise, len(thetas), axis=0), settings.num_steps, 0.0
-  )
+  drawn = clips.drawn_from(trained, repeated, np.repeat(noise, len(thetas), axis=0), settings.num_steps, 0.0)
   strips = drawn.reshape(len(image), len(thetas), *drawn.shape[1:]).swapaxes(0, 1)
   rows = [
     {'theta': float(theta), **figures(trained, clip, image, strip, wanted)}
@@ -116,7 +117,7 @@ def chosen(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
   if settings.image or not (shapes.is_named(data) and settings.source.strip()):
     return vary.chosen(trained, settings.image, settings.num_images, f'{FIELD}.image')
   image, label = trained.eval_images(MOST_SEARCHED)
-  asked = shapes.told(settings.source)
+  asked, _ = told_of(settings)
   seen = oracle.Oracle(data.image_size, mini=shapes.is_mini(data)).read(image).attributes
   rows = np.flatnonzero(((asked < 0) | (seen == asked)).all(axis=1))[: settings.num_images]
   if not len(rows):
@@ -125,6 +126,16 @@ def chosen(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
       'that. Write another caption, or name a picture in text_diff.image'
     )
   return image[rows], label[rows]
+
+
+def told_of(settings: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the attributes that both captions tell, of the data set `shapes`; -1 where they do not.
+
+  Raises:
+    UserError: for one that is none of its captions.
+  """
+  target = shapes.told(settings.target)
+  return shapes.told(settings.source) if settings.source.strip() else np.full_like(target, -1), target
 
 
 def figures(
@@ -137,8 +148,7 @@ def figures(
     found['cosine to the caption'] = float(np.mean(scorer.images(other) @ wanted))
   if not shapes.is_named(data):
     return found
-  target = shapes.told(settings.target)
-  source = shapes.told(settings.source) if settings.source.strip() else np.full_like(target, -1)
+  source, target = told_of(settings)
   changed = (target >= 0) & (target != source)
   reader = oracle.Oracle(other.shape[1], mini=shapes.is_mini(data))
   before, after = (reader.read(x).attributes for x in (trained.as_drawn(image), other))
