@@ -25,7 +25,7 @@ STD = 0.5
 def toy():
   """A diffusion of Gaussian images and its exact network, sampled by DDIM."""
   config = importlib.import_module('configs.digits').get_config('unconditional,debug')
-  config.refiner.sample.update({'sampler': 'ddim', 'num_steps': 100, 'clip': 'none'})
+  config.refiner.sample.update({'sampler': 'ddim', 'num_steps': 400, 'clip': 'none'})
   like = experiments.build(config, 'refiner')
   schedule = schedules.make_schedule('cosine')
   diffusion, _ = toy_denoiser.diffusion(like, schedule, like.optimizer)
@@ -34,7 +34,7 @@ def toy():
 
 def test_without_noise_the_image_comes_back_and_with_noise_another_of_the_same_law(toy):
   diffusion, read = toy
-  finder = restored.inverted(diffusion, 100)
+  finder = restored.inverted(diffusion, 400)
   x0 = STD * jax.random.normal(jax.random.key(0), (64, 8, 8, 1))
   keys = sampling_keys(jax.random.split(jax.random.key(1), 64))
   assert not finder.draws_images and finder.makers == () and finder.handed['noise'].shape == (8, 8, 1)

@@ -93,7 +93,7 @@ def test_variations_and_the_image_again(decoder, tmp_path):
   given = clips.given_of(decoder, data, labels)
   assert (given[words.TOKENS][:, :2] == [words.BOS, words.EOS]).all()  # of no words
   noise = clips.noise_of(decoder, data, given, 100)
-  assert noise.shape == (2, 16, 16, 3) and np.abs(noise).max() > 1
+  assert noise.shape == (2, 16, 16, 3)
   again = clips.drawn_from(decoder, given, noise, 100, 0.0)
   assert np.abs(again.astype(int) - data).mean() < 12
   Image.fromarray(data[0]).save(tmp_path / 'one.png')

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from vaediff import checks
@@ -141,21 +141,28 @@ class EmbeddingPrior(Diffusion):
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
     """Returns {EMBEDDING: vectors of unit length}: of each caption the best candidate, of equals the first.
 
-    The first starts from the given noise, the others from noise of their own. Of a caption of no words all
-    are equal.
+    The first starts from the given noise, the others from noise of their own; none depends on how many there
+    are. Of a caption of no words all are equally near.
     """
     values, count = self.conditions.values(read, given), self.candidates
-    own = jax.vmap(lambda key: jax.random.split(key, 2 * count - 1))(keys.sampler)
-    others = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, self.space.shape)))(own[:, count:])
-    noise = jnp.concatenate([given[base.NOISE][:, None], others], axis=1)
+    own = jax.vmap(lambda key: candidate_keys(key, count))(keys.sampler)
+    noise = given[base.NOISE][:, None]
+    if count > 1:
+      others = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, self.space.shape)))(own[:, 1:, 1])
+      noise = jnp.concatenate([noise, others], axis=1)
     y = self.settings['temperature'] * noise.reshape(-1, *self.space.shape)
     in_turn = {name: jnp.repeat(value, count, axis=0) for name, value in values.items()}
     denoise = self.reading(read, in_turn)
-    y = self.steps(denoise, y, own[:, :count].reshape(-1), 1.0)
+    y = self.steps(denoise, y, own[:, :, 0].reshape(-1), 1.0)
     z = self.space.decode(read, y)[EMBEDDING].reshape(noise.shape)
     fits = jnp.einsum('bcd,bd->bc', z, self.text.vectors(values), precision=jax.lax.Precision.HIGHEST)
     best = jnp.argmax(fits, axis=1)[:, None, None]
     return {EMBEDDING: jnp.take_along_axis(z, best, axis=1)[:, 0]}
+
+
+def candidate_keys(key: jax.Array, count: int) -> Key[Array, 'candidates 2']:
+  """Returns two keys for each candidate of one sample: of its steps, and of what it starts from."""
+  return jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number)))(jnp.arange(count))
 
 
 def denoiser_of(section: ConfigDict, space: Embeddings, text: ClipText, terms: tuple[Term, ...]) -> Denoiser:
