@@ -64,6 +64,7 @@ def masks(*drop):
   return dict.fromkeys((Z, AS_TOKENS), jnp.array(drop, bool))
 
 
+@pytest.mark.slow
 def test_it_enters_beside_the_time_and_as_tokens():
   experiment, read, run = network()
   one = clip_image_of(experiment)
@@ -88,6 +89,7 @@ def test_it_enters_beside_the_time_and_as_tokens():
   assert set(clip_image_of(build(**{'refiner.conditions.clip_image.num_tokens': 0})).ports) == {Z}
 
 
+@pytest.mark.slow
 def test_what_is_dropped_is_read_of_no_vector_and_row_i_of_vector_i():
   _, _, run = network()
   known = run(vectors(), masks(0, 0, 0, 0))
@@ -110,6 +112,7 @@ def test_vectors_and_captions_are_dropped_by_their_own_chances():
   assert both == pytest.approx(0.05, abs=0.012)
 
 
+@pytest.mark.slow
 def test_the_vector_is_that_of_the_clip_stage_or_what_is_stored():
   one = clip_image_of(build())
   x = jax.random.uniform(jax.random.key(1), (3, 16, 16, 3), minval=-1.0, maxval=1.0)

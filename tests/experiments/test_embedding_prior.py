@@ -1,7 +1,6 @@
 """A prior of vectors: what it learns of, which sample it keeps, what is refused."""
 
 import dataclasses
-import functools
 import importlib
 import pathlib
 import sys
@@ -35,7 +34,7 @@ def build(**changes):
   return experiments.build(config_of(**changes), 'embedding_prior')
 
 
-@functools.cache
+@pytest.fixture(scope='module')
 def read():
   experiment = build()
   found = {name: source.neutral() for name, source in experiment.frozen.items() if hasattr(source, 'neutral')}
@@ -51,13 +50,14 @@ def tokens_of(count=COUNT):
   return jnp.asarray(tokens)
 
 
-def test_what_is_learned_is_the_stored_vector_or_that_of_the_image():
+@pytest.mark.slow
+def test_what_is_learned_is_the_stored_vector_or_that_of_the_image(read):
   experiment = build()
   pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), np.uint8))
   batch = {'image': pixels, words.TOKENS: tokens_of(), 'label': jnp.zeros(COUNT, jnp.int32)}
-  run = jax.jit(lambda batch: experiment.examples(read(), batch, jax.random.key(0), training=True))
+  run = jax.jit(lambda batch: experiment.examples(read, batch, jax.random.key(0), training=True))
   y0, values = run(batch)
-  z = experiment.store(read(), {}, pixels / 127.5 - 1.0)
+  z = experiment.store(read, {}, pixels / 127.5 - 1.0)
   np.testing.assert_allclose(y0, z['embedding'], atol=1e-5)  # neutral statistics change nothing
   np.testing.assert_allclose(np.linalg.norm(y0, axis=1), 1, rtol=1e-5)
   assert set(values) == set(experiment.text.ports) and values['clip_caption'].shape == (COUNT, SIZE)
@@ -70,17 +70,18 @@ def test_what_is_learned_is_the_stored_vector_or_that_of_the_image():
   )
 
 
-def test_a_caption_is_read_by_the_clip_stage_and_one_of_no_words_by_none():
+@pytest.mark.slow
+def test_a_caption_is_read_by_the_clip_stage_and_one_of_no_words_by_none(read):
   experiment = build()
   tokens = tokens_of().at[1].set(jnp.array(NO_WORDS))
-  values = experiment.conditions.values(read(), {words.TOKENS: tokens})
+  values = experiment.conditions.values(read, {words.TOKENS: tokens})
   model = experiment.space.source.model
-  told = model.apply(read()['clip'], tokens, method='texts')
+  told = model.apply(read['clip'], tokens, method='texts')
   vectors = experiment.text.vectors(values)
   np.testing.assert_allclose(vectors[::2], told[::2], atol=1e-5)
   np.testing.assert_array_equal(vectors[1], 0)
   np.testing.assert_array_equal(values['clip_words_read'].sum(axis=1), [3, 0, 3])
-  words_of = model.apply(read()['clip'], tokens, method='encoded').words
+  words_of = model.apply(read['clip'], tokens, method='encoded').words
   np.testing.assert_allclose(values['clip_words'][0], words_of[0], atol=1e-5)
 
 
@@ -101,13 +102,13 @@ def known(experiment):
   return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, model=model))
 
 
-def test_the_best_of_several_has_the_cosine_of_order_statistics():
+def test_the_best_of_several_has_the_cosine_of_order_statistics(read):
   """On the sphere of d dimensions a cosine has variance 1/d; the best of k is that of k normal numbers."""
   count, before = 3000, -np.inf
   for candidates, expected in ((1, 0.0), (2, 0.564), (4, 1.029)):
     experiment = known(build(**{'sample.candidates': candidates, 'sample.num_steps': 4}))
     assert experiment.num_function_evaluations == 4 * candidates
-    one = {**read(), 'denoiser': {'one': jnp.ones(())}, reads.CAPTIONS: {words.TOKENS: tokens_of(3)}}
+    one = {**read, 'denoiser': {'one': jnp.ones(())}, reads.CAPTIONS: {words.TOKENS: tokens_of(3)}}
 
     @jax.jit
     def run(keys, experiment=experiment, one=one):
@@ -124,12 +125,13 @@ def test_the_best_of_several_has_the_cosine_of_order_statistics():
     before = cosines
 
 
-def test_sample_i_depends_on_row_i_alone():
+@pytest.mark.slow
+def test_sample_i_depends_on_row_i_alone(read):
   experiment = build()
   keys = lambda: jax.random.split(jax.random.key(5), 4)
   run = jax.jit(
     lambda keys, tokens, noise: experiment.sample(
-      read(), {words.TOKENS: tokens, 'noise': noise}, sampling_keys(keys)
+      read, {words.TOKENS: tokens, 'noise': noise}, sampling_keys(keys)
     )['embedding']
   )
   noise = jax.random.normal(jax.random.key(6), (4, SIZE))
@@ -139,16 +141,16 @@ def test_sample_i_depends_on_row_i_alone():
   assert np.abs(whole[0] - whole[2]).max() > 1e-3
 
 
-def test_guidance_is_against_no_caption():
+def test_guidance_is_against_no_caption(read):
   experiment = build(**{'sample.guidance_weight': 2.0, 'sample.candidates': 1, 'sample.num_steps': 5})
   assert experiment.num_function_evaluations == 10 and experiment.can_be_guided
   y, t = jax.random.normal(jax.random.key(1), (COUNT, SIZE)), jnp.full(COUNT, 0.5)
 
   @jax.jit
   def run(tokens):
-    values = experiment.conditions.values(read(), {words.TOKENS: tokens})
-    guided = experiment.denoiser.denoise(read(), values)(y, t)
-    return guided, experiment.denoiser.x0_hat(read(), values)(y, t)
+    values = experiment.conditions.values(read, {words.TOKENS: tokens})
+    guided = experiment.denoiser.denoise(read, values)(y, t)
+    return guided, experiment.denoiser.x0_hat(read, values)(y, t)
 
   guided, conditional = run(tokens_of())
   _, none = run(jnp.broadcast_to(jnp.array(NO_WORDS), (COUNT, 32)))

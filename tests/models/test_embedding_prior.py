@@ -84,6 +84,7 @@ def test_no_token_sees_what_stands_behind_it(network):
     np.testing.assert_array_equal(moved > 1e-7, whole[:, WORDS + place])
 
 
+@pytest.mark.slow
 def test_a_dropped_caption_is_one_of_no_words(network):
   model, params, values, y, t = network
   run = jax.jit(lambda values, drop: model.apply(params, y, t, values, drop))
@@ -99,6 +100,7 @@ def test_a_dropped_caption_is_one_of_no_words(network):
   np.testing.assert_array_equal(run(other, {}), run(empty, {}))
 
 
+@pytest.mark.slow
 def test_the_published_sizes():
   fields = presets.EMBEDDING_PRIOR
   params = jax.eval_shape(build(768, 77, 768, **fields['20x2048']).init, jax.random.key(0))

@@ -24,7 +24,7 @@ def space(**changes):
 
 def test_vectors_are_whitened_by_what_was_measured_and_come_back_to_the_sphere():
   one = space()
-  z = clip.unit(jax.random.normal(jax.random.key(0), (500, 8)) * jnp.arange(1.0, 9.0) + 2.0)
+  z = clip.unit(jax.random.normal(jax.random.key(0), (500, 8)) * jnp.arange(1.0, 9.0)[None] + 2.0)
   found = {'mean': z.mean(axis=0), 'std': z.std(axis=0), 'min': z.min(axis=0), 'max': z.max(axis=0)}
   read = {embeddings.EMBEDDING: found}
   y = one.whitened(read, z)
@@ -39,6 +39,7 @@ def test_vectors_are_whitened_by_what_was_measured_and_come_back_to_the_sphere()
   )
 
 
+@pytest.mark.slow
 def test_images_become_what_the_clip_stage_makes_of_them():
   one = space()
   params = jax.jit(one.source.model.init)(jax.random.key(0))

@@ -54,7 +54,7 @@ class Embeddings(Space):
   def scale(self, read: Read) -> tuple[Array, Array]:
     """Returns mean and scale [1, numbers]: y = (z - mean) / scale."""
     found = read[EMBEDDING]
-    return found['mean'][None], jnp.maximum(found['std'], 1e-6)[None]
+    return jnp.asarray(found['mean'])[None], jnp.maximum(found['std'], 1e-6)[None]
 
   def whitened(self, read: Read, z: Vectors) -> Vectors:
     """Returns what is diffused of vectors of unit length."""
