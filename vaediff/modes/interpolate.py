@@ -1,4 +1,4 @@
-"""Rows of images between two ends: in z, in x_T, between images and their vectors, along an attribute, ...
+"""Rows of images between two ends: z, x_T, images of the data, their vectors; along attributes, directions.
 
 And what the two do: how much a change of z, and one of x_T, changes the image, at low and at high frequencies
 (the figure behind Pandey et al. 2021, arXiv:2201.00308v1, section 3.3: z has the structure, x_T the detail).
