@@ -26,7 +26,8 @@ def config_of(variant='unclip,mini'):
 def test_samples_are_read_row_by_row_of_the_vectors_that_they_are_given():
   """A decoder that knows scenes by their number: right of the right ones, and of no others."""
   count = 12
-  stub = types.SimpleNamespace(config=config_of())
+  stub = object.__new__(Trained)
+  stub.config = config_of()
   scenes = embedded.scenes_of(stub, count)
   images = np.stack([shapes.render(scene, 16) for scene in scenes])
   asked = np.array([scene.attributes for scene in scenes], np.int32)
