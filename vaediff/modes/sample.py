@@ -76,9 +76,8 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
     log.say(f'wrote {path}')
   if settings.save_images:
     log.say(f'wrote {count} images to {folder}')
-  costs = chain.cost_rows(trained)
-  if len(costs) > 1:
-    log.say(report.table(costs))
+  if trained.experiment.makers:
+    log.say(report.table(chain.cost_rows(trained)))
   return {'num_images': float(count)}
 
 
