@@ -15,7 +15,17 @@ from PIL import Image
 from vaediff import main, modes
 from vaediff.data.idx import LABEL_NAMES
 from vaediff.errors import UserError
-from vaediff.modes import evaluate, export, interpolate, pictures, reconstruct, restore, sample, text_diff, vary
+from vaediff.modes import (
+  evaluate,
+  export,
+  interpolate,
+  pictures,
+  reconstruct,
+  restore,
+  sample,
+  text_diff,
+  vary,
+)
 from vaediff.run import config as configs
 from vaediff.run import draw, images
 from vaediff.run import trained as opened
