@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import adopt, modes
+from configs import adopt, modes, variations
 from configs import stages as known
 from configs.run import Edit, Run
 from configs.stages import classifier, divae
@@ -129,6 +129,7 @@ def default() -> ConfigDict:
       'hole_fraction': 0.5,  # inpaint: side of the square hole over the side of the image
     }
   )
+  config.vary, config.text_diff = variations.vary(), variations.text_diff()
   config.evaluate = evaluate()
   config.classifier = classifier.section()
   config.compile = ConfigDict(
@@ -358,6 +359,7 @@ def _debug_modes(config: ConfigDict) -> None:
     {'num_points': 3, 'num_rows': 1, 'num_encoded': 32, 'num_pairs': 2, 'num_directions': 1}
   )
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
+  variations.debug(config)
   config.export.update({'batch_size': 2, 'num_images': 4})
   config.edit.update({'etas': (0.0, 0.5, 1.0), 'num_images': 2})
   config.edit.embedding.update({'num_steps': 2, 'batch_size': 8})

@@ -16,6 +16,10 @@ DiffuseVAE with the settings of CelebA-HQ.
 `stable_diffusion_control`: the same, and the published control of it, 361,279,120 parameters
 (docs/control.md).
 
+`unclip`: DALL-E 2 on these images, with the published settings of its prior. `unclip_vit_h16`: its prior
+alone, 24 blocks of 2,048, of a CLIP of the size of ViT-H/16. `unclip_vit_l14`: 20 blocks of 32 heads of 64,
+of one of the size of ViT-L/14: 1,022 million parameters.
+
 `clip`: CLIP of the size of ViT-B/32 on these images. `clip_vit_b32`: the published one, 151,277,313
 parameters, on images of 224 pixels.
 
@@ -23,7 +27,7 @@ Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_papers, parts, presets
-from configs.stages import clip, control, diffusion, text
+from configs.stages import clip, control, diffusion, embedding_prior, text
 
 DATA = {
   'source': 'image_folder',
@@ -99,6 +103,27 @@ def _vit_b32(run):
   clip.clip(run, kind='subword', vocab_size=49_408, length=77)
 
 
+def _unclip(run):
+  """As the shared one, by the tokenizer of the diffusions."""
+  embedding_prior.unclip(run, **SUBWORDS)
+
+
+def _published_prior(run, towers, prior):
+  """A CLIP stage and the prior of its vectors, on images of 224 pixels."""
+  run.config.data.image_size = 224
+  run.edit('clip', lambda stage: stage.model.update(towers))
+  run.edit('embedding_prior', lambda stage: stage.model.update(prior))
+  run.only('clip', 'embedding_prior')
+
+
+def _vit_h16(run):
+  _published_prior(run, presets.CLIP['vit_h16'], presets.EMBEDDING_PRIOR['dalle2'])
+
+
+def _vit_l14(run):
+  _published_prior(run, presets.CLIP['vit_l14'], presets.EMBEDDING_PRIOR['20x2048'])
+
+
 SIZES = {'vae': _vae, 'refiner': _refiner}
 OWN = {
   'text': _text,
@@ -107,6 +132,9 @@ OWN = {
   'stable_diffusion_control': _stable_diffusion_control,
   'clip': _clip,
   'clip_vit_b32': _vit_b32,
+  'unclip': _unclip,
+  'unclip_vit_h16': _vit_h16,
+  'unclip_vit_l14': _vit_l14,
 }
 
 

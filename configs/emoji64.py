@@ -15,11 +15,15 @@ Names, and edges to follow:
 
     python -m vaediff.main --config=configs/emoji64.py:text,control
 
+Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/unclip.md):
+
+    python -m vaediff.main --config=configs/emoji64.py:unclip
+
 Hardware, hours and figures: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import clip, control, diffusion, prior, text
+from configs.stages import clip, control, diffusion, embedding_prior, prior, text
 
 DATA = {
   'name': 'noto_emoji',
@@ -112,6 +116,17 @@ def _control(stage):
   stage.train.update({'num_steps': 20_000, 'eval_every_steps': 1000, 'grid_every_steps': 2000})
 
 
+def _unclip(run):
+  """As the shared one, by the same tokenizer."""
+  embedding_prior.unclip(run, kind='subword', vocab_size=1024, length=32)
+
+
+def _embedding_prior(stage):
+  embedding_prior.small(stage)
+  stage.model.dropout = 0.1
+  stage.train.num_steps = 10_000
+
+
 SIZES = {
   **gan_small.SIZES,
   'vae': _vae,
@@ -121,6 +136,7 @@ SIZES = {
   'prior': _prior,
   'clip': clip.small,
   **dict.fromkeys(control.STAGES, _control),
+  'embedding_prior': _embedding_prior,
   'vqgan': _vqgan,
   'vqvae2': _vqvae2,
   'dvae': _dvae,
@@ -129,4 +145,5 @@ SIZES = {
 
 def get_config(variant: str = ''):
   own = {'latent': gan_small.latent, 'free': gan_small.free, 'text': _text, 'clip': _clip}
+  own['unclip'] = _unclip
   return base.make('emoji64', DATA, SIZES, variant, own=own)

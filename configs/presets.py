@@ -123,6 +123,25 @@ PRIOR = {
 """Fields of `config.prior.model`: transformers of taming-transformers and of LlamaGen."""
 
 
+def _clip(patch: int, embedding_size: int, image: tuple[int, int, int], text: tuple[int, int, int]) -> dict:
+  names = ('width', 'num_layers', 'num_heads')
+  towers = {'image': dict(zip(names, image, strict=True)), 'text': dict(zip(names, text, strict=True))}
+  return {'patch': patch, 'embedding_size': embedding_size, **towers}
+
+
+CLIP = {
+  'vit_l14': _clip(14, 768, (1024, 24, 16), (768, 12, 12)),
+  # of images DALL-E 2's, with a causal text tower of 24 blocks of 1024
+  'vit_h16': _clip(16, 1024, (1280, 32, 16), (1024, 24, 16)),
+}
+"""Fields of `config.clip.model`: towers of images and of words."""
+EMBEDDING_PRIOR = {
+  'dalle2': {'width': 2048, 'num_layers': 24, 'num_heads': 32},
+  '20x2048': {'width': 2048, 'num_layers': 20, 'num_heads': 32},  # 32 heads of 64 numbers
+}
+"""Fields of `config.embedding_prior.model`."""
+
+
 def tiny_vae(image_size: int) -> dict:
   """A VAE of a few thousand parameters for `debug`, for image sizes 8 and 16."""
   sizes = {

@@ -3,6 +3,7 @@
     python -m vaediff.main --config=configs/shapes16.py:text         # captions to images
     python -m vaediff.main --config=configs/shapes16.py:text,mini    # 96 compositions, for minutes of a core
     python -m vaediff.main --config=configs/shapes16.py:look,text,mini,control   # ... whose place edges say
+    python -m vaediff.main --config=configs/shapes16.py:unclip,mini  # DALL-E 2: CLIP, a prior, its decoder
     python -m vaediff.main --config=configs/shapes16.py              # with a VAE, without captions
 
 Hardware, hours and figures: not yet measured.
@@ -18,6 +19,8 @@ def _mini(run):
   """Circles, squares and triangles of four colours, large, in the corners, on black or white."""
   run.config.data.update({'name': 'shapes/mini', 'num_classes': 3})
   run.edit('refiner', _short)
+  run.edit('clip', lambda stage: stage.train.update({'num_steps': 1000}))
+  run.edit('embedding_prior', lambda stage: stage.train.update({'num_steps': 1500, 'batch_size': 128}))
 
 
 def _short(stage):

@@ -6,6 +6,11 @@
 
     python -m vaediff.main --config=configs/shapes32.py:look,text,control      # size and place said by edges
 
+Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/unclip.md):
+
+    python -m vaediff.main --config=configs/shapes32.py:unclip
+    python -m vaediff.main --config=configs/shapes32.py:unclip,cascade    # 8, 16, then 32 pixels
+
 Hardware, hours and figures: not yet measured.
 """
 

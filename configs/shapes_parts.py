@@ -5,7 +5,7 @@ can be read out of it exactly, so `--mode=evaluate` says how often samples are w
 """
 
 from configs import gan_small, parts, presets, stages
-from configs.stages import clip, control, diffusion, prior
+from configs.stages import clip, control, diffusion, embedding_prior, prior
 
 AVERAGED = {'ema_decay': 0.995, 'ema_warmup': True}
 OFTEN = {'save_every_steps': 1000, 'eval_every_steps': 1000, 'eval_images': 512}
@@ -88,6 +88,7 @@ SIZES = {
   'prior': _prior,
   'clip': clip.small,
   **dict.fromkeys(control.STAGES, control.small),
+  'embedding_prior': embedding_prior.small,
   'evaluate': _evaluate,
   'classifier': lambda section: section.train.update({'num_steps': 5000}),
 }

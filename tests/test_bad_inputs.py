@@ -56,6 +56,8 @@ NUMBERS = [
   ('refiner.sample.guidance', (('vae', NAN),), r'config.refiner.sample.guidance\[0\]\[1\] is nan'),
   ('refiner.train.spike_factor', INF, 'train.spike_factor is inf; a finite number is needed'),
   ('processes.silence_timeout_seconds', INF, 'silence_timeout_seconds is inf; a finite number is needed'),
+  ('vary.eta', 1.5, r'config.vary.eta must be in \[0, 1\], got 1.5'),
+  ('text_diff.max_theta', 0.0, r'config.text_diff.max_theta must be in \(0, 1\], got 0.0'),
   ('restore.noise_std', NAN, 'config.restore.noise_std is nan; a finite number is needed'),
   ('restore.noise_std', -1.0, 'config.restore.noise_std must be > 0, got -1.0'),
   ('restore.hole_fraction', 1.0, r'config.restore.hole_fraction must be in \(0, 1\), got 1.0'),

@@ -45,11 +45,12 @@ OWN = [
   ('digits', 'latent_diffusion,formulation2,z,guided'),
   ('celeba256', 'llamagen_vq16'),
   ('shapes16', 'text,mini'),
+  ('shapes16', 'unclip,mini'),
 ]
 SHARED = [name for name in base.VARIANTS if name != 'debug']
 LABELLED = ('afhq256', 'cifar10', 'digits', 'emoji64', 'fashion_mnist', 'shapes16', 'shapes32', 'shapes64')
 OF_CLASSES = ('label', 'classifier_guided')
-OF_CAPTIONS = ('text', 'clip')
+OF_CAPTIONS = ('text', 'clip', 'unclip')
 CAPTIONED = ('captions256', 'emoji64', 'shapes16', 'shapes32', 'shapes64')
 PAIRS = [
   (name, one)

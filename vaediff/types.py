@@ -15,8 +15,10 @@ ImageBytes = UInt8[Array, 'batch height width channels']
 """A batch of images as stored, uint8, in [0, 255]."""
 Latent = Float[Array, 'batch latent']
 """A batch of latent codes z of the VAE, unit prior variance."""
-LatentMap = Float[Array, 'batch latent_height latent_width latent_channels']
-"""A batch of two-dimensional latents, or of other maps that stand for images, such as wavelets."""
+Vectors = Float[Array, 'batch features']
+"""A batch of vectors that stand for images, such as those of a CLIP stage."""
+LatentMap = Float[Array, 'batch latent_height latent_width latent_channels'] | Vectors
+"""A batch of two-dimensional latents, or of what else stands for images: wavelets, vectors."""
 Time = Float[Array, ' batch']
 """One time t in [0, 1] per example; 0 is data, 1 is noise."""
 Keys = Key[Array, ' batch']

@@ -13,6 +13,7 @@ from configs.stages import (
   distribution_matching,
   divae,
   dvae,
+  embedding_prior,
   light_decoder,
   noisy_classifier,
   prior,
@@ -43,6 +44,7 @@ BY_NAME = {
   'dvae': dvae,
   'clip': clip,
   **dict.fromkeys(control.STAGES, control),
+  'embedding_prior': embedding_prior,
 }
 """The file of each stage; names are those of `config.stages`."""
 VARIANTS = {

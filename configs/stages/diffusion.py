@@ -141,6 +141,8 @@ def debug(stage: ConfigDict, image_size: int) -> None:
   )
   if 'text' in stage.conditions:
     stage.conditions.text.update({'width': 8, 'num_layers': 1, 'num_heads': 2})
+  if 'clip_image' in stage.conditions:
+    stage.conditions.clip_image.width = 8
   if stage.diffusion.z_conditioning == 'pca':
     stage.diffusion.pca.min_signal = 0.0  # a few updates make no more
   stage.sample.num_steps = 4

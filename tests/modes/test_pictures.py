@@ -15,7 +15,18 @@ from PIL import Image
 from vaediff import main, modes
 from vaediff.data.idx import LABEL_NAMES
 from vaediff.errors import UserError
-from vaediff.modes import edit, evaluate, export, interpolate, pictures, reconstruct, restore, sample
+from vaediff.modes import (
+  edit,
+  evaluate,
+  export,
+  interpolate,
+  pictures,
+  reconstruct,
+  restore,
+  sample,
+  text_diff,
+  vary,
+)
 from vaediff.run import config as configs
 from vaediff.run import draw, images
 from vaediff.run import trained as opened
@@ -26,6 +37,8 @@ WRITING = {
   'reconstruct': reconstruct,
   'interpolate': interpolate,
   'restore': restore,
+  'vary': vary,
+  'text_diff': text_diff,
   'evaluate': evaluate,
   'export': export,
   'edit': edit,
@@ -330,7 +343,9 @@ def test_modes_that_write_nothing_refuse_another_folder(monkeypatch, mode):
     main.main(['vaediff'])
     assert called[1].out is None
   else:
-    valid = 'sample or reconstruct or interpolate or restore or evaluate or export or edit'
+    valid = (
+      'sample or reconstruct or interpolate or restore or vary or text_diff or evaluate or export or edit'
+    )
     with pytest.raises(UserError, match=f'--out goes with --mode={valid}, not with --mode={mode}'):
       main.main(['vaediff'])
     assert not called

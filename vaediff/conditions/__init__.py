@@ -6,9 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vaediff.conditions import augmentation, label
+from vaediff.conditions import clip_image as clip_image_file
 from vaediff.conditions import codes as codes_file
 from vaediff.conditions import text as text_file
 from vaediff.conditions.base import Condition, Conditions
+from vaediff.conditions.clip_image import CLIP_IMAGE, clip_image_condition
 from vaediff.conditions.codes import CODES, codes_condition
 from vaediff.conditions.degraded import DEGRADED, degraded_condition
 from vaediff.conditions.label import LABEL, label_condition
@@ -26,6 +28,7 @@ BY_NAME: dict[str, Callable[[ConfigDict, str, Space], Condition]] = {
   CODES: codes_condition,
   DEGRADED: degraded_condition,
   LOW_RESOLUTION: low_resolution_condition,
+  CLIP_IMAGE: clip_image_condition,
 }
 """By section of `config.<stage>.conditions`: (config, stage, space) -> the condition."""
 SAMPLE_BOUNDS = {**label.SAMPLE_BOUNDS, **text_file.SAMPLE_BOUNDS}
@@ -34,6 +37,7 @@ SAMPLE_BOUNDS = {**label.SAMPLE_BOUNDS, **text_file.SAMPLE_BOUNDS}
 
 FOR_STUDENTS: dict[str, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = {
   CODES: codes_file.for_student,
+  CLIP_IMAGE: clip_image_file.for_student,
   TEXT: text_file.for_student,
 }
 """By section, of those that say what a stage trains: (section, teacher, workdir) -> that of a student."""

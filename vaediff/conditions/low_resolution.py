@@ -201,7 +201,15 @@ def maker_of(config: ConfigDict, stage: str) -> reads.Sampled:
       f'this stage have {large}, and factor is {factor}: {large // factor} are needed'
     )
   workdir = config[stage].conditions[LOW_RESOLUTION].workdir
-  return reads.Sampled(stage=chain[1], workdir=workdir, feeds=LOW, depth=len(chain) - 1)
+  depth = len(chain) - 1 + is_fed(config, chain[-1])
+  return reads.Sampled(stage=chain[1], workdir=workdir, feeds=LOW, depth=depth)
+
+
+def is_fed(config: ConfigDict, stage: str) -> bool:
+  """Returns whether a prior is sampled before the first stage of a cascade, of what that one reads."""
+  section = config[stage]
+  known = section.conditions.values() if 'conditions' in section else ()
+  return any('prior_stage' in one and bool(one.prior_stage) for one in known)
 
 
 def feeding(config: ConfigDict, stage: str) -> str:

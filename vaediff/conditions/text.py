@@ -47,7 +47,7 @@ OF_TOKENIZERS = {
 }
 """Of every stage that reads captions."""
 OF_CAPTIONS = {'conditions.text.dropout': checks.below_one(), **OF_TOKENIZERS}
-SAMPLE_BOUNDS = {
+CHOSEN = {
   'sample.captions': checks.Bound(
     lambda value: isinstance(value, tuple | list) and all(isinstance(one, str) for one in value),
     lambda field, value: (
@@ -55,9 +55,10 @@ SAMPLE_BOUNDS = {
       f'got {value!r}'
     ),
   ),
-  'sample.rerank.candidates': checks.between(2, MOST),
 }
-"""Of every stage that can be given captions, whether it reads them or not."""
+"""Of every stage that reads captions."""
+SAMPLE_BOUNDS = {**CHOSEN, 'sample.rerank.candidates': checks.between(2, MOST)}
+"""Of every stage whose images can be ranked by their captions, whether it reads them or not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def caption_condition(config: ConfigDict, stage: str) -> Text:
     UserError: for data without captions, or a value that is not allowed.
   """
   section = config[stage]
-  checks.check(section, {**OF_CAPTIONS, **SAMPLE_BOUNDS})
+  checks.check(section, {**OF_CAPTIONS, **CHOSEN})
   if not config.data.caption_feature:
     raise UserError(
       f'the stage {stage!r} reads captions (conditions.text), but of these data none are read '

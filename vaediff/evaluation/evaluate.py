@@ -15,6 +15,7 @@ from vaediff.evaluation import (
   compositions,
   controls,
   decoders,
+  embedded,
   likelihoods,
   measures,
   networks,
@@ -54,7 +55,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
   rows = sample_rows(trained, opened, real, folder)
   reconstructed = reconstruction_rows(trained, opened, real)
   decoded = decoders.decoder_rows(trained, opened, real)
-  composed = compositions.composition_rows(trained, opened)
+  composed = [*compositions.composition_rows(trained, opened), *embedded.decoder_rows(trained)]
   followed = controls.control_rows(trained)
   model = {
     '': trained.stage,
@@ -62,6 +63,7 @@ def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, flo
     **shuffled_codes.figures(trained),
     **codebooks.figures(trained),
     **retrieval.figures(trained),
+    **embedded.figures(trained),
   }
   result = {
     **header(trained),

@@ -16,6 +16,7 @@ from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
 from vaediff.experiments.edit import EDIT_EMBEDDING, EDIT_FINETUNE, EditEmbedding, EditFinetune
+from vaediff.experiments.embedding_prior import EmbeddingPrior
 from vaediff.experiments.hierarchy import Hierarchy
 from vaediff.experiments.light_decoder import LightDecoder
 from vaediff.experiments.noisy_classifier import NoisyClassifier
@@ -43,6 +44,7 @@ BY_NAME: dict[str, type[Experiment] | type[quantized.FromConfig]] = {
   EDIT_EMBEDDING: EditEmbedding,
   EDIT_FINETUNE: EditFinetune,
   CONTROLNET: ControlNet,
+  'embedding_prior': EmbeddingPrior,
   quantized.SECTION: quantized.FromConfig,
 }
 

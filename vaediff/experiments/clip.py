@@ -8,7 +8,6 @@ CLIP are of other weights, and nothing here is comparable with them. It draws no
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +20,15 @@ from vaediff.data.words import TOKENS
 from vaediff.errors import UserError
 from vaediff.experiments import base, bounds, contrastive
 from vaediff.models import layers
-from vaediff.models.clip import Clip as Module
 from vaediff.models.clip import Compared
 from vaediff.models.functional import Model
-from vaediff.models.text_tower import Tower
 from vaediff.optim import Optimizer, make_optimizer
+from vaediff.spaces.embeddings import CLIP as NETWORK
+from vaediff.spaces.embeddings import EMBEDDING, clip_model
 from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
-NETWORK = 'clip'
-"""Name of the network, and of the experiment."""
-EMBEDDING = 'embedding'
-"""What is observed of an image, float32 [n, embedding_size], of unit length; and the measurement of it."""
 LARGEST = math.log(100)
 """Of ls, after each update."""
-FIRST = {contrastive.SOFTMAX: (1 / 0.07, None), contrastive.SIGMOID: (10.0, -10.0)}
-"""e^ls and the bias of the logits at step 0, by loss."""
 STUCK = 0.99
 """A loss above this share of that of equal vectors has learned nothing."""
 LOW = 2.0
@@ -198,19 +191,3 @@ def clamped(params: Params) -> Params:
 def decays(path: tuple[str, ...]) -> bool:
   """Returns whether weight decay is about a parameter: no gain, no bias, not ls, not the class token."""
   return path[-1] in ('kernel', 'embedding', 'places')
-
-
-def clip_model(config: ConfigDict, stage: str) -> Model:
-  """Returns the network that `config.<stage>` describes."""
-  section, size, channels = config[stage], config.data.image_size, config.data.channels
-  scale, bias = FIRST[section.loss.kind]
-  sizes: dict[str, Any] = section.model.to_dict()
-  module = Module(
-    image_size=size,
-    vocabulary=section.text.vocab_size,
-    scale=scale,
-    bias=bias,
-    **{**sizes, 'image': Tower(**sizes['image']), 'text': Tower(**sizes['text'])},
-  )
-  image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-  return Model(module=module, inputs=(image, jax.ShapeDtypeStruct((1, section.text.length), jnp.int32)))

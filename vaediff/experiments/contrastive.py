@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vaediff.models.clip import SIGMOID, SOFTMAX
 from vaediff.types import Mask
 
-SOFTMAX, SIGMOID = 'softmax', 'sigmoid'
 LOSSES = (SOFTMAX, SIGMOID)
 LEAST = -1e30
 """Logit of what is not in the batch: finite, so that 0 times it is 0."""

@@ -4,6 +4,7 @@ Nothing is trained here: whoever has opened a stage draws with one of these in p
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -167,6 +168,39 @@ class ThroughNoise(Diffusion):
       denoise, self.denoiser.schedule, y0, keys.sampler, num_steps=self.num_steps, grid=self.settings['grid']
     )
     return {LATENT_NOISE: noise / NOISE_BOUND, **self.space.decode(read, back)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inverted(Diffusion):
+  """Finds the noise of images by DDIM inversion, and hands it over as it is; each is given as `ORIGINAL`.
+
+  Attributes:
+    num_steps: of the inversion.
+  """
+
+  num_steps: int
+
+  draws_images = False
+  makers = ()  # what an image is made on is given
+
+  @property
+  def handed(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The noise."""
+    return {base.NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
+
+  def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
+    """Returns {'noise': x_T}, which DDIM without noise brings back to the images."""
+    del keys
+    given = self.conditions.complete(read, given)
+    denoise = self.denoiser.denoise(read, self.conditions.values(read, given))
+    y0 = self.space.encode(read, given[ORIGINAL], None)
+    settings = {'num_steps': self.num_steps, 'grid': self.settings['grid']}
+    return {base.NOISE: inversion.invert(denoise, self.denoiser.schedule, y0, **settings)}
+
+
+def inverted(diffusion: Diffusion, num_steps: int) -> Inverted:
+  """Returns what finds the noise of images."""
+  return Inverted(**fields_of(diffusion), num_steps=num_steps)
 
 
 def through_noise(diffusion: Diffusion, num_steps: int) -> ThroughNoise:

@@ -24,6 +24,9 @@ from vaediff.types import Image, Scalar
 EPSILON = 1e-5
 SHARP = 1.702
 """Of the sigmoid that stands for that of GELU."""
+SOFTMAX, SIGMOID = 'softmax', 'sigmoid'
+FIRST = {SOFTMAX: (1 / 0.07, None), SIGMOID: (10.0, -10.0)}
+"""e^ls and the bias of the logits at step 0, by loss."""
 
 Tokens = Float[Array, 'batch tokens width']
 Embedding = Float[Array, 'batch embedding']
@@ -99,6 +102,13 @@ class ImageTower(nn.Module):
     return _map(self.embedding_size, width**-0.5, jnp.float32, 'projection', use_bias=False)(x)
 
 
+class Encoded(NamedTuple):
+  """Texts, word by word and as a whole."""
+
+  words: Float[Array, 'batch words width']
+  whole: Float[Array, 'batch embedding']
+
+
 class WordTower(nn.Module):
   """A causal transformer of ids, read at the last one.
 
@@ -115,8 +125,11 @@ class WordTower(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, ids: Int[Array, 'batch words']) -> Float[Array, 'batch embedding']:
-    """Returns a vector per text, of any length; what stands behind its end changes nothing."""
+  def __call__(self, ids: Int[Array, 'batch words']) -> Encoded:
+    """Returns the words behind the last norm, float32, and a vector per text, of any length.
+
+    What stands behind the end of a text changes nothing of the vector, and no word before it.
+    """
     width, length = self.tower.width, ids.shape[1]
     x = nn.Embed(self.vocabulary, width, embedding_init=nn.initializers.normal(0.02), name='words')(ids)
     x = x + self.param('places', nn.initializers.normal(0.01), (length, width))[None]
@@ -125,8 +138,10 @@ class WordTower(nn.Module):
     for number in range(self.tower.num_layers):
       x = Block(self.tower, self.dtype, name=f'block_{number}')(x, before)
     last = jnp.maximum(jnp.sum(ids != PAD, axis=1) - 1, 0)
-    x = _norm('norm')(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
-    return _map(self.embedding_size, width**-0.5, jnp.float32, 'projection', use_bias=False)(x)
+    norm = _norm('norm')
+    whole = norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    project = _map(self.embedding_size, width**-0.5, jnp.float32, 'projection', use_bias=False)
+    return Encoded(words=norm(x), whole=project(whole))
 
 
 class Compared(NamedTuple):
@@ -192,7 +207,12 @@ class Clip(nn.Module):
 
   def texts(self, ids: Int[Array, 'batch words']) -> Embedding:
     """Returns texts as vectors."""
-    return unit(self.text_encoder(ids))
+    return unit(self.text_encoder(ids).whole)
+
+  def encoded(self, ids: Int[Array, 'batch words']) -> Encoded:
+    """Returns the words of texts behind the last norm, and the texts as vectors of unit length."""
+    words, whole = self.text_encoder(ids)
+    return Encoded(words=words, whole=unit(whole))
 
   def __call__(self, image: Image, ids: Int[Array, 'batch words'], *, deterministic: bool = True) -> Compared:
     """Returns both; there is no dropout to switch."""

@@ -12,6 +12,7 @@ here, beside the network's own parameters:
                    stands for the waves
     <name>_tower   a transformer of the ids of words, with the null token among its parameters; of words that
                    are vectors that token is null_<name>
+    <name>_words   a vector, to the words that are made of it
     <name>_mlp     the sum of its n tokens over sqrt(n), to the width of the embedding; its last layer is
                    zero at first
 
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vaediff.models import text_attention, text_tower
+from vaediff.models import layers, text_attention, text_tower
 from vaediff.models.text_attention import Text, Texts
 from vaediff.models.text_tower import TextTower, Tower, Words
 from vaediff.models.token_injection import POSITIONS, WAYS, Entering, Tokens
@@ -56,6 +57,7 @@ class Port:
       inside a U-Net, a map at its 'encoder', 'middle' or 'decoder', or a 'text' wherever it has attention.
     shape: of one example; () = a number, or one of `classes`.
     classes: above 0, the value is a whole number below it, or those of a text are; a text of 0 is of vectors.
+    made: a text is one vector, of which a linear map makes (words, numbers of each); () = it is not.
     zero: the embedding of the vector is zero at first, and computed in float32.
     level: the number is a time in [0, 1], how strongly another value is noised: embedded as the time is.
     droppable: it has a learned stand-in, which a dropped example reads.
@@ -66,6 +68,7 @@ class Port:
   enters: str
   shape: tuple[int, ...]
   classes: int = 0
+  made: tuple[int, ...] = ()
   zero: bool = False
   level: bool = False
   droppable: bool = False
@@ -92,7 +95,12 @@ class Port:
     """Returns whether a value of its shape and classes can enter there."""
     if self.enters == TEXT:
       words = self.classes > 0
-      return not self.zero and len(self.shape) == (1 if words else 2) and (self.tower is not None) == words
+      if self.made and (words or len(self.made) != 2):
+        return False
+      dimensions = 1 if words or self.made else 2
+      return not self.zero and len(self.shape) == dimensions and (self.tower is not None) == words
+    if self.made:
+      return False
     number = len(self.shape) <= 1 if self.enters == 'vector' else len(self.shape) == 3
     zero = not self.zero or (self.enters == 'vector' and self.shape)
     return bool(zero) and number and not (self.classes and self.shape) and self.tower is None
@@ -149,7 +157,7 @@ def texts(
       tower = TextTower(vocabulary=port.classes, tower=port.tower, dtype=dtype, name=f'{name}_tower')
       words = tower(values[name], drop.get(name))
     else:
-      words = _vectors(module, name, port, values[name], drop)
+      words = _vectors(module, name, port, values[name], drop, dtype)
     found += (Text(name, port.how, words),)
   return found
 
@@ -160,20 +168,24 @@ def word_structs(ports: Named, dtype: Any) -> dict[str, Words]:
   for name, port in ports:
     if port.enters != TEXT:
       continue
-    count = port.shape[0] + (1 if port.tower or port.droppable else 0)
-    width, kind = (port.tower.width, jnp.dtype(dtype)) if port.tower else (port.shape[1], jnp.float32)
+    words, width = (port.shape[0], port.tower.width) if port.tower else (port.made or port.shape)
+    count = words + (1 if port.tower or port.droppable else 0)
+    kind = jnp.dtype(dtype) if port.tower or port.made else jnp.float32
     tokens = jax.ShapeDtypeStruct((1, count, width), kind)
     found[name] = Words(tokens, jax.ShapeDtypeStruct((1, count), jnp.bool_))
   return found
 
 
-def _vectors(module: nn.Module, name: str, port: Port, value: Array, drop: Drop) -> Words:
+def _vectors(module: nn.Module, name: str, port: Port, value: Array, drop: Drop, dtype: Any) -> Words:
   """Returns words that are given as vectors, with their null token if they can be dropped; all are read."""
+  if port.made:
+    value = layers.dense(port.made[0] * port.made[1], name=f'{name}_words', dtype=dtype)(value)
+    value = value.reshape(len(value), *port.made)
   read = jnp.ones(value.shape[:2], bool)
   if not port.droppable:
     return Words(value, read)
-  null = module.param(f'null_{name}', nn.initializers.zeros, port.shape[-1:])
-  first = jnp.broadcast_to(null, (len(value), 1, *port.shape[-1:]))
+  null = module.param(f'null_{name}', nn.initializers.zeros, value.shape[-1:])
+  first = jnp.broadcast_to(null, (len(value), 1, *value.shape[-1:])).astype(value.dtype)
   return Words(jnp.concatenate([first, value], axis=1), text_tower.behind_null(read, drop.get(name)))
 
 

@@ -16,7 +16,9 @@ from vaediff.modes import (
   reconstruct,
   restore,
   sample,
+  text_diff,
   train,
+  vary,
 )
 from vaediff.run.config import Run
 
@@ -29,6 +31,8 @@ MODES: dict[str, Mode] = {
   'reconstruct': reconstruct.mode,
   'interpolate': interpolate.mode,
   'restore': restore.mode,
+  'vary': vary.mode,
+  'text_diff': text_diff.mode,
   'evaluate': evaluate.mode,
   'benchmark': benchmark.mode,
   'compile': compile.mode,
@@ -39,5 +43,15 @@ MODES: dict[str, Mode] = {
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""
-WRITERS = ('sample', 'reconstruct', 'interpolate', 'restore', 'evaluate', 'export', 'edit')
+WRITERS = (
+  'sample',
+  'reconstruct',
+  'interpolate',
+  'restore',
+  'vary',
+  'text_diff',
+  'evaluate',
+  'export',
+  'edit',
+)
 """Modes that write pictures, tables or files for other programs, into the run's folder or that of `--out`."""

@@ -1,4 +1,4 @@
-"""Rows of images between two ends: in z, in x_T, between data images, along an attribute, and a direction.
+"""Rows of images between two ends: z, x_T, images of the data, their vectors; along attributes, directions.
 
 And what the two do: how much a change of z, and one of x_T, changes the image, at low and at high frequencies
 (the figure behind Pandey et al. 2021, arXiv:2201.00308v1, section 3.3: z has the structure, x_T the detail).
@@ -12,13 +12,15 @@ import numpy as np
 
 from vaediff import files
 from vaediff.conditions import pca
+from vaediff.conditions.clip_image import EMBEDDING
 from vaediff.conditions.vae import CODE
+from vaediff.diffusion.interpolation import lerp, on_sphere, slerp
 from vaediff.errors import UserError
 from vaediff.evaluation import report
 from vaediff.evaluation.frequencies import LOW, rms_by_band
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.modes import pictures
-from vaediff.run import directions, images, log
+from vaediff.run import clips, directions, images, log
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained, open_last, say_figures
@@ -58,7 +60,8 @@ def interpolate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, 
 
   The kinds, in order: between two z's of the prior with one x_T; between two x_T's (slerp) with one z;
   between two encoded images of the evaluation split; from an encoded image along an attribute direction;
-  and of a z of the prior along each principal direction of the codes. A row shares the noise of every
+  of a z of the prior along each principal direction of the codes; and between the vectors that a CLIP stage
+  makes of two images of the evaluation split, for a stage that reads them. A row shares the noise of every
   sampler step. Without latents only the x_T rows exist. Beside each row stands what it shows.
 
   Args:
@@ -137,7 +140,31 @@ def rows_of(trained: Trained, row: int, weights: np.ndarray, found: pca.Arrays) 
     )
     kinds |= attribute_row(trained, row, weights, others, codes, labels, stays)
     kinds |= direction_rows(found, drawn[CODE][0], settings.deviations, weights, others, f'{ends[0]}{stays}')
-  return kinds
+  return kinds | embedding_rows(trained, ends, weights, others, drawn)
+
+
+def embedding_rows(
+  trained: Trained, ends: np.ndarray, weights: np.ndarray, others: HostArrays, drawn: HostArrays
+) -> dict[str, Row]:
+  """Returns the rows between the vectors of two evaluation images, with one x_T and between two; {} without.
+
+  Captions have no words in them, where training dropped some: they would be true of one end alone.
+  """
+  if EMBEDDING not in trained.experiment.inputs:
+    return {}
+  data, labels = trained.eval_images(int(ends.max()) + 1)
+  seen = trained.observe(data, labels)[EMBEDDING]
+  chosen = ends % len(seen)
+  given = {**others, **clips.no_words(trained, len(weights)), EMBEDDING: on_sphere(*seen[chosen], weights)}
+  left, right = (f'eval image {number}' for number in chosen)
+  noises = {
+    'vector': ('one x_T', np.repeat(drawn[NOISE][:1], len(weights), axis=0)),
+    'vector and x_T': ('x_T moves too', slerp(*drawn[NOISE], weights)),
+  }
+  return {
+    name: Row(given={**given, NOISE: x_T}, what=f'its vector moves (slerp),\n{what}', left=left, right=right)
+    for name, (what, x_T) in noises.items()
+  }
 
 
 def direction_rows(
@@ -252,19 +279,3 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
 def own_image(drawn: HostArrays) -> np.ndarray:
   """Returns of what a stage draws what it makes itself: the last."""
   return drawn[list(drawn)[-1]]
-
-
-def lerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Returns (1 - w) a + w b for each weight w."""
-  w = weights.reshape(-1, *[1] * a.ndim)
-  return (1 - w) * a + w * b
-
-
-def slerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Returns the points on the great circle from a to b, so that unit-variance noise keeps its variance."""
-  cosine = np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
-  angle = np.arccos(np.clip(cosine, -1.0, 1.0))
-  if np.sin(angle) < 1e-4:  # the same or opposite directions: no unique great circle
-    return lerp(a, b, weights)
-  w = weights.reshape(-1, *[1] * a.ndim)
-  return ((np.sin((1 - w) * angle) * a + np.sin(w * angle) * b) / np.sin(angle)).astype(a.dtype)

@@ -10,8 +10,9 @@ import numpy as np
 from vaediff import files
 from vaediff.data import sources
 from vaediff.errors import UserError
+from vaediff.evaluation import report
 from vaediff.modes import pictures
-from vaediff.run import classes, draw, images, log
+from vaediff.run import chain, classes, draw, images, log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last, say_figures
 
@@ -30,6 +31,7 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
   depends on `sample.seed` and i alone. Samples that come in kinds, such as classes, have a row each. Which
   classes those are is said, and `samples.npz` holds the class of each image beside it. The captions that they
   have stand above them, and are in `samples.npz` too.
+  Where other stages are sampled before it, the network evaluations and the seconds of each are said.
   A stage that can only repeat images, as an autoencoder does, draws those of the evaluation split.
 
   Args:
@@ -74,6 +76,8 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
     log.say(f'wrote {path}')
   if settings.save_images:
     log.say(f'wrote {count} images to {folder}')
+  if trained.experiment.makers:
+    log.say(report.table(chain.cost_rows(trained)))
   return {'num_images': float(count)}
 
 

@@ -93,7 +93,20 @@ ADOPT = {
   'check_groups': True,
 }
 """What is imported of published files, which earlier versions could not."""
+VARY = {'image': '', 'num_images': 4, 'num_variations': 7, 'num_steps': 50, 'eta': 1.0}
+TEXT_DIFF = {
+  'image': '',
+  'num_images': 4,
+  'source': '',
+  'target': '',
+  'num_points': 6,
+  'max_theta': 0.5,
+  'num_steps': 50,
+}
+"""How images are made again of their vectors, which no stage read."""
 MODES = {
+  'vary': VARY,
+  'text_diff': TEXT_DIFF,
   'quantize': QUANTIZE,
   'export': EXPORT,
   'adopt': ADOPT,
@@ -152,10 +165,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['sample'].setdefault('captions', ())
       section['sample'].setdefault('rerank', dict(RERANK))
   config.setdefault('checkpoints', {'check_arrays': True})
-  config.setdefault('quantize', {})
-  config.setdefault('export', {})
-  config.setdefault('edit', {})
-  config.setdefault('adopt', {})
+  for mode in ('quantize', 'export', 'vary', 'text_diff', 'edit', 'adopt'):
+    config.setdefault(mode, {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}

@@ -23,11 +23,11 @@ from vaediff.conditions import pca, prior
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
-from vaediff.experiments.clip import EMBEDDING
 from vaediff.machine import distributed, sharding
 from vaediff.models import codebook
 from vaediff.run import checkpoint, draw, log, same_run
 from vaediff.spaces import tokenizers
+from vaediff.spaces.embeddings import EMBEDDING
 from vaediff.spaces.latents import LATENTS
 from vaediff.types import Params, Read
 

@@ -17,7 +17,7 @@ from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.machine import sharding
 from vaediff.models import quantized
-from vaediff.run import best, captions, checkpoint, draw, guides, log, same_run, scoring
+from vaediff.run import best, captions, chain, checkpoint, draw, guides, log, same_run, scoring
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
@@ -66,6 +66,7 @@ class Trained:
       self.experiment, self.mesh, self.settings.seed, shape, lambda: self.eval_source, self._about()
     )
     self._observe = draw.make_observe(self.experiment, self.mesh)
+    self.spent = chain.Spent()
 
   def _about(self) -> str:
     """Returns the stage and how it draws, for messages."""
@@ -224,7 +225,8 @@ class Trained:
       one = lambda number: self.draw(indices, given, seed, candidate=number)
       return scoring.best_of(one, lambda image: scorer.cosines(image, texts), count)
     whole = {**self.fed(indices, given, seed, candidate), **given}
-    return self._draw(self.read, indices, whole, seed, handed=handed, candidate=candidate)
+    with self.spent.on(len(indices)):
+      return self._draw(self.read, indices, whole, seed, handed=handed, candidate=candidate)
 
   def scorer(self, named: ConfigDict, field: str) -> scoring.Scorer:
     """Returns what compares its samples with their captions, opened once; see `scoring.open_scorer`."""
@@ -242,7 +244,7 @@ class Trained:
     else its image, in [-1, 1].
     A stage before it reads what this one reads, where both have an input of the same name, shape and type, be
     it given or drawn: a cascade has one label and one level throughout. Each starts from noise of its own.
-    What is given and this one does not read, such as a caption, is for the stages before it.
+    What is given and this one does not read, such as a caption, is for the stages before it, however far.
     """
     missing = [source for source in self.experiment.makers if source.feeds not in given]
     if not missing:
@@ -250,7 +252,7 @@ class Trained:
     shared, found = {**self.drawn(indices, seed, candidate), **given}, {}
     for source in missing:
       maker = self.maker(source)
-      inputs, own = maker.experiment.inputs, self.experiment.inputs
+      inputs, own = chain.inputs_of(maker), self.experiment.inputs
       names = [name for name in own if name in inputs and name in shared and inputs[name] == own[name]]
       names += [name for name in given if name not in own and name in inputs]
       same = {name: shared[name] for name in names if name != NOISE}

@@ -11,7 +11,15 @@ from ml_collections import ConfigDict
 from vaediff import places
 from vaediff.errors import UserError
 
-PATHS = ('data.data_dir', 'data.path', 'evaluate.weights_dir', 'evaluate.inception_weights', 'edit.image')
+PATHS = (
+  'data.data_dir',
+  'data.path',
+  'evaluate.weights_dir',
+  'evaluate.inception_weights',
+  'edit.image',
+  'vary.image',
+  'text_diff.image',
+)
 """Fields that are paths; so are those called `workdir`, anywhere, and `evaluate.sweep.workdirs`."""
 LARGEST = 2**63
 PLAIN = (bool, int, float, str, type(None))

@@ -1,0 +1,87 @@
+"""Stages that read the vectors of a CLIP stage: that one opened, vectors of captions, the noise of images."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from vaediff import reads
+from vaediff.data import words
+from vaediff.diffusion.interpolation import unit
+from vaediff.errors import UserError
+from vaediff.experiments import restored
+from vaediff.experiments.base import NOISE
+from vaediff.run import same_run, scoring
+from vaediff.run.draw import HostArrays
+from vaediff.spaces.embeddings import CLIP, EMBEDDING
+
+MOST_NEUTRAL = 1024
+"""Captions of the evaluation split whose mean is what no caption in particular says."""
+
+
+def reads_vectors(trained: Any) -> bool:
+  """Returns whether samples of a stage, `run.trained.Trained`, are made of such vectors."""
+  return EMBEDDING in trained.experiment.inputs
+
+
+def need_vectors(trained: Any, mode: str) -> None:
+  """Raises UserError for a stage whose images are not drawn step by step of such vectors."""
+  if not reads_vectors(trained) or trained.experiment.diffusion is None:
+    raise UserError(
+      f'--mode={mode} needs a diffusion that reads the vector of an image, of a CLIP stage '
+      f'(conditions.clip_image, variant unclip); stage {trained.stage!r} is none. Name one with --stages'
+    )
+
+
+def open_clip(trained: Any) -> Any:
+  """Returns the CLIP stage whose vectors a stage reads, or draws."""
+  source: reads.FromStage = trained.experiment.frozen[CLIP]
+  folder = pathlib.Path(source.workdir) if source.workdir else trained.workdir
+  config = same_run.stored_config(folder / source.stage) if source.workdir else trained.config
+  return type(trained)(config, folder, source.stage, trained.mesh)
+
+
+def vectors_of(clip: Any, captions: list[str]) -> Float[np.ndarray, 'n d']:
+  """Returns captions as vectors of unit length by a CLIP stage; raises UserError for one it cannot read."""
+  return scoring.Scorer(clip).texts(clip.told(captions)[words.TOKENS])
+
+
+def neutral(clip: Any) -> Float[np.ndarray, ' d']:
+  """Returns the mean vector of captions of the evaluation split, of unit length: of none in particular."""
+  source = clip.eval_source
+  rows = source.read(np.arange(min(MOST_NEUTRAL, len(source))))
+  mean = scoring.Scorer(clip).texts(rows[words.TOKENS]).mean(axis=0)
+  return unit(mean).astype(np.float32)
+
+
+def no_words(trained: Any, count: int) -> HostArrays:
+  """Returns captions without words for so many samples, where training dropped captions; else {}."""
+  conditions = trained.experiment.conditions
+  reading = next((one for one in conditions.each if words.TOKENS in one.inputs), None)
+  if reading is None or not reading.dropout:
+    return {}
+  return {name: np.asarray(value) for name, value in trained.told([''] * count).items()}
+
+
+def given_of(trained: Any, image: UInt8[np.ndarray, 'n h w c'], label: np.ndarray) -> HostArrays:
+  """Returns what samples are given to be like images: their vectors, no words, and what else is seen."""
+  return {**trained.observe(image, label), **no_words(trained, len(image))}
+
+
+def noise_of(
+  trained: Any, image: UInt8[np.ndarray, 'n h w c'], given: HostArrays, num_steps: int
+) -> Float[np.ndarray, 'n ...']:
+  """Returns x_T of images, given what they are made on, by DDIM inversion (`diffusion.inversion`)."""
+  finder = trained.with_experiment(restored.inverted(trained.experiment.diffusion, num_steps))
+  x0 = image.astype(np.float32) / 127.5 - 1
+  return finder.draw(np.arange(len(image)), {**given, restored.ORIGINAL: x0}, handed=True)[NOISE]
+
+
+def drawn_from(
+  trained: Any, given: HostArrays, noise: np.ndarray, num_steps: int, eta: float
+) -> UInt8[np.ndarray, 'n h w c']:
+  """Returns the images that DDIM makes of noise; with eta = 0 of that of `noise_of` the images again."""
+  sampler = trained.with_settings(sampler='ddim', num_steps=num_steps, eta=eta)
+  drawn = sampler.draw_all({**given, NOISE: noise})
+  return drawn[list(drawn)[-1]]
