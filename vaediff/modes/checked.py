@@ -9,7 +9,7 @@ import traceback
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, reads
+from vaediff import experiments, places, reads
 from vaediff.errors import UserError
 from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
@@ -181,7 +181,7 @@ def check_order(
     for source in built[stage].frozen.values():
       if not isinstance(source, reads.FromStage):
         continue
-      folder = pathlib.Path(source.workdir) if source.workdir else workdir
+      folder = places.anywhere(source.workdir) if source.workdir else workdir
       reading = f'stage {stage!r} reads stage {source.stage!r} of {folder}'
       if source.stage in chosen[:number] and not source.workdir:
         continue

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff import checks, files
+from vaediff import checks, files, places
 from vaediff.diffusion.restoration import TASKS
 from vaediff.errors import UserError
 from vaediff.experiments import bounds, quantized
@@ -111,7 +111,7 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   Raises:
     UserError: when there is none, or it is no stored config.
   """
-  path = pathlib.Path(workdir) / FILE
+  path = places.anywhere(workdir) / FILE
   if path.exists():
     mend = 'where the run has checkpoints, remove it: it is made again from what they hold'
     with files.reading(path, mend):

@@ -1,0 +1,33 @@
+"""A store in memory in the place of a real one: `s3://...` of this process. It counts what is written."""
+
+from fsspec.implementations.memory import MemoryFileSystem
+
+
+class Store(MemoryFileSystem):
+  """Objects by path; `broken` makes it fail as a lost connection does."""
+
+  cachable = False
+
+  def __init__(self):
+    super().__init__()
+    self.store, self.pseudo_dirs, self.broken = {}, [''], False
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol('/' + path.removeprefix('s3://').lstrip('/'))
+
+  def _open(self, path, mode='rb', **kwargs):
+    self._work()
+    return super()._open(path, mode, **kwargs)
+
+  def info(self, path, **kwargs):
+    self._work()
+    return super().info(path, **kwargs)
+
+  def ls(self, path, detail=True, **kwargs):
+    self._work()
+    return super().ls(path, detail, **kwargs)
+
+  def _work(self):
+    if self.broken:
+      raise ConnectionResetError('connection lost')  # an OSError without a number, as of libraries
