@@ -60,11 +60,7 @@ NUMBERS = [
   ('restore.noise_std', -1.0, 'config.restore.noise_std must be > 0, got -1.0'),
   ('restore.hole_fraction', 1.0, r'config.restore.hole_fraction must be in \(0, 1\), got 1.0'),
   ('restore.factor', 1, 'config.restore.factor must be >= 2, got 1'),
-  (
-    'restore.task',
-    'blur',
-    "config.restore.task is 'blur'; valid: all, super_resolution, inpaint, colourise, denoise",
-  ),
+  ('restore.task', 'blur', "config.restore.task is 'blur'; valid: all, super_resolution, inpaint, colourise, denoise"),
   ('restore.method', 'hope', "config.restore.method is 'hope'; valid: consistent, condition"),
   ('restore.num_samples', 0, 'config.restore.num_samples must be >= 1, got 0'),
   ('restore.fill_rounds', -1, 'config.restore.fill_rounds must be >= 0, got -1'),

@@ -1,4 +1,4 @@
-"""Paths in buckets: read as any other, written whole; what a store does not say is no damage and no absence."""
+"""Paths in buckets: read as any other, written whole; a store that does not answer is no damage."""
 
 import errno
 import os

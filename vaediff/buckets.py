@@ -1,9 +1,9 @@
 """Folders in buckets, `gs://bucket/run` or `s3://bucket/run`: paths whose files are objects of a store.
 
 A `BucketPath` is a `pathlib.Path`: it is read from as any other (`read_bytes`, `open`, `exists`, `iterdir`,
-`glob`, `stat`), so that what reads a run need not know where it lies. `epath.Path` is none, and passes on what
-libraries raise: a broken connection would look like damage, or like nothing there. Here every error of a store
-is an `OSError` with a number, and only what the store says is not there counts as missing.
+`glob`, `stat`), so that what reads a run need not know where it lies. `epath.Path` is none, and passes on
+what libraries raise: a broken connection would look like damage, or like nothing there. Here every error of a
+store is an `OSError` with a number, and only what the store says is not there counts as missing.
 
 Written is whole objects alone, by `put` and `upload`: an object is there once all of its bytes are, and what
 was there before is there until then. Nothing can be appended to, mapped into memory or renamed at once; who
@@ -142,10 +142,12 @@ class BucketPath(pathlib.PosixPath):
         yield found
 
   def glob(self, pattern: str, **_: Any) -> Iterator['BucketPath']:
-    """Yields what matches below a folder, in order."""
-    with saying(self):
-      names = self._fs.glob(f'{self}/{pattern}')
-    yield from (self._found(name.rstrip('/')) for name in sorted(names))
+    """Yields the objects below a folder that match part by part, in order; no folders."""
+    wanted = pathlib.PurePosixPath(pattern).parts
+    for path in self.objects():
+      parts = path.relative_to(self).parts
+      if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
+        yield path
 
   def rglob(self, pattern: str, **_: Any) -> Iterator['BucketPath']:
     """Yields the objects below a folder whose last name matches, in order."""
@@ -156,11 +158,10 @@ class BucketPath(pathlib.PosixPath):
 
     Of an object it is that one; {} where there is none.
     """
-    try:
-      with saying(self):
-        found = self._fs.find(str(self), detail=True)
-    except FileNotFoundError:
+    if self._info() is None:  # libraries leave out what they cannot list: here the store must answer
       return {}
+    with saying(self):
+      found = self._fs.find(str(self), detail=True)
     listed = {
       self._found(name): info if 'size' in info else self._info() or {'size': 0}
       for name, info in found.items()

@@ -1,7 +1,7 @@
 """Locks of folders in buckets: an object that says who holds the folder, written anew as long as he runs.
 
-A store cannot release a lock with the process that holds it, so a holder that is killed leaves the object.
-It is taken over once nothing has been written to it for `PATIENCE_SECONDS`, by the clock of the one who waits,
+A store cannot release a lock with the process that holds it, so a holder that is killed leaves the object. It
+is taken over once nothing has been written to it for `PATIENCE_SECONDS`, by the clock of the one who waits,
 or at once where that process ran on this machine and is gone. A holder that finds another's name there, as
 after hours without a network, ends itself at once: two that write into one run would mix them.
 """

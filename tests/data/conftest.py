@@ -1,5 +1,6 @@
 """The data section of a config, with every field, and a cache in the test's own folder; how it is refused."""
 
+
 import ml_collections
 import pytest
 

@@ -54,5 +54,7 @@ def test_labels_free_of_data_are_not_the_first_classes_alone():
   """One example free of data at each update was always of class 0."""
   experiment = build('label,distill,debug')
   read = frozen_of(experiment)
-  drawn = {int(experiment.drawn_values(read, jax.random.key(seed), 1)['label'][0]) for seed in range(40)}
+  drawn = {
+    int(experiment.drawn_values(read, jax.random.key(seed), 1)['label'][0]) for seed in range(40)
+  }
   assert len(drawn) > 5

@@ -36,11 +36,9 @@ CASES = {
   'matching': ('matching,debug', 'matching', {}),
   'noised x0_vae': ('formulation2,debug', 'refiner', {'refiner.conditions.vae.aug_level': 0.5}),
   'super-resolution': ('cascade,debug', 'sr_8', {}),
-  'degraded super-resolution': (
-    'cascade,debug',
-    'sr_8',
-    {'sr_8.conditions.low_resolution.augmentation': 'bsr'},
-  ),
+  'degraded super-resolution': ('cascade,debug', 'sr_8', {
+    'sr_8.conditions.low_resolution.augmentation': 'bsr'
+  }),
 }
 """With one condition: of several the first has the key itself, and the others what is folded of it, so that
 runs with one stay as they are (`conditions.base.key_of`)."""

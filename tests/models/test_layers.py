@@ -89,7 +89,9 @@ def test_the_gradient_of_a_norm_does_not_see_the_mean(key, norm):
 def test_an_odd_pixel_in_the_middle_changes_no_statistics(key):
   x = 1000.0 + jax.random.normal(key, (2, 8, 8, 64))
   x = x.at[:, 4, 4].set(0.0)
-  np.testing.assert_allclose(apply_group_norm(x), normalised(x, apply_group_norm), atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(
+    apply_group_norm(x), normalised(x, apply_group_norm), atol=1e-4, rtol=1e-4
+  )
 
 
 def test_group_norm_of_a_constant_is_its_bias():

@@ -107,8 +107,7 @@ def test_rows_and_ends_are_labelled_in_the_picture(tmp_path, one_device, monkeyp
   assert texts[0] == ('z moves (lerp), one x_T\nVAE, from:\nz drawn, no. 0', 'to:\nz drawn, no. 1')
   assert texts[5] == ('z moves (lerp), one x_T\nrefined, from:\nz of eval image 0', 'to:\nz of eval image 1')
   assert asked == [1] and texts[-1] == (
-    'z drawn, no. 0, one x_T:\nprincipal direction 2\nrefined, from:\n-3 deviations',
-    'to:\n+3 deviations',
+    'z drawn, no. 0, one x_T:\nprincipal direction 2\nrefined, from:\n-3 deviations', 'to:\n+3 deviations'
   )
   assert texts[7][1] == 'to:\n+ class 1\n- class 0'
   with Image.open(tmp_path / 'interpolation.png') as picture:

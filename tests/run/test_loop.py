@@ -185,7 +185,9 @@ def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device, trained):
   }
   capsys.readouterr()
   assert train.run_stages(config, workdir, stages) == first
-  assert times == {path: path.stat().st_mtime_ns for path in times}
+  assert times == {
+    path: path.stat().st_mtime_ns for path in times
+  }
   assert capsys.readouterr().out.count('skipped') == 2
 
 

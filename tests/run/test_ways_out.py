@@ -149,7 +149,9 @@ def test_an_edited_config_json_is_not_what_was_trained(tmp_path, no_pictures):
   stored = json.loads(path.read_text())
   stored['vae']['loss']['beta'] = 50.0
   path.write_text(json.dumps(stored))
-  with pytest.raises(UserError, match='config.vae.loss.beta is .* there, 50.0 now.* remove it: it is a copy'):
+  with pytest.raises(
+    UserError, match='config.vae.loss.beta is .* there, 50.0 now.* remove it: it is a copy'
+  ):
     train.run_stages(configs.read(run), run, ('vae',))
   path.unlink()
   assert configs.read(run).vae.loss.beta == digits(tmp_path).vae.loss.beta

@@ -95,7 +95,10 @@ class AdversarialDistillation(GridStudent):
     shared = grid_parts(config, stage)
     base.check(cls, config, stage)
     check(section)
-    maps = [jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in shared['teacher'].feature_shapes()]
+    maps = [
+      jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+      for shape in shared['teacher'].feature_shapes()
+    ]
     return cls(
       **shared,
       **section.loss.to_dict(),

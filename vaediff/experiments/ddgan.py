@@ -277,7 +277,9 @@ class Ddgan(base.InSpace):
     weight = adversarial.reconstruction_weight(self.loss['reconstruction'], fraction)
 
     def loss_d(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-      return self.discriminator_loss(params, generator.params, rows, key, regularised=kind == REGULARISED)
+      return self.discriminator_loss(
+        params, generator.params, rows, key, regularised=kind == REGULARISED
+      )
 
     grads_d, metrics_d = base.gradients(loss_d, discriminator.params, rows, key_d, self.microbatches)
     discriminator = base.apply_gradients(discriminator, grads_d, self.optimizer_discriminator, state.step)

@@ -182,7 +182,9 @@ class Denoiser:
     key_dropout: jax.Array | None = None,
   ) -> tuple[State, State | None]:
     """Returns the prediction, and the fraction f of a learned log variance, float32; None of a fixed one."""
-    output = self.model.apply(read[self.network], *self.inputs(y, t, values, drop), key_dropout=key_dropout)
+    output = self.model.apply(
+      read[self.network], *self.inputs(y, t, values, drop), key_dropout=key_dropout
+    )
     if self.variance != LEARNED:
       return output, None
     prediction, v = jnp.split(output, 2, axis=-1)

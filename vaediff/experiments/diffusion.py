@@ -295,7 +295,9 @@ class Diffusion(base.InSpace):
       y = gaussian.q_sample(values[self.start_value], y, t, self.denoiser.schedule)
     return y
 
-  def steps(self, denoise: gaussian.Denoise, y: LatentMap, keys: Keys, t_start: float, **more: Any) -> Any:
+  def steps(
+    self, denoise: gaussian.Denoise, y: LatentMap, keys: Keys, t_start: float, **more: Any
+  ) -> Any:
     """Returns what the configured sampler makes of the state y at `t_start`; `more` is of all samplers."""
     settings, sampler = self.settings, self.settings['sampler']
     return samplers.get_sampler(sampler)(

@@ -147,7 +147,9 @@ class DistributionMatching(GridStudent):
 
   # What the losses read ---------------------------------------------------------------------------
 
-  def own_states(self, read: Read, values: Values, like: Image, key: jax.Array) -> tuple[Image, Time]:
+  def own_states(
+    self, read: Read, values: Values, like: Image, key: jax.Array
+  ) -> tuple[Image, Time]:
     """Returns y_s and s of each example: states on the way of its own samples, not differentiated."""
     key_s, key_eps = jax.random.split(key)
     count, times = like.shape[0], self.start_times

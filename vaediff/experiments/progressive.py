@@ -105,7 +105,9 @@ class Progressive(LossStudent):
 
   # The examples -----------------------------------------------------------------------------------
 
-  def times(self, read: Read, key: jax.Array, count: int) -> tuple[jax.Array | None, jax.Array]:
+  def times(
+    self, read: Read, key: jax.Array, count: int
+  ) -> tuple[jax.Array | None, jax.Array]:
     """Returns the student's step of each example (None without steps) and its time."""
     if not self.num_steps:
       return None, schedules.sample_time(self.student.denoiser.schedule, key, count)

@@ -357,13 +357,8 @@ def models_of(section: ConfigDict, tokenizer: Tokenizer, source: Source) -> tupl
   for number, (grid, size) in enumerate(levels):
     above = levels[:number]
     module = FORMS[form](
-      grid=grid,
-      codebook_size=size,
-      above=above,
-      source_size=source.size,
-      source_length=source.length,
-      **fields,
-      **own,
+      grid=grid, codebook_size=size, above=above, source_size=source.size, source_length=source.length,
+      **fields, **own,
     )
     inputs = (ids(math.prod(grid)), ids(source.length), *(ids(*each) for each, _ in above))
     found.append(Model(module=module, inputs=inputs))

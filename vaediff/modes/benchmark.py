@@ -225,7 +225,9 @@ def measure_sampler(
     lambda shape: jax.device_put(jnp.ones((count, *shape.shape[1:]), shape.dtype), where), model.inputs
   )
   forward = jax.jit(model.apply)
-  given = {name: np.zeros((count, *struct.shape), struct.dtype) for name, struct in experiment.inputs.items()}
+  given = {
+    name: np.zeros((count, *struct.shape), struct.dtype) for name, struct in experiment.inputs.items()
+  }
   del given[NOISE]
   repeats = max(2, repeats // 3)
   forward_seconds = median_seconds(lambda: forward(read[DENOISER], *args), 3 * repeats)

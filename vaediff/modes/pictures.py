@@ -82,8 +82,8 @@ def whole_set(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   not done, however it ends. Every process calls it and writes its share; process 0 does the rest. What else a
   user has put into the folder stays there.
 
-  In a bucket nothing is renamed: once all are drawn those of the call before are removed, and the new ones sent
-  one by one. A kill in between leaves fewer images, never some of both calls.
+  In a bucket nothing is renamed: once all are drawn those of the call before are removed, and the new ones
+  sent one by one. A kill in between leaves fewer images, never some of both calls.
 
   Raises:
     UserError: when another process draws into it, or it cannot be written.

@@ -29,6 +29,7 @@ OF_STEP = 'step-'
 ID, ARRAYS = 'id', 'arrays'
 """In `meta`: the id of the saved state, and the digests of its parts."""
 
+finished_steps = spool.finished_steps
 
 quiet.install()
 
@@ -176,11 +177,6 @@ class Checkpointer:
       f'could not save step {step} in {self.folder}: {files.reason(error)}. {last.capitalize()}. Make room '
       'or mend the folder, then run the same command again: it resumes from there'
     )
-
-
-def finished_steps(folder: pathlib.Path) -> list[int]:
-  """Returns the steps of the complete checkpoints in a `checkpoints` folder, ascending."""
-  return spool.finished_steps(folder)
 
 
 def latest_step(stage_folder: pathlib.Path) -> int | None:

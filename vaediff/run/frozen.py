@@ -127,7 +127,9 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
   )
 
 
-def check_tokenizers(sources: Mapping[str, reads.Reads], config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_tokenizers(
+  sources: Mapping[str, reads.Reads], config: ConfigDict, workdir: pathlib.Path
+) -> None:
   """Does nothing where all networks that read captions, such as a teacher, know words by the same numbers.
 
   Raises:

@@ -4,8 +4,8 @@
 run drops the lines that it writes again, so none is repeated or lost: those past its checkpoint, and those of
 the evaluation at that step, which comes after the save. A line that is no such object stays as it is.
 
-In a bucket, to which nothing can be appended, both are written in a folder of this machine and copied whole: at
-least before every checkpoint is saved, so that no line of a step that a run goes on from is missing.
+In a bucket, to which nothing can be appended, both are written in a folder of this machine and copied whole:
+at least before every checkpoint is saved, so that no line of a step that a run goes on from is missing.
 """
 
 import contextlib
@@ -115,7 +115,10 @@ class StageLog:
       self._board.add_scalar(name, value, step)
     say(self._line(step, values))
     if time.monotonic() - self._pushed > PUSH_SECONDS:
-      self._push()
+      try:
+        self._push()
+      except UserError as error:  # before a checkpoint it must
+        say(str(error))
 
   def picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a uint8 picture [height, width, channels] to TensorBoard."""
@@ -136,9 +139,9 @@ class StageLog:
 
   def _push(self) -> None:
     """Copies what is written to where the run lies."""
+    self._pushed = time.monotonic()
     with writing(self._path.parent):
       self._beside.push()
-    self._pushed = time.monotonic()
 
   def close(self) -> None:
     """Closes files and bar. Raises nothing of a disk: every line of metrics is in its file already.

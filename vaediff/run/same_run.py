@@ -200,7 +200,9 @@ def _also_fixed(config: ConfigDict, stage: str) -> tuple[str, ...]:
   if stage not in config or 'teacher' not in config[stage]:
     return ()
   fields = (f'sample.{name}' for name, _ in _flatten(config[stage].sample))
-  return tuple(field for field in fields if not any(fnmatchcase(field, pattern) for pattern in OF_PICTURES))
+  return tuple(
+    field for field in fields if not any(fnmatchcase(field, pattern) for pattern in OF_PICTURES)
+  )
 
 
 def _of_teacher(stored: ConfigDict, config: ConfigDict, stage: str) -> Iterator[Problem]:

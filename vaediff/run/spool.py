@@ -1,8 +1,8 @@
 """Checkpoints in a bucket: which are complete, and how those come there that Orbax cannot write there itself.
 
-Orbax writes to Google's store (`gs://`) as every process of a job needs it, and marks a complete checkpoint by
-an object in it. Of other stores it knows none: there one process saves into a folder of this machine, and a
-thread sends the checkpoint, `DONE` at last. What is read is fetched first.
+Orbax writes to Google's store (`gs://`) as every process of a job needs it, and marks a complete checkpoint
+by an object in it. Of other stores it knows none: there one process saves into a folder of this machine, and
+a thread sends the checkpoint, `DONE` at last. What is read is fetched first.
 """
 
 import os
@@ -70,7 +70,7 @@ class Spool:
   def __init__(self, folder: BucketPath, keep: int):
     if jax.process_count() > 1:
       raise UserError(
-        f'{folder}: checkpoints of a job of {jax.process_count()} processes go to {NATIVE[0]}:// or to a file '
+        f'{folder}: checkpoints of {jax.process_count()} processes go to {NATIVE[0]}:// or to a file '
         f'system that all share; {folder.scheme}:// takes those of one process'
       )
     self._there, self._keep = folder, keep
@@ -78,7 +78,6 @@ class Spool:
     self.here = buckets.scratch(folder / secrets.token_hex(4))
     for step in finished_steps(folder)[-1:]:
       shutil.copytree(local(folder / str(step)), self.here / str(step), copy_function=os.link)
-      (self.here / str(step) / DONE).unlink()
 
   def send(self, step: int, finish: Callable[[], None]) -> None:
     """Sends a checkpoint in a thread, once `finish` has returned: it is on this machine then."""
@@ -99,7 +98,7 @@ class Spool:
       there, here = self._there / str(step), self.here / str(step)
       there.remove(first=(DONE,))  # what a save that was not finished has left
       for path in sorted(here.rglob('*')):
-        if path.is_file():
+        if path.is_file() and path != here / DONE:
           (there / path.relative_to(here)).upload(path)
       (there / DONE).put(secrets.token_hex(8).encode())
       for old in finished_steps(self._there)[: -self._keep]:

@@ -109,7 +109,9 @@ def light_decoder_of(config: ConfigDict, named: ConfigDict) -> reads.FromStage:
   stage = named.decoder_stage
   known = reads.is_stage(config, stage, 'light_decoder')
   if not known or config[stage].autoencoder.stage != named.stage:
-    raise UserError(f'autoencoder.decoder_stage is {stage!r}, which is no light decoder of {named.stage!r}')
+    raise UserError(
+      f'autoencoder.decoder_stage is {stage!r}, which is no light decoder of {named.stage!r}'
+    )
   return reads.FromStage(
     stage=stage, network='decoder', workdir=named.workdir, model=light_decoder_model(config, stage)
   )
