@@ -88,6 +88,15 @@ def default() -> ConfigDict:
       'silence_timeout_seconds': 3600.0,  # longest time without the end of a step, compilation too; 0 = off
     }
   )
+  config.log = ConfigDict(
+    {
+      'wandb': {
+        'mode': 'disabled',  # 'disabled' | 'offline' | 'online': Weights & Biases (extra `[wandb]`)
+        'project': 'vaediff',
+        'entity': '',  # user or team; '' = W&B's own choice
+      },
+    }
+  )
   config.checkpoints = ConfigDict(
     {
       'check_arrays': True,  # store digests of all arrays, and compare them when they are read

@@ -42,6 +42,7 @@ ONLY_IN = {
   'pyarrow': ('data/parquet.py',),
   'sklearn': ('conditions/prior.py', 'data/'),
   'tensorflow': (),
+  'wandb': ('run/wandb_log.py',),
   'ml_collections': (
     'machine/', 'data/', 'optim.py', 'checks.py', 'reads.py', 'spaces/', 'conditions/', 'experiments/',
     'run/', 'evaluation/', 'modes/', 'main.py',

@@ -15,7 +15,7 @@ from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
 from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, sharding
-from vaediff.run import checkpoint, classes, guides, students, values
+from vaediff.run import checkpoint, classes, guides, students, values, wandb_log
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -58,6 +58,8 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   networks.check(config.evaluate)
   if mode in ('train', 'evaluate'):
     check_seeds(config)
+  if mode == 'train':
+    wandb_log.check(config)
   for topology in config.compile.topology.split(','):
     chips.parse(topology.strip())
   for stage in config.stages:

@@ -1,5 +1,6 @@
 """Configs that earlier versions stored, read as this one: other names, new keys with the value of before."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,8 @@ EXPORT = {
   'reduce_range': 'auto',
 }
 """What is written for other programs, which earlier versions could not."""
+LOG = {'wandb': {'mode': 'disabled', 'project': 'vaediff', 'entity': ''}}
+"""Where else was logged: nowhere."""
 MODES = {
   'quantize': QUANTIZE,
   'export': EXPORT,
@@ -119,6 +122,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['sample'].setdefault('captions', ())
       section['sample'].setdefault('rerank', dict(RERANK))
   config.setdefault('checkpoints', {'check_arrays': True})
+  config.setdefault('log', copy.deepcopy(LOG))
   config.setdefault('quantize', {})
   config.setdefault('export', {})
   for mode, settings in MODES.items():

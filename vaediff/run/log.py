@@ -1,4 +1,4 @@
-"""Scalars and pictures of one stage: console, `metrics.jsonl` and TensorBoard. Process 0 only.
+"""Scalars and pictures of one stage: console, `metrics.jsonl`, TensorBoard and others. Process 0 only.
 
 `metrics.jsonl` holds one object per line, `{"stage": ..., "step": ..., "<metric>": value, ...}`. A resumed
 run drops the lines that it writes again, so none is repeated or lost: those past its checkpoint, and those of
@@ -17,7 +17,7 @@ import pathlib
 import queue
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,7 @@ class StageLog:
     stage: its name.
     start_step: steps done before; later lines in the file are dropped.
     num_steps: steps in all, for the progress bar and the time left.
+    also: what scalars and pictures are handed to as well, such as `wandb_log.Writer`; raises nothing.
 
   Attributes:
     logged: what the file holds of the step `start_step`; on process 0.
@@ -67,7 +68,10 @@ class StageLog:
     UserError: when a file cannot be read or written, here or later: names it and the reason.
   """
 
-  def __init__(self, folder: pathlib.Path, stage: str, start_step: int, num_steps: int):
+  def __init__(
+    self, folder: pathlib.Path, stage: str, start_step: int, num_steps: int, also: Sequence[Any] = ()
+  ):
+    self._also = also
     self._stage, self._num_steps, self._start_step = stage, num_steps, start_step
     self._active = jax.process_index() == 0
     self._start = time.monotonic()
@@ -113,6 +117,8 @@ class StageLog:
     self._check_board()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    for writer in self._also:
+      writer.scalars(step, values)
     say(self._line(step, values))
     if time.monotonic() - self._pushed > PUSH_SECONDS:
       try:
@@ -125,6 +131,8 @@ class StageLog:
     if self._active:
       self._check_board()
       self._board.add_image(name, picture, step, dataformats='HWC')
+      for writer in self._also:
+        writer.picture(step, name, picture)
 
   def flush(self) -> None:
     """Makes everything written so far durable; called before a checkpoint is saved."""
@@ -152,6 +160,8 @@ class StageLog:
       return
     self._bar.close()
     self._close_files()
+    for writer in self._also:
+      writer.close()
     try:
       self._push()
     except UserError as error:
