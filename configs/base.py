@@ -285,7 +285,8 @@ def export() -> ConfigDict:
   """What `--mode=export` writes of a trained stage; read by `vaediff.modes.export`."""
   return ConfigDict(
     {
-      'format': 'onnx',  # one graph from noise to images, run by onnxruntime (extra `[onnx]`)
+      # one program from noise to images: 'onnx' for onnxruntime (extra `[onnx]`) | 'stablehlo' for JAX alone
+      'format': 'onnx',
       'weights': 'float32',  # 'float32' | 'int8', whose products read bytes too (docs/quantization.md)
       'batch_size': 1,  # images of one call
       'output': 'float32',  # of the images: 'float32', in [-1, 1] | 'uint8'
@@ -293,6 +294,8 @@ def export() -> ConfigDict:
       # kernels of 7 bits, for processors whose sums of products of bytes saturate: 'auto', where this one has
       # no instruction for them | 'yes' | 'no'
       'reduce_range': 'auto',
+      'platforms': ('cpu', 'cuda', 'tpu'),  # of stablehlo: those that the file runs on; 'rocm' too
+      'any_batch': True,  # of stablehlo: one file for any number of images; False = of batch_size
     }
   )
 

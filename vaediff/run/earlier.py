@@ -65,6 +65,8 @@ EXPORT = {
   'output': 'float32',
   'num_images': 64,
   'reduce_range': 'auto',
+  'platforms': ('cpu', 'cuda', 'tpu'),
+  'any_batch': True,
 }
 """What is written for other programs, which earlier versions could not."""
 LOG = {'wandb': {'mode': 'disabled', 'project': 'vaediff', 'entity': ''}}
