@@ -1,4 +1,4 @@
-"""A store in memory in the place of a real one: `s3://...` of this process. It counts what is written."""
+"""A store in memory in the place of a real one: `s3://...` of this process."""
 
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -27,6 +27,10 @@ class Store(MemoryFileSystem):
   def ls(self, path, detail=True, **kwargs):
     self._work()
     return super().ls(path, detail, **kwargs)
+
+  def cat_file(self, path, *args, **kwargs):
+    self._work()
+    return super().cat_file(path, *args, **kwargs)
 
   def _work(self):
     if self.broken:
