@@ -1,5 +1,6 @@
 """A run in a bucket of a server on this machine: killed, gone on with, sampled, evaluated."""
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -8,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import memory_bucket
@@ -17,11 +19,12 @@ from PIL import Image
 
 from vaediff import buckets, files
 from vaediff.buckets import BucketPath
-from vaediff.data import sources
+from vaediff.data import arrays, sources
 from vaediff.errors import UserError
+from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.modes import checked, evaluate, sample, train
-from vaediff.run import checkpoint, log, spool
+from vaediff.run import checkpoint, log, precomputed, spool
 from vaediff.run import config as configs
 from vaediff.run.config import Run
 
@@ -186,3 +189,32 @@ def test_metrics_are_sent_before_a_checkpoint(memory_run):
   lines = [json.loads(line) for line in (memory_run / 'metrics.jsonl').read_text().splitlines()]
   assert [line['loss'] for line in lines] == [1.0, 2.0, 30.0]
   assert len(list((memory_run / 'tensorboard').iterdir())) == 2
+
+
+def test_precomputed_arrays_are_mapped_from_a_copy(memory_run, monkeypatch):
+  config = importlib.import_module('configs.digits').get_config('debug')
+  config.data.source = 'synthetic'
+  source = sources.open_source(config.data, 'train')
+  rows = np.arange(3.0 * len(source), dtype=np.float32).reshape(-1, 3)
+  experiment = mock.Mock(spec=Experiment, stored={'z_mean': jax.ShapeDtypeStruct((3,), np.float32)})
+  made, mesh = [], sharding.make_mesh(config.mesh)
+
+  def write(folder, *_):
+    made.append(folder)
+    with arrays.Writer(folder / 'z_mean.npy', rows.shape, rows.dtype) as writer:
+      writer.write(0, rows)
+
+  monkeypatch.setattr(precomputed.frozen_networks, 'ids', lambda *_: {})
+  monkeypatch.setattr(precomputed, 'write', write)
+  for _ in range(2):
+    stored = precomputed.precomputed(config, memory_run, 'vae', experiment, {}, source, mesh)['z_mean']
+    assert isinstance(stored, np.memmap)
+    np.testing.assert_array_equal(stored, rows)
+  assert len(made) == 1
+  (facts,) = memory_run.rglob(precomputed.FACTS)
+  (facts.parent / 'z_mean.npy').put((facts.parent / 'z_mean.npy').read_bytes()[:-4] + b'1234')
+  with pytest.raises(files.Damaged, match=f'remove the folder {facts.parent}: it is made again'):
+    precomputed.precomputed(config, memory_run, 'vae', experiment, {}, source, mesh)
+  facts.unlink()  # as where the one who sent them was killed
+  precomputed.precomputed(config, memory_run, 'vae', experiment, {}, source, mesh)
+  assert len(made) == 2
