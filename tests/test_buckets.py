@@ -1,7 +1,9 @@
 """Paths in buckets: read as any other, written whole; a store that does not answer is no damage."""
 
+import ast
 import errno
 import os
+import pathlib
 import pickle
 
 import memory_bucket
@@ -152,3 +154,11 @@ def test_a_missing_package_is_named(monkeypatch):
     UserError, match=r"gs://... takes packages .*pip install -e '\.\[cloud\]' \(Install gcsfs"
   ):
     places.anywhere('gs://bucket/run', '--workdir')
+
+
+def test_no_run_folder_becomes_a_path_of_this_machine():
+  """`pathlib.Path('s3://bucket/run')` would be a folder named 's3:': every workdir goes through `places`."""
+  for file in (pathlib.Path(buckets.__file__).parent).rglob('*.py'):
+    for node in ast.walk(ast.parse(file.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func).split('.')[-1] == 'Path':
+        assert 'workdir' not in ast.unparse(node), f'{file}: {ast.unparse(node)}'
