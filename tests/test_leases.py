@@ -89,3 +89,11 @@ def test_a_store_that_does_not_answer_is_said(folder, monkeypatch):
   with pytest.raises(UserError, match='s3://bucket/run cannot be written: the store does not answer'):
     with files.lock(folder, 'a test'):
       pass
+
+
+def test_a_lock_whose_answer_was_lost_is_held(folder, monkeypatch):
+  create = BucketPath.create
+  monkeypatch.setattr(BucketPath, 'create', lambda path, content: create(path, content) and False)
+  begun = time.monotonic()
+  with files.lock(folder, 'a test') as waited:
+    assert not waited and time.monotonic() - begun < 0.3

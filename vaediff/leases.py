@@ -86,6 +86,8 @@ def _take(path: BucketPath, own: dict[str, Any], wait: bool) -> bool:
   waited = False
   while not path.create(_content(own)):
     found = _read(path)
+    if found.get('token') == own['token']:  # written, but the answer was lost and the store was asked again
+      return waited
     if found and not is_gone(found):
       waited = True
       holder = found.get('holder', 'another process')
