@@ -47,6 +47,7 @@ setup(
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     # above 0.13.0 jax2onnx wants an older orbax-checkpoint than this package: pip finds the one that fits
     'onnx': ['jax2onnx>=0.13', 'onnx>=1.20', 'onnxruntime>=1.24'],
+    'stablehlo': ['flatbuffers>=24.3'],  # what jax.export writes its files with
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
     'prepare': ['tensorflow-cpu>=2.21'],
     'text': ['sentencepiece>=0.2.1'],
@@ -55,6 +56,7 @@ setup(
     'wandb': ['wandb>=0.19'],
     'test': [
       'beartype>=0.20',
+      'flatbuffers>=24.3',
       'ipykernel>=6.29',
       'ipywidgets>=8.1',
       'kubeflow-trainer-api>=2.0',  # classes of a JobSet, to check the manifests

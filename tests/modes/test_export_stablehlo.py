@@ -1,6 +1,7 @@
 """`--mode=export` of StableHLO writes a file that JAX alone runs, and that draws what the stage draws."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,10 @@ from vaediff.run import config as configs
 from vaediff.run import exported
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
+from vaediff.weights import stablehlo_file
 
+INSTALLED = importlib.util.find_spec(stablehlo_file.PACKAGE) is not None
+pytestmark = pytest.mark.skipif(not INSTALLED, reason='the extra [stablehlo] is not installed')
 ALONE = """
 import json, sys
 import jax, numpy

@@ -1,5 +1,7 @@
 """Bytes of StableHLO hold a function with what it closes over, for all platforms and any batch."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from vaediff.errors import UserError
 from vaediff.weights import stablehlo_file
 
+INSTALLED = importlib.util.find_spec(stablehlo_file.PACKAGE) is not None
+needs_flatbuffers = pytest.mark.skipif(not INSTALLED, reason='the extra [stablehlo] is not installed')
 INPUTS = {'z': jax.ShapeDtypeStruct((2, 3), jnp.float32), 'label': jax.ShapeDtypeStruct((2,), jnp.int32)}
 KERNEL = np.arange(6, dtype=np.float32).reshape(3, 2)
 
@@ -18,6 +22,7 @@ def function(given):
   return y + given['label'][:, None].astype(y.dtype)
 
 
+@needs_flatbuffers
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_one_program_for_any_batch(count):
   content = stablehlo_file.convert(function, INPUTS, ('cpu', 'cuda', 'tpu'), any_batch=True)
@@ -28,6 +33,7 @@ def test_one_program_for_any_batch(count):
   assert about['platforms'] == 'cpu, cuda, tpu' and '32[batch,3]' in about['shapes']
 
 
+@needs_flatbuffers
 def test_a_fixed_batch_is_that_one():
   content = stablehlo_file.convert(function, INPUTS, ('cpu',), any_batch=False)
   given = {'z': np.ones((3, 3), np.float32), 'label': np.zeros(3, np.int32)}
@@ -36,9 +42,16 @@ def test_a_fixed_batch_is_that_one():
   assert stablehlo_file.runner(content)({k: v[:2] for k, v in given.items()}).shape == (2, 2)
 
 
+@needs_flatbuffers
 def test_a_function_that_asks_for_the_number_is_refused():
   asks = lambda given: given['z'] * len(given['z'])
   with pytest.raises(UserError, match=r'this sampler for cpu: .*With --config.export.any_batch=False'):
     stablehlo_file.convert(asks, INPUTS, ('cpu',), any_batch=True)
   content = stablehlo_file.convert(asks, INPUTS, ('cpu',), any_batch=False)
   assert stablehlo_file.about(content)['platforms'] == 'cpu'
+
+
+def test_a_missing_package_is_named(monkeypatch):
+  monkeypatch.setattr(stablehlo_file, 'PACKAGE', 'no_such_package')
+  with pytest.raises(UserError, match=r"no_such_package; it is not installed: pip install -e '\.\[stablehlo\]'"):
+    stablehlo_file.check_installed()

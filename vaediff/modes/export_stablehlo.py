@@ -29,7 +29,8 @@ TOLERANCE = {
 
 
 def check() -> None:
-  """Does nothing: all that it takes comes with JAX."""
+  """Raises UserError where the package is missing."""
+  stablehlo_file.check_installed()
 
 
 def export(

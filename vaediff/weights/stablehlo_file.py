@@ -5,8 +5,11 @@ that can read it are those of six months after and three weeks before (its promi
 of this package is needed to run it:
 
     images = jax.export.deserialize(bytearray(content)).call({'noise': noise, 'z': z})
+
+JAX writes and reads the bytes with the package flatbuffers: the extra `[stablehlo]`.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
 
 import jax
@@ -18,6 +21,16 @@ from vaediff.errors import UserError
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 BATCH = 'batch'
 """Name of the number of images where it is open."""
+PACKAGE = 'flatbuffers'
+
+
+def check_installed() -> None:
+  """Raises UserError where the package of the extra `[stablehlo]` is not installed."""
+  if importlib.util.find_spec(PACKAGE) is None:
+    raise UserError(
+      f"config.export.format is stablehlo, which jax.export writes with the package {PACKAGE}; it is not "
+      "installed: pip install -e '.[stablehlo]'"
+    )
 
 
 def convert(
