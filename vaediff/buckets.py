@@ -234,11 +234,16 @@ def saying(path: pathlib.Path) -> Iterator[None]:
     raise
   except KNOWN as error:
     number = next(n for kind, n in zip(KNOWN, NUMBERS, strict=True) if isinstance(error, kind))
-    raise OSError(number, os.strerror(number), str(path)) from error
+    said = _first_line(error)  # such as that there is no such bucket
+    text = f'{os.strerror(number)} ({said})' if ' ' in said else os.strerror(number)
+    raise OSError(number, text, str(path)) from error
   except Exception as error:  # of connections, credentials, the store's own
-    lines = str(error).strip().splitlines() or ['']
-    text = f'{type(error).__name__}: {lines[0]}'
-    raise OSError(errno.EREMOTEIO, f'the store does not answer as it should ({text})', str(path)) from error
+    text = f'the store does not answer as it should ({type(error).__name__}: {_first_line(error)})'
+    raise OSError(errno.EREMOTEIO, text, str(path)) from error
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [''])[0]
 
 
 def is_bucket(text: str) -> bool:
