@@ -21,6 +21,7 @@ setup(
     'absl-py>=2.1',
     'clu>=0.0.12',
     'flax>=0.12.8,<0.13',
+    'fsspec>=2025.3',  # paths in buckets; orbax-checkpoint needs it anyway
     'grain>=0.2.18',
     'importlib_resources>=6.4',  # tensorflow-datasets imports it without declaring it
     'jax>=0.10.2,<0.12',
@@ -40,16 +41,22 @@ setup(
   ],
   extras_require={
     'benchmarks': ['diffusers>=0.36', 'torch>=2.8'],  # what `benchmarks/` compares with
+    'cloud': ['gcsfs>=2025.3', 's3fs>=2025.3'],  # runs in buckets
     'compile': ['libtpu'],
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     # above 0.13.0 jax2onnx wants an older orbax-checkpoint than this package: pip finds the one that fits
     'onnx': ['jax2onnx>=0.13', 'onnx>=1.20', 'onnxruntime>=1.24'],
+    'stablehlo': ['flatbuffers>=24.3'],  # what jax.export writes its files with
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
     'prepare': ['tensorflow-cpu>=2.21'],
     'text': ['sentencepiece>=0.2.1'],
+    # a store of this machine that speaks as S3: 80 MB that few tests need
+    'test_cloud': ['flask>=3', 'flask-cors>=5', 'moto>=5.0.28', 's3fs>=2025.3'],
+    'wandb': ['wandb>=0.19'],
     'test': [
       'beartype>=0.20',
+      'flatbuffers>=24.3',
       'ipykernel>=6.29',
       'ipywidgets>=8.1',
       'kubeflow-trainer-api>=2.0',  # classes of a JobSet, to check the manifests

@@ -89,6 +89,15 @@ def default() -> ConfigDict:
       'silence_timeout_seconds': 3600.0,  # longest time without the end of a step, compilation too; 0 = off
     }
   )
+  config.log = ConfigDict(
+    {
+      'wandb': {
+        'mode': 'disabled',  # 'disabled' | 'offline' | 'online': Weights & Biases (extra `[wandb]`)
+        'project': 'vaediff',
+        'entity': '',  # user or team; '' = W&B's own choice
+      },
+    }
+  )
   config.checkpoints = ConfigDict(
     {
       'check_arrays': True,  # store digests of all arrays, and compare them when they are read
@@ -285,7 +294,8 @@ def export() -> ConfigDict:
   """What `--mode=export` writes of a trained stage; read by `vaediff.modes.export`."""
   return ConfigDict(
     {
-      # 'onnx': one graph from noise to images, run by onnxruntime (extra `[onnx]`) | 'safetensors': weights
+      # one program from noise to images, 'onnx' for onnxruntime (extra `[onnx]`) or 'stablehlo' for JAX alone;
+      # 'safetensors': weights
       'format': 'onnx',
       'weights': 'float32',  # 'float32' | 'int8', whose products read bytes too (docs/quantization.md)
       'batch_size': 1,  # images of one call
@@ -295,6 +305,8 @@ def export() -> ConfigDict:
       # no instruction for them | 'yes' | 'no'
       'reduce_range': 'auto',
       'names': 'vaediff',  # safetensors: 'vaediff', its own paths | 'official', those that were published
+      'platforms': ('cpu', 'cuda', 'tpu'),  # of stablehlo: those that the file runs on; 'rocm' too
+      'any_batch': True,  # of stablehlo: one file for any number of images; False = of batch_size
     }
   )
 

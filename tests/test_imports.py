@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / 'vaediff'
 ROOMS = (
-  ('errors', 'types', 'checks', 'files', 'identity', 'places'),
+  ('errors', 'types', 'checks', 'buckets', 'leases', 'files', 'identity', 'places'),
   ('machine', 'data', 'models', 'diffusion', 'weights', 'optim'),
   ('features', 'reads'),
   ('spaces',),
@@ -20,14 +20,17 @@ ROOMS = (
 )
 """The reading order: a room imports rooms of the floors before its own, and of its own floor none."""
 GROUND = {
+  'buckets': ('errors',),
   'checks': ('errors',),
-  'files': ('errors',),
+  'files': ('errors', 'buckets', 'leases'),
   'identity': ('errors',),
   'machine': ('errors', 'types'),
-  'places': ('errors',),
+  'leases': ('errors', 'buckets'),
+  'places': ('errors', 'buckets', 'files', 'identity'),
 }
 """What little is imported within or from the ground, beyond the order."""
 ONLY_IN = {
+  'fsspec': ('buckets.py',),
   'orbax': ('run/checkpoint.py',),
   'flax.linen': ('models/', 'features/'),
   'flax': ('models/', 'features/', 'experiments/base.py'),
@@ -39,6 +42,7 @@ ONLY_IN = {
   'pyarrow': ('data/parquet.py',),
   'sklearn': ('conditions/prior.py', 'data/'),
   'tensorflow': (),
+  'wandb': ('run/wandb_log.py',),
   'ml_collections': (
     'machine/', 'data/', 'optim.py', 'checks.py', 'reads.py', 'spaces/', 'conditions/', 'experiments/',
     'run/', 'evaluation/', 'modes/', 'main.py',

@@ -1,7 +1,8 @@
 """Files that are written at once, read with one message for all that can be wrong, and locked.
 
 A kill leaves the old file or the new one, never half of it. The system releases a lock with the process that
-holds it, however it ends.
+holds it, however it ends. In a bucket (`buckets`) a file is written here and sent as one object, and a lock
+is an object that is renewed (`leases`).
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vaediff import buckets, leases
 from vaediff.errors import UserError
 
 LONGEST = 300
@@ -45,17 +47,24 @@ class Damaged(UserError):
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a path to write to, which takes the place of `path` once that is done; makes the folder.
+  """Gives a path of this machine to write to, which takes the place of `path` once that is done.
+
+  The folder is made.
 
   Raises:
     UserError: when the file cannot be written: names it and the system's reason, such as a full disk.
   """
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  remote = isinstance(path, buckets.BucketPath)
+  folder = buckets.scratch(path) if remote else path.parent
+  temporary = folder / f'.{path.name}.{os.getpid()}.tmp'
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
       yield temporary
-      os.replace(temporary, path)
+      if remote:
+        path.upload(temporary)
+      else:
+        os.replace(temporary, path)
     finally:
       temporary.unlink(missing_ok=True)
   except OSError as error:
@@ -129,7 +138,7 @@ def read_json(path: pathlib.Path, mend: str = REMOVE) -> Any:
 
 def read_npz(path: pathlib.Path, mend: str = REMOVE) -> dict[str, np.ndarray]:
   """Returns the arrays of an npz file, whose checksums are compared; raises as `reading`."""
-  with reading(path, mend), open(path, 'rb') as file:
+  with reading(path, mend), path.open('rb') as file:
     if not zipfile.is_zipfile(file):  # np.load would take a pickle for one
       raise ValueError('it is no npz file')
     file.seek(0)
@@ -189,6 +198,14 @@ def lock(folder: pathlib.Path, what: str, *, wait: bool = False) -> Iterator[boo
     UserError: when another process holds it: names host and process. Or the folder cannot be written.
   """
   path, waited = folder / LOCK, False
+  if isinstance(folder, buckets.BucketPath):
+    with contextlib.ExitStack() as held:
+      try:
+        waited = held.enter_context(leases.lease(path, what, wait=wait))
+      except OSError as error:
+        raise UserError(f'{folder} cannot be written: {reason(error)}') from error
+      yield waited
+      return
   try:
     folder.mkdir(parents=True, exist_ok=True)
     file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 (held until the end of the block)

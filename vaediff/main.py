@@ -72,10 +72,10 @@ def asked_for(argv: list[str]) -> configs.Run:
     config.compile.topology = TOPOLOGY.value
   if not WORKDIR.value and not config.name:
     raise UserError("config.name is '' and would name the run folder, runs/<name>; give --workdir=<folder>")
-  workdir = places.expanded(WORKDIR.value or f'runs/{config.name}', '--workdir')
+  workdir = places.anywhere(WORKDIR.value or f'runs/{config.name}', '--workdir')
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f'--workdir is {workdir}, which is a file; give a folder')
-  out = places.expanded(OUT.value, '--out') if OUT.value else None
+  out = places.anywhere(OUT.value, '--out') if OUT.value else None
   return configs.Run(config, workdir, configs.stages_of(config, STAGES.value), out)
 
 

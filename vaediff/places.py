@@ -1,10 +1,51 @@
-"""Where things lie that no field names: the one place that asks for a home folder, and that reads `~`."""
+"""Where things lie: the one place that asks for a home folder, reads `~`, and knows a bucket by its name."""
 
 import os
 import pathlib
 from collections.abc import Mapping
 
+from vaediff import buckets, files, identity
 from vaediff.errors import UserError
+
+
+def anywhere(path: str | os.PathLike[str], meant: str = 'workdir') -> pathlib.Path:
+  """Returns a path that may lie in a bucket, as `gs://bucket/run`; else as `expanded`.
+
+  Every run's folder that a user names comes through here.
+
+  Raises:
+    UserError: see there; or it is in a store of another kind, or the store's package is not installed.
+  """
+  if isinstance(path, buckets.BucketPath):
+    return path
+  text = os.fspath(path)
+  return buckets.parse(text, meant) if buckets.is_bucket(text) else expanded(path, meant)
+
+
+def fetched(path: str, meant: str) -> pathlib.Path:
+  """Returns a path of this machine for what is only read: a file or folder in a bucket is copied first.
+
+  The copy lies in the user's caches and is kept; each call gets what has changed since.
+
+  Raises:
+    UserError: as `anywhere`; or there is nothing, or it cannot be read or stored.
+  """
+  there = anywhere(path, meant)
+  if not isinstance(there, buckets.BucketPath):
+    return there
+  here = cache(f'{meant} as a folder of this machine') / 'vaediff' / 'buckets'
+  here = here / identity.digest(str(there)) / there.name
+  try:
+    with files.lock(here.parent, f'fetches {there}', wait=True):
+      if not there.exists():
+        raise UserError(f'{meant} is {str(there)!r}, and there is nothing')
+      buckets.mirror(there, here)
+  except OSError as error:
+    raise UserError(
+      f'{meant}={str(there)!r} cannot be copied to {here}: {files.reason(error)}. Mend that, or set '
+      'XDG_CACHE_HOME to a folder that has room'
+    ) from error
+  return here
 
 
 def expanded(path: str | os.PathLike[str], meant: str) -> pathlib.Path:
@@ -20,6 +61,11 @@ def expanded(path: str | os.PathLike[str], meant: str) -> pathlib.Path:
   text = os.fspath(path)
   if '\0' in text:
     raise UserError(f'{meant} is {text!r}, which holds a NUL byte: no path can')
+  if buckets.is_bucket(text):
+    raise UserError(
+      f'{meant} is {text!r}: it must be a folder of this machine. In a bucket can be run folders (--workdir, '
+      '--out and fields named workdir) and data.path'
+    )
   if not text.startswith('~'):
     return pathlib.Path(text)
   try:

@@ -301,7 +301,7 @@ class Conditions:
         masks |= {name: mask for name, port in one.ports.items() if port.droppable}
     return masks
 
-  def without(self, names: Collection[str], count: int) -> Drop:
+  def without(self, names: Collection[str], count: Any) -> Drop:  # a number, or the open size of an export
     """Returns the drop of all examples of a batch for some conditions, as guidance needs it."""
     masks = {}
     for one in self.each:

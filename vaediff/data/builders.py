@@ -218,7 +218,7 @@ def check_emoji_package(path: str) -> pathlib.Path:
   Raises:
     UserError: it lacks emoji.json or the images; the message says how to get them.
   """
-  package = places.expanded(path, 'data.path')
+  package = places.fetched(path, 'data.path')
   for needed in ('emoji.json', 'img/google/64'):
     if not path or not paths.mode_of(package / needed):
       raise UserError(

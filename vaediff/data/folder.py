@@ -37,7 +37,7 @@ class FolderReader(Reader):
   """
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
-    self._root = places.expanded(data.path, 'data.path')
+    self._root = places.fetched(data.path, 'data.path')
     self._channels = data.channels
     listed = list_images(self._root, data.path)
     files = sorted(listed)

@@ -54,7 +54,7 @@ class IdxReader(Reader):
       )
     if not data.path:
       raise UserError("data.path='' is no folder; data.source='idx' needs one with the four files")
-    folder = places.expanded(data.path, 'data.path')
+    folder = places.fetched(data.path, 'data.path')
     self._images_file = find_idx(folder, f'{PREFIXES[name]}-images-idx3-ubyte')
     self._labels_file = find_idx(folder, f'{PREFIXES[name]}-labels-idx1-ubyte')
     # The classes are those of the training labels, so that both splits agree on their number.

@@ -37,7 +37,7 @@ class NpzReader(Reader):
   label_names: tuple[str, ...] = ()
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
-    self._file = places.expanded(data.path, 'data.path')
+    self._file = places.fetched(data.path, 'data.path')
     self._field = f'{split}_split'
     self._expression = data[self._field]
     parse_split(self._expression, self._field)

@@ -37,7 +37,7 @@ class ParquetReader(Reader):
     field = f'{split}_split'
     self._expression, self._channels = data[field], data.channels
     name, _, _ = parse_split(self._expression, field)
-    self._files = find(places.expanded(data.path, 'data.path'), data.path, name, field)
+    self._files = find(places.fetched(data.path, 'data.path'), data.path, name, field)
     self._groups = []  # file, number of the group in it
     self._starts = [0]
     for file in self._files:

@@ -1,6 +1,5 @@
 """What lies at a path that a user named, and a message for whatever the system says of it."""
 
-import os
 import pathlib
 import stat
 
@@ -25,7 +24,7 @@ def mode_of(path: pathlib.Path) -> int:
     UserError: when the system does not let us look: that is not the same as nothing.
   """
   try:
-    return os.stat(path).st_mode
+    return path.stat().st_mode
   except (FileNotFoundError, NotADirectoryError):
     return 0
   except OSError as error:

@@ -298,7 +298,7 @@ def describe(data: ml_collections.ConfigDict) -> str:
     place = cache.data_root(data) / data.name.split(':')[0]
     there = any(place.rglob('dataset_info.json'))
   else:
-    place = places.expanded(data.path, 'data.path')
+    place = places.anywhere(data.path, 'data.path')
     there = bool(data.path) and paths.mode_of(place) != 0
   text = (
     f"{data.name or data.source} ({data.source}), '{data.train_split}' and '{data.eval_split}', at"

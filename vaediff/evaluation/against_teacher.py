@@ -5,10 +5,9 @@ image x0_vae its samples still differ with the noise; a student whose samples di
 leave the noise out, which no distance between sets of images shows as plainly.
 """
 
-import pathlib
-
 import numpy as np
 
+from vaediff import places
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE
 from vaediff.run import config as configs
@@ -27,7 +26,7 @@ def chain(trained: Trained) -> list[Trained]:
     named = student.config[student.stage].teacher
     workdir, config = student.workdir, student.config
     if named.workdir:
-      workdir = pathlib.Path(named.workdir)
+      workdir = places.anywhere(named.workdir)
       config = configs.read(workdir)
       with config.unlocked():
         config.evaluate = student.config.evaluate

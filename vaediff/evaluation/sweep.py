@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import files, identity
+from vaediff import files, identity, places
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher, measures, networks, plots, report
@@ -119,7 +119,7 @@ def open_run(path: str, trained: Trained) -> Trained:
   Raises:
     UserError: when it was trained on other data.
   """
-  workdir = pathlib.Path(path)
+  workdir = places.anywhere(path, 'config.evaluate.sweep.workdirs')
   config = configs.read(workdir)
   for field in cache.FIELDS:
     if config.data[field] != trained.config.data[field]:

@@ -9,13 +9,13 @@ import traceback
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, reads
+from vaediff import experiments, places, reads
 from vaediff.errors import UserError
 from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
 from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, sharding
-from vaediff.run import checkpoint, classes, guides, students, values
+from vaediff.run import checkpoint, classes, guides, students, values, wandb_log
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -58,6 +58,8 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
   networks.check(config.evaluate)
   if mode in ('train', 'evaluate'):
     check_seeds(config)
+  if mode == 'train':
+    wandb_log.check(config)
   for topology in config.compile.topology.split(','):
     chips.parse(topology.strip())
   for stage in config.stages:
@@ -181,7 +183,7 @@ def check_order(
     for source in built[stage].frozen.values():
       if not isinstance(source, reads.FromStage):
         continue
-      folder = pathlib.Path(source.workdir) if source.workdir else workdir
+      folder = places.anywhere(source.workdir) if source.workdir else workdir
       reading = f'stage {stage!r} reads stage {source.stage!r} of {folder}'
       if source.stage in chosen[:number] and not source.workdir:
         continue

@@ -6,10 +6,12 @@ import jax
 
 from vaediff import checks
 from vaediff.errors import UserError
-from vaediff.modes import export_onnx, export_safetensors, pictures
+from vaediff.experiments import bounds
+from vaediff.modes import export_onnx, export_safetensors, export_stablehlo, pictures
 from vaediff.run import exported, log
 from vaediff.run.config import Run
 from vaediff.run.trained import open_last
+from vaediff.weights import stablehlo_file
 
 BOUNDS = {
   'weights': checks.one_of(export_onnx.WEIGHTS),
@@ -18,9 +20,13 @@ BOUNDS = {
   'num_images': checks.count(1),
   'reduce_range': checks.one_of(export_onnx.REDUCED),
   'names': checks.one_of(export_safetensors.NAMES),
+  'platforms': bounds.several(
+    checks.one_of(stablehlo_file.PLATFORMS), f'a tuple of names, of {stablehlo_file.PLATFORMS}'
+  ),
 }
 FORMATS: Mapping[str, tuple[Callable, Callable]] = {
   'onnx': (export_onnx.check, export_onnx.export),
+  'stablehlo': (export_stablehlo.check, export_stablehlo.export),
   'safetensors': (export_safetensors.check, export_safetensors.export),
 }
 """By name, as `config.export.format` has it: what sees whether it can be written, and what writes it."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from vaediff import files
+from vaediff import buckets, files
 from vaediff.errors import UserError
 from vaediff.machine import distributed
 from vaediff.run import config as configs
@@ -41,6 +42,11 @@ def out_of(run: Run, below: str = '') -> pathlib.Path:
   try:
     if not run.out and not out.exists():
       return out  # no run, which is said when it is opened; nothing is made for it
+    if isinstance(folder, buckets.BucketPath):
+      probe = folder / f'.probe-{secrets.token_hex(4)}.tmp'
+      probe.put(b'vaediff')
+      probe.unlink()
+      return out
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix='.probe-', suffix='.tmp') as probe:
       probe.write(b'vaediff')
@@ -76,9 +82,16 @@ def whole_set(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   not done, however it ends. Every process calls it and writes its share; process 0 does the rest. What else a
   user has put into the folder stays there.
 
+  In a bucket nothing is renamed: once all are drawn those of the call before are removed, and the new ones
+  sent one by one. A kill in between leaves fewer images, never some of both calls.
+
   Raises:
     UserError: when another process draws into it, or it cannot be written.
   """
+  if isinstance(folder, buckets.BucketPath):
+    with _whole_set_in_bucket(folder) as fresh:
+      yield fresh
+    return
   folder = pathlib.Path(os.path.realpath(folder))  # a link to another disk stays one
   work, first = folder.with_name(f'.{folder.name}.tmp'), jax.process_index() == 0
   fresh, before = work / 'new', work / 'old'
@@ -100,6 +113,30 @@ def whole_set(folder: pathlib.Path) -> Iterator[pathlib.Path]:
           (work / files.LOCK).unlink()
           work.rmdir()
     distributed.wait_for_all(f'wrote {folder}')
+
+
+@contextlib.contextmanager
+def _whole_set_in_bucket(folder: buckets.BucketPath) -> Iterator[pathlib.Path]:
+  first = jax.process_index() == 0
+  lock = folder.with_name(f'.{folder.name}.tmp')
+  with files.lock(lock, f'draws {folder}') if first else contextlib.nullcontext():
+    beside = buckets.Beside(folder)
+    shutil.rmtree(beside.here)
+    yield beside.here
+    distributed.wait_for_all(f'drew {folder}')
+    with _said(folder):
+      for path in folder.objects() if first else ():
+        if _is_numbered(path.relative_to(folder)):
+          path.unlink(missing_ok=True)
+      distributed.wait_for_all(f'cleared {folder}')
+      beside.push()
+    distributed.wait_for_all(f'wrote {folder}')
+
+
+def _is_numbered(relative: pathlib.PurePath) -> bool:
+  """Returns whether a file is an image of a call, and not a user's own."""
+  number = relative.stem if relative.suffix == '.png' and len(relative.parts) <= 2 else ''
+  return number.isdigit() and len(number) >= DIGITS
 
 
 @contextlib.contextmanager
@@ -137,8 +174,7 @@ def _retire(before: pathlib.Path, folder: pathlib.Path) -> None:
     return
   for path in sorted(before.rglob('*')):
     relative = path.relative_to(before)
-    number = path.stem if path.suffix == '.png' and len(relative.parts) <= 2 else ''
-    if number.isdigit() and len(number) >= DIGITS or path.is_dir() and not path.is_symlink():
+    if _is_numbered(relative) or path.is_dir() and not path.is_symlink():
       continue
     if not os.path.lexists(folder / relative):  # a user's own file
       (folder / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import files, identity, reads
+from vaediff import files, identity, places, reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
@@ -178,7 +178,7 @@ def finished(
   for source in experiment.frozen.values():
     if not isinstance(source, reads.FromStage):
       continue
-    folder = pathlib.Path(source.workdir) if source.workdir else workdir
+    folder = places.anywhere(source.workdir) if source.workdir else workdir
     if not is_complete(configs.read(folder) if source.workdir else config, folder, source.stage):
       raise UserError(
         f'stage {stage!r} reads stage {source.stage!r} of {folder}, which is not trained to its last step; '

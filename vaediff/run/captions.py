@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import identity, reads
+from vaediff import identity, places, reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.machine import distributed
@@ -147,7 +147,7 @@ def table(
   Raises:
     UserError: for a caption with an unknown word, or one that is too long; names the field.
   """
-  folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+  folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
   tokenizer = tokenizer_of(config, source.stage, folder)
   chosen = not training and config[source.stage].sample.captions
   field = f'config.{source.stage}.sample.captions' if chosen else 'the captions of the evaluation split'

@@ -3,7 +3,7 @@
 A checkpoint of step N is the folder `<stage>/checkpoints/N` with two items: `state` (parameters, optimizer
 state, averages, step) and `meta` (JSON: its id, digests of its arrays, stage, config, ids of what it was made
 of, data position, seconds trained). Saving is asynchronous; an unfinished save leaves a temporary folder that
-the next run removes, never a step.
+the next run removes, never a step. In a bucket that is the step's folder without the object `spool.DONE`.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from vaediff import files, identity
 from vaediff.errors import UserError
 from vaediff.machine import distributed, sharding
 from vaediff.models.functional import Model
-from vaediff.run import digests, quiet
+from vaediff.run import digests, quiet, spool
 from vaediff.types import Params
 
 FOLDER = 'checkpoints'
@@ -29,6 +29,7 @@ OF_STEP = 'step-'
 ID, ARRAYS = 'id', 'arrays'
 """In `meta`: the id of the saved state, and the digests of its parts."""
 
+finished_steps = spool.finished_steps
 
 quiet.install()
 
@@ -68,8 +69,9 @@ class Checkpointer:
     self.folder = (stage_folder / FOLDER).absolute()
     self._check_arrays, self._saving, self._closed = check_arrays, None, False
     try:
+      self._spool = spool.of(self.folder, keep)
       self._manager = ocp.CheckpointManager(
-        self.folder,
+        self._spool.here if self._spool else self.folder,
         options=ocp.CheckpointManagerOptions(
           max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         ),
@@ -90,8 +92,10 @@ class Checkpointer:
     arrays = digests.of_parts(state) if self._check_arrays else {}
     own = identity.digest(arrays) if arrays else secrets.token_hex(identity.DIGITS // 2)
     meta = identity.sealed({**meta, ID: own, ARRAYS: arrays})
+    before, self._saving = self._saving, step
     try:
-      before, self._saving = self._saving, step
+      if self._spool:
+        self._spool.wait()
       saved = self._manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
@@ -103,12 +107,16 @@ class Checkpointer:
         f'{self.folder} holds step {self.latest_step()}, so step {step} was not saved: those checkpoints are '
         'of another training. Move the folder away, and run again'
       )
+    if self._spool:
+      self._spool.send(step, self._manager.wait_until_finished)
 
   def wait(self) -> None:
     """Waits for the save in progress. Raises UserError when it failed."""
     if self._closed:
       return
     try:
+      if self._spool:
+        self._spool.wait()
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._failed(error, self._saving) from error
@@ -119,7 +127,10 @@ class Checkpointer:
       self.wait()
     except UserError as error:
       return str(error)
-    steps = finished_steps(self.folder)
+    try:
+      steps = finished_steps(self.folder)
+    except OSError as error:
+      return f'which step is kept is not known: {files.reason(error)}'
     return f'step {steps[-1]} is kept' if steps else 'no step was saved yet'
 
   def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -157,19 +168,15 @@ class Checkpointer:
       self._manager.close()
 
   def _failed(self, error: Exception, step: int | None) -> UserError:
-    steps = finished_steps(self.folder)
-    last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no earlier checkpoint'
+    try:
+      steps = finished_steps(self.folder)
+      last = f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no earlier checkpoint'
+    except OSError as now:
+      last = f'which is the last good checkpoint is not known ({files.reason(now)})'
     return UserError(
       f'could not save step {step} in {self.folder}: {files.reason(error)}. {last.capitalize()}. Make room '
       'or mend the folder, then run the same command again: it resumes from there'
     )
-
-
-def finished_steps(folder: pathlib.Path) -> list[int]:
-  """Returns the steps of the complete checkpoints in a `checkpoints` folder, ascending."""
-  if not folder.is_dir():
-    return []
-  return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
 def latest_step(stage_folder: pathlib.Path) -> int | None:
@@ -215,7 +222,7 @@ def load_frozen(
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       restored = checkpointer.restore(
-        folder / 'state',
+        spool.local(folder) / 'state',
         args=ocp.args.PyTreeRestore(
           tree,
           restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
@@ -320,7 +327,7 @@ def stored_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """Returns the shape of every stored array by its slash-joined path."""
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      metadata = checkpointer.metadata(folder / 'state')
+      metadata = checkpointer.metadata(spool.local(folder) / 'state')
     if metadata.item_metadata is None:
       raise ValueError('the description of its arrays is missing')
     tree = metadata.item_metadata.tree

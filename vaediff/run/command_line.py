@@ -40,7 +40,7 @@ def complete_argv(argv: list[str]) -> list[str]:
   workdirs = _given(argv, 'workdir')
   if not workdirs or not workdirs[-1]:
     return argv
-  return [argv[0], f'--config={STORED}:{places.expanded(workdirs[-1], "--workdir")}', *argv[1:]]
+  return [argv[0], f'--config={STORED}:{places.anywhere(workdirs[-1], "--workdir")}', *argv[1:]]
 
 
 def _given(argv: list[str], flag: str) -> list[str]:
@@ -52,7 +52,7 @@ def _given(argv: list[str], flag: str) -> list[str]:
 def stored_file(argv: list[str]) -> pathlib.Path | None:
   """Returns the `config.json` that arguments of `complete_argv` stand for; None where they name a config."""
   workdirs = [arg.partition(f'{STORED}:')[2] for arg in argv if arg.startswith(f'--config={STORED}:')]
-  return pathlib.Path(workdirs[0]) / configs.FILE if workdirs else None
+  return places.anywhere(workdirs[0], '--workdir') / configs.FILE if workdirs else None
 
 
 def missing_key(error: AttributeError | KeyError, argv: list[str]) -> UserError | None:

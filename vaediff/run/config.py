@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff import checks, files
+from vaediff import checks, files, places
 from vaediff.diffusion.restoration import TASKS
 from vaediff.errors import UserError
 from vaediff.experiments import bounds, quantized
@@ -30,6 +30,9 @@ BOUNDS = {
   'data.crop_size': checks.count(0),
   'data.num_threads': checks.count(0),
   'data.prefetch': checks.count(1),
+  'log.wandb.mode': checks.one_of(('disabled', 'offline', 'online')),
+  'log.wandb.project': checks.file_name(),
+  'log.wandb.entity': checks.file_name(or_empty=True),
   'processes.join_timeout_seconds': checks.count(1),
   'processes.heartbeat_timeout_seconds': checks.count(1),
   'processes.silence_timeout_seconds': checks.at_least(0),
@@ -119,7 +122,7 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   Raises:
     UserError: when there is none, or it is no stored config.
   """
-  path = pathlib.Path(workdir) / FILE
+  path = places.anywhere(workdir) / FILE
   if path.exists():
     mend = 'where the run has checkpoints, remove it: it is made again from what they hold'
     with files.reading(path, mend):

@@ -1,5 +1,6 @@
 """Configs that earlier versions stored, read as this one: other names, new keys with the value of before."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,8 @@ EXPORT = {
   'num_images': 64,
   'reduce_range': 'auto',
   'names': 'vaediff',
+  'platforms': ('cpu', 'cuda', 'tpu'),
+  'any_batch': True,
 }
 """What is written for other programs, which earlier versions could not."""
 EDIT = {
@@ -104,6 +107,8 @@ TEXT_DIFF = {
   'num_steps': 50,
 }
 """How images are made again of their vectors, which no stage read."""
+LOG = {'wandb': {'mode': 'disabled', 'project': 'vaediff', 'entity': ''}}
+"""Where else was logged: nowhere."""
 MODES = {
   'vary': VARY,
   'text_diff': TEXT_DIFF,
@@ -165,6 +170,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['sample'].setdefault('captions', ())
       section['sample'].setdefault('rerank', dict(RERANK))
   config.setdefault('checkpoints', {'check_arrays': True})
+  config.setdefault('log', copy.deepcopy(LOG))
   for mode in ('quantize', 'export', 'vary', 'text_diff', 'edit', 'adopt'):
     config.setdefault(mode, {})
   for mode, settings in MODES.items():

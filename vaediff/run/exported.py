@@ -69,23 +69,24 @@ def starts(trained: Trained, indices: np.ndarray) -> HostArrays:
   return {name: np.asarray(found[name]) for name in sorted(found)}
 
 
-def of(trained: Trained, example: HostArrays, output: str) -> Exported:
-  """Returns a stage as one function.
+def of(trained: Trained, example: HostArrays, output: str, *, bfloat16: bool = False) -> Exported:
+  """Returns a stage as one function, of as many images as it is given.
 
   Args:
     trained: the stage.
     example: what a batch of its samples starts from.
     output: type of the images.
+    bfloat16: the format knows it.
 
   Raises:
     UserError: for a stage that cannot be one.
   """
-  check_program(trained, example)
-  experiment = trained.experiment
-  keys = abstract_keys(len(next(iter(example.values()))))
-  zeros = jax.tree.map(lambda key: jnp.zeros(key.shape, key.dtype), jax.eval_shape(raw, keys))
+  check_program(trained, example, bfloat16=bfloat16)
+  experiment, of_one = trained.experiment, jax.eval_shape(raw, abstract_keys(1))
 
   def apply(read: Read, given: Given) -> jax.Array:
+    count = next(iter(given.values())).shape[0]  # len() is of a number, which an open size is not
+    zeros = jax.tree.map(lambda key: jnp.zeros((count, *key.shape[1:]), key.dtype), of_one)
     keys = jax.tree.map(jax.random.wrap_key_data, zeros)
     found = image(experiment, read, given, keys)
     return pixels.to_bytes(found) if output == 'uint8' else found
@@ -117,7 +118,7 @@ def raw(keys: draw.SampleKeys) -> draw.SampleKeys:
   return jax.tree.map(jax.random.key_data, keys)
 
 
-def check(trained: Trained) -> None:
+def check_kind(trained: Trained) -> None:
   """Raises UserError where a stage is of a kind that cannot be exported; nothing is drawn for that."""
   experiment, stage = trained.experiment, trained.stage
   if trained.config[stage].experiment == quantized.SECTION:
@@ -128,6 +129,12 @@ def check(trained: Trained) -> None:
     )
   if not experiment.draws_images:
     raise UserError(f'stage {stage!r} draws no images, so that there is no sampler to export')
+
+
+def check(trained: Trained) -> None:
+  """Does what `check_kind` does, for formats in which every forward pass is written out."""
+  check_kind(trained)
+  experiment, stage = trained.experiment, trained.stage
   if experiment.num_function_evaluations > MAX_CALLS:
     raise UserError(
       f'stage {stage!r} draws with {experiment.num_function_evaluations} forward passes, each of which '
@@ -136,12 +143,21 @@ def check(trained: Trained) -> None:
     )
 
 
-def check_program(trained: Trained, example: HostArrays) -> None:
+def in_bfloat16(trained: Trained, example: HostArrays) -> bool:
+  """Returns whether anything that draws a batch of samples, which start from `example`, is of bfloat16."""
+  keys = abstract_keys(len(next(iter(example.values()))))
+  return 'bfloat16' in straight.types(
+    functools.partial(image, trained.experiment, trained.read), example, keys
+  )
+
+
+def check_program(trained: Trained, example: HostArrays, *, bfloat16: bool = False) -> None:
   """Raises UserError where a stage's sampler is no function of floats of what its samples start from.
 
   Args:
     trained: the stage.
     example: what a batch of its samples starts from.
+    bfloat16: may be among them.
   """
   experiment, stage = trained.experiment, trained.stage
   keys = abstract_keys(len(next(iter(example.values()))))
@@ -152,7 +168,7 @@ def check_program(trained: Trained, example: HostArrays) -> None:
       f'stage {stage!r} draws with {sampler!r}, which adds noise in its steps: an exported graph draws none. '
       f'Where the stage has a sampler, set config.{stage}.sample.sampler to {DETERMINISTIC}'
     )
-  if 'bfloat16' in straight.types(drawer, example, keys):
+  if not bfloat16 and in_bfloat16(trained, example):
     raise UserError(
       f'stage {stage!r}, or a stage that it reads, computes in bfloat16; float32 can be exported: '
       f'--config.{stage}.model.dtype=float32 (its parameters are float32 in any case)'

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import identity, reads
+from vaediff import identity, places, reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
@@ -45,7 +45,7 @@ def load(
   def one(source: reads.Reads) -> Any:
     match source:
       case reads.FromStage():
-        folder = pathlib.Path(source.workdir) if source.workdir else workdir
+        folder = places.anywhere(source.workdir) if source.workdir else workdir
         field = field_of(config, source) if source.workdir else ''
         checkpoint.folder_of(folder / source.stage, source.step, field)
         if not source.workdir:
@@ -97,7 +97,7 @@ def ids(experiment: Experiment, workdir: pathlib.Path, *, sampling: bool = False
   for name, source in (of(experiment) if sampling else experiment.frozen).items():
     match source:
       case reads.FromStage():
-        folder = pathlib.Path(source.workdir) if source.workdir else workdir
+        folder = places.anywhere(source.workdir) if source.workdir else workdir
         found[name] = checkpoint.identity_of(folder / source.stage, source.step)
       case reads.Published():
         found[name] = identity.digest(digests.of_parts(source.load()))
@@ -114,7 +114,7 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
   for source in experiment.frozen.values():
     if isinstance(source, reads.FromStage) and source.workdir:  # a run that may have been moved
       stored = same_run.stored_config(stage_folder)
-      checkpoint.latest_folder(pathlib.Path(source.workdir) / source.stage, field_of(stored, source))
+      checkpoint.latest_folder(places.anywhere(source.workdir) / source.stage, field_of(stored, source))
   now, begun = ids(experiment, workdir), earlier_ids(meta.get('frozen', {}))
   begun = {name: value for name, value in begun.items() if name in now or name not in experiment.made_of}
   if checkpoint.ID not in meta:  # of an earlier version, which stored networks only, and their steps
@@ -143,7 +143,7 @@ def check_tokenizers(
   for name, source in sources.items():
     if not isinstance(source, reads.FromStage):
       continue
-    folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+    folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
     meta = checkpoint.load_meta(folder, source.step)
     if captions.DIGEST in meta and meta[captions.DIGEST]:
       identity.compare(
@@ -166,7 +166,7 @@ def check_guides(experiment: Experiment, workdir: pathlib.Path, own: tuple[str, 
   for name, source in experiment.for_sampling.items():
     if not isinstance(source, reads.FromStage):
       continue
-    folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+    folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
     meta = checkpoint.load_meta(folder, source.step)
     if own and checkpoint.identity_of(folder, source.step) == checkpoint.identity_of(own[1]):
       raise UserError(

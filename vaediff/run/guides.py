@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vaediff import places
 from vaediff.errors import UserError
 from vaediff.experiments import guides
 from vaediff.run import checkpoint, same_run
@@ -33,7 +34,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
       if not isinstance(named, ConfigDict) or not named.stage or not named.workdir:
         continue
       name = guides.section_of(stage, field, named)
-      folder = pathlib.Path(named.workdir) / named.stage
+      folder = places.anywhere(named.workdir) / named.stage
       if checkpoint.latest_step(folder) is None and name in config:
         continue  # it has moved since the run was stored: whoever samples says so
       section = _stored(config, stage, field, folder)

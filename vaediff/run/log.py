@@ -1,8 +1,11 @@
-"""Scalars and pictures of one stage: console, `metrics.jsonl` and TensorBoard. Process 0 only.
+"""Scalars and pictures of one stage: console, `metrics.jsonl`, TensorBoard and others. Process 0 only.
 
 `metrics.jsonl` holds one object per line, `{"stage": ..., "step": ..., "<metric>": value, ...}`. A resumed
 run drops the lines that it writes again, so none is repeated or lost: those past its checkpoint, and those of
 the evaluation at that step, which comes after the save. A line that is no such object stays as it is.
+
+In a bucket, to which nothing can be appended, both are written in a folder of this machine and copied whole:
+at least before every checkpoint is saved, so that no line of a step that a run goes on from is missing.
 """
 
 import contextlib
@@ -14,15 +17,18 @@ import pathlib
 import queue
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
-from vaediff import files
+from vaediff import buckets, files
 from vaediff.errors import UserError
+
+PUSH_SECONDS = 60.0
+"""At most so long what was logged is on this machine alone, where the run lies in a bucket and logs on."""
 
 
 def say(text: str) -> None:
@@ -53,6 +59,7 @@ class StageLog:
     stage: its name.
     start_step: steps done before; later lines in the file are dropped.
     num_steps: steps in all, for the progress bar and the time left.
+    also: what scalars and pictures are handed to as well, such as `wandb_log.Writer`; raises nothing.
 
   Attributes:
     logged: what the file holds of the step `start_step`; on process 0.
@@ -61,7 +68,10 @@ class StageLog:
     UserError: when a file cannot be read or written, here or later: names it and the reason.
   """
 
-  def __init__(self, folder: pathlib.Path, stage: str, start_step: int, num_steps: int):
+  def __init__(
+    self, folder: pathlib.Path, stage: str, start_step: int, num_steps: int, also: Sequence[Any] = ()
+  ):
+    self._also = also
     self._stage, self._num_steps, self._start_step = stage, num_steps, start_step
     self._active = jax.process_index() == 0
     self._start = time.monotonic()
@@ -69,15 +79,18 @@ class StageLog:
     if not self._active:
       return
     self._path, self._events = folder / 'metrics.jsonl', folder / 'tensorboard'
+    self._beside, self._pushed = buckets.Beside(folder), time.monotonic()
+    here = self._beside.here
     with writing(folder):
       folder.mkdir(parents=True, exist_ok=True)
     self.logged = _drop_lines_after(self._path, start_step)
     with writing(self._path):
-      self._file = open(self._path, 'a', encoding='utf-8')
+      self._beside.pull(self._path.name)
+      self._file = open(here / self._path.name, 'a', encoding='utf-8')
     import tensorboardX  # not above: where PyTorch is installed it imports that, which takes seconds
 
     with writing(self._events):
-      self._board = tensorboardX.SummaryWriter(str(self._events), purge_step=start_step + 1)
+      self._board = tensorboardX.SummaryWriter(str(here / self._events.name), purge_step=start_step + 1)
     self._bar = tqdm.tqdm(
       total=num_steps,
       initial=start_step,
@@ -104,13 +117,22 @@ class StageLog:
     self._check_board()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    for writer in self._also:
+      writer.scalars(step, values)
     say(self._line(step, values))
+    if time.monotonic() - self._pushed > PUSH_SECONDS:
+      try:
+        self._push()
+      except UserError as error:  # before a checkpoint it must
+        say(str(error))
 
   def picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a uint8 picture [height, width, channels] to TensorBoard."""
     if self._active:
       self._check_board()
       self._board.add_image(name, picture, step, dataformats='HWC')
+      for writer in self._also:
+        writer.picture(step, name, picture)
 
   def flush(self) -> None:
     """Makes everything written so far durable; called before a checkpoint is saved."""
@@ -121,12 +143,31 @@ class StageLog:
       self._check_board()
       with writing(self._events):
         self._board.flush()
+      self._push()
+
+  def _push(self) -> None:
+    """Copies what is written to where the run lies."""
+    self._pushed = time.monotonic()
+    with writing(self._path.parent):
+      self._beside.push()
 
   def close(self) -> None:
-    """Closes files and bar. Raises nothing of a disk: every line of metrics is in its file already."""
+    """Closes files and bar. Raises nothing of a disk: every line of metrics is in its file already.
+
+    Nor of a bucket: a run that goes on writes again what followed its checkpoint.
+    """
     if not self._active:
       return
     self._bar.close()
+    self._close_files()
+    for writer in self._also:
+      writer.close()
+    try:
+      self._push()
+    except UserError as error:
+      say(f'{error}; what was logged since the last checkpoint is missing there')
+
+  def _close_files(self) -> None:
     with contextlib.suppress(OSError):  # of a line that could not be written, which was said
       self._file.close()
     events = self._board.file_writer.event_writer
@@ -198,12 +239,13 @@ class Profile:
   def __init__(self, folder: pathlib.Path, steps: tuple[int, ...]):
     if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
       raise UserError(f'train.profile_steps must be () or (first, last) with 1 <= first <= last, got {steps}')
+    self._beside = buckets.Beside(folder / 'tensorboard')
     self._folder, self._steps, self._running = folder / 'tensorboard', steps, False
 
   def before(self, step: int) -> None:
     """Starts the trace before its first step."""
     if self._steps and step == self._steps[0]:
-      jax.profiler.start_trace(str(self._folder))
+      jax.profiler.start_trace(str(self._beside.here))
       self._running = True
 
   def after(self, step: int, result: Any) -> None:
@@ -217,6 +259,8 @@ class Profile:
     if self._running:
       self._running = False
       jax.profiler.stop_trace()
+      with writing(self._folder):
+        self._beside.push()
       say(f'wrote a trace of steps {self._steps[0]} to {self._steps[1]} to {self._folder}')
 
 

@@ -24,7 +24,7 @@ from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
-from vaediff.run import captions, checkpoint, guard, log, review, same_run
+from vaediff.run import captions, checkpoint, guard, log, review, same_run, wandb_log
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'
@@ -147,7 +147,8 @@ def train_with(
     extra=stage.extra,
   )
   step_fn = make_steps(stage.experiment, section.train, where, replicated)
-  board = log.StageLog(stage.folder, stage.name, start_step, num_steps)
+  also = wandb_log.writers(stage.config, stage.name, stage.folder, start_step)
+  board = log.StageLog(stage.folder, stage.name, start_step, num_steps, also)
   reviewer = review.Reviewer(stage, key_eval, board, start_step, last)
   key_train = sharding.replicate(key_train, stage.mesh)
 

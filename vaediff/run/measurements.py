@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, identity, reads
+from vaediff import experiments, files, identity, places, reads
 from vaediff.conditions import pca, prior
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
@@ -78,7 +78,7 @@ def load(
   Raises:
     UserError: when the stage is not trained, or the stored file is damaged.
   """
-  folder = (pathlib.Path(source.workdir) if source.workdir else workdir) / source.stage
+  folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
   of = Of(
     config=config,
     stage=source.stage,

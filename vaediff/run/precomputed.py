@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import files, identity
+from vaediff import buckets, files, identity
 from vaediff.data import arrays, pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
@@ -48,16 +48,21 @@ def precomputed(
     'the training images': source.fingerprint,
   }
   folder = workdir / stage / f'precomputed-{identity.digest(made_of)}'
-  if not distributed.agree(folder.exists()):
+  remote = isinstance(folder, buckets.BucketPath)
+  if not distributed.agree((folder / FACTS if remote else folder).exists()):
     # every process computes all and holds the result; the first one writes it
-    temporary = folder.with_name(f'.{folder.name}.tmp-{jax.process_index()}')
+    beside = buckets.Beside(folder)
+    temporary = beside.here if remote else folder.with_name(f'.{folder.name}.tmp-{jax.process_index()}')
     try:
       temporary.mkdir(parents=True, exist_ok=True)
       write(temporary, experiment, frozen, source, config[stage].train.batch_size, mesh)
       if jax.process_index() == 0:
         kept = {name: arrays.digest_of_file(temporary / f'{name}.npy') for name in experiment.stored}
         files.write_json(temporary / FACTS, identity.sealed({'made_of': made_of, 'arrays': kept}))
-        os.replace(temporary, folder)
+        if remote:
+          beside.push(last=FACTS)
+        else:
+          os.replace(temporary, folder)
     except OSError as error:
       raise UserError(f'{folder} cannot be written: {files.reason(error)}') from error
     finally:
@@ -74,6 +79,7 @@ def read(
   """Returns the arrays of a folder, memory-mapped; what they were made of, and their bytes, are compared."""
   mend = f'remove the folder {folder}: it is made again'
   with files.reading(folder / FACTS, mend):
+    folder = buckets.fetched(folder)  # they are mapped into memory
     facts = identity.unsealed(files.read_json(folder / FACTS, mend))
     identity.compare(str(folder), facts['made_of'], made_of, mend.capitalize())
     return {
@@ -113,9 +119,7 @@ def write(
   size = sharding.round_up(min(batch_size, count), mesh)
   with contextlib.ExitStack() as opened:
     writers = {
-      name: opened.enter_context(
-        arrays.Writer(folder / f'{name}.npy', (count, *struct.shape), struct.dtype)
-      )
+      name: opened.enter_context(arrays.Writer(folder / f'{name}.npy', (count, *struct.shape), struct.dtype))
       for name, struct in experiment.stored.items()
     }
     for rows in draw.batches(count, size):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vaediff import buckets
 from vaediff.errors import UserError
 from vaediff.experiments import quantized as stages
 from vaediff.experiments.base import Experiment
@@ -184,7 +185,7 @@ def save(
   of = checkpoint.load_meta(trained.folder)
   step = checkpoint.latest_step(trained.folder)
   floats = {name: trained.params[name] for name in params}
-  with tempfile.TemporaryDirectory(dir=trained.workdir) as place:
+  with tempfile.TemporaryDirectory(dir=buckets.Beside(trained.workdir).here) as place:
     in_floats = write(pathlib.Path(place), floats, step, {})
   if checkpoint.latest_step(folder) is not None:
     checkpoint.move_aside(folder / checkpoint.FOLDER)

@@ -3,7 +3,6 @@
 `clip_own` is the cosine of two vectors of that stage. It is no CLIP score: that is of published weights.
 """
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from vaediff import identity, reads
+from vaediff import identity, places, reads
 from vaediff.data import pixels, words
 from vaediff.errors import UserError
 from vaediff.machine import sharding
@@ -95,7 +94,7 @@ def open_scorer(asker: Any, named: ConfigDict, field: str) -> Scorer:
       captions.
     Stale: where it knows words by other numbers.
   """
-  folder = pathlib.Path(named.workdir) if named.workdir else asker.workdir
+  folder = places.anywhere(named.workdir) if named.workdir else asker.workdir
   if asker.captioned is None:
     raise UserError(
       f'{field}.stage is {named.stage!r}, and samples of the stage {asker.stage!r} have no captions to be '
@@ -138,7 +137,7 @@ def made_of(asker: Any) -> dict[str, str]:
   if candidates_of(asker.settings) == 1:
     return {}
   named = asker.settings.rerank
-  folder = pathlib.Path(named.workdir) if named.workdir else asker.workdir
+  folder = places.anywhere(named.workdir) if named.workdir else asker.workdir
   return {f'the CLIP stage {named.stage!r}': checkpoint.identity_of(folder / named.stage)}
 
 

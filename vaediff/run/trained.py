@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, identity, reads
+from vaediff import experiments, identity, places, reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
@@ -323,7 +323,7 @@ class Trained:
     return guides.resolve(config)
 
   def _folder_of(self, source: reads.Sampled) -> pathlib.Path:
-    return pathlib.Path(source.workdir) if source.workdir else self.workdir
+    return places.anywhere(source.workdir) if source.workdir else self.workdir
 
   def draw_all(self, given: HostArrays, first: int = 0) -> HostArrays:
     """Returns the images `first`, `first` + 1, ... drawn from one row of `given` each.
