@@ -42,6 +42,7 @@ setup(
     'benchmarks': ['diffusers>=0.36', 'torch>=2.8'],  # what `benchmarks/` compares with
     'compile': ['libtpu'],
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
+    'explore': ['nicegui>=3.10,<4'],  # the page of --mode=explore: it brings all scripts and fonts with it
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     # above 0.13.0 jax2onnx wants an older orbax-checkpoint than this package: pip finds the one that fits
     'onnx': ['jax2onnx>=0.13', 'onnx>=1.20', 'onnxruntime>=1.24'],

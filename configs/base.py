@@ -139,6 +139,7 @@ def default() -> ConfigDict:
   config.benchmark = benchmark()
   config.quantize = quantize()
   config.export = export()
+  config.explore = explore()
   return config
 
 
@@ -288,6 +289,22 @@ def export() -> ConfigDict:
   )
 
 
+def explore() -> ConfigDict:
+  """The page that `--mode=explore` serves on this machine; read by `vaediff.modes.explore`."""
+  return ConfigDict(
+    {
+      'port': 8080,  # of localhost
+      'open': False,  # open it in the browser of this machine
+      'num_directions': 8,  # principal directions of z that have a slider; 0 = none
+      'deviations': 3.0,  # ... so many either way
+      'num_encoded': 1024,  # most images of the evaluation split, for the directions of classes
+      'num_points': 9,  # pictures of a row between two
+      'max_upload_bytes': 10_000_000,  # of a file
+      'max_upload_pixels': 40_000_000,  # of an image
+    }
+  )
+
+
 # The variants that are about every stage -----------------------------------------------------------
 
 
@@ -349,6 +366,7 @@ def _debug_modes(config: ConfigDict) -> None:
   )
   config.restore.update({'num_images': 4, 'num_samples': 2, 'fill_rounds': 1})
   config.export.update({'batch_size': 2, 'num_images': 4})
+  config.explore.update({'num_directions': 2, 'num_encoded': 32, 'num_points': 3})
   config.quantize.update({'time_buckets': 2, 'num_images': 4, 'correction_images': 2})
   config.quantize.calibration.update({'num_samples': 4, 'steps': 2, 'batch_size': 4})
   config.quantize.adaround.update({'num_steps': 3, 'batch_size': 4})

@@ -35,7 +35,7 @@ def test_an_earlier_config_is_read_as_one_of_today(run):
     expected.data.num_classes = 0
   # modes do what they did before, until they are told otherwise
   assert (read.restore.method, read.restore.num_samples, read.reconstruct.through) == ('condition', 1, '')
-  for mode in ('restore', 'reconstruct', 'interpolate', 'quantize', 'export'):
+  for mode in ('restore', 'reconstruct', 'interpolate', 'quantize', 'export', 'explore'):
     assert set(read[mode]) == set(expected[mode])
     expected[mode].update(read[mode])
   assert set(read.evaluate.decoders) == set(expected.evaluate.decoders)

@@ -7,6 +7,7 @@ from vaediff.modes import (
   compile,
   describe,
   evaluate,
+  explore,
   export,
   interpolate,
   prepare,
@@ -32,6 +33,7 @@ MODES: dict[str, Mode] = {
   'compile': compile.mode,
   'quantize': quantize.mode,
   'export': export.mode,
+  'explore': explore.mode,
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""

@@ -66,9 +66,21 @@ EXPORT = {
   'reduce_range': 'auto',
 }
 """What is written for other programs, which earlier versions could not."""
+EXPLORE = {
+  'port': 8080,
+  'open': False,
+  'num_directions': 8,
+  'deviations': 3.0,
+  'num_encoded': 1024,
+  'num_points': 9,
+  'max_upload_bytes': 10_000_000,
+  'max_upload_pixels': 40_000_000,
+}
+"""The page of the explorer, which earlier versions did not have."""
 MODES = {
   'quantize': QUANTIZE,
   'export': EXPORT,
+  'explore': EXPLORE,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
@@ -121,6 +133,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   config.setdefault('checkpoints', {'check_arrays': True})
   config.setdefault('quantize', {})
   config.setdefault('export', {})
+  config.setdefault('explore', {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}
