@@ -34,7 +34,7 @@ SEED, CODE, CLASS, NUMBER, CAPTION, SEEN, PICTURE = (
   'seed', 'code', 'class', 'number', 'caption', 'seen', 'picture',
 )  # fmt: skip
 """Kinds of controls."""
-TITLES = {NOISE: 'noise at the start, x_T', WEIGHT: 'guidance weight', words.TOKENS: 'caption'}
+TITLES = {NOISE: 'x_T', WEIGHT: 'guidance weight', words.TOKENS: 'caption'}
 """Of inputs that no condition's file names; others are called as their condition calls them."""
 MAX_WEIGHT = 8.0
 """Largest guidance weight of a slider."""

@@ -298,17 +298,24 @@ class Explorer:
     started, count = time.perf_counter(), len(wish.weights)
     rows = np.arange(count) if wish.varies else np.zeros(count, np.int32)
     drawn = program.draw(rows, self.given(wish), self.seed_of(wish))
-    titles = program.experiment.titles
+    looked_at = self._looked_at(wish)
+    titles = {**program.experiment.titles, **{name: name for name in looked_at}}
     beside = isinstance(program.experiment, inspected.Beside)
     return Shown(
-      images=drawn,
-      titles={name: titles[name] if name in titles else 'sample' for name in drawn},
+      images={**looked_at, **drawn},
+      titles={name: titles[name] if name in titles else 'sample' for name in (*looked_at, *drawn)},
       what=f'{", ".join(titles[name] for name in drawn)} alone' if beside else about(program),
       seconds=time.perf_counter() - started,
       is_quick=is_quick,
       wish=wish,
       program=program,
     )
+
+  def _looked_at(self, wish: Wish) -> HostArrays:
+    """Returns the images that single pictures are seen in, as they are."""
+    ends = {f'picture {letter}': end for letter, end in zip('AB', wish.ends, strict=False)}
+    images_of = {name: end for name, end in ends.items() if end.kind != DRAWN and len(wish.weights) == 1}
+    return {name: self.image_of(wish.stage, end)[0][None] for name, end in images_of.items()}
 
   def seed_of(self, wish: Wish) -> int:
     """Returns the seed of what the steps of a sampler draw: that of the noise at the start."""

@@ -1,9 +1,9 @@
 """The page of `--mode=explore`: controls to the left (`explore_panel`), pictures to the right.
 
 These two files alone know NiceGUI. It was chosen because all that a browser needs comes with its package (no
-font or script of another machine, no account, nothing sent home), because a page is built anew for each visit,
-in Python, so that what a stage offers becomes its controls, and because it answers over one web socket, fast
-enough to drag a slider.
+font or script of another machine, no account, nothing sent home), because a page is built anew for each
+visit, in Python, so that what a stage offers becomes its controls, and because it answers over one web
+socket, fast enough to drag a slider.
 
 Each visit, which is a tab of a browser, has a choice of its own. One thread draws for all, a picture at a
 time and of each visit only what it asked for last, so that visits wait for each other but change nothing of
@@ -158,13 +158,13 @@ class Visit:
             image = marked(ui.element('img'), f'picture-{name}')
             self.parts[name] = (image, ui.label('').classes('title'))
     is_row = len(set(shown.wish.weights)) > 1
-    self.pictures.classes(*(('rows', '') if is_row else ('', 'rows')))
+    switch(self.pictures, 'rows', is_row)
     for name, (image, title) in self.parts.items():
       content = base64.b64encode(images.png(picture(shown.images[name], is_row=is_row))).decode()
       image.props['src'] = f'data:image/png;base64,{content}'
       image.update()
       title.set_text(shown.titles[name])
-    self.pictures.classes(*(('quick', '') if shown.is_quick else ('', 'quick')))
+    switch(self.pictures, 'quick', shown.is_quick)
     what = 'at once: ' if shown.is_quick else ''
     self.status.set_text(f'{what}{shown.what} · {shown.seconds:.2f} s')
 
@@ -181,3 +181,11 @@ class Visit:
     if self.shown is not None:
       content = await self.in_worker(self.explorer.png, self.shown)
       ui.download.content(content, f'{self.shown.wish.stage}.png', 'image/png')
+
+
+def switch(element: ui.element, name: str, is_on: bool) -> None:
+  """Gives an element a class of the style, or takes it away."""
+  if is_on:
+    element.classes(add=name)
+  else:
+    element.classes(remove=name)

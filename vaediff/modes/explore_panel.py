@@ -62,7 +62,7 @@ class Panel:
       self.build_steps()
     for number in (0, 1):
       if number == 0 or offer.ends:
-        self.build_end(number, own[controls.SEED] + own[controls.CODE])
+        self.build_end(number, own[controls.CODE] + own[controls.SEED])
     if own[controls.CLASS] or own[controls.NUMBER] or own[controls.CAPTION] or own[controls.PICTURE]:
       with section('Conditions'):
         self.build_conditions(own)
@@ -91,7 +91,13 @@ class Panel:
         marked(select(steps, offer.num_steps[0], 'steps', to('num_steps')), 'steps')
     else:
       ui.label(offer.about).classes('note')
-    shapes = ui.toggle(SHAPES, value=ONE, on_change=to('shape'))
+
+    def shaped(event: Any) -> None:
+      if event.value == ROW:
+        self.two.set_value(True)  # a row needs both
+      self.set('shape', event.value)
+
+    shapes = ui.toggle(SHAPES, value=ONE, on_change=shaped)
     marked(shapes.props('dense no-caps spread unelevated').classes('wide'), 'shape')
 
   def set(self, field: str, value: Any) -> None:
@@ -115,28 +121,32 @@ class Panel:
     with section(f'Picture {letter}', closed=number > 0):
       if number:
         two = ui.switch('between A and B', value=False, on_change=lambda e: self.set('has_two', e.value))
-        marked(two.props('dense'), 'has-two')
+        self.two = marked(two.props('dense'), 'has-two')
         self.slider('A to B', 'weight', 0, 1, 0.01, 0, lambda value: self.set('weight', value))
       end = choice.ends[number]
       if len(offer.ends) > 1:
         kinds = {kind: KINDS[kind] for kind in offer.ends}
         toggle = ui.toggle(kinds, value=end.kind, on_change=lambda e: changed(kind=e.value))
         marked(toggle.props('dense no-caps spread unelevated').classes('wide'), f'from-{letter}')
+      else:
+        toggle = None
       if UPLOAD in offer.ends:
-        self.build_upload(number, toggle if len(offer.ends) > 1 else None)
+        self.build_upload(number, toggle)
       if DATA in offer.ends:
         index = ui.number('number in the data set', value=end.index, min=0, step=1, precision=0)
         index.on_value_change(lambda e: changed(index=max(0, int(e.value or 0))))
-        shown_for(marked(index.props('dense outlined'), f'index-{letter}'), toggle, DATA)
+        shown_for(marked(index.props('dense outlined'), f'index-{letter}'), toggle, (DATA,))
       if offer.finds_noise:
         put = lambda e: changed(finds_noise=e.value)
         finds = ui.switch('x_T of this picture, by inversion', on_change=put)
-        marked(finds.props('dense'), f'finds-{letter}')
+        shown_for(marked(finds.props('dense'), f'finds-{letter}'), toggle, (DATA, UPLOAD))
       for control in (one for one in seeded if one.drawn):
-        self.build_seed(number, control)
+        row = self.build_seed(number, control)
+        if control.seen:
+          shown_for(row, toggle, (DRAWN,))
 
-  def build_seed(self, number: int, control: controls.Control) -> None:
-    """Builds the seed of one input."""
+  def build_seed(self, number: int, control: controls.Control) -> ui.element:
+    """Builds the seed of one input; returns its row."""
     choice, name = self.choice, f'seed-{control.name}-{LETTERS[number]}'
     seeds = choice.ends[number].seeds
     start = seeds[control.name] if control.name in seeds else self.default_seed + number
@@ -146,8 +156,8 @@ class Panel:
       choice.seed(number, control.name, int(value))
       self.visit.change()
 
-    title = control.title if control.kind == controls.SEED else f'{control.title} (code)'
-    self.slider(f'seed: {title}', name, 0, MAX_SEED, 1, start, changed, is_seed=True)
+    slider = self.slider(f'seed of {control.title}', name, 0, MAX_SEED, 1, start, changed, is_seed=True)
+    return slider.parent_slot.parent
 
   @property
   def default_seed(self) -> int:
@@ -167,8 +177,6 @@ class Panel:
         return
       self.choice.change_end(number, kind=UPLOAD, image=image)
       self.visit.say('')
-      if toggle is not None and toggle.value != UPLOAD:
-        toggle.set_value(UPLOAD)
       self.visit.change()
 
     most = self.visit.explorer.settings.max_upload_bytes
@@ -177,6 +185,7 @@ class Panel:
       label='drop a picture, or +', auto_upload=True, max_file_size=most, on_upload=taken, on_rejected=refused
     )
     marked(uploader.props('flat dense bordered').classes('upload'), f'upload-{LETTERS[number]}')
+    shown_for(uploader, toggle, (UPLOAD,))
 
   def build_conditions(self, own: dict[str, list[controls.Control]]) -> None:
     """Builds classes, numbers, captions, and what a picture can take the place of."""
@@ -264,7 +273,7 @@ class Panel:
     """Returns a slider with its title to the left and its value to the right; a seed has a die."""
     with ui.element('div').classes('slide seed' if is_seed else 'slide'):
       ui.label(title).classes('name').tooltip(title)
-      slider = ui.slider(min=least, max=most, step=step, value=value, throttle=0.05)
+      slider = ui.slider(min=least, max=most, step=step, value=value)
       marked(slider.props('dense'), name)
       label = ui.label(f'{value:g}').classes('value')
       if is_seed:
@@ -298,6 +307,7 @@ def select(options: Any, value: Any, title: str, put: Callable[[Any], Any]) -> u
   return ui.select(options, value=value, label=title, on_change=put).props('dense outlined options-dense')
 
 
-def shown_for(element: Any, toggle: Any, kind: str) -> None:
-  """Shows an element only where a toggle has one value."""
-  element.bind_visibility_from(toggle, 'value', value=kind)
+def shown_for(element: Any, toggle: Any, kinds: tuple[str, ...]) -> None:
+  """Shows an element only where a toggle has one of some values; always where there is none."""
+  if toggle is not None:
+    element.bind_visibility_from(toggle, 'value', backward=lambda value: value in kinds)

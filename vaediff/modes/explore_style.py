@@ -31,8 +31,8 @@ body { background: #15181d; font-family: system-ui, 'Segoe UI', Roboto, 'DejaVu 
 .wide { width: 100%; }
 .q-btn-toggle { border: 1px solid #d5dae1; }
 .q-btn-toggle .q-btn { font-size: 12px; }
-.slide { display: grid; grid-template-columns: 84px 1fr 44px; align-items: center; gap: 10px; }
-.slide.seed { grid-template-columns: 84px 1fr 40px 26px; }
+.slide { display: grid; grid-template-columns: 106px 1fr 40px; align-items: center; gap: 10px; }
+.slide.seed { grid-template-columns: 70px 1fr 40px 26px; }
 .slide .name { font-size: 12px; color: #475569; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 .slide .value { font-size: 12px; color: #0f172a; text-align: right; font-variant-numeric: tabular-nums; }
@@ -44,22 +44,24 @@ body { background: #15181d; font-family: system-ui, 'Segoe UI', Roboto, 'DejaVu 
 .upload .q-uploader__subtitle { display: none; }
 .canvas { display: flex; flex-direction: column; align-items: center; justify-content: center; gap: 14px;
   padding: 28px; color: #cbd5e1; min-width: 0; }
-.pictures { display: flex; flex-wrap: wrap; gap: 26px; justify-content: center; min-height: 200px; }
+.pictures { display: flex; gap: 26px; justify-content: center; min-height: 200px; width: 100%; }
 .pictures.rows { flex-direction: column; gap: 12px; align-items: center; }
-.pictures figure { margin: 0; display: flex; flex-direction: column; align-items: center; gap: 9px; }
-.pictures img { display: block; width: min(384px, 40vw); image-rendering: pixelated; border-radius: 6px;
+.pictures figure { margin: 0; display: flex; flex-direction: column; align-items: center; gap: 9px;
+  flex: 0 1 384px; min-width: 120px; }
+.pictures img { display: block; width: 100%; image-rendering: pixelated; border-radius: 6px;
   background: #000; outline: 1px solid #2c323b; transition: outline-color .2s; }
-.pictures.rows img { width: min(980px, calc(100vw - 460px)); }
+.pictures.rows figure { flex: none; width: 100%; }
+.pictures.rows img { width: min(980px, 100%); }
 .pictures.quick img { outline: 2px dashed #b45309; }
 .title { font-size: 13px; color: #94a3b8; }
 .line { display: flex; align-items: center; gap: 10px; min-height: 24px; }
 .status { font-size: 13px; color: #94a3b8; font-variant-numeric: tabular-nums; }
-.message { color: #fca5a5; font-size: 13.5px; max-width: 760px; text-align: center; line-height: 1.5;
+.message { min-height: 22px; color: #fca5a5; font-size: 13.5px; max-width: 760px; text-align: center; line-height: 1.5;
   overflow-wrap: anywhere; }
 @media (max-width: 900px) {
   .both { grid-template-columns: 1fr; }
   .panel { height: auto; position: static; order: 2; }
-  .pictures img, .pictures.rows img { width: min(384px, 86vw); }
+  .pictures { flex-wrap: wrap; }
 }
 """
 """Of the whole page: controls on light cards, pictures on a dark ground, where small differences are seen."""
