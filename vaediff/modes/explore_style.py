@@ -56,8 +56,8 @@ body { background: #15181d; font-family: system-ui, 'Segoe UI', Roboto, 'DejaVu 
 .title { font-size: 13px; color: #94a3b8; }
 .line { display: flex; align-items: center; gap: 10px; min-height: 24px; }
 .status { font-size: 13px; color: #94a3b8; font-variant-numeric: tabular-nums; }
-.message { min-height: 22px; color: #fca5a5; font-size: 13.5px; max-width: 760px; text-align: center; line-height: 1.5;
-  overflow-wrap: anywhere; }
+.message { min-height: 22px; color: #fca5a5; font-size: 13.5px; max-width: 760px; text-align: center;
+  line-height: 1.5; overflow-wrap: anywhere; }
 @media (max-width: 900px) {
   .both { grid-template-columns: 1fr; }
   .panel { height: auto; position: static; order: 2; }
