@@ -1,4 +1,4 @@
-"""Serves the explorer of a stage that was never trained: `python explore_server.py PORT FOLDER VARIANT STAGE`.
+"""Serves the explorer of a stage that was never trained: `explore_server.py PORT FOLDER VARIANT STAGE`.
 
 A program of its own, because a page's library has one server per process.
 """
