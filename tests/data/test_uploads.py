@@ -52,7 +52,7 @@ def test_colour_and_grey_become_what_the_data_is():
     (b'<svg onload="alert(1)"/>', {}, 'is no image'),
     (file_of(np.zeros((8, 8), np.uint8)), {'max_bytes': 60}, 'at most 60 are read.*max_upload_bytes'),
     (file_of(np.zeros((101, 100), np.uint8)), {}, '100 x 101 pixels; at most 10,000 .*max_upload_pixels'),
-    (file_of(np.zeros((8, 8), np.uint8))[:-30], {}, 'cannot be read'),
+    (file_of(np.arange(3600, dtype=np.uint32).reshape(60, 60).astype(np.uint8))[:-40], {}, 'cannot be read'),
   ],
 )
 def test_what_is_refused_is_named(content, limits, message):

@@ -71,7 +71,7 @@ def test_small_pictures_are_enlarged_by_repeating():
   assert wishes.picture(np.zeros((1, 500, 500, 3), np.uint8)).shape == (500, 500, 3)
   assert wishes.picture(np.zeros((9, 8, 8, 1), np.uint8)).shape == (3 * 130 + 2, 3 * 130 + 2, 1)
   row = wishes.picture(np.zeros((9, 8, 8, 1), np.uint8), is_row=True)
-  assert row.shape == (66, 9 * 66 + 2, 1)
+  assert row.shape == (100, 9 * 98 + 2, 1)
 
 
 def test_the_file_has_all_that_is_shown():
@@ -82,6 +82,6 @@ def test_the_file_has_all_that_is_shown():
   )  # fmt: skip
   row = wishes.whole_picture(shown(ones, (0.0, 0.5, 1.0)))
   single = {name: value[:1] for name, value in ones.items()}
-  beside = wishes.whole_picture(shown({**single, 'other': np.zeros((1, 4, 4, 1), np.uint8)}, (0.0,)))
+  beside = wishes.whole_picture(shown({'other': np.zeros((1, 4, 4, 1), np.uint8), **single}, (0.0,)))
   assert row.shape[0] == 2 * wishes.picture(ones['a'], is_row=True).shape[0]
   assert beside.shape == (384, 768, 1) and beside[0, 0, 0] == 0 and beside[0, -1, 0] == 9

@@ -200,8 +200,7 @@ def picture(value: np.ndarray, *, is_row: bool = False, least: int = LARGE) -> n
     factor = max(1, -(-least // max(value.shape[1:3])))
     return value[0].repeat(factor, axis=0).repeat(factor, axis=1)
   columns = len(value) if is_row else round(np.sqrt(len(value)))
-  side = max(images.MIN_SIDE, least // columns)
-  return images.grid(value, columns, side)
+  return images.grid(value, columns, max(least // columns, least // 4))
 
 
 def whole_picture(shown: Shown) -> np.ndarray:
