@@ -147,19 +147,19 @@ class Visit:
     self.spinner.set_visibility(False)
 
   def show(self, shown: Shown) -> None:
-    """Shows pictures; elements of the same names stay, so that nothing flickers."""
+    """Shows pictures; those that are not among what is seen at once stay, dimmed, so that nothing jumps."""
     self.shown = shown
-    if list(self.parts) != list(shown.images):
-      self.parts = {}
-      self.pictures.clear()
-      with self.pictures:
-        for name in shown.images:
-          with ui.element('figure'):
-            image = marked(ui.element('img'), f'picture-{name}')
-            self.parts[name] = (image, ui.label('').classes('title'))
+    names = list(shown.images)
+    if shown.is_quick:
+      names += [name for name in self.parts if name not in names]
+    if set(self.parts) != set(names):
+      self.lay_out(names)
     is_row = len(set(shown.wish.weights)) > 1
     switch(self.pictures, 'rows', is_row)
     for name, (image, title) in self.parts.items():
+      switch(image, 'stale', name not in shown.images)
+      if name not in shown.images:
+        continue
       content = base64.b64encode(images.png(picture(shown.images[name], is_row=is_row))).decode()
       image.props['src'] = f'data:image/png;base64,{content}'
       image.update()
@@ -167,6 +167,19 @@ class Visit:
     switch(self.pictures, 'quick', shown.is_quick)
     what = 'at once: ' if shown.is_quick else ''
     self.status.set_text(f'{what}{shown.what} · {shown.seconds:.2f} s')
+
+  def lay_out(self, names: list[str]) -> None:
+    """Makes room for pictures of these names; those that were there before stay what they were."""
+    before, self.parts = self.parts, {}
+    told = {name: (image.props['src'], title.text) for name, (image, title) in before.items()}
+    self.pictures.clear()
+    with self.pictures:
+      for name in names:
+        src, text = told[name] if name in told else ('', '')
+        with ui.element('figure'):
+          image = marked(ui.element('img'), f'picture-{name}')
+          image.props['src'] = src
+          self.parts[name] = (image, ui.label(text).classes('title'))
 
   def say(self, text: str) -> None:
     """Shows a message in place of the last one."""

@@ -53,6 +53,7 @@ body { background: #15181d; font-family: system-ui, 'Segoe UI', Roboto, 'DejaVu 
 .pictures.rows figure { flex: none; width: 100%; }
 .pictures.rows img { width: min(980px, 100%); }
 .pictures.quick img { outline: 2px dashed #b45309; }
+.pictures img.stale { opacity: .3; outline: 1px solid #2c323b; }
 .title { font-size: 13px; color: #94a3b8; }
 .line { display: flex; align-items: center; gap: 10px; min-height: 24px; }
 .status { font-size: 13px; color: #94a3b8; font-variant-numeric: tabular-nums; }
