@@ -78,7 +78,7 @@ def test_what_is_offered(opened):
   assert offer.samplers[0] == 'ddim' and {'ddpm', 'heun'} < set(offer.samplers)
   assert offer.num_steps[0] == 6 and 50 in offer.num_steps
   assert offer.tasks == ('super_resolution', 'inpaint', 'denoise')
-  assert any('grey' in note for note in offer.notes)
+  assert any('images with colours' in note for note in offer.notes)
   groups = [one.group for one in offer.directions]
   assert groups.count(controls.PRINCIPAL) == 2 and groups.count(controls.OF_CLASSES) == 10
 

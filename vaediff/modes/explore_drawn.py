@@ -91,13 +91,10 @@ class Explorer:
       trained, found, settings.num_directions, settings.deviations, settings.num_encoded
     )
     has_data, why = self._data_of(trained)
-    is_free = experiment.diffusion is experiment
-    own = trained.settings
-    finds_noise = is_free
-    sees = any(one.seen or one.kind == controls.PICTURE for one in found) or finds_noise
-    needs_image = any(one.kind == controls.SEEN for one in found) and not trained.draws_alone
+    is_free, own = experiment.diffusion is experiment, trained.settings
     tasks, why_not = restored.tasks_of(trained)
-    sees = sees or bool(tasks)
+    sees = is_free or bool(tasks) or any(one.seen or one.kind == controls.PICTURE for one in found)
+    needs_image = any(one.kind == controls.SEEN for one in found) and not trained.draws_alone
     kinds = [*([] if needs_image else [DRAWN]), *([DATA] if sees and has_data else []), *([UPLOAD] * sees)]
     self._offers[stage] = Offer(
       stage=stage,
@@ -107,7 +104,7 @@ class Explorer:
       num_steps=first_of(own.num_steps, STEPS) if is_free else (),
       about=about(trained),
       ends=tuple(kinds),
-      finds_noise=finds_noise,
+      finds_noise=is_free,
       tasks=tasks,
       has_quick=self._quick_of(Wish(stage=stage)) is not None,
       notes=tuple(dict.fromkeys((*notes, *more, *why, *why_not))),

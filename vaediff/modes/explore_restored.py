@@ -89,8 +89,7 @@ def check(trained: Trained, damage: Damage) -> None:
   data = trained.config.data
   size = (1, data.image_size, data.image_size)
   nothing = (np.zeros((*size, data.channels), np.float32),) * 2 + (np.ones((*size, 1), np.float32),)
-  if trained.config.restore.method == restore.CONSISTENT or trained.experiment.diffusion is None:
-    restore.by_method(trained, damage.degradation, nothing, np.zeros(1, np.int32))
+  restore.by_method(trained, damage.degradation, nothing, np.zeros(1, np.int32))
 
 
 def restored(
