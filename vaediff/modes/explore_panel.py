@@ -204,7 +204,8 @@ class Panel:
     for one in own[controls.CAPTION]:
       put = lambda e, name=one.name: self.put(captions, name, e.value or '')
       first = one.choices[0] if one.choices else ''
-      captions[one.name] = first
+      if first:
+        captions[one.name] = first
       field = ui.input(one.title, value=first, autocomplete=list(one.choices), on_change=put)
       marked(field.props('dense outlined debounce=400').classes('wide'), f'caption-{one.name}')
     for one in own[controls.PICTURE]:
