@@ -93,9 +93,9 @@ def test_a_seed_is_that_of_the_samples_of_the_run(opened):
   shown, quick = explorer.draw(choice.wish()), explorer.quick(choice.wish())
   assert list(shown.images) == ['x0_vae', 'x0'] and shown.titles == {'x0_vae': 'VAE', 'x0': 'refined'}
   for name, value in wanted.items():
-    np.testing.assert_array_equal(shown.images[name], value)
+    np.testing.assert_allclose(shown.images[name], value, atol=1)  # of two programs
   assert list(quick.images) == ['x0_vae'] and quick.is_quick and quick.what == 'VAE alone'
-  np.testing.assert_array_equal(quick.images['x0_vae'], wanted['x0_vae'])
+  np.testing.assert_allclose(quick.images['x0_vae'], wanted['x0_vae'], atol=1)
   assert shown.what == 'refiner, ddim, 6 steps'
 
 
@@ -287,7 +287,7 @@ def test_a_student_of_one_step_is_seen_at_once(tmp_path):
   choice = choice_of()
   quick = explorer.quick(choice.wish())
   assert quick.what.startswith(f'{least}, ') and list(quick.images) == ['x0_vae', 'x0']
-  np.testing.assert_array_equal(quick.images['x0'], student.draw(np.zeros(1, int), seed=0)['x0'])
+  np.testing.assert_allclose(quick.images['x0'], student.draw(np.zeros(1, int), seed=0)['x0'], atol=1)
   assert explorer.offer(least).samplers == () and explorer.quick(Choice(stage=least).wish()) is None
   with pytest.raises(UserError, match='knows its own steps alone'):
     explorer.draw(Choice(stage=least, num_steps=8).wish())
