@@ -65,7 +65,8 @@ def toy():
   data = types.SimpleNamespace(image_size=8, channels=1, num_classes=10)
   return types.SimpleNamespace(
     experiment=Toy(), read={}, config=types.SimpleNamespace(data=data), captions=(),
-    settings=types.SimpleNamespace(guidance_weight=0.0, aug_level=0.0), eval_source=types.SimpleNamespace(label_names=()), has_maker=lambda source: False,
+    settings=types.SimpleNamespace(guidance_weight=0.0, aug_level=0.0),
+    eval_source=types.SimpleNamespace(label_names=()), has_maker=lambda source: False,
   )  # fmt: skip
 
 
