@@ -16,6 +16,7 @@ from vaediff.experiments.base import InSpace
 from vaediff.models.ports import Port
 from vaediff.modes import explore_controls as controls
 from vaediff.run import directions
+from vaediff.run.trained import Trained
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fresh  # noqa: E402
@@ -61,17 +62,20 @@ class Toy(InSpace):
   networks = init = train_step = eval_step = maps = None
 
 
-def toy():
-  data = types.SimpleNamespace(image_size=8, channels=1, num_classes=10)
-  return types.SimpleNamespace(
-    experiment=Toy(), read={}, config=types.SimpleNamespace(data=data), captions=(),
-    settings=types.SimpleNamespace(guidance_weight=0.0, aug_level=0.0),
-    eval_source=types.SimpleNamespace(label_names=()), has_maker=lambda source: False,
-  )  # fmt: skip
+class ToyTrained(Trained):
+  """The stage, opened."""
+
+  captions = ()
+  eval_source = types.SimpleNamespace(label_names=())
+  settings = types.SimpleNamespace(guidance_weight=0.0, aug_level=0.0)
+
+  def __init__(self):
+    data = types.SimpleNamespace(image_size=8, channels=1, num_classes=10)
+    self.experiment, self.read, self.config = Toy(), {}, types.SimpleNamespace(data=data)
 
 
 def test_a_new_condition_has_its_controls_by_itself():
-  found, notes = controls.of(toy())
+  found, notes = controls.of(ToyTrained())
   kinds = {one.name: one.kind for one in found}
   assert kinds == {
     'sky': controls.CODE, 'warmth': controls.NUMBER, 'map': controls.SEEN, 'satellite': controls.PICTURE,
@@ -89,14 +93,15 @@ def test_without_the_data_classes_have_numbers_alone():
     def label_names(self):
       raise UserError('the data are not here')
 
-  trained = toy()
-  trained.eval_source = Lost()
-  assert {one.name for one in controls.of(trained)[0]} >= {'mood', 'sky'}
+  class Away(ToyTrained):
+    eval_source = Lost()
+
+  assert {one.name for one in controls.of(Away())[0]} >= {'mood', 'sky'}
 
 
 def test_directions_move_their_code_alone():
   given = {'z': np.ones((2, 3), np.float32), 'noise': np.ones((2, 4), np.float32)}
-  one = controls.Direction(name='z/a', title='', group='', of='z', vector=np.array([0, 2, 0.5]), most=3)
+  one = controls.Direction(name='z/a', title='', group='', of='z', vector=np.array([0, 2, 0.5]), most=3.0)
   found = controls.moved(given, [one], {'z/a': -1.5, 'unknown': 9.0})
   np.testing.assert_allclose(found['z'], [[1, -2, 0.25]] * 2)
   assert found['noise'] is given['noise'] and given['z'].min() == 1 and found['z'].dtype == np.float32
@@ -127,7 +132,7 @@ def test_where_nothing_is_known_of_a_code_its_numbers_move(monkeypatch):
     raise UserError('starts from no code of a VAE')
 
   monkeypatch.setattr(directions, 'leading', unknown)
-  trained = toy()
+  trained = ToyTrained()
   trained.eval_images = lambda count: (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int32))
   found, notes = controls.directions_of(trained, controls.of(trained)[0], 2, 3.0, 32)
   assert [one.name for one in found] == [f'sky/{k}' for k in range(5)]

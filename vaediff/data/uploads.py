@@ -55,7 +55,7 @@ def read(
       f'{shown} has {width:,} x {height:,} pixels; at most {max_pixels:,} are read. Make it smaller, or '
       'raise config.explore.max_upload_pixels'
     )
-  image = resize.center_crop(folder.decode(pathlib.PurePath(shown), data.channels, content), 0)
+  image = resize.center_crop(folder.decode(pathlib.Path(shown), data.channels, content), 0)
   size = data.image_size
   if image.shape[0] == size:
     return image

@@ -33,7 +33,7 @@ class Damage:
   is_there: bool = False
 
 
-def damage_of(trained: Trained, task: str, strength: float, *, is_there: bool = False) -> Damage:
+def damage_of(trained: Trained, task: str, strength: int | float, *, is_there: bool = False) -> Damage:
   """Returns the damage of a task: `strength` is its factor, its noise, or the side of its hole.
 
   Raises:
@@ -53,7 +53,7 @@ def damage_of(trained: Trained, task: str, strength: float, *, is_there: bool = 
   return Damage(degradation=found, is_there=is_there)
 
 
-def strengths_of(trained: Trained) -> dict[str, tuple[float, ...]]:
+def strengths_of(trained: Trained) -> dict[str, tuple[int | float, ...]]:
   """Returns by task the strengths that can be chosen, the configured one first; () = it has none."""
   settings, data = trained.config.restore, trained.config.data
   factors = [f for f in (2, 4, 8, 16) if data.image_size % f == 0 and f < data.image_size]
