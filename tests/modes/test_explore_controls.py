@@ -145,7 +145,7 @@ def test_where_nothing_is_known_of_a_code_its_numbers_move(monkeypatch):
   [
     ('', 'vae', {'z': 'code'}),
     ('unconditional', '', {'noise': 'seed'}),
-    ('latent', 'ddgan', {'noise': 'seed'}),
+    pytest.param('latent', 'ddgan', {'noise': 'seed'}, marks=pytest.mark.slow),
     pytest.param(
       'formulation2,z,label', '', {'z': 'code', 'x0_vae': 'picture', 'label': 'class', 'noise': 'seed'},
       marks=pytest.mark.slow,
