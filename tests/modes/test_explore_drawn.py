@@ -122,6 +122,7 @@ def test_moving_what_can_be_moved_compiles_nothing(opened, compiled):
 
   assert compiled(move) == 0
   choice.shape = 'four'
+  assert explorer.draw(choice_of().wish()).is_new is False
   assert compiled(see) > 0  # which shows that it is counted
   assert compiled(see) == 0
 

@@ -76,8 +76,8 @@ def test_small_pictures_are_enlarged_by_repeating():
 def test_the_file_has_all_that_is_shown():
   ones = {'a': np.zeros((3, 8, 8, 1), np.uint8), 'b': np.full((3, 8, 8, 1), 9, np.uint8)}
   shown = lambda images, weights: Shown(
-    images=images, titles={}, what='', seconds=0.0, is_quick=False, wish=Wish(stage='s', weights=weights),
-    program=Trained.__new__(Trained),
+    images=images, titles={}, what='', seconds=0.0, is_new=False, is_quick=False,
+    wish=Wish(stage='s', weights=weights), program=Trained.__new__(Trained),
   )  # fmt: skip
   row = wishes.whole_picture(shown(ones, (0.0, 0.5, 1.0)))
   single = {name: value[:1] for name, value in ones.items()}

@@ -63,7 +63,7 @@ class Explorer:
     self.config, self.workdir, self.stages = config, workdir, stages
     self.settings = config.explore
     self._open, self._kept = open_stage, OrderedDict()
-    self._opened, self._programs, self._offers = {}, {}, {}
+    self._opened, self._programs, self._offers, self._compiled = {}, {}, {}, set()
 
   # Stages ------------------------------------------------------------------------------------------
 
@@ -303,10 +303,18 @@ class Explorer:
       titles={name: titles[name] if name in titles else 'sample' for name in (*looked_at, *drawn)},
       what=f'{", ".join(titles[name] for name in drawn)} alone' if beside else about(program),
       seconds=time.perf_counter() - started,
+      is_new=self._is_new(program, count),
       is_quick=is_quick,
       wish=wish,
       program=program,
     )
+
+  def _is_new(self, *key: Any) -> bool:
+    """Returns whether a program, of so many pictures or a damage, was never used before."""
+    known, key = self._compiled, (id(key[0]), *key[1:])
+    found = key not in known
+    known.add(key)
+    return found
 
   def _looked_at(self, wish: Wish) -> HostArrays:
     """Returns the images that single pictures are seen in, as they are."""
@@ -335,6 +343,7 @@ class Explorer:
       titles={name: name for name in found},
       what=f'{about(program)}, {damage.degradation.task}',
       seconds=time.perf_counter() - started,
+      is_new=self._is_new(program, damage),
       is_quick=False,
       wish=wish,
       program=program,

@@ -166,7 +166,8 @@ class Visit:
       title.set_text(shown.titles[name])
     switch(self.pictures, 'quick', shown.is_quick)
     what = 'at once: ' if shown.is_quick else ''
-    self.status.set_text(f'{what}{shown.what} · {shown.seconds:.2f} s')
+    once = ', compiled for the first time' if shown.is_new else ''
+    self.status.set_text(f'{what}{shown.what} · {shown.seconds:.2f} s{once}')
 
   def lay_out(self, names: list[str]) -> None:
     """Makes room for pictures of these names; those that were there before stay what they were."""

@@ -88,6 +88,7 @@ class Shown:
     titles: of each.
     what: what drew them, for people.
     seconds: that it took.
+    is_new: a program was compiled for it.
     is_quick: they are those that one sees while one drags.
     wish: that they are of.
     program: what drew them.
@@ -97,6 +98,7 @@ class Shown:
   titles: Mapping[str, str]
   what: str
   seconds: float
+  is_new: bool
   is_quick: bool
   wish: Wish
   program: Trained
