@@ -28,6 +28,8 @@ from vaediff.modes.explore_restored import Damage
 from vaediff.modes.explore_wishes import DRAWN, Choice, Shown, picture
 from vaediff.run import images
 
+CONNECTION = 60.0
+"""Seconds that a browser has to open its web socket."""
 REST = 0.15
 """Seconds without a change after which the whole picture is drawn."""
 
@@ -86,6 +88,8 @@ class Visit:
         with ui.element('div').classes('line'):
           button = ui.button('Download PNG', icon='download', on_click=self.download)
           marked(button.props('outline no-caps color=grey-4'), 'download')
+    # the empty page goes out first: it does not wait for what is drawn for others
+    await ui.context.client.connected(timeout=CONNECTION)
     await self.enter(stage)
 
   async def enter(self, stage: str) -> None:
@@ -140,10 +144,10 @@ class Visit:
         self.say('')
         self.show(shown)
     except UserError as error:
-      self.say(str(error))
+      self.refuse(str(error))
     except Exception:
       logging.exception('a picture could not be drawn')
-      self.say('This could not be drawn: the terminal says why.')
+      self.refuse('This could not be drawn: the terminal says why.')
     self.spinner.set_visibility(False)
 
   def show(self, shown: Shown) -> None:
@@ -185,6 +189,12 @@ class Visit:
   def say(self, text: str) -> None:
     """Shows a message in place of the last one."""
     self.message.set_text(text)
+
+  def refuse(self, text: str) -> None:
+    """Says why there is no picture, and dims those of before."""
+    self.say(text)
+    for image, _ in self.parts.values():
+      switch(image, 'stale', True)
 
   async def restore(self, damage: Damage) -> None:
     """Shows picture A, what is left of it, and that restored."""
