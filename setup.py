@@ -44,6 +44,7 @@ setup(
     'cloud': ['gcsfs>=2025.3', 's3fs>=2025.3'],  # runs in buckets
     'compile': ['libtpu'],
     'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
+    'explore': ['nicegui>=3.18,<4'],  # the page of --mode=explore: it brings all scripts and fonts with it
     'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'tensorboard>=2.20'],
     # above 0.13.0 jax2onnx wants an older orbax-checkpoint than this package: pip finds the one that fits
     'onnx': ['jax2onnx>=0.13', 'onnx>=1.20', 'onnxruntime>=1.24'],
@@ -64,6 +65,8 @@ setup(
       'nbclient>=0.10',
       'nbformat>=5.10',
       'nbstripout>=0.8',
+      'nicegui>=3.18,<4',
+      'playwright>=1.50',  # drives the chromium of the system, where there is one, and brings no other
       'pytest>=8.2,<9.2',  # with 9.2 pytest-xdist 3.8 spreads tests that share what is dear over all workers
       'pytest-xdist>=3.6',
       'qwix>=0.1.8',  # scales of quantized kernels are compared with its own

@@ -31,6 +31,7 @@ GROUND = {
 """What little is imported within or from the ground, beyond the order."""
 ONLY_IN = {
   'fsspec': ('buckets.py',),
+  'nicegui': ('modes/explore_page.py', 'modes/explore_panel.py'),
   'orbax': ('run/checkpoint.py',),
   'flax.linen': ('models/', 'features/'),
   'flax': ('models/', 'features/', 'experiments/base.py'),

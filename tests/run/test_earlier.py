@@ -35,7 +35,7 @@ def test_an_earlier_config_is_read_as_one_of_today(run):
     expected.data.num_classes = 0
   # modes do what they did before, until they are told otherwise
   assert (read.restore.method, read.restore.num_samples, read.reconstruct.through) == ('condition', 1, '')
-  new = ('quantize', 'export', 'vary', 'text_diff', 'edit')
+  new = ('quantize', 'export', 'vary', 'text_diff', 'edit', 'explore')
   for mode in ('restore', 'reconstruct', 'interpolate', *new):
     assert set(read[mode]) == set(expected[mode])
     expected[mode].update(read[mode])

@@ -76,6 +76,7 @@ def test_a_picture_says_what_it_was_made_of(tmp_path, channels):
   made_of = {'network vae': 'ab12', 'seed': '3', 'name': 'é ☃'}
   picture = np.arange(16 * channels, dtype=np.uint8).reshape(4, 4, channels)
   images.write_png(tmp_path / 'a.png', picture, made_of)
+  assert images.png(picture, made_of) == (tmp_path / 'a.png').read_bytes()
   images.write_png(tmp_path / 'b.png', picture)
   for name, text in (('a.png', {'vaediff': made_of}), ('b.png', {})):
     with Image.open(tmp_path / name) as stored:

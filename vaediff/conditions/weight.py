@@ -53,3 +53,13 @@ class Weight(Condition):
     """Returns the weight."""
     del read
     return {WEIGHT: given[WEIGHT]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreeWeight(Weight):
+  """A weight without a port: it is among the values, and takes the place of the configured one."""
+
+  @property
+  def ports(self) -> Mapping[str, Port]:
+    """None."""
+    return {}

@@ -9,6 +9,7 @@ from vaediff.modes import (
   describe,
   edit,
   evaluate,
+  explore,
   export,
   interpolate,
   prepare,
@@ -40,6 +41,7 @@ MODES: dict[str, Mode] = {
   'export': export.mode,
   'edit': edit.mode,
   'import': adopt.mode,
+  'explore': explore.mode,
 }
 SWEEPS: dict[str, Mode] = {'evaluate': evaluate.sweep_mode}
 """What `--sweep` makes of a mode: the same over a range of settings."""

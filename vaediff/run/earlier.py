@@ -109,6 +109,17 @@ TEXT_DIFF = {
 """How images are made again of their vectors, which no stage read."""
 LOG = {'wandb': {'mode': 'disabled', 'project': 'vaediff', 'entity': ''}}
 """Where else was logged: nowhere."""
+EXPLORE = {
+  'port': 8080,
+  'open': False,
+  'num_directions': 8,
+  'deviations': 3.0,
+  'num_encoded': 1024,
+  'num_points': 9,
+  'max_upload_bytes': 10_000_000,
+  'max_upload_pixels': 40_000_000,
+}
+"""The page of the explorer, which earlier versions did not have."""
 MODES = {
   'vary': VARY,
   'text_diff': TEXT_DIFF,
@@ -116,6 +127,7 @@ MODES = {
   'export': EXPORT,
   'adopt': ADOPT,
   'edit': EDIT,
+  'explore': EXPLORE,
   'reconstruct': {'through': '', 'num_steps': (10, 25, 50, 100)},
   'interpolate': {'num_pairs': 64, 'cutoff': 0.25, 'num_directions': 0, 'deviations': 3.0},
   'restore': {'method': 'condition', 'num_samples': 1, 'fill_rounds': 5},
@@ -171,7 +183,7 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['sample'].setdefault('rerank', dict(RERANK))
   config.setdefault('checkpoints', {'check_arrays': True})
   config.setdefault('log', copy.deepcopy(LOG))
-  for mode in ('quantize', 'export', 'vary', 'text_diff', 'edit', 'adopt'):
+  for mode in ('quantize', 'export', 'vary', 'text_diff', 'edit', 'adopt', 'explore'):
     config.setdefault(mode, {})
   for mode, settings in MODES.items():
     if mode in config and isinstance(config[mode], dict):

@@ -1,5 +1,6 @@
 """Pictures: grids of images, and their PNG files."""
 
+import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -110,9 +111,15 @@ def side_by_side(*columns: np.ndarray) -> np.ndarray:
 
 def write_png(path: pathlib.Path, picture: np.ndarray, made_of: Mapping[str, str] | None = None) -> None:
   """Writes a uint8 picture [height, width, 1 | 3] and, as the text `MADE_OF`, what it was made of."""
-  text = PngInfo()
+  with files.replacing(path) as temporary:
+    temporary.write_bytes(png(picture, made_of))
+
+
+def png(picture: np.ndarray, made_of: Mapping[str, str] | None = None) -> bytes:
+  """Returns the bytes of the file that `write_png` writes."""
+  text, file = PngInfo(), io.BytesIO()
   if made_of:
     text.add_text(MADE_OF, json.dumps(dict(made_of), sort_keys=True))
   image = PilImage.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-  with files.replacing(path) as temporary:
-    image.save(temporary, 'PNG', pnginfo=text)
+  image.save(file, 'PNG', pnginfo=text)
+  return file.getvalue()
