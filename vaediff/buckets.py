@@ -31,8 +31,7 @@ from typing import Any
 
 from vaediff.errors import UserError
 
-SCHEMES = ('gs', 's3')
-"""Of the stores that a user can name."""
+SCHEMES = ('gs', 's3')  # of the stores that a user can name
 SEPARATOR = '://'
 KNOWN = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that libraries of stores raise for what they say."""
