@@ -10,7 +10,7 @@
 #                    cifar10 (100 images in 4 steps and their decoder are in its `sampling`): seconds, FLOP/s beside the
 #                    measured peak of matrix products, memory; the last line: that GAN in int8
 #   torch.json       the same networks in PyTorch, where it is installed (benchmarks.paired)
-#   costs.txt        operations of the train step of cifar10's refiner that cost most, of a profile
+#   costs.txt        operations of the train step of cifar10's U-Net that cost most, of a profile
 #   emoji.png .json  samples of emoji64, trained from emoji.npz (in the repository root, or $EMOJI) for EMOJI_SECONDS, and
 #                    their figures
 #   log.txt          all output
@@ -69,16 +69,16 @@ as_line() {  # the object of `--mode=benchmark`, behind what else it prints, as 
 }
 
 costs() {
-  vaediff --config="$cifar" --stages=refiner --workdir="$runs/costs" "${synthetic[@]}" \
+  vaediff --config="$plain" --workdir="$runs/costs" "${synthetic[@]}" \
     --config.refiner.train.num_steps=12 '--config.refiner.train.profile_steps=(8,11)' \
-    --config.refiner.train.eval_every_steps=0 --config.refiner.train.grid_every_steps=0 &&
+    --config.refiner.train.grid_every_steps=0 --config.refiner.sample.num_images=4 \
+    --config.refiner.sample.num_steps=2 &&
     "$python" -m benchmarks.costs "$runs/costs/refiner/tensorboard" > "$out/costs.txt"
 }
 
 int8() {  # one update, which times need no more than
   vaediff --config="$latent" --workdir="$runs/int8" "${synthetic[@]}" --config.autoencoder.train.num_steps=1 \
-    --config.ddgan.train.num_steps=1 --config.autoencoder.train.eval_every_steps=0 \
-    --config.ddgan.train.eval_every_steps=0 &&
+    --config.ddgan.train.num_steps=1 &&
     vaediff --workdir="$runs/int8" --mode=quantize --config.quantize.stage=ddgan --config.quantize.num_images=16 &&
     vaediff --workdir="$runs/int8" --mode=benchmark --stages=ddgan_int8 --config.ddgan_int8.sample.num_images=100 \
       --config.ddgan_int8.sample.batch_size=100 > "$runs/benchmark" && as_line
@@ -99,15 +99,16 @@ export python runs out size emoji emoji_seconds
 
 synthetic=(--config.data.source=synthetic)
 cifar=configs/cifar10.py:bfloat16 celeba=configs/celeba256.py:bfloat16 latent=configs/cifar10.py:latent,bfloat16
+plain=configs/cifar10.py:unconditional,bfloat16  # whose network is the same, and reads no VAE
 emoji_config=configs/emoji64.py:unconditional,bfloat16 extractors="('mobilenetv2',)" emoji_images=2000
 torch_cases=unet_cifar10
 if [ "$size" = debug ]; then
-  cifar=$cifar,debug celeba=$celeba,debug latent=$latent,debug emoji_config=configs/emoji64.py:unconditional,debug
+  cifar=$cifar,debug celeba=$celeba,debug latent=$latent,debug plain=$plain,debug emoji_config=configs/emoji64.py:unconditional,debug
   extractors="('classifier',)" emoji_images=16 torch_cases=unet_small/forward
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1  # compiles sooner
   synthetic+=(--config.benchmark.matmul_size=64 --config.benchmark.num_repeats=1)
 fi
-functions=$(declare -f vaediff benchmark as_line costs int8 train_emoji; declare -p synthetic cifar celeba latent emoji_config \
+functions=$(declare -f vaediff benchmark as_line costs int8 train_emoji; declare -p synthetic plain emoji_config latent \
   extractors emoji_images)
 call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a function of this script, under a limit
 
