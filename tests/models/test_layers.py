@@ -157,3 +157,20 @@ def test_pooling_averages_windows():
 def test_unknown_dtype_is_a_user_error():
   with pytest.raises(UserError, match="model.dtype is 'float16'.*float32, bfloat16"):
     layers.check_dtype('float16')
+
+
+def test_positions_are_sines_of_row_and_column():
+  known = layers.positions(3, 2, 10)
+  assert known.shape == (3, 2, 10)
+  np.testing.assert_allclose(known[2, 1, :4], [np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)], atol=1e-6)
+  np.testing.assert_allclose(known[2, 1, 4:8], [np.sin(1), np.sin(0.01), np.cos(1), np.cos(0.01)], atol=1e-6)
+  np.testing.assert_array_equal(known[..., 8:], 0)
+  assert len({tuple(np.round(row, 5)) for row in np.asarray(known).reshape(6, 10)}) == 6
+  np.testing.assert_array_equal(layers.positions(2, 2, 3), 0)
+
+
+def test_positions_on_another_grid_are_counted_in_its_cells():
+  known, fine = layers.positions(2, 3, 8), layers.positions(6, 3, 8, (2, 3))
+  # the middle one of three rows lies in the middle of the cell
+  np.testing.assert_allclose(fine[1::3], known, atol=1e-6)
+  np.testing.assert_allclose(fine[0, 0, :2], [np.sin(-1 / 3), np.sin(-1 / 3 / 100)], atol=1e-6)

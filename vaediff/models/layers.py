@@ -22,6 +22,8 @@ MAX_GROUPS = 32
 DTYPES = ('float32', 'bfloat16')
 LEAST = -1e9
 """Logit of what is not to be seen: its weight is exactly 0 where anything else is."""
+WAVELENGTH = 10_000
+"""Of the slowest sine of a position, over that of the fastest."""
 
 # Uniform on +-1/sqrt(fan_in): He et al. 2015 (1502.01852) with a negative slope of sqrt(5), the
 # initialisation under which the published VAE and U-Nets were trained.
@@ -169,6 +171,30 @@ def sinusoidal_embedding(
   angles = position.astype(jnp.float32)[:, None] * frequencies[None, :]
   waves = (jnp.sin(angles), jnp.cos(angles))
   return jnp.concatenate(waves if sin_first else waves[::-1], axis=-1)
+
+
+def positions(
+  height: int, width: int, channels: int, grid: tuple[int, int] | None = None
+) -> Float[Array, 'height width channels']:
+  """Returns sines and cosines of each position of a map: half the channels of its row, half of its column.
+
+  Of frequencies there are a quarter of the channels, from 1 down; channels that are left are zero. With the
+  sides of another `grid` over the same image, positions are counted in its cells.
+  """
+  count = channels // 4
+  frequencies = WAVELENGTH ** -(jnp.arange(count, dtype=jnp.float32) / max(count, 1))
+  rows, columns = grid or (height, width)
+
+  def waves(length: int, cells: int) -> Array:
+    place = (jnp.arange(length, dtype=jnp.float32) + 0.5) * (cells / length) - 0.5
+    angles = place[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+  shape = (height, width, 2 * count)
+  of_rows = jnp.broadcast_to(waves(height, rows)[:, None], shape)
+  of_columns = jnp.broadcast_to(waves(width, columns)[None], shape)
+  left = jnp.zeros((height, width, channels - 4 * count))
+  return jnp.concatenate([of_rows, of_columns, left], axis=-1)
 
 
 def attention(

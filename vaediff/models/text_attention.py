@@ -47,7 +47,8 @@ def in_place(texts: Texts) -> Text | None:
 class TextAttention(nn.Module):
   """Cross-attention: every position of a map reads the tokens of a text.
 
-  At first the output is the map itself.
+  At first the output is the map itself. What asks says where it is, by sines of its position; without them
+  small networks learned the words of a whole image alone, such as its background (docs/text.md).
 
   Attributes:
     heads: of the attention.
@@ -63,6 +64,7 @@ class TextAttention(nn.Module):
   def __call__(self, x: Map, tokens: Tokens, allowed: Allowed) -> Map:
     """Returns x plus what its positions gather from the tokens that are allowed."""
     h = layers.GroupNorm(epsilon=self.norm_epsilon, name='norm')(x)
+    h = h + layers.positions(*h.shape[1:])[None].astype(h.dtype)
     h = _gathered(self, self.heads, h, tokens, allowed, use_bias=True)
     return x + layers.dense(x.shape[-1], name='out', dtype=self.dtype, zero_init=True)(h)
 

@@ -24,8 +24,6 @@ from vaediff.models import layers
 
 POSITIONS = ('encoder', 'middle', 'decoder')
 WAYS = ('concat', 'add', 'attention')
-WAVELENGTH = 10_000
-"""Of the slowest sine of a position, over that of the fastest."""
 
 
 class Tokens(NamedTuple):
@@ -62,7 +60,7 @@ class TokenAttention(nn.Module):
   """Cross-attention: every position of a map reads all tokens.
 
   At first the output is the map itself. Tokens say where they are by sines of their position, so that their
-  order does not matter, and their grid is free.
+  order does not matter, and their grid is free; what asks says where it is, too, on the grid of the tokens.
 
   Attributes:
     heads: of the attention.
@@ -83,10 +81,12 @@ class TokenAttention(nn.Module):
     """Returns x plus what its positions gather from the tokens."""
     batch, height, width, channels = x.shape
     inner = (self.heads, channels // self.heads)
+    rows, columns, token_channels = tokens.shape[1:]
     h = layers.GroupNorm(epsilon=self.norm_epsilon, name='norm')(x)
+    h = h + layers.positions(height, width, channels, (rows, columns))[None].astype(h.dtype)
     query = layers.dense(channels, name='query', dtype=self.dtype)(h).reshape(batch, height * width, *inner)
     normed = nn.LayerNorm(dtype=jnp.float32, name='norm_tokens')(tokens)
-    placed = normed + positions(*tokens.shape[1:])[None]
+    placed = normed + layers.positions(rows, columns, token_channels)[None]
     key, value = (
       layers.dense(channels, name=name, dtype=self.dtype)(placed).reshape(batch, -1, *inner)
       for name in ('key', 'value')
@@ -94,22 +94,3 @@ class TokenAttention(nn.Module):
     h = layers.attention(query, key, value, scale=inner[1] ** -0.5).astype(self.dtype)
     out = layers.dense(channels, name='out', dtype=self.dtype, zero_init=True)
     return x + out(h.reshape(batch, height, width, channels))
-
-
-def positions(height: int, width: int, channels: int) -> Float[Array, 'height width channels']:
-  """Returns sines and cosines of each position of a grid: half the channels of its row, half of its column.
-
-  Of frequencies there are a quarter of the channels, from 1 down; channels that are left are zero.
-  """
-  count = channels // 4
-  frequencies = WAVELENGTH ** -(jnp.arange(count, dtype=jnp.float32) / max(count, 1))
-
-  def waves(length: int) -> Array:
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-  shape = (height, width, 2 * count)
-  rows = jnp.broadcast_to(waves(height)[:, None], shape)
-  columns = jnp.broadcast_to(waves(width)[None], shape)
-  left = jnp.zeros((height, width, channels - 4 * count))
-  return jnp.concatenate([rows, columns, left], axis=-1)
