@@ -4,7 +4,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from vaediff import buckets, files, identity
+from vaediff import buckets
 from vaediff.errors import UserError
 
 
@@ -30,6 +30,8 @@ def fetched(path: str, meant: str) -> pathlib.Path:
   Raises:
     UserError: as `anywhere`; or there is nothing, or it cannot be read or stored.
   """
+  from vaediff import files, identity  # NumPy's, which the start of the process does without
+
   there = anywhere(path, meant)
   if not isinstance(there, buckets.BucketPath):
     return there

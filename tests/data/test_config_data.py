@@ -28,6 +28,7 @@ REAL = {
   ('cifar10', ''): [(32, 32, 3)],
   ('captions256', ''): [(256, 341, 3), (512, 300, 3)],
   ('captions256', 'stable_diffusion'): [(640, 512, 3)],
+  ('captions256', 'stable_diffusion_control'): [(640, 512, 3)],
   ('captions256', 'clip_vit_b32'): [(256, 341, 3), (224, 224, 3)],
   ('fashion_mnist', ''): [(28, 28, 1)],
   ('fashion_mnist', 'idx'): [(28, 28, 1)],
@@ -35,11 +36,14 @@ REAL = {
   ('emoji64', ''): [(64, 64, 3)],
   ('shapes16', ''): [(16, 16, 3)],
   ('shapes16', 'mini'): [(16, 16, 3)],
+  ('shapes16', 'look'): [(16, 16, 3)],
   ('shapes32', ''): [(32, 32, 3)],
+  ('shapes32', 'look'): [(32, 32, 3)],
   ('shapes64', ''): [(64, 64, 3)],
+  ('shapes64', 'look'): [(64, 64, 3)],
 }
 NO_DATA = (
-  'adopt', 'base', 'code_papers', 'gan_papers', 'gan_small', 'parts', 'presets', 'run', 'shapes_parts',
+  'base', 'code_papers', 'gan_papers', 'gan_small', 'modes', 'parts', 'presets', 'run', 'shapes_parts',
 )  # fmt: skip
 CASES = [(name, variant, size) for (name, variant), sizes in REAL.items() for size in sizes]
 

@@ -90,6 +90,8 @@ class Trained(opened.Trained):
       counts=lambda read, batch: {},
       reads_codes=False,
       diffusion=None,
+      inputs={},
+      borrowed=(),
     )
     self.drawn_source, self._sources, self.read = drawn, {}, {}
 

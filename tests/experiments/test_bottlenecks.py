@@ -306,7 +306,7 @@ def test_a_codebook_stays_what_it_is_when_a_stage_goes_on(changed, value, tmp_pa
 @pytest.mark.parametrize(
   ('loss', 'now'),
   [
-    ({'codebook': 'ema'}, {'restart_below': 1.0, 'adversarial_weight': 0.8}),
+    ({'codebook': 'ema'}, {'restart_below': 1.0, 'adversarial_weight': 0.2}),
     ({'codebook': 'gradient'}, {'restart_below': 0.0}),
     ({'adversarial_start_step': 4}, {'adversarial_weight': 0.0, 'adversarial_start_step': 4}),
   ],

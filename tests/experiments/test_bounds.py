@@ -35,7 +35,8 @@ VARIANTS = {
 }
 """By stage, a variant of configs/digits.py that has it."""
 ELSEWHERE = {
-  *configs.STAGE_BOUNDS, *label.BOUNDS, *low_resolution.BOUNDS, 'train.profile_steps', 'sample.guidance'
+  *configs.STAGE_BOUNDS, *label.BOUNDS, *low_resolution.BOUNDS, 'train.profile_steps', 'sample.guidance',
+  'sample.controls'
 }  # fmt: skip
 """Of the loop, of a condition that is not always there, and what depends on the conditions."""
 
@@ -91,7 +92,8 @@ def test_every_number_of_every_section_has_a_bound():
   tables = {**tables, 'distill': {**tables['distill_2'], **progressive.TEMPLATE_BOUNDS}}
   tables |= dict.fromkeys(known.cascade.STAGES, tables['sr_8'])
   tables |= dict.fromkeys(('vqvae', 'vqgan', 'dvae'), tables['autoencoder'])
-  tables['clip'] = experiments.BY_NAME['clip'].bounds
+  tables |= {name: experiments.BY_NAME[name].bounds for name in ('clip', 'embedding_prior')}
+  tables |= dict.fromkeys(known.control.STAGES, experiments.BY_NAME['controlnet'].bounds)
   for stage, module in known.BY_NAME.items():
     missing = set(bounds.numeric_fields(module.section())) - set(tables[stage]) - ELSEWHERE
     assert not missing, f'{stage}: {missing}'
@@ -200,9 +202,8 @@ def test_the_section_of_another_experiment_is_refused(stage, other):
   if config[name].experiment == other:
     return
   config[name].experiment = other
-  message = (
-    rf"config.{name}.*(experiment is '{other}', which has (no field|a teacher)|has no section '{other}')"
-  )
+  which = f"(experiment is '{other}', which has (no field|a teacher|a base)|has no section '{other}')"
+  message = rf'config.{name}.*{which}'
   with pytest.raises(UserError, match=message):
     experiments.build(config, name)
 

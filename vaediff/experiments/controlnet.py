@@ -219,6 +219,11 @@ def check_base(config: ConfigDict, stage: str) -> None:
   section = config[stage]
   if 'model' not in section:
     raise UserError('it lacks what its base gives it; call vaediff.run.students.resolve(config) first')
+  if 'base' not in section:
+    raise UserError(
+      f'experiment is {section.experiment!r}, which has a base, and the section names none: it is that of '
+      'another experiment. Leave the experiment as it is, and choose stages by variants'
+    )
   named = section.base.stage
   if not reads.is_stage(config, named, 'diffusion'):
     raise UserError(

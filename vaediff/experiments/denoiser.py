@@ -185,7 +185,7 @@ class Denoiser:
     inputs = self.inputs(y, t, values, drop)
     return self.parts(self.model.apply(read[self.network], *inputs, key_dropout=key_dropout))
 
-  def parts(self, output: State) -> tuple[State, State | None]:
+  def parts(self, output: State) -> tuple[Array, Array | None]:
     """Returns the two parts of the network's output; see `outputs`."""
     if self.variance != LEARNED:
       return output, None

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from vaediff import experiments, identity
+from vaediff import experiments, identity, places
 from vaediff.data import arrays, sources
 from vaediff.experiments.edit import EDIT_EMBEDDING, EDIT_FINETUNE, SECTION
 from vaediff.modes import train
@@ -104,7 +104,7 @@ def name_of(config: ConfigDict, title: str) -> str:
   """
   sections = [{part: config[name][part].to_dict() for part in ('optim', 'train')} for name in STAGES]
   named = config[EDIT_EMBEDDING][SECTION].to_dict()
-  own = checkpoint.identity_of(pathlib.Path(named['workdir']) / named['stage'])
+  own = checkpoint.identity_of(places.anywhere(named['workdir']) / named['stage'])
   known = identity.digest([sections, {**named, 'workdir': own}, config.seed])
   return f'{re.sub(r"[^A-Za-z0-9_-]+", "_", title)[:64] or "picture"}-{known[:8]}'
 

@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from nicegui import events, ui
 
@@ -19,6 +19,7 @@ SHAPES = {ONE: 'one', FOUR: '4 noises', NINE: '9 noises', ROW: 'row A to B'}
 LETTERS = ('A', 'B')
 
 
+@runtime_checkable
 class Visit(Protocol):
   """Who looks at the panel.
 

@@ -138,7 +138,7 @@ def check_tokenizers(
   own = next((source for source in sources.values() if isinstance(source, reads.Captions)), None)
   if own is None:
     return
-  place = pathlib.Path(own.workdir) if own.workdir else workdir
+  place = places.anywhere(own.workdir) if own.workdir else workdir
   tokenizer = captions.tokenizer_of(config, own.stage, place / own.stage)
   for name, source in sources.items():
     if not isinstance(source, reads.FromStage):
