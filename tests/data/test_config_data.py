@@ -29,6 +29,8 @@ REAL = {
   ('captions256', ''): [(256, 341, 3), (512, 300, 3)],
   ('captions256', 'stable_diffusion'): [(640, 512, 3)],
   ('captions256', 'stable_diffusion_control'): [(640, 512, 3)],
+  ('captions256', 'unclip_vit_h16'): [(256, 341, 3), (224, 224, 3)],
+  ('captions256', 'unclip_vit_l14'): [(256, 341, 3), (224, 224, 3)],
   ('captions256', 'clip_vit_b32'): [(256, 341, 3), (224, 224, 3)],
   ('fashion_mnist', ''): [(28, 28, 1)],
   ('fashion_mnist', 'idx'): [(28, 28, 1)],

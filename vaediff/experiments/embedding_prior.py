@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vaediff import checks
 from vaediff.conditions.base import Conditions
 from vaediff.conditions.clip_text import CAPTION, READ, WORDS, ClipText, clip_text_condition
-from vaediff.conditions.text import CHOSEN, OF_TOKENIZERS
+from vaediff.conditions.text import CHOSEN, OF_CAPTIONS
 from vaediff.data import pixels
 from vaediff.diffusion import grids, losses, samplers, schedules
 from vaediff.errors import UserError
@@ -39,7 +39,7 @@ from vaediff.types import Batch, Given, Image, Read, Values, Vectors
 
 MOST_CANDIDATES = 1024
 BOUNDS = {
-  **OF_TOKENIZERS,
+  **OF_CAPTIONS,
   'model.width': bounds.whole(4, bounds.MAX_WIDTH),
   'model.num_layers': bounds.whole(1, bounds.MAX_LEVELS),
   'model.num_heads': bounds.whole(1, bounds.MAX_LEVELS),

@@ -1,12 +1,11 @@
 """Stages that read the vectors of a CLIP stage: that one opened, vectors of captions, the noise of images."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vaediff import reads
+from vaediff import places, reads
 from vaediff.data import words
 from vaediff.diffusion.interpolation import unit
 from vaediff.errors import UserError
@@ -37,7 +36,7 @@ def need_vectors(trained: Any, mode: str) -> None:
 def open_clip(trained: Any) -> Any:
   """Returns the CLIP stage whose vectors a stage reads, or draws."""
   source: reads.FromStage = trained.experiment.frozen[CLIP]
-  folder = pathlib.Path(source.workdir) if source.workdir else trained.workdir
+  folder = places.anywhere(source.workdir) if source.workdir else trained.workdir
   config = same_run.stored_config(folder / source.stage) if source.workdir else trained.config
   return type(trained)(config, folder, source.stage, trained.mesh)
 
