@@ -379,6 +379,7 @@ def disturbed(runner, small_disk, count):
   rounds(runner, count, seed)
 
 
+@pytest.mark.slow
 def test_five_rounds_of_faults(runner, small_disk):
   disturbed(runner, small_disk, 5)
 

@@ -137,6 +137,7 @@ def test_the_shift_is_the_noised_image_for_both_branches_of_guidance():
   np.testing.assert_array_equal(denoiser.inputs(y, jnp.ones(2), values, drop)[0], y)
 
 
+@pytest.mark.slow
 def test_levels_are_of_training_and_of_samples_but_not_of_what_is_encoded():
   experiment = build(**{'refiner.sample.aug_level': 0.25})
   conditions = experiment.conditions

@@ -92,6 +92,7 @@ def test_dropped_is_the_last_row_of_the_table_bit_for_bit():
   assert float(jnp.abs(kept - dropped).min(axis=0).max()) > 0 and float(jnp.abs(kept - dropped).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_an_example_depends_on_its_own_label_alone():
   experiment = build()
   read, denoiser = read_of(experiment), experiment.denoiser
@@ -199,6 +200,7 @@ def test_a_class_has_a_mixture_of_its_own_codes_and_a_rare_one_the_components_th
   assert drawn[2].std(axis=0).min() > 0.35
 
 
+@pytest.mark.slow
 def test_a_code_is_of_the_class_that_the_sample_is_asked_to_be_of():
   means = np.zeros((3, 16), np.float32)
   means[:, 0] = [-6.0, 0.0, 6.0]

@@ -170,6 +170,7 @@ def test_a_student_reads_the_same_words_and_begins_as_its_teacher():
 # A trained network that is given captions -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_diffusion_begins_as_one_without_captions_and_draws_the_same():
   experiment = build(**{'refiner.conditions.text.extends.workdir': 'elsewhere'})
   source = experiment.frozen[extended.FIRST]

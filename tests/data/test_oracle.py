@@ -30,6 +30,7 @@ def test_every_evaluation_image_is_read_exactly(size, mini):
 
 
 @pytest.mark.parametrize(('noise', 'least'), [(0.1, 0.99), (0.3, 0.94)])
+@pytest.mark.slow
 def test_noise_is_borne(noise, least):
   """Joint accuracy of 32 pixels was 1.0 and 0.98 of 1,000 images."""
   image, attributes = drawn('test', 200, 32, False)

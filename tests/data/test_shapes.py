@@ -34,6 +34,7 @@ def test_the_same_bytes_on_every_run_and_machine(size, mini, digest):
   assert found.hexdigest()[:16] == digest
 
 
+@pytest.mark.slow
 def test_the_splits_share_no_composition_that_is_held_out_and_no_image():
   for mini in (False, True):
     found = {split: {scene.attributes for scene in scenes(split, 2000, mini=mini)} for split in shapes.COUNTS}

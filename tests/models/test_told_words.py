@@ -55,6 +55,7 @@ def test_the_tower_s_own_vectors_change_nothing():
     np.testing.assert_allclose(told(own, dropped), trained(dropped), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_other_vectors_are_read_where_nothing_is_dropped_and_the_caption_has_words():
   params, trained, told = network()
   own = told_words.of_words(params, 'tokens', PORT, 'float32', CAPTIONS)

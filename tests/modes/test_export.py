@@ -89,6 +89,7 @@ def test_a_file_that_draws_other_images_is_not_written(run, tmp_path, monkeypatc
     ({'export.reduce_range': 'maybe'}, 'config.export.reduce_range'),
   ],
 )
+@pytest.mark.slow
 def test_settings_that_are_none_are_refused_by_name(run, changes, message):
   with pytest.raises(UserError, match=message):
     export.mode(run(**changes))

@@ -115,6 +115,7 @@ def test_a_vae_sees_the_degraded_image_whose_hole_it_has_filled(tmp_path, one_de
     wanted = image_of(np.clip(np.where(known > 0, degraded, wanted), -1, 1))
 
 
+@pytest.mark.slow
 def test_nothing_is_seen_of_the_image_that_is_looked_for(tmp_path, one_device):
   """Where the hole is, another image gives the same restored one."""
   trained = fresh.Fresh('formulation2,z,label', tmp_path, **FAST)
@@ -134,6 +135,7 @@ def test_nothing_is_seen_of_the_image_that_is_looked_for(tmp_path, one_device):
   np.testing.assert_array_equal(found[0]['restored'][:, ~inside], data[:, ~inside])
 
 
+@pytest.mark.slow
 def test_all_tasks_are_measured_printed_and_drawn(tmp_path, one_device, monkeypatch):
   trained = fresh.Fresh('formulation1', tmp_path, **FAST)
   lines = fresh.said(monkeypatch, restore)

@@ -17,6 +17,7 @@ import fresh  # noqa: E402
 @pytest.mark.parametrize(
   ('variant', 'stage', 'workdir'), [('pca', '', ''), ('', 'vae', ''), ('formulation2', '', '/elsewhere')]
 )
+@pytest.mark.slow
 def test_they_are_those_of_the_vae(variant, stage, workdir, tmp_path, one_device, monkeypatch):
   changes = {'refiner.vae.workdir': workdir} if workdir else {}
   trained, asked = fresh.Fresh(variant, tmp_path, stage, **changes), []

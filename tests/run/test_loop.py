@@ -191,6 +191,7 @@ def test_a_second_run_does_no_work_twice(tmp_path, capsys, one_device, trained):
   assert capsys.readouterr().out.count('skipped') == 2
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(tmp_path, one_device, trained):
   _, workdir = copied(trained, tmp_path)
   before = (workdir / configs.FILE).read_text()
