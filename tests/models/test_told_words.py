@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vaediff.models import ports, told_words
 from vaediff.models.functional import Model
