@@ -92,6 +92,8 @@ def test_it_trains_and_draws(case, one_device):
   experiment, section = build(*CASES[case])
   mesh = sharding.make_mesh(importlib.import_module('configs.digits').get_config('debug').mesh)
   frozen = frozen_networks.fresh(experiment, mesh)
+  if 'base' in frozen:  # whose last layer is zero when it is fresh, so that no control would have a gradient
+    frozen['base'] = jax.tree.map(lambda leaf: leaf + 0.02 * jnp.ones_like(leaf), frozen['base'])
   state = jax.jit(guard.with_counts(experiment.init))(jax.random.key(0))
   state = jax.jit(experiment.start)(state, frozen)
   rng = np.random.default_rng(0)

@@ -345,11 +345,12 @@ def test_a_validation_says_how_far_samples_follow_their_control():
   assert {'loss', 'edge_f1', 'edge_precision', 'edge_recall', 'control_range'} == set(metrics)
   assert set(metrics) <= set(experiment.metrics)
   assert 0 < float(metrics['edge_f1']) <= 1 and float(metrics['control_range']) == 1
-  assert experiment.warnings(metrics) == ()
+  numbers = lambda metrics: {name: float(value) for name, value in metrics.items()}
+  assert experiment.warnings(numbers(metrics)) == ()
   blank = {**batch_of(), 'image': jnp.zeros((COUNT, 8, 8, 1), jnp.uint8)}
   of_blank = jax.jit(experiment.eval_step)(read, blank, jax.random.key(0))
   assert float(of_blank['edge_f1']) == 0  # of samples that have edges
-  (said,) = experiment.warnings(of_blank)
+  (said,) = experiment.warnings(numbers(of_blank))
   assert 'the control images are all the same everywhere' in said
   quiet = dataclasses.replace(experiment, score_steps=0)
   assert set(jax.jit(quiet.eval_step)(read, batch_of(), jax.random.key(0))) == {'loss'}

@@ -56,6 +56,7 @@ def serve(explorer: Explorer, first: str, host: str, port: int, *, opens: bool) 
     show_welcome_message=False, uvicorn_logging_level='error', access_log=False,
   )  # fmt: skip
   worker.shutdown(wait=False, cancel_futures=True)
+  raise KeyboardInterrupt  # nothing else ends it, and the server may keep that for itself
 
 
 class Visit:

@@ -6,6 +6,7 @@ import pathlib
 import statistics
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from ml_collections import ConfigDict
@@ -58,7 +59,7 @@ def export(
   open_or_not = 'any' if settings.any_batch else settings.batch_size
   log.say(f'{trained.stage}: for {", ".join(settings.platforms)}, images of a call: {open_or_not}')
   content = stablehlo_file.convert(
-    functools.partial(whole.apply, whole.read),
+    functools.partial(whole.apply, jax.tree.map(jnp.asarray, whole.read)),
     whole.inputs,
     tuple(settings.platforms),
     any_batch=settings.any_batch,
