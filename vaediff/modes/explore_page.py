@@ -128,28 +128,32 @@ class Visit:
     try:
       while self.wanted is not self.done:
         wish = self.wanted
-        await self.attempt(self.explorer.quick, wish)
+        fits = await self.attempt(self.explorer.quick, wish)
         await asyncio.sleep(REST)
         if wish is self.wanted:
-          await self.attempt(self.explorer.draw, wish)
+          if fits:  # else it would be refused again, over what was said since
+            await self.attempt(self.explorer.draw, wish)
           self.done = wish
     finally:
       self.is_following = False
 
-  async def attempt(self, call: Callable[..., Shown | None], *args: Any) -> None:
-    """Shows what a call draws, or says why it cannot."""
+  async def attempt(self, call: Callable[..., Shown | None], *args: Any) -> bool:
+    """Shows what a call draws, or says why it cannot; returns whether it could."""
     self.spinner.set_visibility(True)
+    could = False
     try:
       shown = await self.in_worker(call, *args)
       if shown is not None:
         self.say('')
         self.show(shown)
+      could = True
     except UserError as error:
       self.refuse(str(error))
     except Exception:
       logging.exception('a picture could not be drawn')
       self.refuse('This could not be drawn: the terminal says why.')
     self.spinner.set_visibility(False)
+    return could
 
   def show(self, shown: Shown) -> None:
     """Shows pictures; those that are not among what is seen at once stay, dimmed, so that nothing jumps."""
