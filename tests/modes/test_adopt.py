@@ -11,7 +11,8 @@ from vaediff import experiments
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.machine import sharding
-from vaediff.modes import adopt, export, sample, train
+from vaediff.modes import adopt, explore, export, sample, train
+from vaediff.modes.explore_wishes import DRAWN, UPLOAD, Choice, End
 from vaediff.run import adopting, checkpoint, loop, measurements
 from vaediff.run import config as configs
 from vaediff.run.config import Run
@@ -55,6 +56,18 @@ def test_an_imported_run_is_sampled_and_exported(imported, tmp_path, capsys):
     else:
       kernel = stored['target_network.decoder.out.2.weight']
       np.testing.assert_array_equal(made['conv_out.kernel'], kernel.transpose(2, 3, 1, 0))
+
+
+def test_an_imported_run_is_explored(imported):
+  config = configs.read(imported)
+  config.explore.update({'num_directions': 0, 'num_encoded': 16})
+  explorer, first = explore.open_run(Run(config, imported, ('refiner',)))
+  offer, wish = explorer.offer(first), Choice(stage=first, num_steps=2).wish()
+  assert first == 'refiner' and set(offer.ends) >= {DRAWN, UPLOAD}
+  drawn = explorer.draw(wish).images
+  other = explorer.draw(Choice(stage=first, num_steps=2, ends=[End(seeds={'z': 3}), End()]).wish()).images
+  assert {'x0', 'x0_vae'} <= set(drawn)
+  assert not np.array_equal(drawn['x0_vae'], other['x0_vae'])
 
 
 def test_an_imported_stage_is_trained_on(imported):
