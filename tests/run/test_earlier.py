@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from vaediff.errors import UserError
 from vaediff.run import config as configs
 from vaediff.run import earlier, same_run, students
 
@@ -121,3 +122,20 @@ def test_a_diffusion_of_before_the_learned_variance_is_what_it_was():
     if section['experiment'] == 'diffusion':
       del section['loss']
   assert earlier.upgrade(stored) == wanted
+
+
+@pytest.mark.parametrize(('variant', 'is_read'), [('divae', True), ('attention', False)])
+def test_attention_to_tokens_that_knew_no_positions_is_refused(variant, is_read, tmp_path):
+  config = importlib.import_module('configs.digits').get_config('divae,debug')
+  if variant == 'attention':
+    config.refiner.conditions.codes.how = 'attention'
+  stored = json.loads(configs.to_json(config))
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  assert configs.read(tmp_path).stages == config.stages  # of this version
+  del stored['explore']
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  if is_read:
+    assert configs.read(tmp_path).stages == config.stages
+    return
+  with pytest.raises(UserError, match="^config.refiner.conditions.codes.how is 'attention', and the run"):
+    configs.read(tmp_path)

@@ -94,8 +94,7 @@ class Tokenizer:
       if len(pieces) + 2 > length:
         raise UserError(
           f'{field}: {caption!r} has {len(pieces) + 2} tokens, its beginning and end counted, and the'
-          f' length of the'
-          f' text is {length}: captions are never cut. Write less, or train with text.length ='
+          f' length of the text is {length}: captions are never cut. Write less, or train with text.length ='
           f' {max(map(len, found)) + 2}'
         )
       tokens[row, : len(pieces) + 2] = [BOS, *pieces, EOS]

@@ -92,8 +92,7 @@ def planned(config: ConfigDict, stages: tuple[str, ...]) -> Plan:
   if not task.networks:
     raise UserError(
       f'{settings.path} holds {", ".join(part.family.title for file in opened for part in parts_of(file))};'
-      f' the '
-      f'stages {", ".join(stages)} have no such network. Take the config, or the variant, that has one'
+      f' the stages {", ".join(stages)} have no such network. Take the config, or the variant, that has one'
     )
   steps = {}
   for network in task.networks:
@@ -201,8 +200,7 @@ def adopted(network: Network, experiment: Experiment, weights: str) -> Adopted:
     if missing:
       raise UserError(
         f'{network.file.path} holds no average of {missing[0]} (and {len(missing) - 1} more); take the'
-        f' weights '
-        f'themselves with --config.{SECTION}.weights=raw'
+        f' weights themselves with --config.{SECTION}.weights=raw'
       )
     average = read(network, entries, own, part.averages)
   names = [entry.name for entry in entries if entry.name]
@@ -248,8 +246,7 @@ def check_left(file: StateDict, used: set[str]) -> None:
     more = f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''
     raise UserError(
       f'{file.path} holds {unknown[0]}{more}, which no network here has a place for: it is of another'
-      f' version '
-      'or a fork of the published code'
+      ' version or a fork of the published code'
     )
   numbers = sum(int(np.prod(file.shapes[name])) for name in used)
   what = ', '.join(f'{count} of {name}' for name, count in skipped.items()) or 'none'
@@ -294,8 +291,7 @@ def check_new(workdir: pathlib.Path) -> None:
   if workdir.is_dir() and any(path.name != files.LOCK for path in workdir.iterdir()):
     raise UserError(
       f'{workdir} is not empty: an import makes a new run. Use another --workdir; to join networks of'
-      f' several '
-      f'files name them all, --config.{SECTION}.path=<file>,<file>'
+      f' several files name them all, --config.{SECTION}.path=<file>,<file>'
     )
 
 

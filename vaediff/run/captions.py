@@ -102,8 +102,7 @@ def need_captions(source: sources.Source, stage: str) -> None:
   if not source.captions:
     raise UserError(
       f'stage {stage!r} reads captions, and of these images none are read: set data.caption_feature to the'
-      f' field'
-      ' that holds them, such as caption'
+      ' field that holds them, such as caption'
     )
 
 
@@ -119,8 +118,7 @@ def check_training(config: ConfigDict, stage: str, source: sources.Source) -> No
   if wrong is not None:
     raise UserError(
       f'config.{stage}.train.flip is on, and captions say left and right, as {wrong!r}: what is mirrored'
-      f' would be'
-      ' told wrongly. Set it to False'
+      ' would be told wrongly. Set it to False'
     )
 
 

@@ -134,6 +134,8 @@ def read(workdir: str | os.PathLike[str]) -> ConfigDict:
   values.check_types(stored, path)
   try:
     return from_stored(stored)
+  except UserError:
+    raise  # of a run that is known, and cannot be read
   except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
     raise UserError(f'{path} is not a stored config: {files.reason(error)}') from error
 

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from vaediff.errors import UserError
+
 AUTOENCODER = {
   'stage': 'autoencoder',
   'workdir': '',
@@ -156,6 +158,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a run of any version with this version's keys, changed in place."""
   if 'num_classes' not in config['data']:
     _upgrade_stages(config)
+  if 'explore' not in config:
+    _check_queries(config)
   for section in filter(_is_stage, config.values()):
     _upgrade_labels(section)
     if 'space' in section and _is_denoised(section):
@@ -189,6 +193,24 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     if mode in config and isinstance(config[mode], dict):
       config[mode] = {**settings, **config[mode]}
   return config
+
+
+def _check_queries(config: dict[str, Any]) -> None:
+  """Raises UserError for networks whose maps asked tokens without saying where they are.
+
+  Their parameters have the same names and shapes, and would draw other images.
+  """
+  for stage, section in config.items():
+    if not (_is_stage(section) and 'conditions' in section):
+      continue
+    for name in ('text', 'codes'):
+      own = section['conditions'][name] if name in section['conditions'] else {}
+      if 'how' in own and own['how'] == 'attention':
+        raise UserError(
+          f"config.{stage}.conditions.{name}.how is 'attention', and the run was trained by an earlier "
+          'version, whose attention to tokens knew no positions: this one would draw other images with its '
+          'parameters. Train it again in another --workdir, or use the earlier version'
+        )
 
 
 def _upgrade_stages(config: dict[str, Any]) -> None:

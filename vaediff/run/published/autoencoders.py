@@ -27,8 +27,7 @@ def adopt(task: Import, file: StateDict, part: Part, stage: str) -> tuple[dict[s
   if is_cifar and config.data.image_size > 64 and task.settings.sizes == 'config':
     raise UserError(
       f"{file.path} is an autoencoder of 2 levels and 4 channels, as LDDGAN's of CIFAR-10, and the config"
-      f' has '
-      f'images of {config.data.image_size} pixels. The links of its CelebA-HQ and LSUN files lead to the'
+      f' has images of {config.data.image_size} pixels. The links of its CelebA-HQ and LSUN files lead to the'
       f' CIFAR-10 '
       "ones (issue 7 of its repository); latent diffusion's vq-f4 and kl-f8 are of the settings that it names"
     )

@@ -70,8 +70,7 @@ def patch_of(file: StateDict, stage: str, fields: dict[str, Any], channels: int,
     raise UserError(
       f'{file.path} holds a generator that reads {fields["inputs"]} channels and gives {fields["outputs"]}; '
       f'config.{stage}.space is {space!r}, whose maps have {channels}. Take the config of its data set with'
-      f' the '
-      'variant ddgan, wavelet or latent'
+      ' the variant ddgan, wavelet or latent'
     )
   return patch
 
