@@ -78,7 +78,7 @@ costs() {
 
 int8() {  # one update, which times need no more than
   vaediff --config="$latent" --workdir="$runs/int8" "${synthetic[@]}" --config.autoencoder.train.num_steps=1 \
-    --config.ddgan.train.num_steps=1 &&
+    --config.autoencoder.loss.adversarial_start_step=0 --config.ddgan.train.num_steps=1 &&
     vaediff --workdir="$runs/int8" --mode=quantize --config.quantize.stage=ddgan --config.quantize.num_images=16 &&
     vaediff --workdir="$runs/int8" --mode=benchmark --stages=ddgan_int8 --config.ddgan_int8.sample.num_images=100 \
       --config.ddgan_int8.sample.batch_size=100 > "$runs/benchmark" && as_line
