@@ -116,6 +116,8 @@ def sizes(
         'attention_resolutions': attention,
         'num_heads': 4,
         'dropout': 0.0,
+        'scale_shift_norm': True,
+        'coordinates': True,
       }
     )
     stage.diffusion.update({'prediction': 'v', 'loss_weight': 'v'})

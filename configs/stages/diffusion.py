@@ -121,6 +121,7 @@ def _unet() -> ConfigDict:
       'head_channels': 0,  # of each attention head, in place of num_heads; 0 = by num_heads
       'scale_shift_norm': False,
       'resblock_updown': False,  # residual blocks halve and double maps, as in ADM
+      'coordinates': False,  # the first map reads where each pixel is
       'guidance_embedding': False,  # the guidance weight is an input: students of guided teachers
       'remat': False,  # recompute activations in the backward pass
       'dtype': 'float32',  # of the computation: 'float32' | 'bfloat16'

@@ -65,7 +65,7 @@ def wait(processes, timeout=TIMEOUT):
 
 
 def outputs(workdir):
-  return '\n'.join(path.read_text()[-3000:] for path in sorted(workdir.glob('output-*.txt')))
+  return '\n'.join(path.read_text()[-30_000:] for path in sorted(workdir.glob('output-*.txt')))
 
 
 def train(workdir, count, num_steps, *overrides, **kwargs):

@@ -251,6 +251,24 @@ def test_an_image_beside_the_state_has_the_shape_of_its_port(rng):
     build().module.init(jax.random.key(0), x_t, t, {**values, 'x0_vae': values['x0_vae'][:, :4]})
 
 
+def test_coordinates_are_a_linear_map_of_row_and_column(rng):
+  plain, placed = build(), build(coordinates=True)
+  assert count(placed) == count(plain) + 2 * TINY['channels']
+  params = random_params(plain, rng)
+  inputs = random_inputs(rng)
+  nowhere = {**params, 'coordinates': jnp.zeros((2, TINY['channels']))}
+  np.testing.assert_array_equal(apply(placed, nowhere, *inputs), apply(plain, params, *inputs))
+
+  kernel = jnp.float32(rng.normal(size=(2, TINY['channels'])))
+  first = lambda model, params: model.module.apply(
+    {'params': params}, *inputs, {}, {}, jnp.zeros(()), deterministic=True, method='maps'
+  )[0]
+  rows = np.linspace(-1, 1, 8)[:, None, None] * np.asarray(kernel[0])
+  columns = np.linspace(-1, 1, 8)[None, :, None] * np.asarray(kernel[1])
+  moved = first(placed, {**params, 'coordinates': kernel}) - first(plain, params)
+  np.testing.assert_allclose(moved, np.broadcast_to(rows + columns, moved.shape), atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

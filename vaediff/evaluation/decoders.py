@@ -25,7 +25,7 @@ from vaediff.data import pixels
 from vaediff.evaluation import against_teacher, measures, quality
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, of_first, pair_figures
+from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, of_first, over, pair_figures
 from vaediff.evaluation.sets import Real, distances_of, title_of
 from vaediff.run import checkpoint, draw, log
 from vaediff.run.trained import Trained
@@ -154,7 +154,7 @@ def figures_of(image: np.ndarray, sets: Sets, opened: Networks) -> dict[str, Fig
     figures['mse'] = Figure(value=one)  # over all samples
     figures['mse of the mean'] = Figure(value=mean, n=len(sets))
     figures['by the law'] = Figure(value=one * (1 + 1 / len(sets)) / 2)
-  sharpness = quality.sharpness(sets[0]) / quality.sharpness(image)
+  sharpness = over(figures['sharpness'].value, quality.sharpness(image))
   return {**figures, 'sharpness': Figure(value=sharpness)}
 
 

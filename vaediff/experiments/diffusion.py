@@ -201,7 +201,7 @@ class Diffusion(base.InSpace):
     )
     return jointly.init(state, self.conditions, self.optimizer, key)
 
-  def times_seen(self) -> dict[str, Array]:
+  def times_seen(self) -> dict[str, dict[str, Array]]:
     """Returns what the state holds of the losses at training times, where these are drawn by them."""
     steps = self.denoiser.schedule.train_steps if self.draws_times else 0
     return {variance.HISTORY: importance.start(steps)} if steps else {}

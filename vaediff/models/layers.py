@@ -197,6 +197,12 @@ def positions(
   return jnp.concatenate([of_rows, of_columns, left], axis=-1)
 
 
+def coordinates(height: int, width: int) -> Float[Array, 'height width 2']:
+  """Returns the row and the column of each position of a map, from -1 at the first to 1 at the last."""
+  rows, columns = (jnp.linspace(-1.0, 1.0, side) for side in (height, width))
+  return jnp.stack(jnp.meshgrid(rows, columns, indexing='ij'), axis=-1)
+
+
 def attention(
   query: Float[Array, 'batch query heads channels'],
   key: Float[Array, 'batch position heads channels'],

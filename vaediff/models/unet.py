@@ -53,6 +53,8 @@ class UNet(nn.Module):
       step is between its two bounds (Nichol and Dhariwal 2021, 2102.09672).
     resblock_updown: residual blocks halve and double maps (ADM: Dhariwal and Nichol 2021, 2105.05233).
     head_channels: channels of each attention head, in place of `num_heads`; 0 = by `num_heads`.
+    coordinates: the first map also reads where each pixel is: row and column, from -1 to 1, by a linear map
+      (CoordConv: Liu et al. 2018, 1807.03247), so that a word such as "left" needs no path to an edge.
     dtype: 'float32' or 'bfloat16', the type of the arithmetic. Parameters, group norm statistics,
       softmax, the last convolution and the output are float32.
 
@@ -76,6 +78,7 @@ class UNet(nn.Module):
   learned_variance: bool = False
   resblock_updown: bool = False
   head_channels: int = 0
+  coordinates: bool = False
 
   def __post_init__(self):
     layers.check_dtype(self.dtype)
@@ -194,6 +197,9 @@ class UNet(nn.Module):
     x = entering.join(self, self.ports, x_t, values, drop)
     # A first level that is narrower than the base width begins so; no wider one does.
     h = layers.conv3x3(min(self.channels, unet_sizes.level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
+    if self.coordinates:
+      kernel = self.param('coordinates', layers.uniform_fan_in, (2, h.shape[-1]))
+      h = h + (layers.coordinates(*h.shape[1:3]) @ kernel)[None].astype(dtype)
     inside = entering.inside(self, self.ports, values, drop)
     skips, features = self._down(h if added is None else h + added, emb, options, inside, texts)
     if until == 'features':

@@ -259,6 +259,7 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
   section['diffusion'].setdefault('pca', dict(PCA))
   section['model'].setdefault('resblock_updown', False)
   section['model'].setdefault('head_channels', 0)
+  section['model'].setdefault('coordinates', False)
   section['sample'].setdefault('recompute_eps', True)
   section['sample'].setdefault('bound_steps', 0)
   if section['experiment'] == 'diffusion':
