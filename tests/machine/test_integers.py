@@ -34,7 +34,7 @@ def test_with_the_flag_of_main_products_go_to_the_library_and_convolutions_do_no
   said = subprocess.run(
     [sys.executable, '-c', PROGRAM], env=environment, capture_output=True, text=True, check=True
   ).stdout.split('\n')
-  assert said[:3] == ['1 0', '0 1', integers.PRODUCTS]
+  assert said[:3] == ['1 0', '0 1', integers.WIDE]
 
 
 def test_without_such_products_floats_are_made(monkeypatch):

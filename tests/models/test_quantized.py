@@ -12,7 +12,8 @@ from vaediff.errors import UserError
 from vaediff.machine import cost
 from vaediff.models import integers, observed
 from vaediff.models.functional import Model
-from vaediff.models.quantized import CONVOLUTIONS, FLOATS, PRODUCTS, Quantized
+from vaediff.models import quantized as quantized_networks
+from vaediff.models.quantized import CONVOLUTIONS, FLOATS, PRODUCTS, WIDE, Quantized
 from vaediff.models.unet import UNet
 
 
@@ -154,6 +155,32 @@ def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats
   np.testing.assert_allclose(whole.apply(whole.ready(tree), x, t), wanted, rtol=1e-4, atol=1e-4)
   fast = quantized(model, buckets=2)  # products of whole numbers read them as they are stored
   assert fast.ready(tree) is tree
+
+
+def test_cpus_compute_narrow_layers_in_floats_and_wide_ones_as_products(monkeypatch):
+  model = unet()
+  params, t = filled(model.init(jax.random.key(0))), jnp.array([0.3, 0.7])
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
+  whole = quantized(model, buckets=2, arithmetic=WIDE)
+  ranges = {layer.path: np.tile(np.float32([-1, 1]), (2, layer.parts, 1)) for layer in whole.layers}
+  tree = whole.quantize(params, ranges=ranges, times=[0.5])
+  assert whole.whole() == () and 'tables' not in whole.ready(tree)  # so narrow, none pays
+
+  least = sorted(min(part.stop - part.start for part in layer.slices) for layer in whole.layers)
+  assert least[0] < least[-1]
+  monkeypatch.setattr(quantized_networks, 'WIDE_WINDOW', least[-1])
+  monkeypatch.setattr(quantized_networks, 'WIDE_ROW', least[-1])
+  wide = {layer.path for layer in whole.whole()}
+  assert 0 < len(wide) < len(whole.layers)
+  ready = whole.ready(tree)
+  for layer in whole.layers:
+    found = observed.subtree(ready, layer.path)
+    assert ('kernel' in found) == (layer.path not in wide) != ('kernel_q' in found)
+  mixed = whole.apply(ready, x, t)
+  np.testing.assert_allclose(mixed, whole.apply(tree, x, t), rtol=1e-4, atol=1e-4)
+  for arithmetic in (FLOATS, PRODUCTS):  # and it is neither of the two
+    other = quantized(model, buckets=2, arithmetic=arithmetic).apply(tree, x, t)
+    assert np.abs(mixed - other).max() > 1e-4
 
 
 def test_a_sampler_makes_floats_of_the_kernels_once_before_its_steps():

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-CONVOLUTIONS, PRODUCTS, FLOATS = 'convolutions', 'products', 'floats'
-"""Convolutions of whole numbers as such; as products of windows; none: floats made of the stored numbers."""
+CONVOLUTIONS, PRODUCTS, WIDE, FLOATS = 'convolutions', 'products', 'wide products', 'floats'
+"""Convolutions of whole numbers as such; as products of windows; those of wide layers alone, as CPUs are faster
+so; none: floats made of the stored numbers."""
 CPU_FLAGS = ('avx512f', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'amx_int8', 'asimddp', 'i8mm')
 """What processors have, or not, that such products take."""
 
@@ -26,7 +27,9 @@ def arithmetic() -> str:
   if platform == 'tpu' and _compiled(_convolution, (4, 10, 10, 32), (32, 3, 3, 32)):
     return CONVOLUTIONS
   text = _compiled(_product, (256, 128), (128, 128))
-  return PRODUCTS if text and (platform != 'cpu' or in_library(text) == (1, 0)) else FLOATS
+  if platform != 'cpu':
+    return PRODUCTS if text else FLOATS
+  return WIDE if text and in_library(text) == (1, 0) else FLOATS
 
 
 def cpu_flags() -> tuple[str, ...]:
