@@ -11,8 +11,8 @@ from flax import linen as nn
 from vaediff.errors import UserError
 from vaediff.machine import cost
 from vaediff.models import integers, observed
-from vaediff.models.functional import Model
 from vaediff.models import quantized as quantized_networks
+from vaediff.models.functional import Model
 from vaediff.models.quantized import CONVOLUTIONS, FLOATS, PRODUCTS, WIDE, Quantized
 from vaediff.models.unet import UNet
 
