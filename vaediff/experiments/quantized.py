@@ -54,6 +54,10 @@ STUDENTS = (Progressive, Consistency, AdversarialDistillation, DistributionMatch
 FOR_TRAINING = ('discriminator',)
 """Networks that samples do not need."""
 SLOW = 'this machine has no fast products of whole numbers: floats are made of the kernels when it is opened'
+NARROW = (
+  '{narrow} of {layers} layers are too narrow to be faster in whole numbers on a CPU: floats are made of '
+  'their kernels when it is opened'
+)
 ACTIVATIONS = ('int8', 'float32')
 SUFFIX = {
   ('int8', 'int8'): 'int8',
@@ -126,8 +130,13 @@ class OfWholeNumbers:
   @property
   def notes(self) -> tuple[str, ...]:
     """How it is computed, where that is not with whole numbers."""
-    whole = any(isinstance(model, Quantized) and model.quantized_inputs for model in self.networks.values())
-    return (*super().notes, SLOW) if whole and integers.arithmetic() == FLOATS else super().notes
+    models = [model for model in self.networks.values() if isinstance(model, Quantized)]
+    models = [model for model in models if model.quantized_inputs]
+    if models and integers.arithmetic() == FLOATS:
+      return (*super().notes, SLOW)
+    layers = sum(len(model.layers) for model in models)
+    narrow = layers - sum(len(model.whole()) for model in models)
+    return (*super().notes, NARROW.format(narrow=narrow, layers=layers)) if narrow else super().notes
 
   def columns(self) -> Columns:
     """Returns those of the stage, with what it is stored as behind the method."""

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 CONVOLUTIONS, PRODUCTS, WIDE, FLOATS = 'convolutions', 'products', 'wide products', 'floats'
-"""Convolutions of whole numbers as such; as products of windows; so in wide layers alone, in which CPUs gain by
-it; none: floats made of the stored numbers."""
+"""Convolutions of whole numbers as such; as products of windows; so in wide layers alone, where CPUs gain;
+none: floats made of the stored numbers."""
 CPU_FLAGS = ('avx512f', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'amx_int8', 'asimddp', 'i8mm')
 """What processors have, or not, that such products take."""
 

@@ -40,13 +40,13 @@ SCALE, SUM = 'kernel_scale', 'kernel_sum'
 INPUT_SCALE, INPUT_ZERO = 'input_scale', 'input_zero'
 EDGES, CORRECTION, TABLES = 'time_edges', 'correction', 'tables'
 CONVOLUTIONS, PRODUCTS, WIDE, FLOATS = 'convolutions', 'products', 'wide products', 'floats'
-"""How it is computed: convolutions of whole numbers as such, as products, so in wide layers alone, or floats made
-of the kernels."""
+"""How it is computed: convolutions of whole numbers as such, as products, so in wide layers alone, or floats
+made of the kernels."""
 WIDE_WINDOW, WIDE_ROW = 64, 128
 """Channels from which a layer is wide, of each part of its input: of windows of pixels, of pixels alone.
 
-Measured on an AMD EPYC with AVX512-VNNI, in turns, maps of 4x4 to 32x32, 8 and 64 images: 3x3 convolutions of
-16 and 32 channels take 1.2 to 2.1 times as long as floats, those of 64 to 256 0.3 to 1.2 times; products of 512
+Measured on an AMD EPYC with AVX512-VNNI, in turns, maps of 4x4 to 32x32, 8 and 64 images: 3x3 kernels of 16
+and 32 channels take 1.2 to 2.1 times as long as floats, those of 64 to 256 0.3 to 1.2 times; products of 512
 to 16,384 rows of 16 to 64 channels 1.3 to 8 times, of 128 to 512 0.4 to 1.3 times.
 """
 

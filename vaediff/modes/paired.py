@@ -23,10 +23,11 @@ def measure(config: ConfigDict, stage: str, mesh: Mesh) -> dict[str, Any]:
   """Returns what a quantized stage costs beside the same stage in floats; networks are fresh ones.
 
   Keys: `arithmetic`, 'products' and 'convolutions' of whole numbers, 'wide products' (floats where a layer
-  reads few channels), or 'floats' that are made of them; `cpu_flags` that the processor has; `sample_batch_size`; `sample_seconds` and `sample_seconds_float32`,
-  medians of `benchmark.num_repeats` calls in turn; `speed` and `speed_range`, seconds of floats over those
-  of whole numbers in each turn: their median, the smallest and the largest; `memory_bytes` and
-  `memory_bytes_float32` of the networks, as XLA lays them out: those of floats where floats are made.
+  reads few channels), or 'floats' that are made of them; `cpu_flags` that the processor has;
+  `sample_batch_size`; `sample_seconds` and `sample_seconds_float32`, medians of `benchmark.num_repeats`
+  calls in turn; `speed` and `speed_range`, seconds of floats over those of whole numbers in each turn: their
+  median, the smallest and the largest; `memory_bytes` and `memory_bytes_float32` of the networks, as XLA
+  lays them out: those of floats where floats are made.
   """
   own = experiments.build(config, stage)
   section, size = config[stage].sample, config.data.image_size
