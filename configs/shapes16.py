@@ -1,12 +1,12 @@
 """DiffuseVAE, and text to image, on drawn shapes, 16x16 RGB, with captions: no download.
 
     python -m vaediff.main --config=configs/shapes16.py:text         # captions to images
-    python -m vaediff.main --config=configs/shapes16.py:text,mini    # 96 compositions, for minutes of a core
+    python -m vaediff.main --config=configs/shapes16.py:text,mini    # 96 compositions, for an hour of a core
     python -m vaediff.main --config=configs/shapes16.py:look,text,mini,control   # ... whose place edges say
     python -m vaediff.main --config=configs/shapes16.py:unclip,mini  # DALL-E 2: CLIP, a prior, its decoder
     python -m vaediff.main --config=configs/shapes16.py              # with a VAE, without captions
 
-Hardware, hours and figures: not yet measured.
+`mini`: one core for 50 minutes, and what is learned by then: docs/text.md. The full sizes: not yet measured.
 """
 
 from configs import base, parts, shapes_parts
@@ -26,7 +26,7 @@ def _mini(run):
 def _short(stage):
   stage.model.channel_multipliers = (1, 2)
   stage.train = parts.train(
-    2000, 64, save_every_steps=500, eval_every_steps=500, grid_every_steps=1000, eval_images=512
+    8000, 64, save_every_steps=1000, eval_every_steps=1000, grid_every_steps=2000, eval_images=512
   )
 
 
