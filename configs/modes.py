@@ -95,9 +95,9 @@ def edit() -> ConfigDict:
       },
       # the vectors of the caption, optimised to show the picture; batches hold it so often, with other times
       # and noise
-      'embedding': {'num_steps': 100, 'batch_size': 16, 'learning_rate': 1e-3},
+      'embedding': {'num_steps': 100, 'batch_size': 16, 'learning_rate': 3e-2},
       # the denoiser, tuned to the picture at those vectors
-      'finetune': {'num_steps': 500, 'batch_size': 16, 'learning_rate': 1e-4},
+      'finetune': {'num_steps': 50, 'batch_size': 16, 'learning_rate': 1e-4},
     }
   )
 

@@ -82,8 +82,8 @@ EDIT = {
   'num_images': 20,
   'num_seeds': 1,
   'clip': {'stage': '', 'workdir': ''},
-  'embedding': {'num_steps': 100, 'batch_size': 16, 'learning_rate': 1e-3},
-  'finetune': {'num_steps': 500, 'batch_size': 16, 'learning_rate': 1e-4},
+  'embedding': {'num_steps': 100, 'batch_size': 16, 'learning_rate': 3e-2},
+  'finetune': {'num_steps': 50, 'batch_size': 16, 'learning_rate': 1e-4},
 }
 """How a picture is edited, which earlier versions could not."""
 ADOPT = {
