@@ -7,7 +7,7 @@ import pytest
 
 from vaediff import checks
 from vaediff.errors import UserError
-from vaediff.evaluation import decoders, networks, quality
+from vaediff.evaluation import decoders, networks, quality, reconstructions
 from vaediff.evaluation.networks import Networks
 
 NOTHING = Networks(features={}, lpips=None, missing={})
@@ -45,6 +45,15 @@ def test_sharpness_is_the_variance_of_the_laplacian():
   assert quality.sharpness(checkers) == pytest.approx(expected)
   assert quality.sharpness(checkers // 2) == pytest.approx(quality.sharpness(checkers) * (127 / 255) ** 2)
   assert quality.sharpness(np.full((2, 8, 8, 3), 7, np.uint8)) == 0
+
+
+def test_sharpness_is_over_that_of_the_data_and_none_where_they_have_no_edges():
+  real = images(0, 3, 8, 8, 1)
+  edges = [reconstructions.mean_of([quality.sharpness_of_each(each)]) for each in (real // 2, real)]
+  assert reconstructions.over(*edges).value == pytest.approx(0.25, abs=0.01)
+  flat = reconstructions.mean_of([quality.sharpness_of_each(np.full((2, 8, 8, 1), 9, np.uint8))])
+  found = reconstructions.over(edges[0], flat)
+  assert found.value is None and 'no edges' in found.missing
 
 
 def test_in_batches_keeps_every_row_once_and_in_order():

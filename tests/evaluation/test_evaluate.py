@@ -72,6 +72,7 @@ def test_the_table_of_a_refiner(run, capsys):
   assert list(reconstructed) == ['VAE reconstructions', 'refined reconstructions']
   first = reconstructed['VAE reconstructions']
   assert first['N'] == 16 and 0 < first['mse']['value'] < 1 and first['psnr']['value'] > 0
+  assert 0 < first['sharpness']['value'] < 1  # the blur of a VAE
   assert 'window has 11 pixels' in first['ssim']['missing'] and first['rfd_classifier']['value'] >= 0
   assert result['model']['bits_per_dimension']['value'] > 0 and result['model']['elbo']['value'] < 0
   assert 0 <= result['model']['active_units']['value'] <= result['model']['latent_dim']['value']

@@ -1,6 +1,7 @@
 """The experiments of quantized stages: those of their stages, with other networks, and nothing to train."""
 
 import dataclasses
+import functools
 import importlib
 
 import jax
@@ -10,7 +11,7 @@ from vaediff import experiments, reads
 from vaediff.errors import UserError
 from vaediff.experiments import quantized
 from vaediff.experiments.diffusion import Diffusion
-from vaediff.models.quantized import PRODUCTS, Quantized
+from vaediff.models.quantized import FLOATS, PRODUCTS, WIDE, Quantized
 from vaediff.modes import checked, quantize
 
 
@@ -58,6 +59,18 @@ def test_tables_name_what_it_is_stored_as():
   _, whole, _ = made('digits', 'debug', 'refiner', weights='int4')
   assert isinstance(whole, Diffusion) and whole.columns().method == 'ddim w4a8'
   assert not any(isinstance(model, Quantized) for model in quantized.in_floats(whole).networks.values())
+
+
+def test_it_says_how_many_of_its_layers_are_too_narrow_to_gain_on_a_cpu(monkeypatch):
+  _, whole, _ = made('digits', 'debug', 'refiner')
+  layers = len(whole.networks['denoiser'].layers)
+  wanted = {PRODUCTS: '', WIDE: f'{layers} of {layers} layers', FLOATS: 'no fast products'}
+  for arithmetic, said in wanted.items():
+    how = functools.partial(str, arithmetic)
+    monkeypatch.setattr(quantized.integers, 'arithmetic', how)
+    model = dataclasses.replace(whole.networks['denoiser'], arithmetic=how)
+    monkeypatch.setattr(type(whole), 'networks', {'denoiser': model})
+    assert any(said in note for note in whole.notes) if said else not any('layers' in x for x in whole.notes)
 
 
 def test_it_is_not_trained():

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 FIELDS = {
   'variant': 'openai', 'image_size': 8, 'image_channels': 1, 'channels': 8, 'channel_multipliers': (1, 2),
   'num_res_blocks': 1, 'attention_resolutions': (4,), 'num_heads': 2, 'dropout': 0.0,
-  'scale_shift_norm': False, 'remat': False, 'dtype': 'float32',
+  'scale_shift_norm': False, 'coordinates': True, 'remat': False, 'dtype': 'float32',
 }  # fmt: skip
 
 

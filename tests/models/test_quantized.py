@@ -164,14 +164,14 @@ def test_cpus_compute_narrow_layers_in_floats_and_wide_ones_as_products(monkeypa
   whole = quantized(model, buckets=2, arithmetic=WIDE)
   ranges = {layer.path: np.tile(np.float32([-1, 1]), (2, layer.parts, 1)) for layer in whole.layers}
   tree = whole.quantize(params, ranges=ranges, times=[0.5])
-  assert whole.whole() == () and 'tables' not in whole.ready(tree)  # so narrow, none pays
+  assert whole.whole_layers() == () and 'tables' not in whole.ready(tree)  # so narrow, none pays
 
-  least = sorted(min(part.stop - part.start for part in layer.slices) for layer in whole.layers)
-  assert least[0] < least[-1]
-  monkeypatch.setattr(quantized_networks, 'WIDE_WINDOW', least[-1])
-  monkeypatch.setattr(quantized_networks, 'WIDE_ROW', least[-1])
-  wide = {layer.path for layer in whole.whole()}
+  monkeypatch.setattr(quantized_networks, 'WIDE_WINDOW', 16)
+  monkeypatch.setattr(quantized_networks, 'WIDE_ROW', 16)
+  wide = {layer.path for layer in whole.whole_layers()}
   assert 0 < len(wide) < len(whole.layers)
+  assert any(layer.path in wide and layer.shape[:2] == (3, 3) for layer in whole.layers)
+  assert any(layer.path in wide and layer.split for layer in whole.layers)
   ready = whole.ready(tree)
   for layer in whole.layers:
     found = observed.subtree(ready, layer.path)

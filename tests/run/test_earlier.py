@@ -116,6 +116,7 @@ def test_a_diffusion_of_before_the_learned_variance_is_what_it_was():
       section['diffusion']['variance'],
       section['model']['resblock_updown'],
       section['model']['head_channels'],
+      section['model']['coordinates'],
       section['diffusion']['pca'],
     )
     del section['sample']['recompute_eps'], section['sample']['bound_steps']

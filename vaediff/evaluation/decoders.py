@@ -154,8 +154,8 @@ def figures_of(image: np.ndarray, sets: Sets, opened: Networks) -> dict[str, Fig
     figures['mse'] = Figure(value=one)  # over all samples
     figures['mse of the mean'] = Figure(value=mean, n=len(sets))
     figures['by the law'] = Figure(value=one * (1 + 1 / len(sets)) / 2)
-  sharpness = over(figures['sharpness'].value, quality.sharpness(image))
-  return {**figures, 'sharpness': Figure(value=sharpness)}
+  edges = [mean_of([quality.sharpness_of_each(each)]) for each in (sets[0], image)]
+  return {**figures, 'sharpness': over(*edges)}
 
 
 def distances(

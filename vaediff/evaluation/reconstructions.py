@@ -27,22 +27,23 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
   if count < len(source):
     count = min(count, settings.max_features)  # of so many images the features are kept
   log.say(f'reconstructing {count} evaluation images')
-  parts, streams, edges = {}, {}, []
+  parts, streams, edges, of_data = {}, {}, {}, []
   for indices, image, label in in_chunks(source, count, settings.batch_size):
     given = trained.observe(image, label)
-    edges.append(quality.sharpness_of_each(image))
+    of_data.append(quality.sharpness_of_each(image))
     for name, value in trained.draw_all(given, first=int(indices[0])).items():
       if name not in streams:
         streams[name] = {network: features.stream() for network, features in opened.features.items()}
       for stream in streams[name].values():
         stream.add(value)
+      edges.setdefault(name, []).append(quality.sharpness_of_each(value))
       for measure, figures in pair_figures(opened, image, value).items():
         parts.setdefault(name, {}).setdefault(measure, []).append(figures)
   floors = floors_at(count, real, settings)
   rows = []
   for name, by_measure in parts.items():
     figures = {measure: mean_of(values) for measure, values in by_measure.items()}
-    figures['sharpness'] = Figure(value=over(figures['sharpness'].value, mean_of(edges).value))
+    figures['sharpness'] = over(mean_of(edges[name]), mean_of(of_data))
     figures |= missing_pair_figures(settings, opened, source)
     for network in settings.extractors:
       if network in opened.missing:
@@ -76,10 +77,9 @@ def in_chunks(source: sources.Source, count: int, size: int) -> Iterator[tuple[n
 
 
 def pair_figures(opened: Networks, image: np.ndarray, value: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns the figures of every pair of image and reconstruction; sharpness is of the latter alone."""
+  """Returns the figures of every pair of image and reconstruction."""
   figures = {'mse': np.mean((image.astype(np.float64) - value) ** 2, axis=(1, 2, 3)) / 255**2}
   figures['psnr'] = quality.psnr_of_each(image, value)
-  figures['sharpness'] = quality.sharpness_of_each(value)
   if min(image.shape[1:3]) >= quality.SSIM_SIDE:
     figures['ssim'] = quality.ssim_of_each(image, value)
   if opened.lpips:
@@ -100,9 +100,11 @@ def missing_pair_figures(settings: ConfigDict, opened: Networks, source: sources
   return figures
 
 
-def over(value: float, real: float) -> float:
-  """Returns the ratio; NaN where the real images have no edges."""
-  return value / real if real > 0 else float('nan')
+def over(drawn: Figure, real: Figure) -> Figure:
+  """Returns the ratio of two means; none where that of the real images is 0."""
+  if not real.value:
+    return Figure(missing='the real images have no edges')
+  return Figure(value=drawn.value / real.value)
 
 
 def mean_of(parts: list[np.ndarray]) -> Figure:

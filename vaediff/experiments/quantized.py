@@ -135,7 +135,7 @@ class OfWholeNumbers:
     if models and integers.arithmetic() == FLOATS:
       return (*super().notes, SLOW)
     layers = sum(len(model.layers) for model in models)
-    narrow = layers - sum(len(model.whole()) for model in models)
+    narrow = layers - sum(len(model.whole_layers()) for model in models)
     return (*super().notes, NARROW.format(narrow=narrow, layers=layers)) if narrow else super().notes
 
   def columns(self) -> Columns:

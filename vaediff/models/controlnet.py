@@ -4,7 +4,7 @@ The hint, a control image in [0, 1], is encoded to the width of the first map an
 way up of the U-Net would read passes a 1x1 convolution that is zero at first; what comes out is added to the
 U-Net's own map (Zhang et al. 2023, arXiv:2302.05543, section 3):
 
-    h_0 = conv_in(x_t) + hint,    residual_i = zero_i(h_i)
+    h_0 = first(x_t) + hint,    residual_i = zero_i(h_i)
 
 so that at first nothing changes. The copy has the U-Net's parameters by the same names, below `unet`; the
 tokens of texts are made by the U-Net itself and handed over. Parameters: `unet`, `hint`, `zero_<i>`.
@@ -146,11 +146,9 @@ def moved(params: Params, base: Params, tuned: Params) -> Params:
 
   control + (tuned - base), of every leaf of the copy; the hint's encoder and the zero convolutions stay.
   """
-
-  def shifted(name: str, own: Params) -> Params:
-    return jax.tree.map(lambda c, t, b: c + (t - b), own, tuned[name], base[name])
-
-  return {**params, COPY: {name: shifted(name, own) for name, own in params[COPY].items()}}
+  names = params[COPY].keys()
+  before, after = ({name: network[name] for name in names} for network in (base, tuned))
+  return {**params, COPY: jax.tree.map(lambda c, t, b: c + (t - b), params[COPY], after, before)}
 
 
 def is_up(name: str) -> bool:

@@ -53,7 +53,7 @@ to 16,384 rows of 16 to 64 channels 1.3 to 8 times, of 128 to 512 0.4 to 1.3 tim
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantized(Model):
-  """A network whose chosen layers are stored, and computed, as whole numbers.
+  """A network whose chosen layers are stored as whole numbers, and computed so where that is faster.
 
   Attributes:
     layers: those.
@@ -186,7 +186,7 @@ class Quantized(Model):
       tree = with_subtree(tree, layer.path, {**floats, 'kernel': kernel})
     return tree
 
-  def whole(self) -> tuple[Layer, ...]:
+  def whole_layers(self) -> tuple[Layer, ...]:
     """Returns the layers whose products are of whole numbers; of the others' kernels floats are made."""
     arithmetic = self.arithmetic() if self.arithmetic else PRODUCTS
     if not self.quantized_inputs or arithmetic == FLOATS:
@@ -199,7 +199,7 @@ class Quantized(Model):
     A sampler's floats are made before its steps, and take their memory while it runs. Made once, for all
     programs, they cost no time in any, and no more memory than that.
     """
-    whole = self.whole()
+    whole = self.whole_layers()
     floats = [layer for layer in self.layers if layer not in whole]
     tree = self._in_floats(params, floats)
     return tree if whole else {name: value for name, value in tree.items() if name != TABLES}
@@ -224,7 +224,7 @@ class Quantized(Model):
   def _apply_stored(self, params: Params, t: Array | None, *args: Any, **kwargs: Any) -> Any:
     """Returns the output for stored parameters, before its correction."""
     arithmetic = self.arithmetic() if self.arithmetic else PRODUCTS
-    whole = {layer.path for layer in self.whole()}
+    whole = {layer.path for layer in self.whole_layers()}
     by_path, tables = {layer.path: layer for layer in self.layers}, params[TABLES]
     stored_of = self.stored(params)
     bucket = jnp.searchsorted(tables[EDGES], t, side='left') if whole and self.buckets > 1 else None

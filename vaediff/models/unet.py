@@ -195,11 +195,7 @@ class UNet(nn.Module):
       return {text.name: text.words for text in texts}
     emb = entering.with_texts(emb, texts, dtype)
     x = entering.join(self, self.ports, x_t, values, drop)
-    # A first level that is narrower than the base width begins so; no wider one does.
-    h = layers.conv3x3(min(self.channels, unet_sizes.level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
-    if self.coordinates:
-      kernel = self.param('coordinates', layers.uniform_fan_in, (2, h.shape[-1]))
-      h = h + (layers.coordinates(*h.shape[1:3]) @ kernel)[None].astype(dtype)
+    h = self._first(x, dtype)
     inside = entering.inside(self, self.ports, values, drop)
     skips, features = self._down(h if added is None else h + added, emb, options, inside, texts)
     if until == 'features':
@@ -210,6 +206,15 @@ class UNet(nn.Module):
     h = self._up(maps[-1], maps[:-1], emb, options, inside['decoder'], texts)
     h = nn.silu(layers.GroupNorm(epsilon=variant.norm_epsilon, name='norm_out')(h))
     return self._conv_out(variant.zero_init)(h.astype(jnp.float32))
+
+  def _first(self, x: Array, dtype: Any) -> Array:
+    """Returns the first map, of all that is read beside each other."""
+    # A first level that is narrower than the base width begins so; no wider one does.
+    h = layers.conv3x3(min(self.channels, unet_sizes.level_widths(self)[0]), name='conv_in', dtype=dtype)(x)
+    if not self.coordinates:
+      return h
+    kernel = self.param('coordinates', layers.uniform_fan_in, (2, h.shape[-1]))
+    return h + (layers.coordinates(*h.shape[1:3]) @ kernel)[None].astype(dtype)
 
   def _conv_out(self, zero_init: bool) -> nn.Conv:
     """Returns the last convolution, whose channels of the variance start at zero in any case."""

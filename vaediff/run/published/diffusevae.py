@@ -189,6 +189,7 @@ def take_heads(task: Import, file: StateDict, stage: str, *, conditional: bool) 
   else:
     task.take(stage, 'model.num_heads', HEADS[conditional], 'as published')
   task.take(stage, 'model.head_channels', 0, 'as published')
+  task.take(stage, 'model.coordinates', False, 'as published')
 
 
 def check_table(file: StateDict) -> None:
