@@ -11,7 +11,7 @@ from vaediff.machine import integers, sharding
 from vaediff.models.quantized import PRODUCTS, Quantized
 from vaediff.modes import describe, quantize
 from vaediff.modes import train as training
-from vaediff.run import checkpoint
+from vaediff.run import checkpoint, quantization
 from vaediff.run import config as configs
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
@@ -50,8 +50,14 @@ def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_e
   assert abs(found - drawn(run.workdir, 'refiner_int8', eight)).max() <= 1
   sizes = describe.describe_quantized(stored, run.workdir, 'refiner_int8')
   assert sizes['memory'] < sizes['memory_float32']
-  # what files hold beside the numbers of so small a network outweighs them, and varies
-  assert 0 < sizes['disk'] < 1.5 * sizes['disk_float32']
+  # Files of a busy machine also hold nodes that were written over: the least of three saves has the fewest.
+  least = {}
+  for name in ('refiner_int8', 'refiner'):
+    params = {'denoiser': Trained(stored, run.workdir, name, one).params['denoiser']}
+    saves = [tmp_path / f'{name}-{number}' for number in range(3)]
+    least[name] = min(quantization.write(folder, params, 1, {}) for folder in saves)
+  assert least['refiner_int8'] < least['refiner'], least
+  assert sizes['disk'] >= least['refiner_int8'] // 2  # what is said is of files that are there
   kernel = checkpoint.stored_shapes(checkpoint.latest_folder(run.workdir / 'refiner_int8'))
   assert 'networks/denoiser/params/middle/res_0/conv_1/kernel_q' in kernel
   assert not any(path.endswith('middle/res_0/conv_1/kernel') for path in kernel)
@@ -110,7 +116,7 @@ def test_weights_alone_and_a_decoder_without_time(trained, tmp_path, one_device,
   )
   assert 'tables' not in opened_stage.read['denoiser']  # floats are made once, when it is opened
   sizes = describe.describe_quantized(stored, run.workdir, name)
-  assert sizes['memory'] == sizes['memory_float32'] and 0 < sizes['disk'] < 1.5 * sizes['disk_float32']
+  assert sizes['memory'] == sizes['memory_float32'] and sizes['disk'] < sizes['disk_float32']
   run.config.update_from_flattened_dict({'quantize.stage': 'vae', 'quantize.activations': 'int8'})
   name = quantize.quantize(run)
   image = Trained(configs.read(run.workdir), run.workdir, name, mesh).draw(np.arange(3))
