@@ -83,7 +83,8 @@ def test_the_first_stage_moves_the_vectors_that_are_read_and_nothing_else():
   moved = np.abs(after.networks[EMBEDDING].params[told_words.TOKENS] - before).max(axis=1)
   assert (moved[:5] > 0).all()  # the null's vector and four ids
   np.testing.assert_array_equal(moved[5:], 0)  # padding is read nowhere
-  np.testing.assert_allclose(moved[:5], 2e-3, rtol=0.2)  # two of Adam's first steps, of 1e-3
+  rate = config_of().edit.embedding.learning_rate
+  np.testing.assert_allclose(moved[:5], 2 * rate, rtol=0.2)  # two of Adam's first steps
 
 
 @pytest.mark.slow
