@@ -1,12 +1,14 @@
 """Rows of samples that follow control images: identical ones, none, others, and what captions ask for."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from vaediff.conditions.control import Control
-from vaediff.data import pixels, shapes, sources
+from vaediff.data import pixels, shapes, sources, words
 from vaediff.evaluation import controls
 from vaediff.experiments.base import Experiment
 from vaediff.run import trained as opened_stages
@@ -23,6 +25,7 @@ class Following(Experiment):
 
   borrowed = CONTROL.borrowed
   networks = {}
+  conditions = types.SimpleNamespace(each=())
   init = train_step = eval_step = lambda self: None
 
   def followed(self, image, hint):
@@ -50,9 +53,15 @@ class Stage(opened_stages.Trained):
     seen = CONTROL.observe({}, {}, pixels.to_unit_range(jnp.asarray(image)), None)
     return {**{name: np.asarray(value) for name, value in seen.items()}, 'z': np.zeros((len(image), 2))}
 
+  def told(self, captions):
+    assert captions == [''] * COUNT
+    return {words.TOKENS: np.full((COUNT, 4), words.EOS)}
+
   def draw_all(self, given):
-    assert set(given) == {'control'}
+    assert set(given) in ({'control'}, {'control', words.TOKENS})
     image = self.eval_source.images
+    if words.TOKENS in given:
+      image = 255 - image  # of the same edges, other colours
     return {'control': image, 'x0': image if self.strength else np.full_like(image, 128)}
 
   def with_settings(self, strength, controls):
@@ -77,6 +86,20 @@ def test_rows_of_samples_with_and_without_their_control():
     assert row['accuracy_colour'] == row['valid'] == 1
   assert alone['edge_f1'] == alone['edge_recall'] == 0 and alone['accuracy_colour'] < 1
   assert 0.05 < others['edge_f1'] < 0.6 and others['accuracy_colour'] == 1
+
+
+def test_where_captions_were_dropped_the_control_alone_and_neither_are_rows_too():
+  experiment = Following()
+  experiment.conditions = types.SimpleNamespace(
+    each=(types.SimpleNamespace(inputs={words.TOKENS: None}, dropout=0.5),)
+  )
+  rows = controls.control_rows(Stage(experiment=experiment))
+  without = [controls.WORDLESS, controls.NEITHER]
+  names = [controls.SAMPLES, controls.ALONE, *without, controls.OTHERS, controls.DATA]
+  assert [row['set'] for row in rows] == names
+  own, _, wordless, neither, _, _ = map(values, rows)
+  assert own['edge_f1'] == wordless['edge_f1'] == pytest.approx(1) and neither['edge_f1'] == 0
+  assert own['accuracy_background'] == 1 and wordless['accuracy_background'] == 0  # black for white
 
 
 def test_other_data_have_no_captions_to_read():

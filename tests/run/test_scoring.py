@@ -12,7 +12,7 @@ import pytest
 from vaediff import identity
 from vaediff.data import words
 from vaediff.errors import UserError
-from vaediff.evaluation import retrieval
+from vaediff.evaluation import id_counts, retrieval
 from vaediff.machine import sharding
 from vaediff.modes import train
 from vaediff.run import captions, draw, scoring
@@ -131,6 +131,26 @@ def test_candidates_of_codes_are_those_of_the_prior_too(once):
   scores = np.stack([scorer.cosines(image, texts) for image in drawn])
   wanted = np.stack(drawn)[scores.argmax(axis=0), indices]
   np.testing.assert_array_equal(ranked.draw(indices)['x0'], wanted)
+
+
+@pytest.mark.slow
+def test_nats_of_a_prior_by_captions_of_images_half_the_split_away(once):
+  run = trained(once, 'divae,prior,text,clip,debug', ('clip', 'vqvae', 'prior', 'refiner'))
+  refiner = opened(run)
+  prior = Trained(refiner.config, refiner.workdir, 'prior', refiner.mesh)
+  source, count = prior.eval_source, len(prior.eval_source)
+  rows, keys = jax.device_put(source.read(np.arange(count))), jax.random.split(jax.random.key(0), 1)
+  bound = lambda batch: prior.experiment.bound(prior.read, batch, keys, 0)
+  own = bound(rows)
+  other = bound({**rows, words.TOKENS: jnp.roll(rows[words.TOKENS], -(count // 2), axis=0)})
+  found = id_counts.figures(prior)
+  tokens = sum(int(np.prod(struct.shape)) for struct in prior.experiment.handed.values())
+  mean = lambda terms: float(np.mean(sum(np.asarray(part) for part in terms.values()))) / tokens
+  assert found['nats_per_token'].value == pytest.approx(mean(own), rel=1e-4)
+  assert found['nats_per_token/captions of others'].value == pytest.approx(mean(other), rel=1e-4)
+  rise = found['nats_per_token/rise by captions of others']
+  assert rise.value == pytest.approx(mean(other) - mean(own), rel=1e-2) and rise.value != 0
+  assert rise.n == count
 
 
 @pytest.mark.slow

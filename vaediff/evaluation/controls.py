@@ -4,9 +4,10 @@
     control_rmse                           of a control at a low resolution, pixels in [0, 1]
 
 Samples have the captions of the same images, in turn. Beside them stand samples of the same seed without the
-control, samples compared with the control of the next image, which is what chance gives, and the evaluation
-images themselves. Of the data set `shapes` each row says, too, how often the image shows what its caption
-asks for (`compositions`).
+control; where training dropped captions, samples with the control alone and samples of neither, which are as
+near to the control as any image of the set; samples compared with the control of the next image; and the
+evaluation images themselves. Of the data set `shapes` each row says, too, how often the image shows what its
+caption asks for (`compositions`).
 """
 
 from typing import Any
@@ -18,11 +19,13 @@ import numpy as np
 from vaediff.data import oracle, shapes
 from vaediff.evaluation import compositions
 from vaediff.evaluation.measures import Figure
-from vaediff.run import log
+from vaediff.run import clips, log
 from vaediff.run.trained import Trained
 
 SAMPLES = 'samples with their control'
 ALONE = 'samples without it'
+WORDLESS = 'samples with their control and no caption'
+NEITHER = 'samples of neither'
 OTHERS = 'samples with the control of the next'
 DATA = 'evaluation images'
 ABOUT = (
@@ -45,10 +48,15 @@ def control_rows(trained: Trained) -> list[dict[str, Any]]:
   given = {name: seen[name] for name in experiment.borrowed}
   hint = given[experiment.borrowed[0]]
   log.say(f'drawing {len(data)} samples that follow control images, and as many without')
-  drawn = last(trained.draw_all(given))
-  alone = last(trained.with_settings(strength=0.0, controls=()).draw_all(given))
-  data = trained.as_drawn(data)
-  sets = ((SAMPLES, drawn, hint), (ALONE, alone, hint), (OTHERS, drawn, np.roll(hint, 1, axis=0)))
+  base, none = trained.with_settings(strength=0.0, controls=()), clips.no_words(trained, len(data))
+  drawn, data = last(trained.draw_all(given)), trained.as_drawn(data)
+  sets = [(SAMPLES, drawn, hint), (ALONE, last(base.draw_all(given)), hint)]
+  if none:
+    sets += [
+      (title, last(one.draw_all({**given, **none})), hint)
+      for title, one in ((WORDLESS, trained), (NEITHER, base))
+    ]
+  sets.append((OTHERS, drawn, np.roll(hint, 1, axis=0)))
   rows = [row_of(trained, title, image, wanted) for title, image, wanted in sets]
   rows.append(row_of(trained, DATA, data, hint, is_data=True))
   return rows

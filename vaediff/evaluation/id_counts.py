@@ -2,7 +2,8 @@
 
 The tables are counts of the very ids that the prior was trained on, + 0.1 each: of an id; of an id at its
 place; of an id after its left neighbour (the first of a row has a table of its own); of an id at its place in
-an image of its class. A prior that has learned more than these lies below the best of them.
+an image of its class. A prior that has learned more than these lies below the best of them. One that reads
+captions needs more nats where it is given those of other images.
 """
 
 import functools
@@ -11,7 +12,7 @@ import math
 import jax
 import numpy as np
 
-from vaediff.data import pixels, sources
+from vaediff.data import pixels, sources, words
 from vaediff.diffusion.likelihood import bits_per_dimension
 from vaediff.evaluation.measures import Figure
 from vaediff.experiments.base import IDS
@@ -24,16 +25,18 @@ SMOOTHING = 0.1
 """Added to every count."""
 CHUNK = 1024
 """Images that are read at a time for their labels."""
+OF_OTHERS = 'captions of others'
 TABLES = ('unigram', 'position', 'left bigram', 'class + position')
 
 
 def figures(trained: Trained) -> dict[str, Figure]:
   """Returns nats per token and bits per dimension over the evaluation split, and nats of the tables.
 
-  Of several levels also the nats of each; spreads are standard errors of the mean over images.
+  Of several levels also the nats of each; where captions are read also the nats with those of other images,
+  half the split away, and by how much they are more. Spreads are standard errors of the mean over images.
   """
   experiment, mesh = trained.experiment, trained.mesh
-  nats, held_out, labels = measured(trained)
+  nats, held_out, labels, of_others = measured(trained)
   sizes = {name: math.prod(struct.shape) for name, struct in experiment.handed.items()}
   total, tokens = sum(nats.values()), sum(sizes.values())
   dimensions = int(np.prod(trained.eval_source.image_shape))
@@ -43,6 +46,9 @@ def figures(trained: Trained) -> dict[str, Figure]:
   }
   if len(sizes) > 1:
     found |= {f'nats_per_token/{name}': of_images(nats[name] / sizes[name]) for name in sizes}
+  if of_others is not None:
+    found[f'nats_per_token/{OF_OTHERS}'] = of_images(of_others / tokens)
+    found[f'nats_per_token/rise by {OF_OTHERS}'] = of_images((of_others - total) / tokens)
   source, classes = trained.images('train'), trained.config.data.num_classes
   stored = precomputed(trained.config, trained.workdir, trained.stage, experiment, trained.read, source, mesh)
   chunks = np.array_split(np.arange(len(source)), max(1, len(source) // CHUNK))
@@ -68,31 +74,44 @@ def of_images(values: np.ndarray) -> Figure:
   return Figure(value=float(values.mean()), spread=error, n=len(values))
 
 
-def measured(trained: Trained) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-  """Returns nats (float64 [n]) and ids of each level, and the labels, of the evaluation split."""
+def measured(
+  trained: Trained,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
+  """Returns nats (float64 [n]) and ids of each level, labels, and nats of all levels by captions of others.
+
+  All over the evaluation split; the last is None where no captions are read.
+  """
   experiment, source, mesh = trained.experiment, trained.eval_source, trained.mesh
   where, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   @functools.partial(jax.jit, out_shardings=everywhere)
-  def run(read, batch):
+  def run(read, batch, other):
     x = pixels.to_unit_range(batch[sources.IMAGE])
     keys = jax.random.split(jax.random.key(0), 1)  # it draws nothing
-    return experiment.bound(read, batch, keys, 0), experiment.store(read, batch, x)
+    more = experiment.bound(read, {**batch, **other}, keys, 0) if other else {}
+    return experiment.bound(read, batch, keys, 0), experiment.store(read, batch, x), more
 
   count = len(source)
   size = sharding.round_up(min(trained.settings.batch_size, count), mesh)
-  nats, ids, labels = {}, {}, []
+  nats, ids, labels, of_others = {}, {}, [], []
   for rows in draw.batches(count, size):
     batch, fresh = source.read(rows), min(size, count - int(rows[0]))
-    terms, seen = jax.device_get(run(trained.read, jax.device_put(batch, where)))
+    other = {}
+    if words.TOKENS in batch:
+      other[words.TOKENS] = source.read((rows + count // 2) % count)[words.TOKENS]
+    placed = [jax.device_put(part, where) for part in (batch, other)]
+    terms, seen, more = jax.device_get(run(trained.read, *placed))
     for name, value in terms.items():
       nats.setdefault(name, []).append(np.asarray(value[:fresh], np.float64))
     for name, value in seen.items():
       shape = experiment.handed[name].shape
       ids.setdefault(name, []).append(value.reshape(len(value), -1, *shape)[:fresh, 0])
+    if more:
+      of_others.append(sum(np.asarray(value[:fresh], np.float64) for value in more.values()))
     labels.append(batch[sources.LABEL][:fresh])
   whole = lambda parts: {name: np.concatenate(part) for name, part in parts.items()}
-  return whole(nats), whole(ids), np.concatenate(labels)
+  by_others = np.concatenate(of_others) if of_others else None
+  return whole(nats), whole(ids), np.concatenate(labels), by_others
 
 
 def of_tables(
