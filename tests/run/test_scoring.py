@@ -125,6 +125,8 @@ def test_candidates_of_codes_are_those_of_the_prior_too(once):
   indices, name = np.arange(3), 'codes'
   ids = [plain.fed(indices, {}, 0, candidate) for candidate in (None, 0, 1)]
   assert all((one[name] != other[name]).any() for one, other in zip(ids, [*ids[1:], ids[0]], strict=True))
+  prior = Trained(plain.config, plain.workdir, 'prior', plain.mesh)  # its own decoder has the same ids
+  np.testing.assert_array_equal(ids[0][name], prior.draw(indices, {}, 0, handed=True)[name])
   scorer = ranked.scorer(ranked.settings.rerank, 'field')
   texts = scorer.texts(scoring.tokens_of(ranked, indices, {}))
   drawn = [plain.draw(indices, candidate=k)['x0'] for k in range(2)]
