@@ -13,7 +13,7 @@ Codes, 4x4 of 64 (`vqvae2`: 2x2 and 1): a tokenizer, a diffusion decoder with st
     python -m vaediff.main --config=configs/digits.py:divae,prior,label
 
 On one core of an AMD EPYC, mean squared error over the evaluation digits: `vqvae` 0.00267 in 87 seconds,
-`dvae` 0.00427 in 69, `vqvae2` 0.0181 in 29 (docs/codes.md). `vqgan`, `divae`, `prior`: not yet measured.
+`dvae` 0.00427 in 69, `vqvae2` 0.0181 in 29; these, `vqgan`, `divae` and `prior`: docs/codes.md.
 Variants: configs/base.py.
 """
 

@@ -35,7 +35,8 @@ class Following(Experiment):
 class Stage(opened_stages.Trained):
   """Draws the very image whose control is given; at strength 0 a grey one."""
 
-  draws_alone, captioned, eval_source, experiment, settings = True, None, None, None, None
+  draws_alone, captioned, eval_source, experiment = True, None, None, None
+  settings = ConfigDict({'rerank': {'stage': 'clip', 'candidates': 4}})
 
   def __init__(self, name='shapes/mini', experiment=None, strength=1.0):
     self.config = ConfigDict({'data': {'source': 'tfds', 'name': name}, 'evaluate': {'num_controls': COUNT}})
@@ -61,12 +62,17 @@ class Stage(opened_stages.Trained):
     assert set(given) in ({'control'}, {'control', words.TOKENS})
     image = self.eval_source.images
     if words.TOKENS in given:
+      assert not self.settings.rerank.stage
       image = 255 - image  # of the same edges, other colours
-    return {'control': image, 'x0': image if self.strength else np.full_like(image, 128)}
+    grey = np.full_like(image, 250 if words.TOKENS in given else 128)
+    return {'control': image, 'x0': image if self.strength else grey}
 
-  def with_settings(self, strength, controls):
+  def with_settings(self, strength=None, controls=(), rerank=None):
     assert controls == ()
-    return Stage(self.config.data.name, self.experiment, strength)
+    other = Stage(self.config.data.name, self.experiment, self.strength if strength is None else strength)
+    other.settings = self.settings.copy_and_resolve_references()
+    other.settings.rerank.update(rerank or {})
+    return other
 
   def as_drawn(self, image):
     return image
@@ -88,18 +94,27 @@ def test_rows_of_samples_with_and_without_their_control():
   assert 0.05 < others['edge_f1'] < 0.6 and others['accuracy_colour'] == 1
 
 
-def test_where_captions_were_dropped_the_control_alone_and_neither_are_rows_too():
+def reading(dropout):
   experiment = Following()
-  experiment.conditions = types.SimpleNamespace(
-    each=(types.SimpleNamespace(inputs={words.TOKENS: None}, dropout=0.5),)
-  )
-  rows = controls.control_rows(Stage(experiment=experiment))
+  text = types.SimpleNamespace(inputs={words.TOKENS: None}, dropout=dropout)
+  experiment.conditions = types.SimpleNamespace(each=(text,))
+  return Stage(experiment=experiment)
+
+
+def test_where_captions_were_dropped_the_control_alone_and_neither_are_rows_too():
+  rows = controls.control_rows(reading(0.5))
   without = [controls.WORDLESS, controls.NEITHER]
   names = [controls.SAMPLES, controls.ALONE, *without, controls.OTHERS, controls.DATA]
   assert [row['set'] for row in rows] == names
-  own, _, wordless, neither, _, _ = map(values, rows)
+  own, alone, wordless, neither, _, _ = map(values, rows)
   assert own['edge_f1'] == wordless['edge_f1'] == pytest.approx(1) and neither['edge_f1'] == 0
   assert own['accuracy_background'] == 1 and wordless['accuracy_background'] == 0  # black for white
+  assert neither['accuracy_background'] != alone['accuracy_background']  # a lighter grey
+
+
+def test_where_none_was_dropped_there_are_no_such_rows():
+  titles = [row['set'] for row in controls.control_rows(reading(0.0))]
+  assert titles == [controls.SAMPLES, controls.ALONE, controls.OTHERS, controls.DATA]
 
 
 def test_other_data_have_no_captions_to_read():

@@ -19,7 +19,7 @@ import numpy as np
 from vaediff.data import oracle, shapes
 from vaediff.evaluation import compositions
 from vaediff.evaluation.measures import Figure
-from vaediff.run import clips, log
+from vaediff.run import clips, log, scoring
 from vaediff.run.trained import Trained
 
 SAMPLES = 'samples with their control'
@@ -30,7 +30,8 @@ OTHERS = 'samples with the control of the next'
 DATA = 'evaluation images'
 ABOUT = (
   'Controls are those of the first N images of the evaluation split. '
-  f'{OTHERS.capitalize()}: those of the first row, each compared with another control than its own.'
+  f'{OTHERS.capitalize()}: those of the first row, each compared with another control than its own. '
+  f'{WORDLESS.capitalize()}, and {NEITHER}, are compared with captions that they were not given.'
 )
 
 
@@ -47,15 +48,17 @@ def control_rows(trained: Trained) -> list[dict[str, Any]]:
   seen = trained.observe(data, labels)
   given = {name: seen[name] for name in experiment.borrowed}
   hint = given[experiment.borrowed[0]]
+  none = clips.no_words(trained, len(data))
   log.say(f'drawing {len(data)} samples that follow control images, and as many without')
-  base, none = trained.with_settings(strength=0.0, controls=()), clips.no_words(trained, len(data))
-  drawn, data = last(trained.draw_all(given)), trained.as_drawn(data)
+  base, data = trained.with_settings(strength=0.0, controls=()), trained.as_drawn(data)
+  drawn = last(trained.draw_all(given))
   sets = [(SAMPLES, drawn, hint), (ALONE, last(base.draw_all(given)), hint)]
   if none:
-    sets += [
-      (title, last(one.draw_all({**given, **none})), hint)
-      for title, one in ((WORDLESS, trained), (NEITHER, base))
-    ]
+    log.say(f'drawing {len(data)} samples without captions that follow control images, and as many without')
+    for title, one in ((WORDLESS, trained), (NEITHER, base)):
+      if scoring.candidates_of(one.settings) > 1:
+        one = one.with_settings(rerank={'stage': ''})  # there is no caption to rank by
+      sets.append((title, last(one.draw_all({**given, **none})), hint))
   sets.append((OTHERS, drawn, np.roll(hint, 1, axis=0)))
   rows = [row_of(trained, title, image, wanted) for title, image, wanted in sets]
   rows.append(row_of(trained, DATA, data, hint, is_data=True))
