@@ -6,8 +6,8 @@
     python -m vaediff.main --config=configs/shapes16.py:unclip,mini  # DALL-E 2: CLIP, a prior, its decoder
     python -m vaediff.main --config=configs/shapes16.py              # with a VAE, without captions
 
-`mini`: one core for 50 minutes, and what is learned by then: docs/text.md, docs/control.md, docs/unclip.md. The
-full sizes: not yet measured.
+`mini`: one core for 50 minutes, and what is learned by then: docs/text.md, docs/control.md, docs/unclip.md.
+The full sizes: not yet measured.
 """
 
 from configs import base, parts, shapes_parts
