@@ -62,9 +62,8 @@ def test_shapes_mini_learns_vectors_and_what_they_mean(tmp_path):
   drawn = decoder.draw_all({clips.EMBEDDING: vectors, **clips.no_words(decoder, 8)})['x0']
   assert len(set(oracle.Oracle(16, mini=True).read(drawn).attributes[:, 3])) >= 3  # of the four corners
   config.vary.num_images = config.text_diff.num_images = 32
-  again, varied = vary.vary(decoder, tmp_path)
-  assert varied['keeps shape'] >= 0.8 and varied['keeps colour'] >= 0.8
-  assert varied['rms change'] > 5 * again['rms change']
+  _, varied = vary.vary(decoder, tmp_path)
+  assert varied['keeps shape'] >= 0.8 and varied['keeps colour'] >= 0.8 and varied['rms change'] > 0.05
   config.text_diff.update({'source': 'a red square', 'target': 'a green square'})
   strip = text_diff.text_diff(decoder, tmp_path)
   assert any(row['shows the caption'] >= 0.7 and row['keeps shape'] >= 0.8 for row in strip)

@@ -31,7 +31,7 @@ DATA = 'evaluation images'
 ABOUT = (
   'Controls are those of the first N images of the evaluation split. '
   f'{OTHERS.capitalize()}: those of the first row, each compared with another control than its own. '
-  f'{WORDLESS.capitalize()}, and {NEITHER}, are compared with captions that they were not given.'
+  f'{WORDLESS.capitalize()}, and {NEITHER}, where training dropped captions: compared with ones not given.'
 )
 
 
