@@ -36,6 +36,23 @@ def test_samples_that_are_all_alike_miss_the_law():
   assert found['by the law'].value == pytest.approx(0.625 * found['mse'].value)
 
 
+def test_the_same_class_is_of_two_samples_of_the_same_codes():
+  """A classifier of one pixel: of four pairs three agree, whatever the third sample of each is."""
+
+  class Classifier(networks.Features):
+    def __init__(self):
+      pass
+
+    def __call__(self, image):
+      return {'logits': np.eye(10)[image[:, 0, 0, 0]]}
+
+  sets = np.zeros((3, 4, 8, 8, 1), np.uint8)
+  sets[:2, :, 0, 0, 0], sets[2, :, 0, 0, 0] = [[1, 2, 3, 4], [1, 2, 3, 5]], 9
+  own = Networks(features={'classifier': Classifier()}, lpips=None, missing={})
+  assert decoders.same_class(sets, own)['same class'].value == 0.75
+  assert decoders.same_class(sets, NOTHING) == {}
+
+
 def test_sharpness_is_the_variance_of_the_laplacian():
   checkers = np.zeros((1, 8, 8, 1), np.uint8)
   checkers[0, ::2, ::2], checkers[0, 1::2, 1::2] = 255, 255

@@ -9,6 +9,8 @@ What a decoder is judged by beside its distances:
   sharpness         variance of the Laplacian of drawn images over that of the real ones
   diversity         mean squared difference of two samples of the same codes, over that of the first decoder
                     that draws with noise
+  same class        share of images of which two samples of the same codes are of one class, says the data
+                    set's own classifier
 """
 
 import functools
@@ -58,6 +60,7 @@ def decoder_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[st
       own = float(np.mean((sets[0].astype(np.float64) - sets[1]) ** 2))
       spread = spread or own
       found['diversity'] = Figure(value=own / spread if spread else float('nan'))
+      found |= same_class(sets, opened)
     found |= missing_pair_figures(settings, opened, root.eval_source)
     found |= distances(sets[0], opened, real, settings, total)
     rows.append({'decoder': title, 'N': len(image), **found})
@@ -156,6 +159,15 @@ def figures_of(image: np.ndarray, sets: Sets, opened: Networks) -> dict[str, Fig
     figures['by the law'] = Figure(value=one * (1 + 1 / len(sets)) / 2)
   edges = [mean_of([quality.sharpness_of_each(each)]) for each in (sets[0], image)]
   return {**figures, 'sharpness': over(*edges)}
+
+
+def same_class(sets: Sets, opened: Networks) -> dict[str, Figure]:
+  """Returns how often two samples of the same codes are of one class; {} without the own classifier."""
+  if measures.CLASSIFIER not in opened.features:
+    return {}
+  classify = opened.features[measures.CLASSIFIER]
+  one, another = (np.argmax(classify(images)['logits'], axis=1) for images in sets[:2])
+  return {'same class': Figure(value=float(np.mean(one == another)))}
 
 
 def distances(
