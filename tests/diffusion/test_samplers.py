@@ -192,6 +192,27 @@ def test_many_steps_reach_the_marginal_of_the_data(name):
   assert abs(np.std(result) / s - 1) < 5 / np.sqrt(2 * pixels) + 0.01
 
 
+def test_the_noise_of_few_steps_brings_too_little_of_a_narrow_distribution():
+  """From one y, DDIM with eta = 1: the deviation over that of the data, in closed form and as it is drawn."""
+  s, pixels, found = 0.1, 20_000, []
+  for steps in (25, 50, 250):
+    times = np.linspace(1, 0, steps + 1)
+    alpha, sigma = (np.asarray(part, np.float64) for part in (COSINE.alpha(times), COSINE.sigma(times)))
+    gain = alpha * s**2 / ((alpha * s) ** 2 + sigma**2)
+    variance = 0.0
+    for i in range(steps - 1):
+      added = (sigma[i + 1] / sigma[i]) ** 2 * (1 - (alpha[i] / alpha[i + 1]) ** 2)
+      kept = np.sqrt(sigma[i + 1] ** 2 - added) / sigma[i]
+      slope = alpha[i + 1] * gain[i] + kept * (1 - alpha[i] * gain[i])
+      variance = slope**2 * variance + added
+    expected = gain[-2] * np.sqrt(variance) / s
+    y = jnp.zeros((1, pixels))
+    drawn = VARIANTS['ddim_one'](gaussian_denoiser(COSINE, s), COSINE, y, keys_of(1), num_steps=steps)
+    assert abs(np.std(drawn) / s - expected) < 5 * expected / np.sqrt(2 * pixels)
+    found.append(expected)
+  np.testing.assert_allclose(found, [0.70, 0.80, 0.94], atol=0.005)  # the table of docs/unclip.md
+
+
 def flow_error(sample, schedule, num_steps, s, t_start, t_end):
   """Relative error of the flow map from t_start to t_end, a pure scaling."""
   y = jnp.ones((1, 1))
