@@ -1,6 +1,7 @@
 """The walls of the house: which folder may import what."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -51,6 +52,7 @@ ONLY_IN = {
 }  # fmt: skip
 
 
+@functools.cache
 def imports(path: pathlib.Path) -> set[str]:
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
@@ -65,6 +67,7 @@ def within(name: str, prefix: str) -> bool:
   return name == prefix or name.startswith(prefix + '.')
 
 
+@functools.cache
 def modules() -> dict[str, pathlib.Path]:
   """Returns the file of every module of the package."""
   found = {}
