@@ -63,6 +63,15 @@ def pytest_runtest_setup(item):
     pytest.skip('no time is left of --seconds')
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Of the quick tests one worker runs those that read the run of `trained`: none waits until it is made."""
+  for item in items:
+    quick = not any(item.get_closest_marker(name) for name in ('slow', 'long'))
+    if quick and 'trained' in getattr(item, 'fixturenames', ()):
+      item.add_marker(pytest.mark.xdist_group('trained'))
+
+
 @pytest.fixture
 def key():
   return jax.random.key(0)

@@ -20,6 +20,7 @@ from vaediff.modes import reconstruct, train
 from vaediff.run import trained
 from vaediff.spaces import hierarchies, tokenizers
 
+pytestmark = pytest.mark.xdist_group('hierarchy')  # one worker: the tests share what is dear
 
 def config_of(**changes):
   """Three levels of images of 16 pixels: grids of 1x1, 2x2 and 4x4."""
@@ -160,6 +161,7 @@ def test_parts_of_a_batch_and_eight_devices_are_the_batch(decayed):
 # Reconstruction by level --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_level_that_is_left_out_is_its_mean_code_or_zeros(decayed):
   _, _, three, _ = decayed
   params, x = params_of(three), pixels.to_unit_range(jnp.asarray(images(4)))

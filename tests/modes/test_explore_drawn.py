@@ -21,6 +21,7 @@ from vaediff.run import directions, images
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fresh  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group('explorer')  # one worker: the tests share what is dear
 STEPS = {'refiner.sample.num_steps': 6, 'refiner.sample.sampler': 'ddim'}
 ARRAYS = {
   'mean': np.zeros(16, np.float32),

@@ -20,6 +20,7 @@ from vaediff.run import calibration, draw
 from vaediff.run.trained import Trained
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+pytestmark = pytest.mark.xdist_group('calibration')  # one worker: the tests share what is dear
 
 SECTION = ConfigDict(
   {'kind': 'steps', 'num_samples': 12, 'steps': 3, 'mean': 0.4, 'std': 0.4, 'seed': 1, 'batch_size': 4}
@@ -146,6 +147,7 @@ def test_records_are_stored_with_what_they_are_of(stage):
   path.unlink()
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_records_the_same(stage):
   """And a calibration that is cut off leaves nothing: what is drawn again is the same."""
   path = calibration.path_of(stage, SECTION)

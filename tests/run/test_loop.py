@@ -213,9 +213,10 @@ def test_a_refiner_is_never_joined_with_another_vae(tmp_path, one_device, traine
 
 
 def test_sampling_with_settings_that_were_not_trained_is_refused(tmp_path, one_device, trained):
-  config, workdir = copied(trained, tmp_path)
-  config.refiner.diffusion.prediction = 'v'
-  with pytest.raises(UserError, match="config.refiner.diffusion.prediction is 'eps' there, 'v' now"):
+  workdir = trained('digits').copy(tmp_path / 'run')  # other tests read that run too
+  config = configs.read(workdir)
+  config.refiner.diffusion.prediction = 'eps'
+  with pytest.raises(UserError, match="config.refiner.diffusion.prediction is 'v' there, 'eps' now"):
     modes.MODES['sample'](configs.Run(config, workdir, tuple(config.stages)))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.conditions import pca, prior
@@ -27,6 +28,7 @@ from vaediff.run.trained import Trained
 from vaediff.spaces import tokenizers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+pytestmark = pytest.mark.xdist_group('trained')  # one worker: the tests share what is dear
 
 
 def digits(folder, variant='debug', **changes):
@@ -76,6 +78,7 @@ def source_of(config, stage, name):
 # Made when missing --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_statistics_are_made_when_they_are_missing_and_then_read(untrained, run, capsys):
   config = digits(untrained, 'latent,debug')
   source = source_of(config, 'ddgan', 'latents')
@@ -132,6 +135,7 @@ def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrai
   assert len(files(run / 'vae')) == 2
 
 
+@pytest.mark.slow
 def test_the_pca_of_codes_is_that_of_all_means_and_is_measured_once(untrained, run, capsys):
   config = digits(untrained, 'pca,debug', **{'refiner.diffusion.pca.num_directions': 4})
   mesh, source = mesh_of(config), source_of(config, 'refiner', 'pca')
@@ -186,6 +190,7 @@ def test_how_often_codes_are_used_is_counted_when_it_is_missing(untrained, run, 
   assert capsys.readouterr().out == ''
 
 
+@pytest.mark.slow
 def test_codes_to_fit_to_do_not_depend_on_batches_and_devices(untrained, run):
   config = digits(untrained)
   source = sources.open_source(config.data, 'train')
@@ -242,7 +247,8 @@ def halved(content):
 
 
 @pytest.mark.parametrize(
-  'stage, reader, name', [('autoencoder', 'ddgan', 'latents'), ('vae', 'refiner', 'prior')]
+  'stage, reader, name',
+  some_slow([('autoencoder', 'ddgan', 'latents'), ('vae', 'refiner', 'prior')], 'vae'),
 )
 def test_a_damaged_file_is_named_with_what_to_do(untrained, run, stage, reader, name):
   config = digits(untrained, 'latent,debug' if stage == 'autoencoder' else 'debug')
@@ -262,6 +268,7 @@ def test_a_damaged_file_is_named_with_what_to_do(untrained, run, stage, reader, 
     np.testing.assert_array_equal(value, made[key])
 
 
+@pytest.mark.slow
 def test_a_file_that_lacks_statistics_is_damaged(untrained, run):
   config = digits(untrained, 'latent,debug')
   source, mesh = source_of(config, 'ddgan', 'latents'), mesh_of(config)
@@ -301,6 +308,7 @@ def test_the_prior_is_fitted_right_after_the_vae(opened):
       np.testing.assert_array_equal(opened.read['prior'][name], stored[name])
 
 
+@pytest.mark.slow
 def test_training_grids_draw_from_the_prior_that_is_configured(opened):
   """The picture that training wrote shows what the finished stage draws with the same seed."""
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -340,6 +348,7 @@ def loaded(opened):
   )
 
 
+@pytest.mark.slow
 def test_the_best_measure_is_of_images_that_the_opened_stage_draws(readable, monkeypatch):
   seen, config = [], readable.config
   stream = types.SimpleNamespace(add=seen.append, finish=lambda: {'features': np.zeros((6, 2))})
@@ -364,6 +373,7 @@ def test_the_best_measure_is_of_images_that_the_opened_stage_draws(readable, mon
   assert np.abs(np.concatenate(seen).astype(int) - readable.draw(np.arange(6))['x0']).max() > 1
 
 
+@pytest.mark.slow
 def test_the_grids_of_the_loop_are_of_images_that_the_opened_stage_draws(readable):
   opened = readable
   config, mesh, frozen, source = opened.config, opened.mesh, loaded(opened), opened.eval_source
