@@ -223,8 +223,9 @@ def test_a_code_is_of_the_class_that_the_sample_is_asked_to_be_of():
 def test_without_a_mixture_or_a_label_the_code_is_that_of_before():
   """N(0, I) has no components, and a stage without a label reads no classes of them."""
   experiment = build('label')
-  read, indices = read_of(experiment), jnp.arange(5)
-  assert read['prior'] == {} and read['prior_of_classes'] == {}
+  read = {name: experiment.frozen[name].neutral() for name in ('prior', 'prior_of_classes')}
+  assert read == {'prior': {}, 'prior_of_classes': {}}
+  indices = jnp.arange(5)
   plain = build('formulation1')
   assert set(plain.frozen) == {'vae', 'prior'}
   assert set(experiment.frozen) == {'vae', 'prior', 'prior_of_classes'}

@@ -1,8 +1,13 @@
+import functools
+
 import numpy as np
 import pytest
 
 from vaediff.data import oracle, shapes
 from vaediff.errors import UserError
+
+pytestmark = pytest.mark.xdist_group('oracle')  # one worker: the tests share what is dear
+reader = functools.cache(oracle.Oracle)
 
 
 def drawn(split, count, size, mini):
@@ -11,12 +16,21 @@ def drawn(split, count, size, mini):
 
 
 @pytest.mark.parametrize(
-  ('size', 'mini', 'count'), [(16, True, 400), (16, False, 400), (32, False, 400), (64, False, 100)]
+  ('size', 'mini', 'count'),
+  [
+    (16, True, 400),
+    (16, False, 100),
+    (32, False, 50),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [(16, False, 400), (32, False, 400), (64, False, 100)]
+    ),
+  ],
 )
 @pytest.mark.parametrize('split', ['test', 'held_out'])
 def test_clean_images_are_read_exactly(size, mini, count, split):
   image, attributes = drawn(split, count, size, mini)
-  reading = oracle.Oracle(size, mini=mini).read(image)
+  reading = reader(size, mini=mini).read(image)
   np.testing.assert_array_equal(reading.attributes, attributes)
   assert reading.valid.all() and np.median(reading.rmse) < 0.035 and reading.rmse.max() < oracle.MOST_RMSE
 
@@ -45,7 +59,7 @@ def test_what_is_no_shape_is_not_valid():
   two = np.concatenate([shapes.render(shapes.Scene(attributes=(1, 0, 2, 4, 1)), 32)[:, 8:24]] * 2, axis=1)
   gradient = np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None], (32, 32, 3)[:2])
   images = [random.randint(256, size=(32, 32, 3)), two, np.stack([gradient] * 3, axis=-1)]
-  assert not oracle.Oracle(32).read(np.stack(images).astype(np.uint8)).valid.any()
+  assert not reader(32, mini=False).read(np.stack(images).astype(np.uint8)).valid.any()
 
 
 def test_the_fit_is_the_least_squares_solution():

@@ -47,18 +47,18 @@ def test_the_loss_is_the_sum_over_heads_and_the_label_is_the_first():
 
 
 def test_batches_hold_what_their_images_show(tmp_path):
-  image = shapes.images('train', range(30), 16)
+  image = shapes.images('train', range(30), 16, mini=True)
   source = sources.ArraySource(
     images=image, labels=np.zeros(30, np.int32), label_names=shapes.SHAPES, num_classes=6, captions=('',) * 30
   )
-  config = config_of()
-  experiment = built('debug')
+  config = config_of('mini')
+  experiment = built('mini,debug')
   stage = own_classifier.Stage(
     name='classifier', folder=tmp_path, config=config, experiment=experiment, frozen={}, frozen_ids={},
     train_source=source, eval_source=source, extra={}, mesh=sharding.make_mesh(config.mesh),
   )  # fmt: skip
   seen = own_classifier._seen(stage).eval_source.read(np.array([7, 3]))
-  expected = [shapes.scene('train', index).attributes for index in (7, 3)]
+  expected = [shapes.scene('train', index, mini=True).attributes for index in (7, 3)]
   np.testing.assert_array_equal(seen[oracle.ATTRIBUTES], expected)
   np.testing.assert_array_equal(seen['image'], image[[7, 3]])
   stage.config.data.name = 'digits'

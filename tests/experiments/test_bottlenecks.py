@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.data import pixels
@@ -48,13 +49,14 @@ def images(count, seed=0):
 
 def in_use(model, params, x, size):
   """The parameters with codes that are near vectors of these images, so that many are in use."""
-  z = encoders.encode(model, params, x, None)
+  z = jax.jit(lambda params, x: encoders.encode(model, params, x, None))(params, x)
   return {**params, encoders.CODES: codebook.data_init(z, jax.random.key(9), size).codes * 1.01}
 
 
 # Ids in and out ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('normalized', [False, True])
 def test_the_image_of_ids_is_the_reconstruction_bit_for_bit_and_embedded_ids_are_found_again(normalized):
   levels = {'model.channel_multipliers': (1, 1)}
@@ -123,12 +125,12 @@ def test_codes_are_counted_over_images_and_repetitions_are_not():
   np.testing.assert_array_equal(sum(parts), counts)
 
 
-@pytest.mark.parametrize('kind', ['ema', 'gradient'])
+@pytest.mark.parametrize('kind', some_slow(['ema', 'gradient'], 'ema'))
 def test_dead_codes_start_anew_with_their_averages(kind):
   """With 'gradient' there were no counts, and `restart_below` said nothing."""
   experiment = build(**{'loss.codebook': kind, 'optim.ema_decay': 0.9})
   x = pixels.to_unit_range(images(4))
-  state = experiment.init(jax.random.key(0))
+  state = jax.jit(experiment.init)(jax.random.key(0))
   network = state.networks['autoencoder']
   params = in_use(experiment.autoencoder, network.params, x, 8)
   params[encoders.CODES] = params[encoders.CODES].at[5].set(100.0)  # far from every vector
@@ -155,6 +157,7 @@ def test_dead_codes_start_anew_with_their_averages(kind):
     np.testing.assert_array_equal(after.ema_params[encoders.CODES][~dead], average[encoders.CODES][~dead])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['ema', 'gradient'])
 def test_the_entropy_term_is_in_the_loss_and_moves_no_averaged_code(kind):
   experiment = build(**{'loss.codebook': kind, 'loss.entropy_weight': 0.5})

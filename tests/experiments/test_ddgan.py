@@ -23,7 +23,7 @@ toy_gan = importlib.import_module('toy_gan')
 def updates(experiment, num_updates, mesh=None, batch_size=32):
   """Returns state and metrics after so many updates of the kinds that the host chooses."""
   images = toy_gan.data(0, 256)
-  state = experiment.init(jax.random.key(0))
+  state = jax.jit(experiment.init)(jax.random.key(0))
   steps = {kind: jax.jit(functools.partial(experiment.train_step, kind=kind)) for kind in ('', 'r1')}
   history = []
   for k in range(num_updates):
@@ -38,11 +38,9 @@ def updates(experiment, num_updates, mesh=None, batch_size=32):
 def test_both_kinds_are_chosen_by_the_step():
   experiment = toy_gan.make(2)
   assert [experiment.kind_of(step) for step in range(9)] == ['r1', '', '', '', 'r1', '', '', '', 'r1']
-  state, batch = experiment.init(jax.random.key(0)), {'image': jnp.asarray(toy_gan.data(0, 32))}
-  slopes = {
-    kind: float(experiment.train_step(state, {}, batch, jax.random.key(1), kind)[1]['r1'])
-    for kind in ('', 'r1')
-  }
+  state, batch = jax.jit(experiment.init)(jax.random.key(0)), {'image': jnp.asarray(toy_gan.data(0, 32))}
+  step = jax.jit(experiment.train_step, static_argnums=4)
+  slopes = {kind: float(step(state, {}, batch, jax.random.key(1), kind)[1]['r1']) for kind in ('', 'r1')}
   assert slopes['r1'] > 0 == slopes['']  # the kind is an argument: R1 is taken where it is 'r1' alone
   without = toy_gan.make(2, loss={'r1_gamma': 0.0, 'r1_every_steps': 4, 'reconstruction': 'none'})
   assert {without.kind_of(step) for step in range(9)} == {''}
@@ -70,6 +68,7 @@ class OfTheNext(nn.Module):
     return nn.Dense(1, name='out')(x_next.reshape(len(x_next), -1) ** 3)[:, 0]
 
 
+@pytest.mark.slow
 def test_r1_has_no_part_in_the_second_argument():
   judge = toy_gan.make(2).discriminator
   blind = Model(module=OfTheNext(), inputs=judge.inputs)

@@ -29,7 +29,7 @@ def params():
 
 
 def test_one_logit_per_position_of_each_map(params):
-  logits = build().apply(params, jnp.array([0.3, 1.0]), *maps())
+  logits = jax.jit(build().apply)(params, jnp.array([0.3, 1.0]), *maps())
   assert [x.shape for x in logits] == [(2, 64), (2, 16), (2, 16)]
   assert {x.dtype for x in logits} == {jnp.dtype('float32')}
   assert set(params) == {'time_mlp', 'head_0', 'head_1', 'head_2'}

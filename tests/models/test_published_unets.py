@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.errors import UserError
@@ -52,7 +53,7 @@ def count(model):
 
 @pytest.mark.parametrize(
   ('preset', 'size', 'options', 'parameters'),
-  [
+  some_slow([
     ('iddpm_imagenet64', 64, {}, 121_063_942),
     ('iddpm_cifar10', 32, {}, 52_546_438),
     ('iddpm_imagenet64_class', 64, {'classes': 1000}, 273_049_350),
@@ -74,14 +75,15 @@ def count(model):
     ('stable_diffusion', 64, {'learned': False, 'channels': 4, 'text': (77, 768)}, 859_520_964),
     ('ldm_txt2img', 32, {'learned': False, 'channels': 4, 'text': (77, 1280)}, 872_300_484),
     ('ldm_imagenet256', 64, {'learned': False, 'channels': 3, 'text': (1, 512)}, 400_920_579),
-  ],
-)
+  ], 'iddpm_cifar10', 'iddpm_upsampler_64_256', 'ldm_imagenet256'),
+)  # fmt: skip
 def test_parameters_are_the_published_networks(preset, size, options, parameters):
   assert count(build(size, presets.UNET[preset], **options)) == parameters
 
 
 @pytest.mark.parametrize(
-  ('variant', 'parameters'), [('ldm_txt2img', 872_300_484), ('stable_diffusion', 859_520_964)]
+  ('variant', 'parameters'),
+  some_slow([('ldm_txt2img', 872_300_484), ('stable_diffusion', 859_520_964)], 'stable_diffusion'),
 )
 def test_configs_of_text_to_image_have_the_published_networks_beside_their_tower(variant, parameters):
   config = importlib.import_module('configs.captions256').get_config(variant)
@@ -110,7 +112,8 @@ TINY = {
 
 @pytest.mark.parametrize('variant', ['openai', pytest.param('ddim', marks=pytest.mark.slow)])
 def test_the_variance_starts_at_zero_and_the_prediction_alone_is_the_same(variant):
-  model, alone = (build(8, {**TINY, 'variant': variant}, learned=flag) for flag in (True, False))
+  fields = {**TINY, 'channel_multipliers': (1,), 'attention_resolutions': (8,), 'variant': variant}
+  model, alone = (build(8, fields, learned=flag) for flag in (True, False))
   params = jax.jit(model.init)(jax.random.key(0))
   x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([0.3, 1.0])
   output = jax.jit(model.apply)(params, x, t, {})
@@ -169,6 +172,7 @@ def test_a_residual_block_halves_and_doubles(resize):
   np.testing.assert_allclose(got, wanted, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_heads_of_so_many_channels():
   """head_channels = 16 is num_heads = 1 at 16 channels and 2 at 32: the same function."""
   one = {**TINY, 'channel_multipliers': (2, 2), 'attention_resolutions': (4, 8)}

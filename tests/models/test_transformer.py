@@ -1,11 +1,13 @@
 """Published counts; a cache changes nothing; what each id is given of prefix, places and ids above."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from configs.presets import PRIOR as SIZES
 from vaediff.errors import UserError
@@ -28,13 +30,13 @@ def ids(grid, batch=1):
 
 @pytest.mark.parametrize(
   ('size', 'codes', 'places', 'wanted'),
-  [
+  some_slow([
     ('taming_1024x24', 1024, 512, 304_932_864),
     ('taming_1408x40', 8192, 348, 975_876_352),
     ('taming_1536x36', 8192, 348, 1_045_638_144),
     ('taming_1536x48', 16_384, 256, 1_410_640_896),
-  ],
-)
+  ], 'taming_1024x24'),
+)  # fmt: skip
 def test_counts_of_taming(size, codes, places, wanted):
   """2VC + BC + L(12C^2 + 13C) + 2C, the prefix given as vectors."""
   module = Decoder(grid=(1, places), codebook_size=codes, source_size=0, **SIZES[size])
@@ -45,14 +47,14 @@ def test_counts_of_taming(size, codes, places, wanted):
 
 @pytest.mark.parametrize(
   ('size', 'wanted'),
-  [
+  some_slow([
     ('llamagen_b', 110_888_448),
     ('llamagen_l', 342_910_976),
     ('llamagen_xl', 774_699_520),
     ('llamagen_xxl', 1_410_972_672),
     ('llamagen_3b', 3_096_659_200),
-  ],
-)
+  ], 'llamagen_b'),
+)  # fmt: skip
 def test_counts_of_llamagen(size, wanted):
   """Of 16,384 codes and 1,000 classes."""
   module = Decoder(grid=(16, 16), codebook_size=16_384, source_size=1001, **SIZES[size])
@@ -117,8 +119,10 @@ def draw(module, params, source, keys, rule, above=()):
   return codes, nats
 
 
-@pytest.mark.parametrize('kind', ['gpt', 'llama', 'both'])
-@pytest.mark.parametrize('length', [1, 7])
+@pytest.mark.parametrize(
+  ('kind', 'length'),
+  some_slow(list(itertools.product(['gpt', 'llama', 'both'], [1, 7])), ('llama', 1), ('both', 7)),
+)
 def test_a_cache_changes_nothing(kind, length):
   """Logits of every id with a cache and without; what was drawn has the probability it was drawn with."""
   module, params = tiny(kind, length)
@@ -156,7 +160,7 @@ def without_cache(module, params, source, keys, rule):
   return codes
 
 
-@pytest.mark.parametrize('weight', [0.0, 1.0])
+@pytest.mark.parametrize('weight', some_slow([0.0, 1.0], 1.0))
 def test_the_scan_draws_what_whole_passes_draw_and_each_row_is_alone(weight):
   module, params = tiny('llama', 1)
   source, keys = sources(1, 5), jax.random.split(jax.random.key(4), 5)
@@ -172,11 +176,11 @@ def test_the_scan_draws_what_whole_passes_draw_and_each_row_is_alone(weight):
 def test_the_null_of_the_prefix_reaches_the_logits():
   module, params = tiny('gpt', 1)
   codes = ids(GRID)
-  of = lambda row: module.apply(params, codes, jnp.full((1, 1), row))
+  of = jax.jit(lambda row: module.apply(params, codes, jnp.full((1, 1), row)))
   assert float(jnp.min(jnp.max(jnp.abs(of(0) - of(6)), axis=-1))) > 1e-3  # at every place
 
 
-@pytest.mark.parametrize('kind', ['gpt', 'llama', 'both'])
+@pytest.mark.parametrize('kind', some_slow(['gpt', 'llama', 'both'], 'llama'))
 def test_an_id_is_given_those_before_it_alone(kind):
   module, params = tiny(kind, 2)
   source, codes = sources(2, 1), jnp.asarray(np.arange(16)[None] % CODES, jnp.int32)
@@ -190,10 +194,11 @@ def test_words_that_are_masked_are_not_read():
   module, params = tiny('both', 7)
   source, codes = sources(7, 1), ids(GRID)
   mask = jnp.arange(7)[None] < 4
-  of = lambda source: module.apply(params, codes, source, mask=mask)
+  run = jax.jit(lambda source, mask: module.apply(params, codes, source, mask=mask))
+  of = lambda source: run(source, mask)
   np.testing.assert_array_equal(of(source), of(source.at[0, 5].set((source[0, 5] + 1) % 7)))
   assert np.any(of(source) != of(source.at[0, 3].set((source[0, 3] + 1) % 7)))
-  assert np.isfinite(module.apply(params, codes, source, mask=jnp.zeros((1, 7), bool))).all()
+  assert np.isfinite(run(source, jnp.zeros((1, 7), bool))).all()
 
 
 @pytest.mark.slow
@@ -228,11 +233,12 @@ def test_the_head_of_llama_is_zero_at_first_and_dropout_is_of_training():
   module = Decoder(**TINY, style='llama', source_size=3, dropout=0.5)
   codes, source = ids(GRID), jnp.zeros((1, 1), jnp.int32)
   params = jax.jit(module.init)(jax.random.key(0), codes, source)
-  assert not np.any(module.apply(params, codes, source))
+  assert not np.any(jax.jit(module.apply)(params, codes, source))
   module, params = Decoder(**TINY, style='gpt', source_size=7, dropout=0.5, remat=True), tiny('gpt', 1)[1]
-  plain = module.apply(params, codes, source)
-  np.testing.assert_allclose(plain, tiny('gpt', 1)[0].apply(params, codes, source), atol=1e-5)
-  dropped = module.apply(params, codes, source, deterministic=False, rngs={'dropout': jax.random.key(1)})
+  plain = jax.jit(module.apply)(params, codes, source)
+  np.testing.assert_allclose(plain, jax.jit(tiny('gpt', 1)[0].apply)(params, codes, source), atol=1e-5)
+  train = lambda key: module.apply(params, codes, source, deterministic=False, rngs={'dropout': key})
+  dropped = jax.jit(train)(jax.random.key(1))
   assert np.max(np.abs(dropped - plain)) > 0.1
 
 

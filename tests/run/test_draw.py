@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.data import sources
@@ -20,6 +21,7 @@ from vaediff.machine import sharding
 from vaediff.run import draw
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+pytestmark = pytest.mark.xdist_group('draw')  # one worker: the tests share what is dear
 
 
 def mesh_of(devices):
@@ -88,6 +90,7 @@ def test_another_seed_gives_other_images(parts):
   assert not np.array_equal(drawn(parts, range(4), 1, seed=4)['x0'], first)
 
 
+@pytest.mark.slow
 def test_what_is_given_takes_the_place_of_what_is_drawn_and_of_nothing_else(parts):
   """Handing over what would have been drawn changes nothing; another z keeps the noise, and the reverse."""
   experiment, read = parts
@@ -186,7 +189,7 @@ class Broken(OnlyDraws):
     }
 
 
-@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('devices', some_slow([1, 8], 1))
 def test_images_that_are_not_finite_are_refused(devices):
   run = draw.make_draw(
     Broken(), mesh_of(devices), 7, (2, 2, 1), no_source, "stage 'refiner' (sampler ddim, num_steps 4)"

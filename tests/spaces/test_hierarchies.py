@@ -11,6 +11,7 @@ from vaediff.errors import UserError
 from vaediff.models import codebook
 from vaediff.spaces import hierarchies, tokenizers
 
+pytestmark = pytest.mark.xdist_group('hierarchies')  # one worker: the tests share what is dear
 
 def config_of(**changes):
   config = importlib.import_module('configs.digits').get_config('vqvae2,debug')
@@ -26,7 +27,7 @@ def made():
   model = tokenizer.source.model
   x = jax.random.uniform(jax.random.key(1), (6, 16, 16, 1), minval=-1.0)
   # larger than they start, so that what a level says is not lost on the way
-  params, books = jax.tree.map(lambda leaf: 3 * leaf, model.init(jax.random.key(0))), []
+  params, books = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0))), []
 
   def spread(level, z):
     books.append(codebook.data_init(z, jax.random.key(2), 8).codes)
