@@ -16,6 +16,7 @@ import time
 
 import pytest
 from command_lines import run_all
+from some_slow import some_slow
 
 from vaediff.errors import UserError
 from vaediff.run import config as configs
@@ -239,6 +240,7 @@ def test_a_variable_that_changes_results_ends_the_program_before_jax_starts(tmp_
   assert process.returncode == 2 and 'JAX_ENABLE_X64' in said and 'Traceback' not in said, said
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_not_there_is_a_lost_process(tmp_path):
   others = {'JAX_COORDINATOR_ADDRESS': 'nobody.invalid:7', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
   process = start(
@@ -249,7 +251,7 @@ def test_a_coordinator_that_is_not_there_is_a_lost_process(tmp_path):
   assert process.returncode == 76 and 'did not find each other at nobody.invalid:7' in said, said
 
 
-@pytest.mark.parametrize('output', ['closed', 'full', 'none'])
+@pytest.mark.parametrize('output', some_slow(['closed', 'full', 'none'], 'closed'))
 def test_an_output_that_cannot_be_written_is_said(output):
   """To a pipe whose reader is gone, as of `| head`; to a full disk; with none at all there is nothing to say."""
   read, write = os.pipe()
@@ -265,7 +267,7 @@ def test_an_output_that_cannot_be_written_is_said(output):
     assert process.returncode == 2 and said.count('error: the standard output cannot be written') == 1, said
 
 
-@pytest.mark.parametrize('seconds', [0.6, 4.0])
+@pytest.mark.parametrize('seconds', some_slow([0.6, 4.0], 4.0))
 def test_an_interruption_is_one_word(tmp_path, seconds):
   """During the imports, and after them."""
   process = start(DEBUG, '--mode=describe', stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

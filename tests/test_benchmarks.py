@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from benchmarks import machine, operations, paired, pairing, table
 from benchmarks.cases import CASES, select
@@ -148,7 +149,7 @@ def test_operations_have_the_same_results_in_shape(kind, shape, equality):
 # Without PyTorch -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', some_slow(CASES, 'unet_cifar10'))
 def test_parameter_counts_are_those_of_our_networks(name):
   from benchmarks import jax_side
 
@@ -158,7 +159,7 @@ def test_parameter_counts_are_those_of_our_networks(name):
   assert cost.num_parameters(shapes) == case.parameters
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', some_slow(CASES, 'ncsnpp_cifar10', 'decoder'))
 def test_our_side_reads_inputs_of_its_networks_and_gives_images(name):
   from benchmarks import jax_side
 
@@ -174,8 +175,12 @@ def test_our_side_reads_inputs_of_its_networks_and_gives_images(name):
 
 
 @pytest.mark.parametrize(
-  ('name', 'task'), [('unet_small', 'train'), ('unet_small', 'sample'), ('vae_cifar10', 'train')]
-)
+  ('name', 'task'),
+  some_slow(
+    [('unet_small', 'train'), ('unet_small', 'sample'), ('vae_cifar10', 'train')],
+    ('unet_small', 'sample'), 'vae_cifar10',
+  ),
+)  # fmt: skip
 def test_every_task_is_one_call_on_our_side(name, task):
   """Traced, not compiled: with PyTorch installed it is also run."""
   from benchmarks import jax_side
@@ -197,6 +202,7 @@ def test_every_task_is_one_call_on_our_side(name, task):
     assert [cost.num_parameters(state.networks[network].params)] == parameters
 
 
+@pytest.mark.slow
 def test_the_operations_of_a_network_hold_its_multiplications():
   from benchmarks import jax_side, operations_jax
 

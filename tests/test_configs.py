@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from some_slow import some_slow
 
 from vaediff import experiments, modes
 from vaediff.errors import UserError
@@ -163,15 +164,21 @@ def test_a_diffusion_decoder_fits_the_tokenizer_of_its_run_in_any_order():
     assert config.refiner.diffusion.condition == 'none'
   assert get('fashion_mnist', 'vqgan,divae').stages == ('vqgan', 'refiner')
   assert get('fashion_mnist', 'divae,vqgan').stages == ('vqgan', 'refiner')
-  for name, factor in (('digits', 2), ('fashion_mnist', 4), ('emoji64', 8), ('celeba256', 8)):
-    for size in ('', ',debug'):
-      config = get(name, f'divae{size}')
-      model = config.refiner.model
-      halvings = len(config.vqvae.model.channel_multipliers) - 1
-      assert len(model.channel_multipliers) == halvings + 1 and (size or 2**halvings == factor)
-      experiments.build(config, 'refiner')
   assert get('digits', 'divae_joint').stages == ('refiner',)
   assert get('digits', 'divae_warm').stages == ('vqvae', 'refiner')
+
+
+@pytest.mark.parametrize('size', ['', pytest.param(',debug', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ('name', 'factor'),
+  some_slow([('digits', 2), ('fashion_mnist', 4), ('emoji64', 8), ('celeba256', 8)], 'digits', 'celeba256'),
+)
+def test_a_diffusion_decoder_has_the_levels_of_its_tokenizer(name, factor, size):
+  config = get(name, f'divae{size}')
+  model = config.refiner.model
+  halvings = len(config.vqvae.model.channel_multipliers) - 1
+  assert len(model.channel_multipliers) == halvings + 1 and (size or 2**halvings == factor)
+  experiments.build(config, 'refiner')
 
 
 def test_the_published_diffusion_decoder_has_its_size():
@@ -324,7 +331,7 @@ def test_variants_that_add_a_stage():
   assert {'latent', 'latent_diffusion', 'vq'} <= set(base.variants_with('autoencoder'))
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', some_slow(NAMES, 'cifar10'))
 def test_describe_at_full_size_without_data(name, capsys):
   rows = describe.describe(get(name), tuple(get(name).stages))
   assert [row['network'] for row in rows] == ['vae', 'denoiser']
@@ -339,7 +346,7 @@ def test_describe_at_full_size_without_data(name, capsys):
 
 @pytest.mark.parametrize(
   ('name', 'stage', 'millions'),
-  [
+  some_slow([
     ('cifar10', 'vae', 9.243),
     ('celeba64', 'vae', 14.012),
     ('celebahq128', 'vae', 21.098),
@@ -350,8 +357,8 @@ def test_describe_at_full_size_without_data(name, capsys):
     ('ffhq128', 'refiner', 87.90),
     ('celeba256', 'refiner', 113.68),
     ('afhq256', 'refiner', 113.68),
-  ],
-)
+  ], 'cifar10'),
+)  # fmt: skip
 def test_published_parameter_counts_through_the_configs(name, stage, millions):
   experiment = experiments.build(get(name), stage)
   (model,) = experiment.networks.values()
@@ -361,7 +368,7 @@ def test_published_parameter_counts_through_the_configs(name, stage, millions):
 
 @pytest.mark.parametrize(
   ('name', 'variant', 'network', 'millions', 'giga_macs'),
-  [
+  some_slow([
     ('cifar10', 'ddgan', 'generator', 48.4325, '7.034'),
     ('celeba256', 'ddgan', 'generator', 39.7270, '70.41'),
     ('cifar10', 'wavelet', 'generator', 33.3701, '1.667'),
@@ -374,7 +381,9 @@ def test_published_parameter_counts_through_the_configs(name, stage, millions):
     ('cifar10', 'wavelet', 'discriminator', 7.6306, None),
     ('celeba256', 'latent', 'discriminator', 17.51, None),
   ],
-)
+  ('cifar10', 'ddgan', 'generator', 48.4325, '7.034'),
+  ('celeba256', 'latent', 'discriminator', 17.51, None)),
+)  # fmt: skip
 def test_published_networks_of_the_denoising_gans(name, variant, network, millions, giga_macs):
   model = experiments.build(get(name, variant), 'ddgan').networks[network]
   params = jax.eval_shape(model.init, jax.random.key(0))
@@ -439,18 +448,15 @@ def run_debug(name, variant, tmp_path, tasks=('inpaint',)):
       assert np.asarray(picture).std() > 0
 
 
-def some_slow(names, quick):
-  """The quick ones run by default, the others with `-m slow`: each takes about half a minute."""
-  return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize('name', some_slow(NAMES, ()))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NAMES)
 def test_debug_trains_samples_and_restores(name, tmp_path, one_device):
   all_tasks = ('super_resolution', 'denoise', 'inpaint')
   run_debug(name, 'debug', tmp_path, all_tasks if name == 'digits' else all_tasks[:1])
 
 
-@pytest.mark.parametrize('variant', some_slow(SHARED, ()))
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', SHARED)
 def test_debug_of_every_shared_variant(variant, tmp_path, one_device):
   run_debug('shapes16' if variant in OF_CAPTIONS else 'digits', f'{variant},debug', tmp_path)
 

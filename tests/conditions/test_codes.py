@@ -42,6 +42,7 @@ def images(count=4):
   return jax.random.uniform(jax.random.key(1), (count, 8, 8, 1), minval=-1.0, maxval=1.0)
 
 
+@pytest.mark.slow
 def test_the_network_reads_the_codes_of_the_nearest_vectors():
   one, x = codes_of(build()), images()
   params = made(one.tokenizer.source.model, 0)
@@ -67,6 +68,7 @@ def test_what_is_stored_are_the_ids_of_images_that_are_not_mirrored():
   assert codes_of(build(**{'refiner.train.flip': True})).stored == {}
 
 
+@pytest.mark.slow
 def test_mirrored_images_are_encoded_as_they_are_seen():
   experiment = build(**{'refiner.train.flip': True})
   one = codes_of(experiment)

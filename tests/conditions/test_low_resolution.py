@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.errors import UserError
@@ -63,7 +64,7 @@ def test_noise_is_added_before_the_image_is_made_larger():
   np.testing.assert_array_equal(one.shown(seen)['low'][:, ::2, ::2], seen['low'])  # shown without noise
 
 
-@pytest.mark.parametrize('augmentation', ['blur', 'bsr', 'none'])
+@pytest.mark.parametrize('augmentation', some_slow(['blur', 'bsr', 'none'], 'blur', 'none'))
 def test_other_augmentations_are_of_training_alone_and_have_no_level(augmentation):
   one, x = low_of(build(**{'sr_8.conditions.low_resolution.augmentation': augmentation})), images(32)
   assert set(one.ports) == set(one.inputs) == {'low'} and one.max_level == 0
@@ -96,6 +97,7 @@ def test_a_dropped_example_sees_neither_the_image_nor_the_level():
     assert np.all(np.abs(run(first, nobody) - run(other, nobody)).max(axis=(1, 2, 3)) > 1e-4)
 
 
+@pytest.mark.slow
 def test_the_level_has_no_effect_at_first():
   denoiser = build().denoiser
   params = jax.jit(denoiser.model.init)(jax.random.key(0))

@@ -91,6 +91,7 @@ def test_padding_is_the_same_number_in_both_rooms():
 # What the network makes of them -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dropped_is_the_caption_of_no_words_bit_for_bit():
   run = network()
   dropped = run(CAPTIONS, (1, 1, 0, 1))
@@ -98,6 +99,7 @@ def test_dropped_is_the_caption_of_no_words_bit_for_bit():
   assert np.abs(dropped - run(CAPTIONS)).max(axis=(1, 2, 3))[np.array([0, 1, 3])].min() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_own_caption_and_on_the_order_of_its_words():
   run = network()
   known, other = run(CAPTIONS), run(CAPTIONS.at[1].set(CAPTIONS[2]))

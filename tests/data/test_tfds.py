@@ -54,6 +54,7 @@ def test_missing_says_how_to_get_it(make_data, name, message):
   assert 'not there' in describe(data)
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported(tmp_path):
   code = f"""
 import sys

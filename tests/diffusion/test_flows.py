@@ -45,7 +45,7 @@ def test_mean_and_variance_are_those_of_the_data_to_first_order(schedule):
   assert errors[0][1] > 1.6 * errors[1][1] > 1.6**2 * errors[2][1], errors
 
 
-@pytest.mark.parametrize('schedule', [LINEAR, COSINE])
+@pytest.mark.parametrize('schedule', [LINEAR, pytest.param(COSINE, marks=pytest.mark.slow)])
 def test_the_sampler_draws_the_same_distribution_as_the_ode(schedule):
   count = 20_000
   y = jax.random.normal(jax.random.key(0), (1, count))

@@ -98,7 +98,7 @@ def test_the_other_sign_drives_away():
 
 @pytest.mark.parametrize(
   ('scale', 'num_steps', 'mean', 'deviation'),
-  [(1, 1000, 0.8, 0.4434), (1, 25, 0.8, 0.3585), (4, 25, 0.9999, 0.0998)],
+  [pytest.param(1, 1000, 0.8, 0.4434, marks=pytest.mark.slow), (1, 25, 0.8, 0.3585), (4, 25, 0.9999, 0.0998)],
 )
 def test_ancestral_sampling_in_the_x0_form_is_right_in_few_steps(scale, num_steps, mean, deviation):
   """'mean += s Sigma g' gives 0.6030, 0.5469 for s = 1 in 25 steps; drawn noise: 20,000 samples."""

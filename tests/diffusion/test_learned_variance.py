@@ -95,6 +95,7 @@ def test_bits_of_the_last_step(x, error, bits):
   assert float(of_other_data[0]) == pytest.approx(density, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_each_example_has_the_term_of_its_step():
   rng = np.random.default_rng(0)
   x0 = jnp.float32(rng.integers(0, 256, (4, 2, 2, 1)) / 127.5 - 1)

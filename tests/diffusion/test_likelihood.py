@@ -70,6 +70,11 @@ def test_the_bound_of_the_best_denoiser_is_just_above_the_entropy():
   slack = 3 * total.std(ddof=1) / np.sqrt(len(total))
   assert entropy_in_bits() - slack < total.mean() < entropy_in_bits() + 0.08
   assert 0 < terms['prior'].mean() < 1e-4
+
+
+@pytest.mark.slow
+def test_another_variance_and_a_worse_denoiser_have_larger_bounds():
+  total = sum(bound_in_bits(999, schedules.LinearBeta()).values())
   small = sum(bound_in_bits(999, schedules.LinearBeta(), variance='small').values())
   assert total.mean() + 0.3 < small.mean() < total.mean() + 1  # beta_2 is as large as all noise before it
   worse = sum(bound_in_bits(999, schedules.LinearBeta(), error=0.05).values())

@@ -97,6 +97,7 @@ def test_the_variance_of_ddim_is_that_of_the_paper():
   assert found['current'][-1] == columns['current'][-1] == 1
 
 
+@pytest.mark.slow
 def test_no_error_changes_no_bit():
   keys = jax.vmap(jax.random.key)(jnp.arange(4))
   y = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)

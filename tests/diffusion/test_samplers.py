@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff.diffusion import gaussian, guidance, samplers, schedules
 
@@ -181,7 +182,7 @@ def test_ddpm_variance_in_closed_form(variance):
   assert abs(np.var(states[-2]) / expected - 1) < 5 * np.sqrt(2 / pixels)
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', some_slow(VARIANTS, 'ddpm', 'ddim_half'))
 def test_many_steps_reach_the_marginal_of_the_data(name):
   s, pixels = 0.5, 20_000
   result = jax.jit(

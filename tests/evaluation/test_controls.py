@@ -112,6 +112,7 @@ def test_where_captions_were_dropped_the_control_alone_and_neither_are_rows_too(
   assert neither['accuracy_background'] != alone['accuracy_background']  # a lighter grey
 
 
+@pytest.mark.slow
 def test_where_none_was_dropped_there_are_no_such_rows():
   titles = [row['set'] for row in controls.control_rows(reading(0.0))]
   assert titles == [controls.SAMPLES, controls.ALONE, controls.OTHERS, controls.DATA]

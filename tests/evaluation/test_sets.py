@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from some_slow import some_slow
 
 from vaediff.data import sources
 from vaediff.errors import UserError
@@ -167,7 +168,7 @@ def test_the_row_of_the_evaluation_images_is_of_as_many_as_there_are(tmp_path, m
     ((3, 40, 30), {'num_memorisation': 1000}, ('neighbours', 'neighbours')),
   ],
 )
-@pytest.mark.parametrize('constant', [False, True])
+@pytest.mark.parametrize('constant', some_slow([False, True], False))
 def test_whatever_the_numbers_are(tmp_path, monkeypatch, numbers, changes, missing, constant):
   train, held_out, drawn = (source(k, count, constant) for k, count in enumerate(numbers))
   rows = rows_of(tmp_path, monkeypatch, train, held_out, drawn, num_images=len(drawn.images), **changes)

@@ -194,6 +194,7 @@ def test_the_student_starts_as_its_teacher():
   np.testing.assert_array_equal(student, teacher)
 
 
+@pytest.mark.slow
 def test_formulation2_without_a_shift_is_formulation1():
   maps = []
   for variant in ('formulation1,adversarial,debug', 'formulation2,adversarial,debug'):
@@ -225,6 +226,7 @@ class Oracle(Denoiser):
     return lambda y, t: jnp.repeat(x0, len(y) // len(x0), axis=0)
 
 
+@pytest.mark.slow
 def test_an_image_cannot_be_told_from_itself():
   """Real and fake have condition, time and noise in common."""
   experiment = swapped(build(**{'adversarial.loss.r1_gamma': 0.0}), Oracle)
@@ -307,6 +309,7 @@ def test_losses_are_what_they_are_called(run):
     assert metrics['r1'] > 0 and metrics['loss/discriminator'] > 0
 
 
+@pytest.mark.slow
 def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been(run):
   experiment, step, states, _ = run
   state = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, states[2]))
@@ -354,6 +357,7 @@ def test_the_adversary_alone_reaches_the_student_through_the_teachers_encoder():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_the_student_and_the_teacher_are_held_in_the_discriminators_loss():
   experiment = build()
   frozen = frozen_of(experiment)
@@ -372,6 +376,7 @@ def test_the_student_and_the_teacher_are_held_in_the_discriminators_loss():
 # Evaluation -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_target_is_the_teachers_sample():
   experiment = build('formulation2,adversarial,debug', **{'adversarial.teacher_calls': 3})
   frozen = frozen_of(experiment)
@@ -383,6 +388,7 @@ def test_the_target_is_the_teachers_sample():
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_teacher_itself_has_diversity_ratio_one_and_no_error():
   experiment = build(**{'adversarial.teacher_calls': 1, 'adversarial.sample.num_steps': 1})
   frozen = frozen_of(experiment)
@@ -399,6 +405,7 @@ def test_the_teacher_itself_has_diversity_ratio_one_and_no_error():
   assert float(again['diversity']) == pytest.approx(float(values['diversity']), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_that_ignores_its_noise_has_no_diversity():
   experiment = swapped(build(), Oracle)
   batch = {'image': images(), 'mask': np.ones(8, np.float32)}

@@ -24,6 +24,7 @@ def images(count=3):
   return batch, jnp.asarray(image / 127.5 - 1, jnp.float32)
 
 
+@pytest.mark.slow
 def test_a_decoder_reads_the_code_of_an_image_the_same_in_every_batch():
   stage = built('debug', 'vae')
   reader, (batch, x) = called.reader_of(stage), images()

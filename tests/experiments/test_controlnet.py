@@ -226,6 +226,7 @@ def test_several_controls_are_added_with_their_weights():
     np.testing.assert_allclose(a, b + 0.5 * c, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_strength_0_is_the_base_bit_for_bit():
   experiment, read, inputs = trained()
   alone = output_of(base_of(experiment), read, inputs)
@@ -325,6 +326,7 @@ def test_a_transfer_by_offset_is_the_control_moved_by_what_the_base_was():
   assert offset.alone().denoiser.transfer == '' and not offset.alone().for_sampling
 
 
+@pytest.mark.slow
 def test_a_stage_that_trains_is_drawn_with_its_own_control_alone():
   experiment, _, _ = trained()
   assert set(experiment.for_sampling) == {'control_control_low'}

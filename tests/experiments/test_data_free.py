@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.experiments import base, progressive
@@ -24,7 +25,9 @@ def build(variant='distill,debug', stage='distill_2', **changes):
 
 @pytest.mark.parametrize(
   ('fraction', 'batch_size', 'microbatches', 'count'),
-  [(0.05, 64, 16, 3), (0.05, 64, 1, 3), (0.5, 8, 4, 4), (0.3, 8, 4, 2), (0.01, 8, 4, 1)],
+  some_slow(
+    [(0.05, 64, 16, 3), (0.05, 64, 1, 3), (0.5, 8, 4, 4), (0.3, 8, 4, 2), (0.01, 8, 4, 1)], 0.5
+  ),
 )
 def test_the_share_free_of_data_is_that_of_the_whole_batch(fraction, batch_size, microbatches, count):
   """.05 of 64 images in parts of 4 was one image of each part: 16, not 3."""

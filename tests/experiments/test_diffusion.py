@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import pathlib
 import sys
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.conditions import prior
@@ -21,6 +23,8 @@ from vaediff.types import Values
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from random_parameters import frozen_of, made, values_of  # noqa: E402
+
+SMALL = {'refiner.model.channel_multipliers': (1,), 'refiner.model.attention_resolutions': ()}
 
 
 def build(variant='debug', **changes):
@@ -54,7 +58,7 @@ def sample(experiment, read, given, rows):
 # Both formulations ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('sampler', ['ddpm', 'ddim', 'heun', 'dpmpp_2m'])
+@pytest.mark.parametrize('sampler', some_slow(['ddpm', 'ddim', 'heun', 'dpmpp_2m'], 'ddpm'))
 def test_formulations_are_one_model_in_two_coordinates(sampler):
   """T6: with the first convolution converted, the same noise gives the same images, clipping included."""
   second = build('formulation2,debug', **{'refiner.sample.sampler': sampler})
@@ -68,6 +72,7 @@ def test_formulations_are_one_model_in_two_coordinates(sampler):
   assert float(jnp.max(jnp.abs(a - sample(first, read, {'z': z}, keys(4))['x0']))) > 1e-2
 
 
+@pytest.mark.slow
 def test_formulation2_with_a_black_hole_for_condition_is_formulation1():
   """x0_vae = 0 shifts nothing, so both give the same loss bit for bit."""
   losses = []
@@ -90,6 +95,7 @@ def changed(params, seed=1):
   return {**moved, **{name: params[name] for name in params if name == 'pca_mlp'}}
 
 
+@pytest.mark.slow
 def test_with_the_pca_it_begins_as_the_network_without():
   """Its parameters but for the projection are those of the other, and so is its loss, whatever the code."""
   others = {'refiner.diffusion.condition': 'none', 'refiner.model.scale_shift_norm': True}
@@ -135,6 +141,7 @@ def test_an_update_with_a_code_that_is_not_finite_is_left_out(one_device):
 # Sampling ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampler', ['ddpm', 'ddim'])
 def test_image_i_depends_on_its_key_and_condition_alone(sampler):
   experiment = build(**{'refiner.sample.sampler': sampler, 'refiner.sample.eta': 0.5})
@@ -166,6 +173,7 @@ def test_a_sample_starts_from_a_code_of_the_prior_and_noise():
   assert drawn['noise'].std() == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_given_takes_the_place_of_what_is_drawn():
   experiment = build()
   read = read_of(experiment)
@@ -272,14 +280,14 @@ class Dropping(Conditions):
 
 @pytest.mark.parametrize(
   ('sample_settings', 'weight', 'calls'),
-  [
+  some_slow([
     ({'guidance_weight': 0.0}, 0.0, 1),
     ({'guidance_weight': 0.7}, 0.7, 2),
     ({'guidance_weight': 0.0, 'guidance': (('vae', 0.5),)}, 0.5, 2),
     ({'guidance_weight': 0.0, 'guidance': (('vae', -0.25),)}, -0.25, 2),
     ({'guidance_weight': 0.7, 'guidance': (('vae', 0.5),)}, 1.2, 3),
-  ],
-)
+  ], {'guidance_weight': 0.7, 'guidance': (('vae', 0.5),)}),
+)  # fmt: skip
 def test_guidance_is_a_sum_of_terms(guided, sample_settings, weight, calls):
   _, read, _ = guided
   changes = {f'refiner.sample.{name}': value for name, value in sample_settings.items()}
@@ -349,6 +357,7 @@ def test_condition_and_image_flip_together():
   assert 4 < flipped.sum() < 28
 
 
+@pytest.mark.slow
 def test_what_is_stored_of_an_image_is_its_mean_code_and_that_decoded():
   experiment = build(**{'refiner.diffusion.x0_vae_source': 'precomputed'})
   read, x = frozen_of(experiment), noise().clip(-1, 1)
@@ -372,16 +381,21 @@ def test_x0_vae_is_fresh_or_fixed_at_each_step(source):
   assert bool(jnp.all(draws[0] == draws[1])) == (source == 'mean')
 
 
-@pytest.mark.parametrize('prediction', ['eps', 'x0', 'v'])
-@pytest.mark.parametrize('weight', ['constant', 'snr', 'truncated_snr', 'min_snr', 'v'])
-@pytest.mark.parametrize('schedule', ['linear', pytest.param('cosine', marks=pytest.mark.slow)])
+KINDS = itertools.product(
+  ['linear', 'cosine'], ['constant', 'snr', 'truncated_snr', 'min_snr', 'v'], ['eps', 'x0', 'v']
+)
+SOME = [('linear', 'constant', 'eps'), ('linear', 'truncated_snr', 'x0'), ('cosine', 'min_snr', 'v')]
+
+
+@pytest.mark.parametrize(('schedule', 'weight', 'prediction'), some_slow(list(KINDS), *SOME))
 def test_every_prediction_weight_and_schedule_gives_a_finite_loss(prediction, weight, schedule):
   experiment = build(
     **{
       'refiner.diffusion.prediction': prediction,
       'refiner.diffusion.loss_weight': weight,
       'refiner.diffusion.schedule': schedule,
-    }
+    },
+    **SMALL,
   )
   read = read_of(experiment)
   x0, values = experiment.examples(read, {'image': images()}, jax.random.key(1), training=False)
@@ -392,9 +406,7 @@ def test_every_prediction_weight_and_schedule_gives_a_finite_loss(prediction, we
 # Where a network comes from ---------------------------------------------------------------------------
 
 
-SMALL = {'refiner.model.channel_multipliers': (1,), 'refiner.model.attention_resolutions': ()}
-
-
+@pytest.mark.slow
 def test_a_network_of_the_state_has_a_gradient_where_a_frozen_one_has_none():
   """The same condition, its VAE handed in among what is differentiated: nothing else changes."""
   experiment = build('formulation2,z,debug', **SMALL)

@@ -48,6 +48,7 @@ def images(count=8):
 # Students -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_students_read_the_same_codes_and_learn_no_variance():
   config = students.resolve(config_of(FEW_STEPS))
   assert config.stages == ('vqvae', 'refiner', *STUDENTS)

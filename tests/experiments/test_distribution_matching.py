@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from some_slow import some_slow
 
 from vaediff import experiments, optim
 from vaediff.diffusion import samplers, schedules
@@ -163,7 +164,7 @@ def test_a_fake_denoiser_that_is_the_teacher_moves_no_image():
   assert metrics['loss/distribution'] > 0 and all(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize('count', [1, 2])
+@pytest.mark.parametrize('count', some_slow([1, 2], 1))
 def test_samples_get_the_deviation_of_gaussian_data(count):
   """E[x0 | pure noise] is 0, as the teacher says; the student is to draw x0 ~ N(0, 0.25) in so many steps."""
   std = 0.5

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import math
 import pathlib
 import sys
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.data import pixels
@@ -72,6 +74,7 @@ def test_gradients_reach_encoder_codes_and_head_relaxed_and_straight_through(ope
   assert distance.min() > 1e-3  # mixtures
 
 
+@pytest.mark.slow
 def test_what_is_passed_on_is_drawn_in_training_alone(opened):
   experiment, params = opened
   logits = experiment.autoencoder.apply(params, pixels.to_unit_range(jnp.asarray(images(4))), method='logits')
@@ -95,8 +98,10 @@ def test_temperature_and_weight_follow_their_schedules():
   np.testing.assert_allclose(weights, [0, 0.0171875, 0.034375, 0.034375, 0.034375], rtol=1e-6)
 
 
-@pytest.mark.parametrize('network', ['taming', 'openai'])
-@pytest.mark.parametrize('kind', ['', 'adversarial'])
+@pytest.mark.parametrize(
+  ('kind', 'network'),
+  some_slow(list(itertools.product(['', 'adversarial'], ['taming', 'openai'])), ('adversarial', 'openai')),
+)
 def test_a_density_trains_beside_a_discriminator(network, kind):
   """Traced alone: shapes of outputs, images and gradients fit, and the adaptive weight finds its kernel."""
   experiment = built(

@@ -102,6 +102,7 @@ def known(experiment):
   return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, model=model))
 
 
+@pytest.mark.slow
 def test_the_best_of_several_has_the_cosine_of_order_statistics(read):
   """On the sphere of d dimensions a cosine has variance 1/d; the best of k is that of k normal numbers."""
   count, before = 3000, -np.inf

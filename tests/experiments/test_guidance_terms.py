@@ -88,6 +88,7 @@ def test_a_term_of_another_checkpoint():
   assert float(jnp.max(jnp.abs(weaker - strong))) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_stage_that_trains_is_drawn_without_it():
   experiment = build('label,debug', **EARLIER)
   alone = experiment.alone()
@@ -100,6 +101,7 @@ def test_a_stage_that_trains_is_drawn_without_it():
   assert guided.denoiser.classifier and not guided.alone().denoiser.classifier
 
 
+@pytest.mark.slow
 def test_a_given_weight_takes_the_place_of_the_configured_one_alone():
   """A student of the weight is taught by the other terms, too."""
   experiment = build('label,debug', **EARLIER, **{'refiner.sample.guidance_weight': 7.0})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.diffusion import importance, likelihood
@@ -211,6 +212,7 @@ def test_samplers_that_read_no_variance_work_on_the_prediction():
   assert np.max(np.abs(own - large)) > 1e-3
 
 
+@pytest.mark.slow
 def test_guidance_is_of_the_mean_and_one_pass_gives_both():
   experiment = build('label,unconditional,learned_variance,debug', **{'refiner.sample.guidance_weight': 2.0})
   read, denoiser = read_of(experiment), experiment.denoiser
@@ -285,7 +287,9 @@ def test_every_config_has_the_variant(name, variant):
 
 @pytest.mark.parametrize(
   ('name', 'parameters', 'shape'),
-  [('celeba256', 274_056_163, (64, 64, 3)), ('lsun_church256', 294_966_916, (32, 32, 4))],
+  some_slow(
+    [('celeba256', 274_056_163, (64, 64, 3)), ('lsun_church256', 294_966_916, (32, 32, 4))], 'celeba256'
+  ),
 )
 def test_published_latent_diffusion(name, parameters, shape):
   config = importlib.import_module(f'configs.{name}').get_config('unconditional,latent_diffusion')

@@ -6,6 +6,7 @@ import importlib
 
 import jax
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments, reads
 from vaediff.errors import UserError
@@ -30,13 +31,13 @@ def shapes(model):
 
 @pytest.mark.parametrize(
   ('variant', 'stage', 'kind', 'networks'),
-  [
+  some_slow([
     ('debug', 'refiner', 'Diffusion', {'denoiser'}),
     ('distill,debug', 'distill_1', 'Diffusion', {'denoiser'}),
     ('ddgan,debug', 'ddgan', 'Ddgan', {'generator'}),
     ('light,debug', 'decoder', 'LightDecoder', {'decoder'}),
     ('vqvae,prior,debug', 'prior', 'TokenPrior', {'prior'}),
-  ],
+  ], 'debug', 'light,debug', 'vqvae,prior,debug'),
 )
 def test_a_stage_keeps_its_kind_and_the_networks_that_it_draws_with(
   variant, stage, kind, networks, monkeypatch

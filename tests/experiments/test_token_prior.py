@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments, reads
 from vaediff.conditions.base import Conditions
@@ -93,7 +94,7 @@ def test_a_level_that_says_nothing_is_refused():
 
 @pytest.mark.parametrize(
   ('variant', 'stages', 'tokenizer'),
-  [
+  some_slow([
     ('prior', ('vqvae', 'prior'), 'vqvae'),
     ('vqgan,prior', ('vqgan', 'prior'), 'vqgan'),
     ('prior,label', ('vqvae', 'prior'), 'vqvae'),
@@ -102,8 +103,8 @@ def test_a_level_that_says_nothing_is_refused():
     ('label,divae,prior', ('vqvae', 'prior', 'refiner'), 'vqvae'),
     ('divae,distill,prior', ('vqvae', 'prior', 'refiner', 'distill'), 'vqvae'),
     ('vqgan,divae,prior,distill', ('vqgan', 'prior', 'refiner', 'distill'), 'vqgan'),
-  ],
-)
+  ], 'vqgan,prior', 'label,divae,prior'),
+)  # fmt: skip
 def test_the_prior_comes_between_tokenizer_and_decoder(variant, stages, tokenizer):
   config = made(variant)
   assert config.stages == stages and config.prior.tokenizer.stage == tokenizer
@@ -330,8 +331,8 @@ def test_ids_of_a_tokenizer_without_a_decoder_are_drawn_alone(key):
 @pytest.mark.parametrize(
   'changes',
   [
-    {'prior.model.form': 'encoder_decoder'},
-    {'prior.model.remat': True},
+    pytest.param({'prior.model.form': 'encoder_decoder'}, marks=pytest.mark.slow),
+    pytest.param({'prior.model.remat': True}, marks=pytest.mark.slow),
     {'prior.model.style': 'llama', 'prior.train.microbatches': 2, 'prior.loss.keep_probability': 0.9},
   ],
 )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.data import words
@@ -121,7 +122,7 @@ def experiment_sample(experiment, model, params, before, keys):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', some_slow(FORMS, 'stream'))
 def test_every_form_takes_a_step_and_is_sampled_with_guidance(form, key):
   experiment = build('vqvae,prior,label', **FORMS[form], **{'sample.guidance_weight': 1.0})
   assert experiment.conditions.droppable == ('label', 'text') and experiment.inputs.keys() == {

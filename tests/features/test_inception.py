@@ -287,6 +287,9 @@ def test_equals_pytorch_through_both_resizes():
     assert error(large_output()['logits'][index], logits[index]) < TOLERANCE
 
 
+OTHERS = [(1, 32, 32), (1, 299, 299), (1, 1, 2)]
+
+
 @pytest.mark.parametrize('shape', [(1, 32, 32), (2, 28, 41), (1, 299, 299), (1, 340, 500), (1, 1, 2)])
 def test_resize_pytorch(shape):
   pytest.importorskip('torch', reason=TORCH)
@@ -295,7 +298,9 @@ def test_resize_pytorch(shape):
   np.testing.assert_allclose(actual, reference_pytorch(image), atol=2e-5)
 
 
-@pytest.mark.parametrize('shape', [(1, 32, 32), (2, 28, 41), (1, 299, 299), (1, 340, 310), (1, 1, 2)])
+@pytest.mark.parametrize(
+  'shape', [(2, 28, 41), (1, 340, 310), *(pytest.param(shape, marks=pytest.mark.slow) for shape in OTHERS)]
+)
 def test_resize_tf1(shape):
   image = random_images(*shape)
   np.testing.assert_allclose(inception.resize_tf1(jnp.asarray(image)), reference_tf1(image), atol=1e-4)
@@ -386,6 +391,7 @@ def same_params(first, second):
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.slow
 def test_files_of_both_formats_are_the_same(tmp_path):
   state = random_state()
   counters = {f'{name}.bn.num_batches_tracked': np.array(7, np.int64) for name, *_ in table()}

@@ -49,7 +49,8 @@ def one_device_bytes(tree, device):
   return sum(np.asarray(shard.data).nbytes for shard in shards)
 
 
-@pytest.mark.parametrize('stage', ['vae', pytest.param('refiner', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['vae', 'refiner'])
 def test_fsdp_leaves_each_device_an_eighth_of_the_state(stage):
   config = importlib.import_module('configs.digits').get_config()
   experiment = experiments.build(config, stage)

@@ -1,7 +1,10 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff.errors import UserError
 from vaediff.machine import cost
@@ -110,8 +113,10 @@ def test_parameters_are_plain_dicts_with_stable_names():
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
 
 
-@pytest.mark.parametrize('levels', [2, 3, 4])
-@pytest.mark.parametrize('bottleneck', ['kl', 'none', 'vq'])
+@pytest.mark.parametrize(
+  ('bottleneck', 'levels'),
+  some_slow(list(itertools.product(['kl', 'none', 'vq'], [2, 3, 4])), ('kl', 2), ('none', 4), ('vq', 3)),
+)
 def test_shapes_and_types(levels, bottleneck):
   model = build(
     16,
@@ -151,7 +156,7 @@ def test_latents_are_bounded_as_the_bottleneck_says(rng):
     assert np.all(np.abs(mean) > 1e5)
 
 
-@pytest.mark.parametrize('tanh_out', [False, True])
+@pytest.mark.parametrize('tanh_out', some_slow([False, True], True))
 def test_decode_is_the_last_convolution_of_its_features(rng, tanh_out):
   model = build(tanh_out=tanh_out)
   params = random_params(model, rng)
@@ -187,6 +192,7 @@ def test_gradient_of_the_last_kernel_alone_is_that_of_the_whole_decoder(rng):
   np.testing.assert_allclose(jax.jit(jax.grad(loss_of_last))(kernel), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_call_decodes_the_mean(rng):
   model = build(bottleneck='vq', codebook_size=4)
   params, images = random_params(model, rng), random_images(rng)
@@ -209,6 +215,7 @@ def test_remat_and_bfloat16_are_the_same_network(rng):
   assert 'checkpoint' in primitives or 'remat' in primitives
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_uses_it(rng):
   model = build(dropout=0.5)
   params, z = random_params(model, rng), jnp.float32(rng.normal(size=(2, 4, 4, 3)))

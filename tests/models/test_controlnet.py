@@ -98,6 +98,7 @@ def test_strides_that_do_not_fit_are_refused(factor, layers, chosen, message):
     controlnet.strides_of(factor, layers, chosen)
 
 
+@pytest.mark.slow
 def test_a_copy_has_all_but_the_way_up_and_moves_with_its_base():
   label = Port(enters='vector', shape=(), classes=3, droppable=True)
   unet = UNet(**FIELDS, ports=(('label', label),))

@@ -44,6 +44,7 @@ def network():
   return model, params, values, random((3, SIZE), 4), jnp.array([0.2, 0.5, 0.9])
 
 
+@pytest.mark.slow
 def test_the_query_sees_all_that_is_read(network):
   model, params, values, y, t = network
 

@@ -43,6 +43,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 def test_the_error_of_a_block_falls_in_each_bucket_and_part():
   """Ranges much too wide, of one bucket and half, are narrowed; those that fit stay about where they are."""
   block, x = Block(), jax.random.normal(jax.random.key(0), (256, 4))

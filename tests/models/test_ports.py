@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from some_slow import some_slow
 
 from vaediff.models import ports
 from vaediff.models.functional import Model
@@ -315,7 +316,7 @@ def test_two_values_are_dropped_each_by_its_own_mask(x, values):
 # Gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['low', 'z', 'weight'])
+@pytest.mark.parametrize('name', some_slow(['low', 'z', 'weight'], 'z'))
 def test_the_gradient_reaches_the_value_where_it_is_kept_and_the_stand_in_where_not(name, x, values):
   model, params = toy(name), params_of(name)
   drop = {name: jnp.array([False, True, False])}
@@ -427,7 +428,7 @@ def test_the_unet_has_the_parameters_of_its_ports_and_is_wider_by_their_channels
   assert params['label_table']['embedding'].shape == (CLASSES + 1, 4 * 8)
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', some_slow(KINDS, 'label'))
 def test_the_unet_reads_the_null_of_a_dropped_value_bit_for_bit(name, unet, x, values):
   params, run = unet
   masks = {known: jnp.zeros(COUNT, bool) for known in KINDS}
@@ -437,6 +438,7 @@ def test_the_unet_reads_the_null_of_a_dropped_value_bit_for_bit(name, unet, x, v
   assert np.abs(dropped - run(params, x, T, values, masks)).min(axis=0).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_unet_reaches_every_value(unet, x, values):
   params, run = unet
   numbers = only(values, 'low', 'z', 'weight')

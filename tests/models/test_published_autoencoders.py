@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.machine import cost
@@ -40,7 +41,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize('name', some_slow(PUBLISHED, 'vqgan_f16_1024', 'llamagen_vq8'))
 def test_presets_have_the_published_counts(name):
   parts, total = PUBLISHED[name]
   config, experiment = made(name)
@@ -69,7 +70,7 @@ OTHERS = ('cifar10', 'emoji64', 'celeba64', 'celebahq128', 'afhq256', 'celeba256
 
 @pytest.mark.parametrize('stage', ['vqvae', 'vqgan'])
 @pytest.mark.parametrize(
-  'name', ['digits', 'fashion_mnist', *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+  'name', some_slow(['digits', 'fashion_mnist', *OTHERS], 'digits')
 )
 def test_the_networks_of_every_data_set_fit_its_images(name, stage):
   config = importlib.import_module(f'configs.{name}').get_config(stage)

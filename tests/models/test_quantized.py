@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from some_slow import some_slow
 
 from vaediff.errors import UserError
 from vaediff.machine import cost
@@ -92,8 +93,12 @@ def test_first_and_last_layers_and_those_of_the_time_stay_and_others_by_their_na
     observed.quantizable(layers, ('centre/*',))
 
 
-@pytest.mark.parametrize('stride', [1, 2])
-@pytest.mark.parametrize('arithmetic', [PRODUCTS, CONVOLUTIONS])
+@pytest.mark.parametrize(
+  ('arithmetic', 'stride'),
+  some_slow(
+    [(PRODUCTS, 1), (PRODUCTS, 2), (CONVOLUTIONS, 1), (CONVOLUTIONS, 2)], (PRODUCTS, 1)
+  ),
+)
 def test_two_halves_with_zero_points_are_what_numpy_gives(stride, arithmetic):
   model = joined(stride)
   whole = quantized(model, buckets=2, arithmetic=arithmetic)
@@ -157,6 +162,7 @@ def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats
   assert fast.ready(tree) is tree
 
 
+@pytest.mark.slow
 def test_cpus_compute_narrow_layers_in_floats_and_wide_ones_as_products(monkeypatch):
   model = unet()
   params, t = filled(model.init(jax.random.key(0))), jnp.array([0.3, 0.7])
@@ -232,6 +238,7 @@ def test_the_correction_of_the_output_is_that_of_the_nearest_time():
   np.testing.assert_allclose(found[1], plain[1] - 0.2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_wide_network_is_a_quarter_in_bytes_and_an_eighth_with_four_bits():
   # that of CIFAR-10
   model = unet(channels=128, channel_multipliers=(1, 2, 2, 2), num_res_blocks=2, remat=False)
@@ -241,6 +248,7 @@ def test_a_wide_network_is_a_quarter_in_bytes_and_an_eighth_with_four_bits():
     assert cost.num_bytes(stored) < most * floats
 
 
+@pytest.mark.slow
 def test_a_block_runs_alone_as_it_does_in_the_network():
   model = unet()
   params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((1, 8, 8, 1)), jnp.array([0.3])

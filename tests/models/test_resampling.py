@@ -75,6 +75,7 @@ def test_up_is_four_times_the_transpose_of_down():
   )
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16(x):
   for function, _ in CASES.values():
     y = function(jnp.asarray(x, jnp.bfloat16))

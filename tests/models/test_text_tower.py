@@ -103,6 +103,7 @@ def test_an_image_reads_its_own_caption_in_its_order():
   np.testing.assert_array_equal(known[1:], turned[1:])
 
 
+@pytest.mark.slow
 def test_a_trained_network_that_is_given_words_is_the_same_at_first():
   plain = build()
   trained, (x, t) = random_of(plain), images()
@@ -223,6 +224,7 @@ def test_latent_diffusions_block_is_what_its_paper_says():
 # Words that are vectors -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vectors_in_place_of_ids_have_a_null_of_their_own():
   vectors = jax.random.normal(jax.random.key(3), (2, 3, 6))
   model = build(('tokens', Port(enters='text', how='attention', shape=(3, 6), droppable=True)))

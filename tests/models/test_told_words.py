@@ -48,6 +48,7 @@ def network():
   return params, trained, told
 
 
+@pytest.mark.slow
 def test_the_tower_s_own_vectors_change_nothing():
   params, trained, told = network()
   own = told_words.of_words(params, 'tokens', PORT, 'float32', CAPTIONS)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.conditions.base import Conditions
@@ -110,7 +111,7 @@ def test_parameters_are_the_published_networks(
   assert millions(with_z) == with_z_millions
 
 
-@pytest.mark.parametrize('variant', ['openai', 'ddim'])
+@pytest.mark.parametrize('variant', some_slow(['openai', 'ddim'], 'openai'))
 def test_cifar10_parameters_to_the_last_one(variant):
   assert count(published(CIFAR, (16,), variant=variant)) == 35_749_763
   # Ho et al. 2020 (2006.11239), appendix B: 35.7 million, without a condition.
@@ -139,7 +140,7 @@ def test_parameters_are_plain_dicts_with_stable_names():
   assert not {'null_x0_vae', 'null_z'} & set(shapes(build(droppable=False)))
 
 
-@pytest.mark.parametrize('variant', ['openai', 'ddim'])
+@pytest.mark.parametrize('variant', some_slow(['openai', 'ddim'], 'openai'))
 def test_output_at_initialisation(key, rng, variant):
   key_init, key_dropout = jax.random.split(key)
   model = build(**ONE_LEVEL, variant=variant)
@@ -176,6 +177,7 @@ def test_remat_changes_neither_output_nor_gradient(rng):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_returns_float32(rng):
   exact, rough = build(**ONE_LEVEL), build(**ONE_LEVEL, dtype='bfloat16')
   params, inputs = random_params(exact, rng), random_inputs(rng)
@@ -251,6 +253,7 @@ def test_an_image_beside_the_state_has_the_shape_of_its_port(rng):
     build().module.init(jax.random.key(0), x_t, t, {**values, 'x0_vae': values['x0_vae'][:, :4]})
 
 
+@pytest.mark.slow
 def test_coordinates_are_a_linear_map_of_row_and_column(rng):
   plain, placed = build(), build(coordinates=True)
   assert count(placed) == count(plain) + 2 * TINY['channels']
@@ -337,7 +340,7 @@ def feature_shapes(model: Model):
   return denoiser.feature_shapes()
 
 
-@pytest.mark.parametrize('changes', [{}, {'attention_resolutions': (8,), 'num_res_blocks': 2}])
+@pytest.mark.parametrize('changes', some_slow([{}, {'attention_resolutions': (8,), 'num_res_blocks': 2}], {}))
 def test_features_are_the_maps_of_the_forward_pass(rng, changes):
   """Those of each level's last block, before it is halved, and of the middle."""
   model = build(**changes)
@@ -356,6 +359,7 @@ def test_features_are_the_maps_of_the_forward_pass(rng, changes):
     np.testing.assert_allclose(got, expected['__call__'][0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_features_need_no_parameter_of_the_way_up_and_all_of_the_way_down(rng):
   model = build()
   params, (x_t, t, values) = random_params(model, rng), random_inputs(rng)

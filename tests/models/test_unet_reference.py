@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff.models.functional import Model
 from vaediff.models.ports import Port
@@ -113,7 +114,7 @@ def unet(p, x_t, t, x0_vae, z, openai, film):
   return conv(p['conv_out'], silu(norm(p['norm_out'], h, epsilon)))
 
 
-@pytest.mark.parametrize(('variant', 'film'), [('openai', True), ('ddim', False)])
+@pytest.mark.parametrize(('variant', 'film'), some_slow([('openai', True), ('ddim', False)], 'openai'))
 def test_the_network_is_the_published_one(variant, film):
   module = UNet(
     variant=variant,

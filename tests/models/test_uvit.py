@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff.errors import UserError
 from vaediff.machine import cost
@@ -55,7 +56,10 @@ def rng():
 
 @pytest.mark.parametrize(
   ('name', 'published_millions', 'parameters', 'gmacs'),
-  [('tiny', 19.4, 18_695_908, 0.98), ('mid', 34.7, 34_321_252, 1.90), ('large', 47.5, 46_611_684, 2.60)],
+  some_slow(
+    [('tiny', 19.4, 18_695_908, 0.98), ('mid', 34.7, 34_321_252, 1.90), ('large', 47.5, 46_611_684, 2.60)],
+    'tiny',
+  ),
 )
 def test_sizes_are_near_the_published_ones(name, published_millions, parameters, gmacs):
   fields = {'mlp_ratio': 4.0, 'latent_dim': 50, 'num_mapping_layers': 4, 'out_channels': 4}
@@ -182,6 +186,7 @@ def test_the_second_half_reads_the_first_in_reverse(rng):
   assert [matters(block, 'out_0') for block in blocks] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16_are_the_same_network(rng):
   exact, remat, rough = build(), build(remat=True), build(dtype='bfloat16')
   params, inputs = random_params(exact, rng), random_inputs(rng)

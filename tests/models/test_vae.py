@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from configs import presets
 from vaediff.errors import UserError
@@ -55,14 +56,14 @@ def rng():
 
 @pytest.mark.parametrize(
   ('name', 'size', 'encoder', 'decoder', 'total'),
-  [
+  some_slow([
     ('cifar10', 32, 5831, 3413, 9243),
     ('celeba64', 64, 8029, 5983, 14012),
     ('celebamaskhq128', 128, 14404, 6694, 21098),
     ('ffhq128', 128, 14404, 6694, 21098),
     ('celebahq256', 256, 19463, 13169, 32633),
-  ],
-)
+  ], 'cifar10'),
+)  # fmt: skip
 def test_parameters_in_thousands_are_the_published_networks(name, size, encoder, decoder, total):
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   model = Model(module=Vae(**presets.VAE[name]), inputs=(image,))
@@ -148,6 +149,7 @@ def test_call_decodes_the_mean(rng):
   np.testing.assert_allclose(apply(model, params, x), decoded, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_returns_float32(rng):
   exact, rough = tiny(), tiny(dtype='bfloat16')
   params, x = random_params(exact, rng), random_images(rng)

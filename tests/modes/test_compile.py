@@ -254,6 +254,7 @@ def test_a_batch_smaller_than_the_slice_is_raised_and_noted_one_that_cannot_be_s
     aot.train_program(config, 'vae', experiment, mesh_of(config, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampler', ['ddim', 'heun'])
 def test_the_samplers_loop_is_told_from_its_setup(sampler):
   config = get_config()

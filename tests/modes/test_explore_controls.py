@@ -107,6 +107,7 @@ def test_directions_move_their_code_alone():
   assert found['noise'] is given['noise'] and given['z'].min() == 1 and found['z'].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_directions_are_those_of_the_vae_and_of_classes(tmp_path, one_device, monkeypatch):
   trained = fresh.Fresh('formulation1', tmp_path)
   arrays = {
@@ -143,7 +144,7 @@ def test_where_nothing_is_known_of_a_code_its_numbers_move(monkeypatch):
 @pytest.mark.parametrize(
   ('variant', 'stage', 'wanted'),
   [
-    ('', 'vae', {'z': 'code'}),
+    pytest.param('', 'vae', {'z': 'code'}, marks=pytest.mark.slow),
     ('unconditional', '', {'noise': 'seed'}),
     pytest.param('latent', 'ddgan', {'noise': 'seed'}, marks=pytest.mark.slow),
     pytest.param(

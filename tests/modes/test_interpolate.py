@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fresh  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('variant', 'stage', 'moved'),
   [('formulation1', '', ('code', 'x_T')), ('unconditional', '', ('x_T',)), ('', 'vae', ('code',))],
@@ -66,6 +67,7 @@ def two_directions(latent_dim):
   return found | {'mean': np.full(latent_dim, 0.5, np.float32), 'deviation': np.float32([1, 2])}
 
 
+@pytest.mark.slow
 def test_a_row_walks_along_a_direction_and_changes_nothing_else(tmp_path, one_device, monkeypatch):
   changes = {'interpolate.num_points': 5, 'interpolate.deviations': 2.0}
   trained = fresh.Fresh('formulation1,label', tmp_path, **changes)

@@ -84,7 +84,9 @@ def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_e
       {'keep_float': ('centre/*',)},
       r"keep_float names the layer 'centre/\*', which the network",
     ),
-    ({'keep_float': ('*',)}, 'which leaves no layer to be quantized'),
+    pytest.param(
+      {'keep_float': ('*',)}, 'which leaves no layer to be quantized', marks=pytest.mark.slow
+    ),
     ({'reads': 'vae'}, "config.quantize.reads is 'vae', which is no quantized stage of this run; make it"),
   ],
 )

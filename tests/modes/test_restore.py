@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from some_slow import some_slow
 
 from vaediff.diffusion import restoration
 from vaediff.errors import UserError
@@ -57,17 +58,10 @@ def drawn_maps(trained, one, labels=None, count=4):
   return jax.jit(run)(trained.read, given, keys_of(count)), given
 
 
-VARIANTS = [
-  'formulation2,z',
-  'unconditional',
-  *(
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ('formulation1', 'label', 'unconditional,wavelet_diffusion')
-  ),
-]
+VARIANTS = ['formulation2,z', 'unconditional', 'formulation1', 'label', 'unconditional,wavelet_diffusion']
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', some_slow(VARIANTS, 'unconditional'))
 def test_what_the_degraded_image_says_holds_in_every_space_and_formulation(variant, tmp_path, one_device):
   trained = fresh.Fresh(variant, tmp_path, **FAST)
   for task in ('super_resolution', 'inpaint'):
@@ -78,7 +72,9 @@ def test_what_the_degraded_image_says_holds_in_every_space_and_formulation(varia
     assert rest.std() > 1e-2  # and the network fills in the rest
 
 
-@pytest.mark.parametrize('variant', ['unconditional', 'formulation2', 'unconditional,wavelet_diffusion'])
+@pytest.mark.parametrize(
+  'variant', some_slow(['unconditional', 'formulation2', 'unconditional,wavelet_diffusion'], 'formulation2')
+)
 def test_denoising_starts_at_the_level_of_the_noise_from_the_noisy_image(
   variant, tmp_path, one_device, monkeypatch
 ):
@@ -96,6 +92,7 @@ def test_denoising_starts_at_the_level_of_the_noise_from_the_noisy_image(
   assert schedule.sigma(started[0]) / schedule.alpha(started[0]) == pytest.approx(level, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_vae_sees_the_degraded_image_whose_hole_it_has_filled(tmp_path, one_device):
   trained = fresh.Fresh('formulation1', tmp_path, **FAST)
   one = degradation('inpaint')
@@ -156,6 +153,7 @@ def test_all_tasks_are_measured_printed_and_drawn(tmp_path, one_device, monkeypa
       assert np.asarray(picture).std() > 10
 
 
+@pytest.mark.slow
 def test_the_papers_way_is_still_there(tmp_path, one_device):
   trained = fresh.Fresh('formulation1', tmp_path, **FAST, **{
     'restore.method': 'condition', 'restore.task': 'inpaint', 'restore.num_samples': 1,
@@ -239,9 +237,15 @@ def test_learned_denoising_starts_from_noise_not_from_the_noisy_image_that_is_re
 @pytest.mark.parametrize(
   ('variant', 'stage', 'changes', 'message'),
   [
-    ('latent_diffusion', 'refiner', {}, "'consistent' holds the given pixels .* latents have none.*--stages"),
+    pytest.param(
+      'latent_diffusion', 'refiner', {}, "'consistent' holds the given pixels .* latents have none.*--stages",
+      marks=pytest.mark.slow,
+    ),
     ('', 'vae', {}, "'consistent' works within the steps of a denoiser, .* stage 'vae' are not"),
-    ('latent', 'ddgan', {}, "'consistent' works within the steps of a denoiser, .* stage 'ddgan' are not"),
+    pytest.param(
+      'latent', 'ddgan', {}, "'consistent' works within the steps of a denoiser, .* stage 'ddgan' are not",
+      marks=pytest.mark.slow,
+    ),
     (
       'unconditional',
       '',
@@ -249,7 +253,10 @@ def test_learned_denoising_starts_from_noise_not_from_the_noisy_image_that_is_re
       "in place of a VAE's, and stage 'refiner' reads none",
     ),
     ('', '', {'restore.task': 'colourise'}, "config.restore.task is 'colourise': .* are grey"),
-    ('consistency', '', {'restore.task': 'denoise'}, "task is 'denoise': stage 'consistency' is a student"),
+    pytest.param(
+      'consistency', '', {'restore.task': 'denoise'}, "task is 'denoise': stage 'consistency' is a student",
+      marks=pytest.mark.slow,
+    ),
     (
       '',
       '',
@@ -258,7 +265,7 @@ def test_learned_denoising_starts_from_noise_not_from_the_noisy_image_that_is_re
     ),
     ('', '', {'restore.task': 'super_resolution', 'restore.factor': 3}, 'config.restore.factor must be >= 2'),
   ],
-)
+)  # fmt: skip
 def test_what_cannot_be_restored_is_refused_by_name(variant, stage, changes, message, tmp_path, one_device):
   trained = fresh.Fresh(variant, tmp_path, stage, **changes)
   with pytest.raises(UserError, match=message):

@@ -46,7 +46,7 @@ def test_the_function_draws_what_the_stage_draws(opened, output):
   ('settings', 'message'),
   [
     ({'sampler': 'ddpm'}, r"'refiner' draws with 'ddpm', which adds noise in its steps.*sample.sampler to"),
-    ({'eta': 0.5}, "draws with 'ddim', which adds noise"),
+    pytest.param({'eta': 0.5}, "draws with 'ddim', which adds noise", marks=pytest.mark.slow),
   ],
 )
 def test_a_sampler_that_is_no_function_of_its_start_is_refused(opened, settings, message):
@@ -55,6 +55,7 @@ def test_a_sampler_that_is_no_function_of_its_start_is_refused(opened, settings,
     exported.of(stage, exported.starts(stage, np.arange(2)), 'float32')
 
 
+@pytest.mark.slow
 def test_stages_of_another_kind_are_refused(opened, monkeypatch):
   with pytest.raises(
     UserError, match=r'with 65 forward passes, .* at most 64 .*config\.refiner\.sample\.num_s'
@@ -73,6 +74,7 @@ def test_stages_of_another_kind_are_refused(opened, monkeypatch):
     exported.check(stage)
 
 
+@pytest.mark.slow
 def test_one_step_of_a_stochastic_sampler_is_a_function_of_its_start(opened):
   stage = opened(sampler='ddpm', num_steps=1)
   exported.check_program(stage, exported.starts(stage, np.arange(2)))

@@ -55,6 +55,7 @@ def test_a_step_that_is_not_kept_is_refused(trained, one_device):
     opened(run, **{**GUIDE, 'refiner.sample.guide.step': 3})
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_guide_itself(trained, one_device):
   run = trained('digits').run
   with pytest.raises(UserError, match='latest checkpoint, which is the stage itself'):

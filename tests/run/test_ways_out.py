@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from some_slow import some_slow
 
 from vaediff.errors import UserError
 from vaediff.machine import distributed
@@ -79,6 +80,7 @@ def test_an_evaluation_that_was_done_is_not_done_again(tmp_path, no_pictures, mo
   assert again['last'] == first['last'] and lines(tmp_path / 'run') == before
 
 
+@pytest.mark.slow
 def test_a_bad_step_names_the_step_that_is_kept(tmp_path, no_pictures):
   config = digits(
     tmp_path, **{'vae.optim.learning_rate': 1e30, 'vae.optim.clip_norm': 0.0, 'vae.train.num_steps': 30}
@@ -90,7 +92,8 @@ def test_a_bad_step_names_the_step_that_is_kept(tmp_path, no_pictures):
 
 
 @pytest.mark.parametrize(
-  ('status', 'word'), [(distributed.PREEMPTED, 'SIGTERM'), (distributed.STOPPED, 'SIGINT')]
+  ('status', 'word'),
+  some_slow([(distributed.PREEMPTED, 'SIGTERM'), (distributed.STOPPED, 'SIGINT')], distributed.PREEMPTED),
 )
 def test_a_signal_saves_the_step_it_meets(tmp_path, no_pictures, monkeypatch, status, word):
   config, reached = digits(tmp_path, **{'vae.train.save_every_steps': 100}), distributed.Preemption.reached
@@ -119,6 +122,7 @@ def test_a_summary_that_is_damaged_or_of_another_is_made_anew(tmp_path, no_pictu
   assert 'is damaged' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_that_are_not_finite_stop_no_training(tmp_path, no_pictures, monkeypatch, capsys):
   def refuse(*arguments, **named):
     raise draw.NotFinite('2 of 4 images are not finite')
@@ -142,6 +146,7 @@ def test_every_sign_of_life_counts():
   assert watchdog._silence == 999.0 and distributed.WATCHING == []
 
 
+@pytest.mark.slow
 def test_an_edited_config_json_is_not_what_was_trained(tmp_path, no_pictures):
   run = tmp_path / 'run'
   train.run_stages(digits(tmp_path), run, ('vae',))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.data import pixels, sources
@@ -68,7 +69,7 @@ def images(seed, count=600):
   return pixels.to_unit_range(jnp.asarray(source_of(seed, count).images))
 
 
-@pytest.mark.parametrize('bottleneck', BOTTLENECKS)
+@pytest.mark.parametrize('bottleneck', some_slow(BOTTLENECKS, 'kl'))
 def test_there_and_back_is_the_autoencoders_reconstruction(bottleneck):
   diffusion, autoencoder, read = opened(bottleneck)
   x = images(1, 8)
@@ -81,7 +82,7 @@ def test_there_and_back_is_the_autoencoders_reconstruction(bottleneck):
   assert float(rebuilt.std()) > 0.01
 
 
-@pytest.mark.parametrize('bottleneck', BOTTLENECKS)
+@pytest.mark.parametrize('bottleneck', some_slow(BOTTLENECKS, 'kl'))
 def test_channels_have_mean_zero_and_deviation_one(bottleneck):
   """Of the training images as they are drawn while a diffusion is trained, and of others of the same kind."""
   diffusion, _, read = opened(bottleneck)
@@ -92,7 +93,7 @@ def test_channels_have_mean_zero_and_deviation_one(bottleneck):
     np.testing.assert_allclose(y.mean(axis=(0, 1, 2)), 0, atol=0.05 if seed == 0 else 0.15)
 
 
-@pytest.mark.parametrize('bottleneck', BOTTLENECKS)
+@pytest.mark.parametrize('bottleneck', some_slow(BOTTLENECKS, 'kl'))
 def test_only_a_posterior_is_drawn_from_and_codes_are_not_diffused(bottleneck):
   diffusion, _, read = opened(bottleneck)
   x = images(1, 4)
