@@ -209,7 +209,7 @@ def test_refine_start_begins_at_the_noised_vae_image():
 @pytest.fixture(scope='module')
 def guided():
   """A diffusion that is trained with dropped conditions, what it reads, and its output at one state."""
-  experiment = build('formulation2,guided,z,debug', **{'refiner.sample.clip': 'none'})
+  experiment = build('formulation2,guided,z,debug', **SMALL, **{'refiner.sample.clip': 'none'})
   read = read_of(experiment)
 
   @jax.jit
@@ -291,7 +291,7 @@ class Dropping(Conditions):
 def test_guidance_is_a_sum_of_terms(guided, sample_settings, weight, calls):
   _, read, _ = guided
   changes = {f'refiner.sample.{name}': value for name, value in sample_settings.items()}
-  experiment = build('formulation2,guided,z,debug', **{'refiner.sample.clip': 'none', **changes})
+  experiment = build('formulation2,guided,z,debug', **SMALL, **{'refiner.sample.clip': 'none', **changes})
   denoiser, values = experiment.denoiser, values_of(experiment, read, 3)
   assert denoiser.calls_per_step == calls
   assert experiment.num_function_evaluations == calls * experiment.settings['num_steps']

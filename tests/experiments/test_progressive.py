@@ -145,7 +145,7 @@ def test_the_teacher_of_another_run_must_be_of_this_kind(trained):
   'variant', ['distill,debug', pytest.param('guided,distill,debug', marks=pytest.mark.slow)]
 )
 def test_the_student_starts_as_its_teacher(variant):
-  config = get(variant)
+  config, y, t = get(variant), noise(), jnp.full(6, 0.7)
   for stage in config.stages[2:]:
     experiment = experiments.build(config, stage)
     frozen = frozen_of(experiment)
@@ -157,10 +157,13 @@ def test_the_student_starts_as_its_teacher(variant):
     assert new == ({'guidance'} if stage == 'distill_guided' else set())
     values = values_of(experiment.student, frozen, 6)
     assert ('guidance' in values) == ('guidance' in params)
-    y, t = noise(), jnp.full(6, 0.7)
-    student = experiment.student.denoiser.x0_hat({**frozen, 'denoiser': params}, values)(y, t)
-    teacher = experiment.teacher.x0_hat(frozen, values)(y, t)
-    np.testing.assert_allclose(student, teacher, atol=1e-6)
+
+    @jax.jit
+    def both(read, params, experiment=experiment, values=values):
+      student = experiment.student.denoiser.x0_hat({**read, 'denoiser': params}, values)(y, t)
+      return student, experiment.teacher.x0_hat(read, values)(y, t)
+
+    np.testing.assert_allclose(*both(frozen, params), atol=1e-6)
 
 
 @pytest.mark.slow
