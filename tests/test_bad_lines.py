@@ -267,7 +267,8 @@ def test_an_output_that_cannot_be_written_is_said(output):
     assert process.returncode == 2 and said.count('error: the standard output cannot be written') == 1, said
 
 
-@pytest.mark.parametrize('seconds', some_slow([0.6, 4.0], 4.0))
+@pytest.mark.slow
+@pytest.mark.parametrize('seconds', [0.6, 4.0])
 def test_an_interruption_is_one_word(tmp_path, seconds):
   """During the imports, and after them."""
   process = start(DEBUG, '--mode=describe', stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

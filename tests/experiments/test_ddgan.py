@@ -114,6 +114,7 @@ def test_one_device_equals_eight():
     )
 
 
+@pytest.mark.slow
 def test_a_state_that_was_stored_goes_on_as_if_it_had_not_been():
   whole, _ = updates(toy_gan.make(2), 6)
   experiment = toy_gan.make(2)

@@ -136,6 +136,7 @@ def test_shapes_and_types(levels, bottleneck):
   assert (decoded.shape, decoded.dtype) == (images.shape, jnp.float32)
 
 
+@pytest.mark.slow
 def test_latents_are_bounded_as_the_bottleneck_says(rng):
   images = random_images(rng)
   none = build(bottleneck='none')

@@ -128,6 +128,7 @@ def test_moving_what_can_be_moved_compiles_nothing(opened, compiled):
   assert compiled(see) == 0
 
 
+@pytest.mark.slow
 def test_directions_ends_and_pictures_change_what_they_should(opened):
   explorer, trained = opened
   choice = choice_of()

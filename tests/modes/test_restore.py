@@ -257,13 +257,14 @@ def test_learned_denoising_starts_from_noise_not_from_the_noisy_image_that_is_re
       'consistency', '', {'restore.task': 'denoise'}, "task is 'denoise': stage 'consistency' is a student",
       marks=pytest.mark.slow,
     ),
-    (
-      '',
-      '',
-      {'restore.task': 'denoise', 'restore.noise_std': 200.0},
-      'the level 200; this schedule knows levels',
+    pytest.param(
+      '', '', {'restore.task': 'denoise', 'restore.noise_std': 200.0},
+      'the level 200; this schedule knows levels', marks=pytest.mark.slow,
     ),
-    ('', '', {'restore.task': 'super_resolution', 'restore.factor': 3}, 'config.restore.factor must be >= 2'),
+    pytest.param(
+      '', '', {'restore.task': 'super_resolution', 'restore.factor': 3}, 'config.restore.factor must be >= 2',
+      marks=pytest.mark.slow,
+    ),
   ],
 )  # fmt: skip
 def test_what_cannot_be_restored_is_refused_by_name(variant, stage, changes, message, tmp_path, one_device):

@@ -126,6 +126,7 @@ def test_state_and_time_of_a_record_are_of_the_same_step(stage):
   assert error(records.t.reshape(2, 5)[:, ::-1].ravel()) > 0.01
 
 
+@pytest.mark.slow
 def test_records_are_stored_with_what_they_are_of(stage):
   records = calibration.load(stage, SECTION)
   path = calibration.path_of(stage, SECTION)

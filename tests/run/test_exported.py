@@ -80,6 +80,7 @@ def test_one_step_of_a_stochastic_sampler_is_a_function_of_its_start(opened):
   exported.check_program(stage, exported.starts(stage, np.arange(2)))
 
 
+@pytest.mark.slow
 def test_what_computes_in_bfloat16_is_refused(opened, monkeypatch):
   stage = opened(num_steps=1)
   monkeypatch.setattr(exported.straight, 'types', lambda *args: {'float32', 'bfloat16'})

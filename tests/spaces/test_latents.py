@@ -82,7 +82,8 @@ def test_there_and_back_is_the_autoencoders_reconstruction(bottleneck):
   assert float(rebuilt.std()) > 0.01
 
 
-@pytest.mark.parametrize('bottleneck', some_slow(BOTTLENECKS, 'kl'))
+@pytest.mark.slow
+@pytest.mark.parametrize('bottleneck', BOTTLENECKS)
 def test_channels_have_mean_zero_and_deviation_one(bottleneck):
   """Of the training images as they are drawn while a diffusion is trained, and of others of the same kind."""
   diffusion, _, read = opened(bottleneck)
