@@ -27,8 +27,10 @@ SHORT = {
   'prior.model.num_heads': 4,
   'prior.train.num_steps': 1500,
   'prior.train.batch_size': 32,
+  'classifier.train.num_steps': 400,
+  'classifier.train.batch_size': 64,
 }
-"""Tokenizer and prior small enough for 45 minutes of one core of an Intel Xeon, with optimizations."""
+"""Networks small enough for an hour of one core of an Intel Xeon, with optimizations."""
 
 
 @pytest.fixture(scope='module')
