@@ -102,28 +102,39 @@ def known(experiment):
   return dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, model=model))
 
 
+def cosines_of(read, candidates, count, num_steps):
+  """Cosines of samples of the best network and their captions' vectors, in deviations of a random one's."""
+  experiment = known(build(**{'sample.candidates': candidates, 'sample.num_steps': num_steps}))
+  assert experiment.num_function_evaluations == num_steps * candidates
+  one = {**read, 'denoiser': {'one': jnp.ones(())}, reads.CAPTIONS: {words.TOKENS: tokens_of(3)}}
+
+  @jax.jit
+  def run(keys):
+    own = sampling_keys(keys)
+    given = experiment.draw(one, own, jnp.arange(count))
+    values = experiment.conditions.values(one, given)
+    return experiment.sample(one, given, own)['embedding'], experiment.text.vectors(values)
+
+  z, told = run(jax.random.split(jax.random.key(3), count))
+  np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
+  return np.sum(np.asarray(z) * np.asarray(told), axis=1) * np.sqrt(SIZE)
+
+
 @pytest.mark.slow
 def test_the_best_of_several_has_the_cosine_of_order_statistics(read):
   """On the sphere of d dimensions a cosine has variance 1/d; the best of k is that of k normal numbers."""
-  count, before = 3000, -np.inf
+  before = -np.inf
   for candidates, expected in ((1, 0.0), (2, 0.564), (4, 1.029)):
-    experiment = known(build(**{'sample.candidates': candidates, 'sample.num_steps': 4}))
-    assert experiment.num_function_evaluations == 4 * candidates
-    one = {**read, 'denoiser': {'one': jnp.ones(())}, reads.CAPTIONS: {words.TOKENS: tokens_of(3)}}
-
-    @jax.jit
-    def run(keys, experiment=experiment, one=one):
-      own = sampling_keys(keys)
-      given = experiment.draw(one, own, jnp.arange(count))
-      values = experiment.conditions.values(one, given)
-      return experiment.sample(one, given, own)['embedding'], experiment.text.vectors(values)
-
-    z, told = run(jax.random.split(jax.random.key(3), count))
-    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
-    cosines = np.sum(np.asarray(z) * np.asarray(told), axis=1) * np.sqrt(SIZE)
+    cosines = cosines_of(read, candidates, 3000, 4)
     assert cosines.mean() == pytest.approx(expected, abs=0.06)
     assert (cosines > before - 1e-4).all()  # more candidates are the same ones, and others
     before = cosines
+
+
+def test_the_best_of_two_is_never_worse_than_the_first(read):
+  one, two = (cosines_of(read, candidates, 60, 2) for candidates in (1, 2))
+  assert (two > one - 1e-4).all()
+  assert 0.2 < (two > one + 1e-2).mean() < 0.8  # of about half the second is kept
 
 
 @pytest.mark.slow
