@@ -38,7 +38,7 @@ def shapes(model):
     ('light,debug', 'decoder', 'LightDecoder', {'decoder'}),
     ('vqvae,prior,debug', 'prior', 'TokenPrior', {'prior'}),
   ], 'debug', 'light,debug', 'vqvae,prior,debug'),
-)
+)  # fmt: skip
 def test_a_stage_keeps_its_kind_and_the_networks_that_it_draws_with(
   variant, stage, kind, networks, monkeypatch
 ):

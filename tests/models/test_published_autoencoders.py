@@ -69,9 +69,7 @@ OTHERS = ('cifar10', 'emoji64', 'celeba64', 'celebahq128', 'afhq256', 'celeba256
 
 
 @pytest.mark.parametrize('stage', ['vqvae', 'vqgan'])
-@pytest.mark.parametrize(
-  'name', some_slow(['digits', 'fashion_mnist', *OTHERS], 'digits')
-)
+@pytest.mark.parametrize('name', some_slow(['digits', 'fashion_mnist', *OTHERS], 'digits'))
 def test_the_networks_of_every_data_set_fit_its_images(name, stage):
   config = importlib.import_module(f'configs.{name}').get_config(stage)
   experiment = experiments.build(config, stage)

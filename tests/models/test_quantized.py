@@ -1,5 +1,6 @@
 """Networks of whole numbers: the same modules, against the same arithmetic in NumPy and against floats."""
 
+import itertools
 import re
 
 import jax
@@ -95,9 +96,7 @@ def test_first_and_last_layers_and_those_of_the_time_stay_and_others_by_their_na
 
 @pytest.mark.parametrize(
   ('arithmetic', 'stride'),
-  some_slow(
-    [(PRODUCTS, 1), (PRODUCTS, 2), (CONVOLUTIONS, 1), (CONVOLUTIONS, 2)], (PRODUCTS, 1)
-  ),
+  some_slow(list(itertools.product([PRODUCTS, CONVOLUTIONS], [1, 2])), (PRODUCTS, 1), (CONVOLUTIONS, 2)),
 )
 def test_two_halves_with_zero_points_are_what_numpy_gives(stride, arithmetic):
   model = joined(stride)
@@ -160,6 +159,23 @@ def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats
   np.testing.assert_allclose(whole.apply(whole.ready(tree), x, t), wanted, rtol=1e-4, atol=1e-4)
   fast = quantized(model, buckets=2)  # products of whole numbers read them as they are stored
   assert fast.ready(tree) is tree
+
+
+def test_a_wide_layer_is_computed_as_products_and_a_narrow_one_in_floats(monkeypatch):
+  model = joined()
+  params, t = filled(model.init(jax.random.key(0))), jnp.array([0.3, 0.7])
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 3)), jnp.float32)
+  whole, products = (quantized(model, arithmetic=arithmetic) for arithmetic in (WIDE, PRODUCTS))
+  tree = whole.quantize(params, ranges={'block/conv_1': np.tile(np.float32([-1, 1]), (1, 2, 1))})
+  as_products, in_floats = products.apply(tree, x, t), model.apply(whole.dequantized(tree), x, t)
+  assert abs(as_products - in_floats).max() > 1e-2
+  assert whole.whole_layers() == () and 'tables' not in whole.ready(tree)
+  np.testing.assert_allclose(whole.apply(tree, x, t), in_floats, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(whole.apply(whole.ready(tree), x, t), in_floats, rtol=1e-4, atol=1e-4)
+  monkeypatch.setattr(quantized_networks, 'WIDE_WINDOW', 3)
+  assert whole.whole_layers() == whole.layers and 'kernel_q' in whole.ready(tree)['block']['conv_1']
+  np.testing.assert_allclose(whole.apply(tree, x, t), as_products, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(whole.apply(whole.ready(tree), x, t), as_products, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -80,13 +80,8 @@ def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_e
   [
     ({'stage': 'decoder'}, "config.quantize.stage is 'decoder'; the stages of this run are vae, refiner"),
     ({'weights': 'int2'}, 'config.quantize.weights'),
-    (
-      {'keep_float': ('centre/*',)},
-      r"keep_float names the layer 'centre/\*', which the network",
-    ),
-    pytest.param(
-      {'keep_float': ('*',)}, 'which leaves no layer to be quantized', marks=pytest.mark.slow
-    ),
+    ({'keep_float': ('centre/*',)}, r"keep_float names the layer 'centre/\*', which the network"),
+    pytest.param({'keep_float': ('*',)}, 'which leaves no layer to be quantized', marks=pytest.mark.slow),
     ({'reads': 'vae'}, "config.quantize.reads is 'vae', which is no quantized stage of this run; make it"),
   ],
 )
