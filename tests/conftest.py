@@ -67,9 +67,15 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(items):
   """Of the quick tests one worker runs those that read the run of `trained`: none waits until it is made."""
   for item in items:
-    quick = not any(item.get_closest_marker(name) for name in ('slow', 'long'))
-    if quick and 'trained' in getattr(item, 'fixturenames', ()):
+    elsewhere = any(item.get_closest_marker(name) for name in ('slow', 'long', 'xdist_group'))
+    if not elsewhere and reads_trained(item):
       item.add_marker(pytest.mark.xdist_group('trained'))
+
+
+def reads_trained(item):
+  """Whether the fixture `trained` of an item is the one below: others have that name too."""
+  found = getattr(getattr(item, '_fixtureinfo', None), 'name2fixturedefs', {}).get('trained', ())
+  return bool(found) and found[-1].func.__code__.co_filename == __file__
 
 
 @pytest.fixture
