@@ -42,13 +42,12 @@ def images(count=4):
   return jax.random.uniform(jax.random.key(1), (count, 8, 8, 1), minval=-1.0, maxval=1.0)
 
 
-@pytest.mark.slow
 def test_the_network_reads_the_codes_of_the_nearest_vectors():
   one, x = codes_of(build()), images()
   params = made(one.tokenizer.source.model, 0)
   read = {'tokenizer': params}
-  seen = jax.jit(lambda x: one.observe(read, {}, x, None))(x)
-  z = jax.jit(lambda x: one.tokenizer.source.model.apply(params, x, method='encode')[0])(x)
+  encode = lambda x: one.tokenizer.source.model.apply(params, x, method='encode')[0]
+  seen, z = jax.jit(lambda x: (one.observe(read, {}, x, None), encode(x)))(x)
   distances = ((z[..., None, :] - params['codes'][None, None, None]) ** 2).sum(-1)
   assert set(seen) == {'codes'} == set(one.inputs) and seen['codes'].dtype == jnp.int32
   np.testing.assert_array_equal(seen['codes'], distances.argmin(-1))

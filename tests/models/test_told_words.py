@@ -48,19 +48,23 @@ def network():
   return params, trained, told
 
 
+@jax.jit
+def own_vectors(params):
+  return told_words.of_words(params, 'tokens', PORT, 'float32', CAPTIONS)
+
+
 @pytest.mark.slow
 def test_the_tower_s_own_vectors_change_nothing():
   params, trained, told = network()
-  own = told_words.of_words(params, 'tokens', PORT, 'float32', CAPTIONS)
+  own = own_vectors(params)
   assert own.shape == (3, LENGTH + 1, 8) == (3, *told_words.vectors(PORT).module.shape)
   for dropped in (jnp.zeros(3, bool), jnp.array([False, True, False])):
     np.testing.assert_allclose(told(own, dropped), trained(dropped), rtol=0, atol=2e-6)
 
 
-@pytest.mark.slow
 def test_other_vectors_are_read_where_nothing_is_dropped_and_the_caption_has_words():
   params, trained, told = network()
-  own = told_words.of_words(params, 'tokens', PORT, 'float32', CAPTIONS)
+  own = own_vectors(params)
   none, one = jnp.zeros(3, bool), jnp.array([False, True, False])
   moved = np.abs(told(own + 1.0, none) - trained(none)).max(axis=(1, 2, 3))
   assert moved.min() > 1e-3
