@@ -181,15 +181,23 @@ def data(make_data, few):
   return make_data(source='tfds', name='shapes/32', image_size=32, num_classes=6, caption_feature='caption')
 
 
+def told_of(source):
+  """Returns caption and label by the bytes of an image."""
+  rows = zip(source.images, source.captions, source.labels.tolist(), strict=True)
+  return {image.tobytes(): (caption, label) for image, caption, label in rows}
+
+
 def test_it_is_built_and_read(data):
   train, test = open_source(data, 'train'), open_source(data, 'eval')
   assert len(train) == len(test) == 70 and train.label_names == shapes.SHAPES
-  expected = scenes('train', 70)
-  stored = {image.tobytes(): (caption, label) for image, caption, label in
-            zip(train.images, train.captions, train.labels.tolist(), strict=True)}  # fmt: skip
-  assert stored == {shapes.render(s, 32).tobytes(): (s.caption, s.attributes[0]) for s in expected}
+  expected = {shapes.render(s, 32).tobytes(): (s.caption, s.attributes[0]) for s in scenes('train', 70)}
+  assert told_of(train) == expected
   data.caption_feature, data.eval_split = 'caption_full', 'held_out'
   held_out = open_source(data, 'eval')
+  expected = {
+    shapes.render(s, 32).tobytes(): (s.caption_full, s.attributes[0]) for s in scenes('held_out', 70)
+  }
+  assert told_of(held_out) == expected
   told = np.stack([shapes.told(caption) for caption in held_out.captions])
   assert (told[:, 0] == told[:, 1]).all() and held_out.fingerprint != test.fingerprint
 
