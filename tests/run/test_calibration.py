@@ -25,6 +25,7 @@ pytestmark = pytest.mark.xdist_group('calibration')  # one worker: the tests sha
 SECTION = ConfigDict(
   {'kind': 'steps', 'num_samples': 12, 'steps': 3, 'mean': 0.4, 'std': 0.4, 'seed': 1, 'batch_size': 4}
 )
+EVERY_STEP = ConfigDict({**SECTION.to_dict(), 'steps': 0, 'num_samples': 10})
 
 
 @dataclasses.dataclass
@@ -100,8 +101,7 @@ def test_steps_of_the_two_rules():
 
 def test_state_and_time_of_a_record_are_of_the_same_step(stage):
   """A step of DDIM from each record leads to the next one of its image; of mirrored times it does not."""
-  section = ConfigDict({**SECTION.to_dict(), 'steps': 0, 'num_samples': 10})
-  records = calibration.load(stage, section)
+  records = calibration.load(stage, EVERY_STEP)
   diffusion = stage.experiment.diffusion
   times = recorded.times_of(diffusion)
   assert len(records) == 10 and (np.diff(times) < 0).all()
@@ -126,25 +126,23 @@ def test_state_and_time_of_a_record_are_of_the_same_step(stage):
   assert error(records.t.reshape(2, 5)[:, ::-1].ravel()) > 0.01
 
 
-@pytest.mark.slow
 def test_records_are_stored_with_what_they_are_of(stage):
-  records = calibration.load(stage, SECTION)
-  path = calibration.path_of(stage, SECTION)
-  assert len(records) == 12 and sorted(set(records.step)) == [0, 2, 4]
+  records = calibration.load(stage, EVERY_STEP)
+  path = calibration.path_of(stage, EVERY_STEP)
   assert [p for p in path.parent.iterdir() if p.name.startswith('.')] == []
   path_time = path.stat().st_mtime_ns
-  again = calibration.load(stage, ConfigDict({**SECTION.to_dict(), 'batch_size': 2}))
+  again = calibration.load(stage, ConfigDict({**EVERY_STEP.to_dict(), 'batch_size': 2}))
   assert path.stat().st_mtime_ns == path_time
   for one, other in ((records.y, again.y), (records.t, again.t), (records.values['z'], again.values['z'])):
     np.testing.assert_array_equal(one, other)
 
   other = dataclasses.replace(stage, ids={"the stage 'refiner'": 'cc', 'the settings': 'bb'})
   with pytest.raises(identity.Stale, match="the stage 'refiner' aa, which is cc now.*Remove"):
-    calibration.load(other, SECTION)
+    calibration.load(other, EVERY_STEP)
   stored = files.read_npz(path)
   files.write_npz(path, {**stored, 'y': stored['y'].astype(np.float64)})
   with pytest.raises(files.Damaged, match='float64'):
-    calibration.load(stage, SECTION)
+    calibration.load(stage, EVERY_STEP)
   path.unlink()
 
 
@@ -153,6 +151,7 @@ def test_any_number_of_devices_records_the_same(stage):
   """And a calibration that is cut off leaves nothing: what is drawn again is the same."""
   path = calibration.path_of(stage, SECTION)
   one = calibration.load(stage, SECTION)
+  assert len(one) == 12 and sorted(set(one.step)) == [0, 2, 4]
   path.unlink()
   eight = calibration.load(dataclasses.replace(stage, devices=8), SECTION)
   path.unlink()
