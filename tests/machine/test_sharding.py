@@ -1,6 +1,7 @@
 """Meshes and rules: what each device holds, and what cannot be."""
 
 import importlib
+import math
 import pathlib
 import sys
 
@@ -47,6 +48,18 @@ def test_meshes_that_do_not_divide(data, fsdp, message):
 def one_device_bytes(tree, device):
   shards = [s for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards if s.device == device]
   return sum(np.asarray(shard.data).nbytes for shard in shards)
+
+
+@pytest.mark.parametrize('stage', ['vae', 'refiner'])
+def test_fsdp_asks_each_device_for_an_eighth_of_the_state(stage):
+  config = importlib.import_module('configs.digits').get_config()
+  experiment = experiments.build(config, stage)
+  leaves = jax.tree.leaves(loop.abstract_state(experiment, sharding.make_mesh(mesh_config(data=1, fsdp=8))))
+  whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  network = experiment.networks[list(experiment.networks)[0]]
+  assert whole > 4 * 4 * cost.num_parameters(jax.eval_shape(network.init, jax.random.key(1)))
+  shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  assert sum(map(shard, leaves)) <= whole / 7
 
 
 @pytest.mark.slow
