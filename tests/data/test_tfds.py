@@ -54,6 +54,17 @@ def test_missing_says_how_to_get_it(make_data, name, message):
   assert 'not there' in describe(data)
 
 
+def test_importing_the_data_imports_no_tensorflow():
+  code = """
+import sys
+import tensorflow_datasets
+from vaediff.data import builders, loader, pixels, sources
+found = {name.split('.')[0] for name in sys.modules} & {'tensorflow', 'flax', 'torch'}
+assert not found, found
+"""
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=120)
+
+
 @pytest.mark.slow
 def test_tensorflow_is_never_imported(tmp_path):
   code = f"""

@@ -97,7 +97,6 @@ print(*(each.digest for each in found))
 """
 
 
-@pytest.mark.slow
 def test_another_process_makes_the_same_bytes(word, subword):
   code = CODE.format(tests='.', names=NAMES)
   made = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, timeout=60)
