@@ -73,7 +73,7 @@ def test_the_bound_of_the_best_denoiser_is_just_above_the_entropy():
 
 
 @pytest.mark.slow
-def test_another_variance_and_a_worse_denoiser_have_larger_bounds():
+def test_small_variances_cost_at_least_0_3_bits_and_a_worse_denoiser_0_1():
   total = sum(bound_in_bits(999, schedules.LinearBeta()).values())
   small = sum(bound_in_bits(999, schedules.LinearBeta(), variance='small').values())
   assert total.mean() + 0.3 < small.mean() < total.mean() + 1  # beta_2 is as large as all noise before it

@@ -22,6 +22,7 @@ from vaediff.spaces import hierarchies, tokenizers
 
 pytestmark = pytest.mark.xdist_group('hierarchy')  # one worker: the tests share what is dear
 
+
 def config_of(**changes):
   """Three levels of images of 16 pixels: grids of 1x1, 2x2 and 4x4."""
   config = importlib.import_module('configs.digits').get_config('vqvae2,debug')

@@ -13,6 +13,7 @@ from vaediff.spaces import hierarchies, tokenizers
 
 pytestmark = pytest.mark.xdist_group('hierarchies')  # one worker: the tests share what is dear
 
+
 def config_of(**changes):
   config = importlib.import_module('configs.digits').get_config('vqvae2,debug')
   config.data.image_size = 16
