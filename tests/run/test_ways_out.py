@@ -93,7 +93,7 @@ def test_a_bad_step_names_the_step_that_is_kept(tmp_path, no_pictures):
 
 @pytest.mark.parametrize(
   ('status', 'word'),
-  some_slow([(distributed.PREEMPTED, 'SIGTERM'), (distributed.STOPPED, 'SIGINT')], distributed.PREEMPTED),
+  some_slow([(distributed.PREEMPTED, 'SIGTERM'), (distributed.STOPPED, 'SIGINT')], distributed.STOPPED),
 )
 def test_a_signal_saves_the_step_it_meets(tmp_path, no_pictures, monkeypatch, status, word):
   config, reached = digits(tmp_path, **{'vae.train.save_every_steps': 100}), distributed.Preemption.reached
