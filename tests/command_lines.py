@@ -9,11 +9,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 FORK = """
 import json, os, sys
 from vaediff import main
-for index, arguments in enumerate(json.loads(sys.argv[1])):
+lines = json.loads(sys.argv[1])
+for index, arguments in enumerate(lines):
   if os.fork() == 0:
     said = os.open(f'{sys.argv[2]}/{index}.txt', os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1), os.dup2(said, 2)
     sys.argv[1:] = arguments
+    if index == len(lines) - 1:
+      main.cli()
+      sys.exit()  # the last of them ends as Python does
     status = 0
     try:
       main.cli()
