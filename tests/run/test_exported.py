@@ -46,7 +46,7 @@ def test_the_function_draws_what_the_stage_draws(opened, output):
   ('settings', 'message'),
   [
     ({'sampler': 'ddpm'}, r"'refiner' draws with 'ddpm', which adds noise in its steps.*sample.sampler to"),
-    pytest.param({'eta': 0.5}, "draws with 'ddim', which adds noise", marks=pytest.mark.slow),
+    ({'eta': 0.5}, "draws with 'ddim', which adds noise"),
   ],
 )
 def test_a_sampler_that_is_no_function_of_its_start_is_refused(opened, settings, message):
@@ -55,7 +55,6 @@ def test_a_sampler_that_is_no_function_of_its_start_is_refused(opened, settings,
     exported.of(stage, exported.starts(stage, np.arange(2)), 'float32')
 
 
-@pytest.mark.slow
 def test_stages_of_another_kind_are_refused(opened, monkeypatch):
   with pytest.raises(
     UserError, match=r'with 65 forward passes, .* at most 64 .*config\.refiner\.sample\.num_s'
@@ -80,7 +79,6 @@ def test_one_step_of_a_stochastic_sampler_is_a_function_of_its_start(opened):
   exported.check_program(stage, exported.starts(stage, np.arange(2)))
 
 
-@pytest.mark.slow
 def test_what_computes_in_bfloat16_is_refused(opened, monkeypatch):
   stage = opened(num_steps=1)
   monkeypatch.setattr(exported.straight, 'types', lambda *args: {'float32', 'bfloat16'})
