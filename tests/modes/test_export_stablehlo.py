@@ -93,7 +93,6 @@ def test_bytes_of_a_decoder_for_one_size(run, tmp_path):
   assert program.platforms == ('cpu',) and json.loads(path.with_suffix('.json').read_text())['stage'] == 'vae'
 
 
-@pytest.mark.slow
 def test_a_file_that_draws_other_images_is_not_written(run, tmp_path, monkeypatch):
   monkeypatch.setattr(export_stablehlo, 'differences', lambda a, b: abs(a - b) + 2e-4)
   with pytest.raises(UserError, match=r"'vae' draws other images than the stage: .* 0.0001 is allowed"):
