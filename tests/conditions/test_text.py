@@ -109,6 +109,7 @@ def test_an_image_depends_on_its_own_caption_and_on_the_order_of_its_words():
   assert np.abs(known[0] - turned[0]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_guidance_is_against_no_words():
   """(1 + w) of the caption less w of none: by the terms that every condition has."""
   experiment = build(**{'refiner.sample.guidance_weight': 2.0, 'refiner.sample.clip': 'none'})

@@ -20,7 +20,6 @@ def drawn(split, count, size, mini):
   [
     (16, True, 400),
     (16, False, 100),
-    (32, False, 50),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in [(16, False, 400), (32, False, 400), (64, False, 100)]

@@ -254,6 +254,7 @@ def test_statistics_are_those_of_all_images():
   assert int(found['count']) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scaling', some_slow(['std', 'max', 'tanh'], 'std'))
 def test_scaled_latents_come_back(scaling):
   changes = {'ddgan.autoencoder.scaling': scaling, 'ddgan.model.bounded': scaling != 'std'}

@@ -119,6 +119,7 @@ def test_a_density_trains_beside_a_discriminator(network, kind):
 # Afterwards -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_evaluation_reads_hard_codes_and_reports_relaxed_ones_beside(opened):
   experiment, params = opened
   batch = {'image': jnp.asarray(images(4)), 'mask': jnp.array([1.0, 1, 1, 0])}

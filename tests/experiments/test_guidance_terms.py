@@ -170,6 +170,7 @@ def test_a_classifier_guides_in_every_space_and_prediction(space, prediction):
   np.testing.assert_allclose(denoiser.denoise(read, values)(y, t), expected, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 def test_a_sample_is_guided_to_its_own_class():
   experiment = build(SPACES['pixels'], **{'refiner.sample.classifier.scale': 5.0})
   read = read_of(experiment)

@@ -193,6 +193,7 @@ def test_formulation2_without_a_shift_is_formulation1():
   np.testing.assert_array_equal(*targets)
 
 
+@pytest.mark.slow
 def test_the_target_does_not_change_when_x_t_and_x0_vae_shift_together():
   """With a network that reads x_t - x0_vae alone; y does not shift."""
   experiment = build('formulation2,distill,debug')

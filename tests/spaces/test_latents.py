@@ -69,6 +69,7 @@ def images(seed, count=600):
   return pixels.to_unit_range(jnp.asarray(source_of(seed, count).images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bottleneck', some_slow(BOTTLENECKS, 'kl'))
 def test_there_and_back_is_the_autoencoders_reconstruction(bottleneck):
   diffusion, autoencoder, read = opened(bottleneck)
