@@ -57,9 +57,7 @@ def vary() -> ConfigDict:
       'image': '',  # files of pictures, joined by commas; '' = the first images of the evaluation split
       'num_images': 4,  # of these
       'num_variations': 7,  # of each image
-      # of DDIM, to the noise of an image and back, as many as the paper's decoder has: in few, eta > 0
-      # brings too little of what the vector leaves open (docs/unclip.md)
-      'num_steps': 250,
+      'num_steps': 50,  # of DDIM, to the noise of an image and back
       'eta': 1.0,  # noise of the way back: 0 = the image again, 1 = all that its vector leaves open
     }
   )

@@ -211,7 +211,7 @@ def test_the_noise_of_few_steps_brings_too_little_of_a_narrow_distribution():
     drawn = VARIANTS['ddim_one'](gaussian_denoiser(COSINE, s), COSINE, y, keys_of(1), num_steps=steps)
     assert abs(np.std(drawn) / s - expected) < 5 * expected / np.sqrt(2 * pixels)
     found.append(expected)
-  np.testing.assert_allclose(found, [0.70, 0.80, 0.94], atol=0.005)  # the table of docs/unclip.md
+  np.testing.assert_allclose(found, [0.70, 0.80, 0.94], atol=0.005)  # those of docs/unclip.md
 
 
 def flow_error(sample, schedule, num_steps, s, t_start, t_end):
