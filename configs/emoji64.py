@@ -19,7 +19,8 @@ Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/u
 
     python -m vaediff.main --config=configs/emoji64.py:unclip
 
-Three levels of codes at half the width: docs/codes.md. The rest: not yet measured.
+Three levels of codes at half the width: docs/codes.md; captions to codes: docs/text.md. The rest: not yet
+measured.
 """
 
 from configs import base, gan_small, parts, presets

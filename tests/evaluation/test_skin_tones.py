@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from vaediff.data import sources
 from vaediff.data.builders import check_emoji_package
 from vaediff.errors import UserError
 from vaediff.evaluation import id_counts, networks
@@ -77,8 +78,6 @@ def test_ink_is_the_luminance_of_what_is_not_white():
 
 
 def test_the_emoji_themselves_are_darker_where_their_caption_says_so(package, tmp_path):
-  from vaediff.data import sources
-
   config = config_of(package, tmp_path)
   for split in ('train', 'eval'):
     source = sources.open_source(config.data, split)

@@ -70,7 +70,7 @@ def images(seed, count=600):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('bottleneck', some_slow(BOTTLENECKS, 'kl'))
+@pytest.mark.parametrize('bottleneck', BOTTLENECKS)
 def test_there_and_back_is_the_autoencoders_reconstruction(bottleneck):
   diffusion, autoencoder, read = opened(bottleneck)
   x = images(1, 8)
