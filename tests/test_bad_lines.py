@@ -278,3 +278,33 @@ def test_an_interruption_is_one_word(tmp_path, seconds):
   said = process.communicate(timeout=100)[1]
   assert 'Traceback' not in said, said
   assert (process.returncode, said.strip()) in ((130, 'interrupted'), (0, '')), said
+
+
+AT_THE_END = """
+import atexit, os, signal, sys
+from vaediff.machine import runtime
+runtime.start('vaediff.main')
+
+class Late:
+  def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+    kill(process, number)  # Python has taken its handlers away by now
+
+if sys.argv.pop() == 'handlers are gone':
+  kept = Late()
+else:
+  atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ['vaediff.main', '--help']
+from vaediff.main import cli
+cli()
+"""
+
+
+@pytest.mark.parametrize(
+  'moment, status, said', [('the end begins', 130, 'interrupted'), ('handlers are gone', 1, '')]
+)
+def test_an_interruption_at_the_end_leaves_the_status_and_no_trace(moment, status, said):
+  """absl ends with 1 after its help."""
+  process = subprocess.run(
+    [sys.executable, '-c', AT_THE_END, moment], capture_output=True, text=True, check=False
+  )
+  assert (process.returncode, process.stderr.strip()) == (status, said)

@@ -81,7 +81,8 @@ def asked_for(argv: list[str]) -> configs.Run:
 
 def cli() -> None:
   """Runs `main`; what the user must mend is one message and exit status 2. Others: `vaediff.distributed`."""
-  if signal.getsignal(signal.SIGINT) is runtime.interrupted:
+  started = signal.getsignal(signal.SIGINT) is runtime.interrupted
+  if started:
     signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     argv = command_line.complete_argv(sys.argv)
@@ -101,6 +102,9 @@ def cli() -> None:
   except SystemExit as error:
     flush_or_say(error)
     raise
+  finally:
+    if started:
+      signal.signal(signal.SIGINT, runtime.interrupted)  # while Python ends, too, a trace says nothing
 
 
 def end_with(error: Exception) -> NoReturn:

@@ -4,6 +4,7 @@ Imports no JAX until all is looked at; `main` calls `start` first. The variables
 of a job are read by `vaediff.machine.distributed`.
 """
 
+import atexit
 import importlib.metadata
 import importlib.util
 import mmap
@@ -73,6 +74,9 @@ def start(module: str) -> None:
   """
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)  # imports take seconds, and a trace of them says nothing
+    # Registered first, so the last to run: Python then takes its handlers away, and Ctrl-C would still end
+    # with a signal what has ended well.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
   open_streams()
   try:
     restart_with_huge_pages(module)
@@ -97,7 +101,7 @@ def open_streams() -> None:
 
 
 def interrupted(number: int, frame: object) -> NoReturn:
-  """Ends the process, during the imports: says so."""
+  """Ends the process, during the imports and when `main` has ended: says so."""
   del number, frame
   os.write(2, b'interrupted\n')
   os._exit(130)
