@@ -7,9 +7,9 @@ import platform
 import re
 from typing import Any
 
-from vaediff import files
 from vaediff.errors import UserError
 from vaediff.evaluation import report
+from vaediff.storage import files
 
 
 def cpu_model(cpuinfo: str) -> str:

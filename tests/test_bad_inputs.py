@@ -11,13 +11,13 @@ import sys
 
 import pytest
 
-from vaediff import places
 from vaediff.data import cache
 from vaediff.errors import UserError
 from vaediff.machine import distributed, runtime
 from vaediff.modes import checked
 from vaediff.run import config as configs
 from vaediff.run import values
+from vaediff.storage import places
 from vaediff.weights import tensors
 
 ROOT = pathlib.Path(__file__).parent.parent

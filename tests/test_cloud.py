@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaediff import buckets, files
-from vaediff.buckets import BucketPath
 from vaediff.data import arrays, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
@@ -27,6 +25,8 @@ from vaediff.modes import checked, evaluate, sample, train
 from vaediff.run import checkpoint, log, precomputed, spool
 from vaediff.run import config as configs
 from vaediff.run.config import Run
+from vaediff.storage import buckets, files
+from vaediff.storage.buckets import BucketPath
 
 PACKAGES = ('moto', 'flask', 'flask_cors', 's3fs')
 INSTALLED = all(importlib.util.find_spec(name) for name in PACKAGES)

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / 'vaediff'
 ROOMS = (
-  ('errors', 'types', 'checks', 'buckets', 'leases', 'files', 'identity', 'places'),
+  ('errors', 'types'),
+  ('checks', 'storage'),
   ('machine', 'data', 'models', 'diffusion', 'weights', 'optim'),
   ('features', 'reads'),
   ('spaces',),
@@ -20,18 +21,8 @@ ROOMS = (
   ('main',),
 )
 """The reading order: a room imports rooms of the floors before its own, and of its own floor none."""
-GROUND = {
-  'buckets': ('errors',),
-  'checks': ('errors',),
-  'files': ('errors', 'buckets', 'leases'),
-  'identity': ('errors',),
-  'machine': ('errors', 'types'),
-  'leases': ('errors', 'buckets'),
-  'places': ('errors', 'buckets', 'files', 'identity'),
-}
-"""What little is imported within or from the ground, beyond the order."""
 ONLY_IN = {
-  'fsspec': ('buckets.py',),
+  'fsspec': ('storage/buckets.py',),
   'nicegui': ('modes/explore_page.py', 'modes/explore_panel.py'),
   'orbax': ('run/checkpoint.py',),
   'flax.linen': ('models/', 'features/'),
@@ -89,8 +80,7 @@ def test_rooms_import_in_reading_order():
     for target in imports(path) & modules().keys():
       there = room(target)
       if there and here and there != here:
-        allowed = floors[there] < floors[here] or there in GROUND.get(here, ())
-        assert allowed, f'{module} imports {target}'
+        assert floors[there] < floors[here], f'{module} imports {target}'
 
 
 def test_every_room_has_a_floor():

@@ -16,12 +16,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vaediff import files, places
 from vaediff.errors import UserError
 from vaediff.machine import distributed
 from vaediff.modes import MODES, SWEEPS, WRITERS, checked
 from vaediff.run import command_line
 from vaediff.run import config as configs
+from vaediff.storage import files, places
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, as configs/digits.py:debug.')
 WORKDIR = flags.DEFINE_string('workdir', '', 'Run folder; default runs/<config name>.')

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vaediff import experiments, identity, reads
+from vaediff import experiments, reads
 from vaediff.conditions import codes
 from vaediff.errors import UserError
 from vaediff.models.functional import Model
 from vaediff.run import checkpoint, frozen, students
 from vaediff.spaces import tokenizers
+from vaediff.storage import identity
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / 'experiments'))
 from random_parameters import frozen_of, made  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 
 from vaediff.data import shapes, words
 from vaediff.errors import UserError
-from vaediff.files import Damaged
+from vaediff.storage.files import Damaged
 
 pytest.importorskip('sentencepiece')
 NAMES = [

@@ -7,13 +7,13 @@ import types
 
 import pytest
 
-from vaediff import files
 from vaediff.errors import UserError
 from vaediff.evaluation import networks, report, sets, sweep
 from vaediff.evaluation.measures import Figure
 from vaediff.experiments import base
 from vaediff.run import draw
 from vaediff.run import trained as opened
+from vaediff.storage import files
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from vaediff import identity
 from vaediff.errors import UserError
 from vaediff.experiments import quantized
 from vaediff.machine import integers, sharding
@@ -15,6 +14,7 @@ from vaediff.run import checkpoint, quantization
 from vaediff.run import config as configs
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
+from vaediff.storage import identity
 
 
 @pytest.fixture

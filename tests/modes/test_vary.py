@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaediff import identity
 from vaediff.data import pictures, words
 from vaediff.errors import UserError
 from vaediff.evaluation import embedded
@@ -21,6 +20,7 @@ from vaediff.machine import sharding
 from vaediff.modes import interpolate, sample, text_diff, train, vary
 from vaediff.run import clips, log
 from vaediff.run.trained import Trained
+from vaediff.storage import identity
 
 pytest.importorskip('sentencepiece')
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, identity
+from vaediff import experiments
 from vaediff.diffusion import samplers
 from vaediff.errors import UserError
 from vaediff.experiments import recorded
 from vaediff.machine import sharding
 from vaediff.run import calibration, draw
 from vaediff.run.trained import Trained
+from vaediff.storage import files, identity
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 pytestmark = pytest.mark.xdist_group('calibration')  # one worker: the tests share what is dear

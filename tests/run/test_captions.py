@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaediff import identity, reads
+from vaediff import reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.modes import train
 from vaediff.run import captions, checkpoint, draw
 from vaediff.run.trained import Trained
+from vaediff.storage import identity
 
 pytest.importorskip('sentencepiece')
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 import pytest
 
-from vaediff import identity
 from vaediff.errors import UserError
 from vaediff.experiments.base import Network, TrainState
 from vaediff.run import checkpoint, quiet
+from vaediff.storage import identity
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -6,10 +6,11 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
-from vaediff import identity, reads
+from vaediff import reads
 from vaediff.models.functional import Model
 from vaediff.models.unet_blocks import Mlp
 from vaediff.run import captions, checkpoint, frozen
+from vaediff.storage import identity
 
 MODEL = Model(module=Mlp(features=1, dtype='float32'), inputs=())
 

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from vaediff import identity
 from vaediff.errors import UserError
 from vaediff.machine import sharding
 from vaediff.modes import checked
 from vaediff.run import checkpoint
 from vaediff.run import config as configs
 from vaediff.run.trained import Trained
+from vaediff.storage import identity
 
 GUIDE = {'refiner.sample.guide.stage': 'refiner', 'refiner.sample.guidance': (('guide', 2.0),)}
 EARLIER = {**GUIDE, 'refiner.sample.guide.step': 2}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaediff import files
 from vaediff.data import pixels
 from vaediff.evaluation import quality
 from vaediff.modes.interpolate import lerp, slerp
 from vaediff.run import images
+from vaediff.storage import files
 
 
 def test_grid_places_images_row_by_row_and_enlarges_small_ones():

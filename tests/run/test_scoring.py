@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaediff import identity
 from vaediff.data import words
 from vaediff.errors import UserError
 from vaediff.evaluation import id_counts, retrieval
@@ -17,6 +16,7 @@ from vaediff.machine import sharding
 from vaediff.modes import train
 from vaediff.run import captions, draw, scoring
 from vaediff.run.trained import Trained
+from vaediff.storage import identity
 
 pytest.importorskip('sentencepiece')
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from vaediff import files, identity
 from vaediff.errors import UserError
-from vaediff.files import Damaged
+from vaediff.storage import files, identity
+from vaediff.storage.files import Damaged
 
 ROWS = 64  # Of a part.
 ALWAYS_READ = 2**28  # Bytes; a larger file is read whole only where its size or time is another than it was.

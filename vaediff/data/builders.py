@@ -16,10 +16,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vaediff import files, places
 from vaediff.data import paths, shapes
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
+from vaediff.storage import files, places
 
 DIGITS_NUM_TRAIN = 1500
 EMOJI_CATEGORIES = (

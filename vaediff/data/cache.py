@@ -26,10 +26,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff import files, identity, places
 from vaediff.data import arrays, paths
 from vaediff.data.readers import Reader, check_readers, read_fitted
 from vaediff.errors import UserError
+from vaediff.storage import files, identity, places
 
 FORMAT = 3  # Raise it when the same settings come to mean other bytes, or meta.json another form.
 FIELDS = (

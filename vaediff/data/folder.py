@@ -14,12 +14,12 @@ import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
 
-from vaediff import places
 from vaediff.data import paths, sidecar
 from vaediff.data.readers import Example, Reader, Stretch, select_shuffled, shuffled_stretch, stamps
 from vaediff.data.resize import on_white
 from vaediff.errors import UserError
-from vaediff.files import reason
+from vaediff.storage import places
+from vaediff.storage.files import reason
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')

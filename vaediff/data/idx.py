@@ -15,10 +15,10 @@ from typing import IO, Any
 import ml_collections
 import numpy as np
 
-from vaediff import files, places
 from vaediff.data import paths
 from vaediff.data.readers import Example, Reader, Stretch, parse_split, select, stamps
 from vaediff.errors import UserError
+from vaediff.storage import files, places
 
 PREFIXES = {'train': 'train', 'test': 't10k'}
 LABEL_NAMES = {

@@ -11,7 +11,6 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff import files, places
 from vaediff.data import paths
 from vaediff.data.readers import (
   Example,
@@ -24,6 +23,7 @@ from vaediff.data.readers import (
 )
 from vaediff.data.resize import CHANNELS
 from vaediff.errors import UserError
+from vaediff.storage import files, places
 
 KEYS = {'images': 'labels', 'image': 'label', 'x_train': 'y_train', 'arr_0': 'arr_1'}
 """Names of the images, and of the labels that belong to them ('labels' is always understood)."""

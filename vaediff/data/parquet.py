@@ -18,11 +18,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff import files, places
 from vaediff.data import paths
 from vaediff.data.folder import decode
 from vaediff.data.readers import Example, Reader, Stretch, parse_split, select, stamps
 from vaediff.errors import UserError
+from vaediff.storage import files, places
 
 SUFFIX = '.parquet'
 MEND = 'get it again'

@@ -4,7 +4,7 @@ import pathlib
 import stat
 
 from vaediff.errors import UserError
-from vaediff.files import reason
+from vaediff.storage.files import reason
 
 
 def is_file(path: pathlib.Path) -> bool:

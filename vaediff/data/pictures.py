@@ -4,9 +4,9 @@ import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
-from vaediff import places
 from vaediff.data import folder, resize
 from vaediff.errors import UserError
+from vaediff.storage import places
 
 
 def read(

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from vaediff import files
 from vaediff.data.resize import fit
 from vaediff.errors import UserError
+from vaediff.storage import files
 
 MAX_CLASSES = 32_768  # Of labels: every measurement by class has a row for each; ImageNet-21k has 21,841.
 MAX_HASHED = 2**28  # Bytes of files that are told apart by content; larger ones by size and time.

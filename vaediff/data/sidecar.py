@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from vaediff import files
 from vaediff.data import paths
 from vaediff.errors import UserError
+from vaediff.storage import files
 
 FILES = ('captions.jsonl', 'metadata.jsonl', 'metadata.csv')
 FILE_NAME = 'file_name'

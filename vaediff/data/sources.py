@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32, UInt8
 
-from vaediff import checks, places
+from vaediff import checks
 from vaediff.data import arrays, cache, paths, words
 from vaediff.data.folder import FolderReader
 from vaediff.data.idx import IdxReader
@@ -28,6 +28,7 @@ from vaediff.data.readers import MAX_CLASSES, Reader, check_classes, read_fitted
 from vaediff.data.resize import CHANNELS, CROPS, RESIZES
 from vaediff.data.synthetic import COUNTS, NUM_CLASSES, synthetic_arrays, synthetic_caption
 from vaediff.errors import UserError
+from vaediff.storage import places
 
 SPLITS = ('train', 'eval')
 IMAGE, LABEL = 'image', 'label'

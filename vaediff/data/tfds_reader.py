@@ -8,12 +8,12 @@ from typing import Any
 import ml_collections
 import tensorflow_datasets as tfds
 
-from vaediff import files
 from vaediff.data import paths
 from vaediff.data.builders import OWN_BUILDERS, check_emoji_package
 from vaediff.data.cache import data_root
 from vaediff.data.readers import Example, Reader, Stretch, stamps
 from vaediff.errors import UserError
+from vaediff.storage import files
 
 
 class TfdsReader(Reader):

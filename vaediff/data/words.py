@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from vaediff import files, identity
 from vaediff.data import arrays
 from vaediff.errors import UserError
+from vaediff.storage import files, identity
 
 TOKENS = 'tokens'
 """Name of the captions in batches, int32 [n, length]; of an input, and of a value."""

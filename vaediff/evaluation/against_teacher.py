@@ -7,12 +7,12 @@ leave the noise out, which no distance between sets of images shows as plainly.
 
 import numpy as np
 
-from vaediff import places
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE
 from vaediff.run import config as configs
 from vaediff.run import draw, log
 from vaediff.run.trained import Trained
+from vaediff.storage import places
 
 SECOND_SEED = 1_000_003
 """Added to the seed for the second noise of each image."""

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import identity
 from vaediff.data import pixels
 from vaediff.evaluation import against_teacher, measures, quality
 from vaediff.evaluation.measures import Figure
@@ -31,6 +30,7 @@ from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, of
 from vaediff.evaluation.sets import Real, distances_of, title_of
 from vaediff.run import checkpoint, draw, log
 from vaediff.run.trained import Trained
+from vaediff.storage import identity
 
 Sets = np.ndarray
 """uint8 [samples, images, height, width, channels]: of each image several samples."""

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import files
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation import (
@@ -30,6 +29,7 @@ from vaediff.evaluation.reconstructions import reconstruction_rows
 from vaediff.evaluation.sets import DATA, FOLDER, Real, name_of, real_images, sample_rows
 from vaediff.run import checkpoint, log
 from vaediff.run.trained import Trained
+from vaediff.storage import files
 
 
 def evaluate(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]:

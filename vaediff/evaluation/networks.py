@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import checks, places
+from vaediff import checks
 from vaediff.data import sources
 from vaediff.diffusion import samplers
 from vaediff.errors import UserError
@@ -16,6 +16,7 @@ from vaediff.evaluation import own_classifier
 from vaediff.features import inception, mobilenet, vgg
 from vaediff.features.extractor import Extractor
 from vaediff.machine import distributed, sharding
+from vaediff.storage import places
 from vaediff.weights import published, tensors
 
 NAMES = ('inception', 'mobilenetv2', 'vgg16', 'classifier')

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, identity
+from vaediff import experiments
 from vaediff.data import cache, oracle, pixels, shapes, sources
 from vaediff.errors import UserError
 from vaediff.experiments import classifier
@@ -25,6 +25,7 @@ from vaediff.features.extractor import Extractor
 from vaediff.machine import distributed
 from vaediff.run import checkpoint, log
 from vaediff.run.loop import Stage, read_summary, train
+from vaediff.storage import files, identity
 from vaediff.types import Params
 from vaediff.weights import tensors
 

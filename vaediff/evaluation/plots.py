@@ -13,9 +13,9 @@ matplotlib.use('Agg')  # no display is needed, nor looked for
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure as Plot
 
-from vaediff import files
 from vaediff.evaluation.measures import Figure
 from vaediff.run import images
+from vaediff.storage import files
 
 MARKERS = 'osD^v'
 """Of lines with the same colour, of which there are `NUM_COLOURS`."""

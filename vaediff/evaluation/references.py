@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import files
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet
@@ -17,6 +16,7 @@ from vaediff.evaluation.frechet import Features, Moments
 from vaediff.evaluation.networks import Features as Network
 from vaediff.machine import distributed
 from vaediff.run import log
+from vaediff.storage import files
 
 VERSION = 1
 """Raise it when the same settings come to mean other numbers."""

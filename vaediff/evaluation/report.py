@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vaediff import files
 from vaediff.evaluation.measures import Figure
+from vaediff.storage import files
 
 Row = Mapping[str, Figure | str | int | float | None]
 

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import files, identity, places
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
 from vaediff.evaluation import against_teacher, measures, networks, plots, report
@@ -40,6 +39,7 @@ from vaediff.machine import cost, distributed
 from vaediff.run import config as configs
 from vaediff.run import draw, log
 from vaediff.run.trained import Trained
+from vaediff.storage import files, identity, places
 
 NAME = 'sweep'
 

@@ -19,9 +19,9 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Float
 
-from vaediff import places
 from vaediff.errors import UserError
 from vaediff.features.extractor import Extractor, to_rgb
+from vaediff.storage import places
 from vaediff.types import ImageBytes, Params
 from vaediff.weights import published, tensors, torch_file
 

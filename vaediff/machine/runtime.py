@@ -18,8 +18,8 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
-from vaediff import places
 from vaediff.errors import UserError
+from vaediff.storage import places
 
 EIGEN_CONVOLUTIONS = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
 """Sends CPU convolutions to Eigen: about 1.4 times faster for U-Nets than the default on jaxlib 0.10."""

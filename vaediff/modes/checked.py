@@ -9,7 +9,7 @@ import traceback
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, places, reads
+from vaediff import experiments, reads
 from vaediff.errors import UserError
 from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
@@ -19,6 +19,7 @@ from vaediff.run import checkpoint, classes, guides, students, values, wandb_log
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
+from vaediff.storage import places
 
 SEEDS = 2**31
 """Random numbers start from numbers below it."""

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import checks, files
+from vaediff import checks
 from vaediff.conditions.embedding import EMBEDDING, ETA, LEAST_ETA, MOST_ETA
 from vaediff.data import folder as folder_reader
 from vaediff.data import resize, shapes, sources
@@ -32,6 +32,7 @@ from vaediff.modes.edit_training import Picture
 from vaediff.run import captions, checkpoint, images, log, scoring
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
+from vaediff.storage import files
 
 FOLDER = 'edits'
 """In the run's folder, or that of `--out`: a folder for each edit."""

@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from vaediff import experiments, identity, places
+from vaediff import experiments
 from vaediff.data import arrays, sources
 from vaediff.experiments.edit import EDIT_EMBEDDING, EDIT_FINETUNE, SECTION
 from vaediff.modes import train
 from vaediff.run import checkpoint, log
 from vaediff.run import config as configs
+from vaediff.storage import identity, places
 
 STAGES = (EDIT_EMBEDDING, EDIT_FINETUNE)
 REPORTS = 10

@@ -12,7 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vaediff
-from vaediff import files
 from vaediff.errors import UserError
 from vaediff.machine import integers
 from vaediff.modes import paired
@@ -20,6 +19,7 @@ from vaediff.run import draw, exported, log
 from vaediff.run.draw import HostArrays
 from vaediff.run.exported import Exported
 from vaediff.run.trained import Trained
+from vaediff.storage import files
 from vaediff.weights import onnx_file
 
 WEIGHTS = ('float32', 'int8')

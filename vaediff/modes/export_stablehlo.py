@@ -12,7 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vaediff
-from vaediff import files
 from vaediff.errors import UserError
 from vaediff.modes import paired
 from vaediff.modes.export_onnx import Figures, batches_of, differences, in_jax_of, speed
@@ -20,6 +19,7 @@ from vaediff.run import exported, log
 from vaediff.run.draw import HostArrays
 from vaediff.run.exported import Exported
 from vaediff.run.trained import Trained
+from vaediff.storage import files
 from vaediff.weights import stablehlo_file
 
 TOLERANCE = {

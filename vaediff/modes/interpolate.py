@@ -10,7 +10,6 @@ import pathlib
 import jax
 import numpy as np
 
-from vaediff import files
 from vaediff.conditions import pca
 from vaediff.conditions.clip_image import EMBEDDING
 from vaediff.conditions.vae import CODE
@@ -24,6 +23,7 @@ from vaediff.run import clips, directions, images, log
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained, open_last, say_figures
+from vaediff.storage import files
 
 NAMES = {CODE: 'code', NOISE: 'x_T'}
 """What is changed, in tables and pictures."""

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from vaediff import buckets, files
 from vaediff.errors import UserError
 from vaediff.machine import distributed
 from vaediff.run import config as configs
 from vaediff.run import images, log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
+from vaediff.storage import buckets, files
 
 MAX_IN_GRID = 256
 """Most images in a PNG grid; an npz holds them all."""

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vaediff import checks, experiments, files, reads
+from vaediff import checks, experiments, reads
 from vaediff.errors import UserError
 from vaediff.experiments import quantized as stages
 from vaediff.experiments.base import Experiment
@@ -15,6 +15,7 @@ from vaediff.run import config as configs
 from vaediff.run import log, quantization, quantizing
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
+from vaediff.storage import files
 
 BOUNDS = {
   **quantizing.BOUNDS,

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff import files
 from vaediff.data import pixels
 from vaediff.errors import UserError
 from vaediff.evaluation import report
@@ -19,6 +18,7 @@ from vaediff.modes import pictures
 from vaediff.run import images, log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last, say_figures
+from vaediff.storage import files
 
 
 def mode(run: Run) -> None:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff import files
 from vaediff.conditions.degraded import DEGRADED, KNOWN, learned_by
 from vaediff.conditions.vae import IMAGE
 from vaediff.data import pixels, sources
@@ -27,6 +26,7 @@ from vaediff.run import images, log
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained, open_last
+from vaediff.storage import files
 
 ALL = 'all'
 CONSISTENT = 'consistent'

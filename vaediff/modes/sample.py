@@ -7,7 +7,6 @@ import pathlib
 import jax
 import numpy as np
 
-from vaediff import files
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation import report
@@ -15,6 +14,7 @@ from vaediff.modes import pictures
 from vaediff.run import chain, classes, draw, images, log
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last, say_figures
+from vaediff.storage import files
 
 
 def mode(run: Run) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from vaediff import files
 from vaediff.data import oracle, shapes
 from vaediff.diffusion.interpolation import on_sphere, unit
 from vaediff.errors import UserError
@@ -24,6 +23,7 @@ from vaediff.modes import pictures, vary
 from vaediff.run import clips, images, log, scoring
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last
+from vaediff.storage import files
 
 FIELD = 'config.text_diff'
 MOST_SEARCHED = 1024

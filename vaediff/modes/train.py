@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import files, identity, places, reads
+from vaediff import reads
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
@@ -24,6 +24,7 @@ from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.precomputed import precomputed
 from vaediff.run.trained import Trained
+from vaediff.storage import files, identity, places
 
 
 def mode(run: Run) -> None:

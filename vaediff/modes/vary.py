@@ -10,7 +10,6 @@ import pathlib
 import jax
 import numpy as np
 
-from vaediff import files
 from vaediff.data import oracle, pictures, shapes
 from vaediff.evaluation import report
 from vaediff.evaluation.quality import mse
@@ -18,6 +17,7 @@ from vaediff.modes import pictures as written
 from vaediff.run import clips, images, log, scoring
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained, open_last
+from vaediff.storage import files
 
 FIELD = 'config.vary.image'
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, identity, places, reads
+from vaediff import experiments, reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment, TrainState
 from vaediff.machine import sharding
@@ -28,6 +28,7 @@ from vaediff.run import frozen as frozen_networks
 from vaediff.run.published import ADOPT, FINISH
 from vaediff.run.published.base import ORIGINS, SECTION, Import, Network, parts_of
 from vaediff.spaces.latents import LATENTS, standard
+from vaediff.storage import files, identity, places
 from vaediff.types import Params
 from vaediff.weights import families, state_dicts, torch_file
 from vaediff.weights.families import base as tables

@@ -4,9 +4,10 @@ import math
 import pathlib
 from typing import Any
 
-from vaediff import experiments, identity
+from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.run import checkpoint, log
+from vaediff.storage import identity
 
 FOLDER = 'best'
 MADE_OF = 'made_of'

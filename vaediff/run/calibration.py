@@ -22,13 +22,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from vaediff import checks, files, identity
+from vaediff import checks
 from vaediff.errors import UserError
 from vaediff.experiments import bounds, recorded
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.machine import distributed
 from vaediff.run import draw, log
 from vaediff.run.trained import Trained
+from vaediff.storage import files, identity
 
 KINDS = ('steps', 'normal')
 BOUNDS = {

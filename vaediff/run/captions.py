@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import identity, places, reads
+from vaediff import reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.machine import distributed
 from vaediff.run import checkpoint, log
+from vaediff.storage import identity, places
 
 FILE = 'tokenizer.json'
 TEXT = 'text'

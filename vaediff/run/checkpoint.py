@@ -14,11 +14,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from vaediff import files, identity
 from vaediff.errors import UserError
 from vaediff.machine import distributed, sharding
 from vaediff.models.functional import Model
 from vaediff.run import digests, quiet, spool
+from vaediff.storage import files, identity
 from vaediff.types import Params
 
 FOLDER = 'checkpoints'

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vaediff import places, reads
+from vaediff import reads
 from vaediff.data import words
 from vaediff.diffusion.interpolation import unit
 from vaediff.errors import UserError
@@ -14,6 +14,7 @@ from vaediff.experiments.base import NOISE
 from vaediff.run import same_run, scoring
 from vaediff.run.draw import HostArrays
 from vaediff.spaces.embeddings import CLIP, EMBEDDING
+from vaediff.storage import places
 
 MOST_NEUTRAL = 1024
 """Captions of the evaluation split whose mean is what no caption in particular says."""

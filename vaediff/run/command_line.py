@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vaediff import places
 from vaediff.errors import UserError
 from vaediff.run import config as configs
+from vaediff.storage import places
 
 STORED = pathlib.Path(__file__).with_name('stored_config.py')
 """The config file that stands for the config of a run."""

@@ -14,11 +14,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff import checks, files, places
+from vaediff import checks
 from vaediff.diffusion.restoration import TASKS
 from vaediff.errors import UserError
 from vaediff.experiments import bounds, quantized
 from vaediff.run import earlier, values
+from vaediff.storage import files, places
 
 FILE = 'config.json'
 BOUNDS = {

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vaediff import identity
 from vaediff.machine import sharding
+from vaediff.storage import identity
 
 DEPTH = 3
 """A part of a state is what the first so many names of a path have in common: networks/<name>/params."""

@@ -8,12 +8,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import identity, places, reads
+from vaediff import reads
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.models import quantized
 from vaediff.run import captions, checkpoint, digests, measurements, same_run
+from vaediff.storage import identity, places
 
 
 def load(

@@ -11,11 +11,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff import places
 from vaediff.errors import UserError
 from vaediff.experiments import guides
 from vaediff.run import checkpoint, same_run
 from vaediff.run.students import read_from
+from vaediff.storage import places
 
 OF_DATA = ('image_size', 'channels', 'num_classes')
 """Fields of `data` in which another run cannot differ."""

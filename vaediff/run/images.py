@@ -10,7 +10,7 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from vaediff import files
+from vaediff.storage import files
 
 MIN_SIDE = 64
 """Images narrower than this are enlarged by a whole factor in grids, so that they can be seen."""

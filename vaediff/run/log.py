@@ -24,8 +24,8 @@ import jax
 import numpy as np
 import tqdm
 
-from vaediff import buckets, files
 from vaediff.errors import UserError
+from vaediff.storage import buckets, files
 
 PUSH_SECONDS = 60.0
 """At most so long what was logged is on this machine alone, where the run lies in a bucket and logs on."""

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import files, identity
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.run import captions, checkpoint, guard, log, review, same_run, wandb_log
+from vaediff.storage import files, identity
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'

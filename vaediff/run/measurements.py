@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, files, identity, places, reads
+from vaediff import experiments, reads
 from vaediff.conditions import pca, prior
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
@@ -29,6 +29,7 @@ from vaediff.run import checkpoint, draw, log, same_run
 from vaediff.spaces import tokenizers
 from vaediff.spaces.embeddings import EMBEDDING
 from vaediff.spaces.latents import LATENTS
+from vaediff.storage import files, identity, places
 from vaediff.types import Params, Read
 
 Arrays = dict[str, np.ndarray]

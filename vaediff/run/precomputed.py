@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import buckets, files, identity
 from vaediff.data import arrays, pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.run import draw, log
 from vaediff.run import frozen as frozen_networks
+from vaediff.storage import buckets, files, identity
 from vaediff.types import Read
 
 FACTS = 'made_of.json'

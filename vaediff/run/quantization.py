@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import buckets
 from vaediff.errors import UserError
 from vaediff.experiments import quantized as stages
 from vaediff.experiments.base import Experiment
@@ -25,6 +24,7 @@ from vaediff.models.quantized import Quantized
 from vaediff.run import checkpoint, draw, quantizing, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.trained import Trained
+from vaediff.storage import buckets
 from vaediff.types import Params
 
 BYTES = 'bytes'

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from vaediff import identity
 from vaediff.data import loader
 from vaediff.errors import UserError
 from vaediff.experiments import controlnet
 from vaediff.machine import distributed, sharding
 from vaediff.run import best, draw, log, usage
+from vaediff.storage import identity
 
 
 class Reviewer:

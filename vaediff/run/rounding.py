@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import files, identity
 from vaediff.machine import distributed
 from vaediff.models import adaround, integers, learned_ranges, ranges
 from vaediff.models.functional import Model
@@ -24,6 +23,7 @@ from vaediff.models.observed import Block, Layer, block_io, blocks_of, subtree, 
 from vaediff.models.quantized import Quantized
 from vaediff.run import calibration, log
 from vaediff.run.subjects import Subject
+from vaediff.storage import files, identity
 from vaediff.types import Params
 
 RANGES = 'ranges/'

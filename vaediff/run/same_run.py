@@ -10,11 +10,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff import identity
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.run import checkpoint, log
 from vaediff.run import config as configs
+from vaediff.storage import identity
 
 DATA = 'data'
 """In the `meta` of a checkpoint: the fingerprints of the images it was trained with, by split."""

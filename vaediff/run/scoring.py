@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from vaediff import identity, places, reads
+from vaediff import reads
 from vaediff.data import pixels, words
 from vaediff.errors import UserError
 from vaediff.machine import sharding
 from vaediff.run import captions, checkpoint, draw, same_run
 from vaediff.run.draw import HostArrays
+from vaediff.storage import identity, places
 
 CLIP_OWN = 'clip_own'
 """What the cosine is called, everywhere."""

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import jax
 
-from vaediff import buckets
-from vaediff.buckets import BucketPath
 from vaediff.errors import UserError
+from vaediff.storage import buckets
+from vaediff.storage.buckets import BucketPath
 
 NATIVE = ('gs',)
 """Schemes of the stores that Orbax writes to."""

@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from vaediff import checks, identity
+from vaediff import checks
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments import called
 from vaediff.experiments.denoiser import Denoiser
 from vaediff.run import calibration, draw, log
 from vaediff.run.trained import Trained
+from vaediff.storage import identity
 from vaediff.types import Params
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

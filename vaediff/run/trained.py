@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, identity, places, reads
+from vaediff import experiments, reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment
@@ -21,6 +21,7 @@ from vaediff.run import best, captions, chain, checkpoint, draw, guides, log, sa
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
+from vaediff.storage import identity, places
 
 
 class Trained:

@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vaediff import places
 from vaediff.errors import UserError
+from vaediff.storage import places
 
 PATHS = (
   'data.data_dir',

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff import buckets, files
 from vaediff.errors import UserError
 from vaediff.run import log
+from vaediff.storage import buckets, files
 
 MODES = ('disabled', 'offline', 'online')
 FILE = 'wandb.json'

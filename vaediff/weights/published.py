@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from vaediff import files
 from vaediff.errors import UserError
+from vaediff.storage import files
 from vaediff.weights import tensors, torch_file
 
 Tensors = dict[str, np.ndarray]

@@ -11,8 +11,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from vaediff import files, places
 from vaediff.errors import UserError
+from vaediff.storage import files, places
 
 
 def folder(weights_dir: str = '') -> pathlib.Path:

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vaediff import files
 from vaediff.errors import UserError
+from vaediff.storage import files
 from vaediff.weights import torch_file
 from vaediff.weights.torch_file import AGAIN, STORAGE_TYPES, Storage, Tensor
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff import files
 from vaediff.errors import UserError
+from vaediff.storage import files
 
 AGAIN = 'fetch it again'
 MOST_AXES = 16

@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vaediff.buckets import BucketPath
 from vaediff.errors import UserError
+from vaediff.storage.buckets import BucketPath
 
 RENEW_SECONDS = 10.0
 """Between two writes of the one who holds it."""

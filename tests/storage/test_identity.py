@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vaediff import identity
 from vaediff.run import digests
+from vaediff.storage import identity
 
 RNG = np.random.default_rng(0)
 ARRAYS = (

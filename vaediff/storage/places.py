@@ -4,8 +4,8 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from vaediff import buckets
 from vaediff.errors import UserError
+from vaediff.storage import buckets
 
 
 def anywhere(path: str | os.PathLike[str], meant: str = 'workdir') -> pathlib.Path:
@@ -30,7 +30,7 @@ def fetched(path: str, meant: str) -> pathlib.Path:
   Raises:
     UserError: as `anywhere`; or there is nothing, or it cannot be read or stored.
   """
-  from vaediff import files, identity  # NumPy's, which the start of the process does without
+  from vaediff.storage import files, identity  # NumPy's, which the start of the process does without
 
   there = anywhere(path, meant)
   if not isinstance(there, buckets.BucketPath):

@@ -11,9 +11,9 @@ import memory_bucket
 import numpy as np
 import pytest
 
-from vaediff import buckets, files, places
-from vaediff.buckets import BucketPath
 from vaediff.errors import UserError
+from vaediff.storage import buckets, files, places
+from vaediff.storage.buckets import BucketPath
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_no_run_folder_becomes_a_path_of_this_machine():
   """`pathlib.Path('s3://bucket/run')` would be a folder named 's3:': every workdir goes through `places`."""
-  for file in (pathlib.Path(buckets.__file__).parent).rglob('*.py'):
+  for file in pathlib.Path(buckets.__file__).parents[1].rglob('*.py'):
     for node in ast.walk(ast.parse(file.read_text())):
       if isinstance(node, ast.Call) and ast.unparse(node.func).split('.')[-1] == 'Path':
         assert 'workdir' not in ast.unparse(node), f'{file}: {ast.unparse(node)}'

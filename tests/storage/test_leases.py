@@ -7,9 +7,9 @@ import time
 import memory_bucket
 import pytest
 
-from vaediff import buckets, files, leases
-from vaediff.buckets import BucketPath
 from vaediff.errors import UserError
+from vaediff.storage import buckets, files, leases
+from vaediff.storage.buckets import BucketPath
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from vaediff import buckets, leases
 from vaediff.errors import UserError
+from vaediff.storage import buckets, leases
 
 LONGEST = 300
 """Characters of a reason."""

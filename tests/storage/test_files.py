@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from vaediff import files, identity
 from vaediff.errors import UserError
+from vaediff.storage import files, identity
 
 
 def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path):
@@ -92,7 +92,7 @@ def test_an_object_that_was_changed_is_noticed():
 
 HOLDS = """
 import pathlib, sys, time
-from vaediff import files
+from vaediff.storage import files
 with files.lock(pathlib.Path(sys.argv[1]), 'a test'):
   print('held', flush=True)
   time.sleep(60)
