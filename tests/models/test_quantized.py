@@ -1,7 +1,11 @@
 """Networks of whole numbers: the same modules, against the same arithmetic in NumPy and against floats."""
 
 import itertools
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ from flax import linen as nn
 from some_slow import some_slow
 
 from vaediff.errors import UserError
-from vaediff.machine import cost
+from vaediff.machine import cost, runtime
 from vaediff.models import integers, observed
 from vaediff.models import quantized as quantized_networks
 from vaediff.models.functional import Model
@@ -277,3 +281,35 @@ def test_a_block_runs_alone_as_it_does_in_the_network():
     np.testing.assert_allclose(
       block.apply(observed.subtree(params, block.path), *inputs), output, rtol=1e-5, atol=1e-5
     )
+
+
+COMPILED = """
+import jax
+import jax.numpy as jnp
+from test_quantized import WIDE, quantized, unet
+from vaediff.machine import integers
+model = unet(channels=64, remat=False, attention_resolutions=())
+whole = quantized(model, arithmetic=WIDE)
+given = [jnp.zeros((2, *one.shape[1:]), one.dtype) for one in model.inputs]
+params = whole.ready(whole.init(jax.random.key(0)))
+text = jax.jit(whole.apply).lower(params, *given).compile().as_text()
+print(*integers.in_library(text), len(whole.whole_layers()), len(whole.layers))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='the library is that of CPUs')
+def test_a_compiled_network_has_its_wide_layers_in_the_library_and_none_in_loops():
+  """With the flag of `main`, and the compiler's optimizations."""
+  environment = {
+    **os.environ,
+    'XLA_FLAGS': runtime.EIGEN_CONVOLUTIONS,
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
+    'PYTHONPATH': os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
+  }
+  said = subprocess.run(
+    [sys.executable, '-c', COMPILED], env=environment, capture_output=True, text=True, check=True
+  ).stdout
+  inside, outside, wide, layers = map(int, said.split())
+  assert outside == 0 and 0 < wide < layers
+  assert inside >= wide  # a product for each part of what a layer reads

@@ -10,10 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from vaediff.errors import UserError
-from vaediff.machine import sharding
-from vaediff.modes import export, export_stablehlo
+from vaediff.machine import integers, sharding
+from vaediff.modes import export, export_stablehlo, quantize
 from vaediff.run import config as configs
 from vaediff.run import exported
 from vaediff.run.config import Run
@@ -91,6 +92,45 @@ def test_bytes_of_a_decoder_for_one_size(run, tmp_path):
   images, wanted = np.asarray(program.call(given)), list(stage.draw(np.arange(2)).values())[-1]
   assert images.dtype == np.uint8 and abs(images.astype(int) - wanted).max() <= 1
   assert program.platforms == ('cpu',) and json.loads(path.with_suffix('.json').read_text())['stage'] == 'vae'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('weights', 'activations', 'kind'), [('int8', 'float32', np.int8), ('int4', 'int8', np.uint8)]
+)
+def test_a_quantized_stage_is_exported_as_it_is_stored(
+  run, trained, tmp_path, monkeypatch, weights, activations, kind
+):
+  """Whole numbers in every layer, also where floats are made of them here; those of 4 bits packed."""
+  workdir = trained('digits').copy(tmp_path / 'run')
+  config = run('vae').config
+  config.update_from_flattened_dict(
+    {
+      'quantize.stage': 'vae',
+      'quantize.weights': weights,
+      'quantize.activations': activations,
+      'quantize.num_images': 4,
+      'export.platforms': ('cpu',),
+      'export.any_batch': False,
+    }
+  )
+  monkeypatch.setattr(integers, 'arithmetic', lambda: integers.WIDE)
+  stage = quantize.quantize(Run(config, workdir, ('vae',)))
+  config = configs.read(workdir)
+  config.export.update({'format': 'stablehlo', 'platforms': ('cpu',), 'any_batch': False})
+  for form in ('stablehlo', 'safetensors'):
+    config.export.format = form
+    export.mode(Run(config, workdir, (stage,), tmp_path / 'out'))
+  program = jax.export.deserialize(bytearray((tmp_path / 'out' / f'{stage}.stablehlo').read_bytes()))
+  stored = Trained(config, workdir, stage, sharding.make_mesh(config.mesh), as_stored=True)
+  given = exported.starts(stored, np.arange(config.export.batch_size))
+  wanted = list(stored.draw(np.arange(config.export.batch_size)).values())[-1]
+  assert abs((np.asarray(program.call(given)) + 1) * 127.5 - wanted).max() <= 0.51
+  assert f'x{"ui8" if kind == np.uint8 else "i8"}>' in program.mlir_module()
+  held = safetensors.numpy.load_file(tmp_path / 'out' / f'{stage}.safetensors')
+  kernels = [value for name, value in held.items() if '.kernel_q' in name]
+  assert kernels and all(value.dtype == kind for value in kernels)
+  assert any(name.startswith('tables.kernel_scale') for name in held)
 
 
 def test_a_file_that_draws_other_images_is_not_written(run, tmp_path, monkeypatch):

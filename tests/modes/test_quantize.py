@@ -8,7 +8,7 @@ from vaediff.errors import UserError
 from vaediff.experiments import quantized
 from vaediff.machine import integers, sharding
 from vaediff.models.quantized import PRODUCTS, Quantized
-from vaediff.modes import describe, quantize
+from vaediff.modes import benchmark, describe, evaluate, quantize
 from vaediff.modes import train as training
 from vaediff.run import checkpoint, quantization
 from vaediff.run import config as configs
@@ -151,3 +151,23 @@ def test_a_decoder_is_rounded_on_what_it_reads_of_images_and_a_refiner_reads_it(
   config.quantize.update({'stage': 'vae', 'reads': 'vae_w4a8'})
   with pytest.raises(UserError, match="made of 'vae'; stage 'vae' reads no such VAE or autoencoder"):
     quantize.quantize(Run(config, run.workdir, ('vae',)))
+
+
+@pytest.mark.slow
+def test_tables_sweeps_and_timings_take_a_quantized_stage_as_any_other(
+  trained, tmp_path, one_device, whole_numbers
+):
+  run = opened(trained, tmp_path / 'run', num_images=8)
+  name = quantize.quantize(run)
+  config = configs.read(run.workdir)
+  config.evaluate.update({'extractors': ()})
+  config.benchmark.update({'num_repeats': 1})
+  asked = Run(config, run.workdir, (name,), tmp_path / 'out')
+  evaluate.mode(asked)
+  evaluate.sweep_mode(asked)
+  tables = {path.name for path in (tmp_path / 'out').rglob('*.json')}
+  assert any(table.startswith(name) for table in tables), tables
+  assert any('sweep' in table for table in tables), tables
+  (row,) = benchmark.benchmark(config, (name,))['stages'].values()
+  assert row['arithmetic'] == PRODUCTS and row['speed_range'][0] <= row['speed'] <= row['speed_range'][1]
+  assert row['memory_bytes'] < row['memory_bytes_float32']

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import pathlib
+import re
 import shutil
 import sys
 
@@ -19,6 +20,7 @@ from vaediff.experiments.base import NOISE
 from vaediff.machine import sharding
 from vaediff.modes import interpolate, sample, text_diff, train, vary
 from vaediff.run import clips, log
+from vaediff.run.config import Run
 from vaediff.run.trained import Trained
 from vaediff.storage import identity
 
@@ -181,3 +183,22 @@ def test_pictures_that_are_none_are_refused(tmp_path):
     pictures.read(str(tmp_path / 'nothing.png'), data, 'config.vary.image')
   with pytest.raises(UserError, match="config.vary.image is ' , ': it names no file"):
     pictures.read(' , ', data, 'config.vary.image')
+
+
+@pytest.mark.slow
+def test_a_caption_becomes_a_vector_an_image_and_larger_images(tmp_path, one_device, monkeypatch, capsys):
+  """DALL-E 2 whole: what enlarges reads the small image alone, and the caption is the first stage's."""
+  monkeypatch.setattr(train, 'first_images', lambda *run: {})
+  config = importlib.import_module('configs.shapes32').get_config('unclip,cascade,debug')
+  config.data.data_dir = str(tmp_path / 'data')
+  for stage in config.stages:
+    config[stage].train.update({'num_steps': 2, 'grid_every_steps': 0})
+  train.run_stages(config, tmp_path / 'run', config.stages)
+  config.base.sample.captions = ('a disc of gray', 'a disc of hue two')
+  config.sr_32.sample.num_images = 2
+  sample.mode(Run(config, tmp_path / 'run', ('sr_32',), tmp_path / 'out'))
+  drawn = Trained(config, tmp_path / 'run', 'sr_32', sharding.make_mesh(config.mesh)).draw(np.arange(2))
+  assert list(drawn.values())[-1].shape == (2, 32, 32, 3)
+  said = capsys.readouterr().out
+  for stage in ('embedding_prior', 'base', 'sr_16', 'sr_32'):
+    assert re.search(rf'^{stage} +\d+ +2 ', said, re.MULTILINE), said

@@ -68,7 +68,7 @@ def test_stages_of_another_kind_are_refused(opened, monkeypatch):
   with stage.config.unlocked():
     stage.config.refiner.update({'experiment': 'quantized', 'quantized': {'stage': 'source'}})
   with pytest.raises(
-    UserError, match="of whole numbers.*export 'source' with config.export.weights = 'int8'"
+    UserError, match="of whole numbers.*export 'source' with config.export.weights = 'int8'; or this one"
   ):
     exported.check(stage)
 

@@ -46,7 +46,8 @@ def mode(run: Run) -> None:
   check, export = FORMATS[settings.format]
   out = pictures.out_of(run)
   check()
-  trained = open_last(run)
+  # ONNX has whole numbers of its own, made of floats
+  trained = open_last(run, as_stored=settings.format != 'onnx')
   path, figures = export(trained, settings, out, run.config.benchmark.num_repeats)
   for name, value in figures.items():
     log.say(f'{name} {value:,}' if isinstance(value, int) else f'{name} {value:.4g}')

@@ -1,12 +1,15 @@
 """The weights of a stage as safetensors: under the paths that they have here, or their published names."""
 
 import json
+import math
 import pathlib
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 import vaediff
+from vaediff.models.functional import Model
 from vaediff.run import adopting
 from vaediff.run.published import exported
 from vaediff.run.trained import Trained
@@ -27,7 +30,8 @@ def export(
   """Writes a file for each network of a stage; returns the path of the last, and `parameters`, `file_bytes`.
 
   A file is `<out>/<stage>.safetensors`, or `<stage>-<network>.safetensors` where there are several networks.
-  They hold the averaged parameters where there are any.
+  They hold the averaged parameters where there are any; of a quantized stage what its checkpoint stores:
+  kernels as int8, or uint8 with two numbers to a byte, and `tables` of their scales.
 
   Raises:
     UserError: for a network that has no published names.
@@ -47,11 +51,16 @@ def export(
       f'{trained.stage}.safetensors' if len(files) == 1 else f'{trained.stage}-{name}.safetensors'
     )
     tensors.save(path, found, about(trained, name, family, settings.names))
-  values = [value for _, _, found in files for value in found.values()]
   return path, {
-    'parameters': sum(value.size for value in values),
-    'file_bytes': sum(value.nbytes for value in values),
+    'parameters': sum(count_of(model) for model in trained.experiment.networks.values()),
+    'file_bytes': sum(value.nbytes for _, _, found in files for value in found.values()),
   }
+
+
+def count_of(model: Model) -> int:
+  """Returns how many parameters a network has; of a quantized one, before it was."""
+  shapes = jax.eval_shape(getattr(model, 'in_floats', model).init, jax.random.key(0))
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def about(trained: Trained, network: str, family: str, names: str) -> dict[str, str]:

@@ -120,21 +120,25 @@ def raw(keys: draw.SampleKeys) -> draw.SampleKeys:
 
 def check_kind(trained: Trained) -> None:
   """Raises UserError where a stage is of a kind that cannot be exported; nothing is drawn for that."""
-  experiment, stage = trained.experiment, trained.stage
-  if trained.config[stage].experiment == quantized.SECTION:
-    source = trained.config[stage][quantized.SECTION].stage
-    raise UserError(
-      f'stage {stage!r} is one of whole numbers, for the programs of this package; other formats have their '
-      f"own: export {source!r} with config.export.weights = 'int8'"
-    )
-  if not experiment.draws_images:
-    raise UserError(f'stage {stage!r} draws no images, so that there is no sampler to export')
+  if not trained.experiment.draws_images:
+    raise UserError(f'stage {trained.stage!r} draws no images, so that there is no sampler to export')
+
+
+def is_quantized(trained: Trained) -> bool:
+  """Returns whether `--mode=quantize` has made the stage."""
+  return trained.config[trained.stage].experiment == quantized.SECTION
 
 
 def check(trained: Trained) -> None:
-  """Does what `check_kind` does, for formats in which every forward pass is written out."""
-  check_kind(trained)
+  """Does what `check_kind` does, for formats in which every forward pass is written out, in floats."""
   experiment, stage = trained.experiment, trained.stage
+  if is_quantized(trained):
+    source = trained.config[stage][quantized.SECTION].stage
+    raise UserError(
+      f'stage {stage!r} is one of whole numbers, and the format has its own: export {source!r} with '
+      "config.export.weights = 'int8'; or this one with config.export.format = 'stablehlo'"
+    )
+  check_kind(trained)
   if experiment.num_function_evaluations > MAX_CALLS:
     raise UserError(
       f'stage {stage!r} draws with {experiment.num_function_evaluations} forward passes, each of which '

@@ -25,6 +25,7 @@ def load(
   *,
   training: str = '',
   own: tuple[str, pathlib.Path] | None = None,
+  as_stored: bool = False,
 ) -> dict[str, Any]:
   """Returns what an experiment reads: networks of this run or another, measurements, published arrays.
 
@@ -38,6 +39,7 @@ def load(
     training: the stage that is being trained; what is measured of it once it is trained is neutral so far.
     own: a stage and the folder of the checkpoints that it is opened from, where that is not its latest: what
       is measured of it is measured of those.
+    as_stored: quantized networks are whole numbers in all layers, also where floats are faster here.
 
   Raises:
     UserError: when something is missing, damaged, of another architecture or made of something else.
@@ -56,7 +58,7 @@ def load(
         network = (folder / source.stage, source.network, checkpoint.abstract_params(source.model, mesh))
         check_arrays = config.checkpoints.check_arrays
         stored = checkpoint.load_frozen(*network, check_arrays=check_arrays, step=source.step)
-        return quantized.ready(source.model, stored)
+        return stored if as_stored else quantized.ready(source.model, stored)
       case reads.Measured() if source.stage == training and not source.workdir:
         return sharding.replicate(source.neutral(), mesh)
       case reads.Measured():

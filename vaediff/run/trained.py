@@ -32,14 +32,18 @@ class Trained:
     workdir: the run's folder.
     stage: name of the stage.
     mesh: the devices.
+    as_stored: quantized networks are whole numbers in all layers, also where floats are faster here.
 
   Raises:
     UserError: when a checkpoint is missing, damaged, of another architecture or config, or when what it reads
       was trained anew.
   """
 
-  def __init__(self, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh):
+  def __init__(
+    self, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh, *, as_stored: bool = False
+  ):
     self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
+    self._as_stored = as_stored
     self.folder = checkpoint_folder(workdir / stage, self.settings.checkpoint)
     same_run.check_stage(config, self.folder, stage)
     self.experiment = experiments.build(config, stage)
@@ -52,9 +56,10 @@ class Trained:
       for name, model in self.experiment.networks.items()
     }
     models = self.experiment.networks
-    self.params = {name: quantized.ready(models[name], params) for name, params in stored.items()}
+    ready = (lambda _, params: params) if as_stored else quantized.ready
+    self.params = {name: ready(models[name], params) for name, params in stored.items()}
     own = (stage, self.folder)
-    frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own)
+    frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own, as_stored=as_stored)
     self.read = {**frozen, **self.params}
     self._ids = frozen_networks.ids(self.experiment, workdir, sampling=True)
     self._sources, self._makers, self._scorers = {}, {}, {}
@@ -87,7 +92,8 @@ class Trained:
     other.experiment = experiments.build(other.config, self.stage)
     if other.experiment.for_sampling != self.experiment.for_sampling or 'captions' in changes:
       own = (self.stage, self.folder)
-      frozen = frozen_networks.load(other.experiment, other.config, self.workdir, self.mesh, own=own)
+      where = (other.experiment, other.config, self.workdir, self.mesh)
+      frozen = frozen_networks.load(*where, own=own, as_stored=self._as_stored)
       other.read = {**frozen, **self.params}
       other._ids = frozen_networks.ids(other.experiment, self.workdir, sampling=True)
     other._prepare()
@@ -366,9 +372,10 @@ def _digest(arrays: Any) -> str:
   return identity.digest([identity.sum_of(np.asarray(leaf)) for leaf in leaves])
 
 
-def open_last(run: Run) -> Trained:
-  """Returns the last of the stages that a mode was called for."""
-  return Trained(run.config, run.workdir, run.stages[-1], sharding.make_mesh(run.config.mesh))
+def open_last(run: Run, *, as_stored: bool = False) -> Trained:
+  """Returns the last of the stages that a mode was called for; see `Trained`."""
+  mesh = sharding.make_mesh(run.config.mesh)
+  return Trained(run.config, run.workdir, run.stages[-1], mesh, as_stored=as_stored)
 
 
 def say_figures(figures: dict[str, float]) -> None:
