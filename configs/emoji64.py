@@ -100,6 +100,12 @@ def _dvae(stage):
   stage.train.num_steps = 5000
 
 
+def _classifier(stage):
+  # nine minutes of a core; docs/text.md
+  stage.model.channels = 16
+  stage.train.update({'num_steps': 1500, 'batch_size': 64})
+
+
 def _text(run):
   """As the shared one, in pieces of words: names of emoji have too many words for a table of them."""
   text.text(run, kind='subword', vocab_size=1024, length=32)
@@ -141,6 +147,7 @@ SIZES = {
   'vqgan': _vqgan,
   'vqvae2': _vqvae2,
   'dvae': _dvae,
+  'classifier': _classifier,
 }
 
 

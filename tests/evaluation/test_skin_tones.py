@@ -29,7 +29,7 @@ SHORT = {
   'prior.train.num_steps': 1500,
   'prior.train.batch_size': 32,
 }
-"""Networks small enough for 45 minutes of one core of an Intel Xeon; the own classifier takes longer."""
+"""Networks small enough for 45 minutes of one core of an Intel Xeon, and nine for the own classifier."""
 
 
 @pytest.fixture(scope='module')
