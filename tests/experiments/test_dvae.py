@@ -17,7 +17,7 @@ from vaediff import experiments
 from vaediff.data import pixels
 from vaediff.errors import UserError
 from vaediff.experiments import base, pixel_loss
-from vaediff.machine import cost
+from vaediff.machine import cost, sharding
 from vaediff.modes import describe
 from vaediff.run import earlier
 from vaediff.spaces import tokenizers
@@ -277,3 +277,19 @@ def test_a_stage_without_codes_is_no_tokenizer():
   config = importlib.import_module('configs.digits').get_config('latent')
   with pytest.raises(UserError, match="bottleneck is 'kl', which has no codes; with codes: vq, gumbel"):
     tokenizers.tokenizer_of(config, 'autoencoder', '', 'tokenizer.stage')
+
+
+@pytest.mark.slow
+def test_one_device_equals_eight():
+  """Noise is of each image, wherever it lies."""
+  experiment, states = built(), []
+  for count in (1, 8):
+    where = sharding.batch_sharding(sharding.make_mesh(made().mesh, jax.devices()[:count]))
+    state, step = jax.jit(experiment.init)(jax.random.key(0)), jax.jit(experiment.train_step)
+    for number in range(2):
+      batch = jax.device_put({'image': images(8, number)}, where)
+      state, metrics = step(state, {}, batch, jax.random.key(number))
+    states.append((jax.device_get(state.networks['autoencoder'].params), float(metrics['loss'])))
+  (one, loss), (eight, other) = states
+  assert loss == pytest.approx(other, rel=1e-5) and len(where.device_set) == 8
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, eight)

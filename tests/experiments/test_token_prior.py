@@ -14,6 +14,7 @@ from vaediff import experiments, reads
 from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
 from vaediff.experiments import base, token_prior
+from vaediff.machine import sharding
 from vaediff.models import token_sampling
 from vaediff.models.functional import Model
 from vaediff.models.transformer import Decoder
@@ -350,3 +351,31 @@ def test_all_forms_and_styles_take_a_step_and_are_sampled(changes, key):
     read, jax.eval_shape(lambda key: jax.random.split(key, 2), key), batch['label'],
   )  # fmt: skip
   assert drawn['codes'].shape == (2, 4, 4) and drawn['x0'].shape == (2, 8, 8, 1)
+
+
+@pytest.mark.slow
+def test_one_device_equals_eight():
+  """Two updates on given ids, with dropped labels and ids that are replaced."""
+  experiment = build(**{'prior.loss.keep_probability': 0.9})
+  random = np.random.default_rng(0)
+  batches = [
+    {
+      'image': np.zeros((8, 8, 8, 1), np.uint8),
+      'label': random.integers(0, 10, 8).astype(np.int32),
+      'codes': random.integers(0, 16, (8, 4, 4)).astype(np.int32),
+    }
+    for _ in range(2)
+  ]
+  read = {TOKENIZER: jax.jit(experiment.tokenizer.source.model.init)(jax.random.key(1))}
+  states = []
+  for count in (1, 8):
+    where = sharding.batch_sharding(sharding.make_mesh(made().mesh, jax.devices()[:count]))
+    state, step = jax.jit(experiment.init)(jax.random.key(0)), jax.jit(experiment.train_step)
+    for number, batch in enumerate(batches):
+      state, metrics = step(state, read, jax.device_put(batch, where), jax.random.key(number))
+    states.append((jax.device_get(state), float(metrics['loss'])))
+  (one, loss), (eight, other) = states
+  assert loss == pytest.approx(other, rel=1e-5) and len(where.device_set) == 8
+  for name in one.networks:
+    pairs = (state.networks[name].params for state in (one, eight))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *pairs)

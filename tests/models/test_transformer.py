@@ -261,3 +261,17 @@ def test_refusals(changes, message):
 def test_an_encoder_and_decoder_has_one_style():
   with pytest.raises(UserError, match="model.style is 'llama'; an encoder and decoder has the style 'gpt'"):
     EncoderDecoder(**TINY, style='llama', source_size=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['gpt', 'llama', 'both'])
+def test_bfloat16_is_float32_but_for_its_rounding(kind):
+  module, params = tiny(kind, 2)
+  codes = jnp.asarray(np.random.default_rng(2).integers(0, CODES, (3, GRID[0] * GRID[1])), jnp.int32)
+  logits = {
+    dtype: jax.jit(module.clone(dtype=dtype).apply)(params, codes, sources(2, 3))
+    for dtype in ('float32', 'bfloat16')
+  }
+  assert all(value.dtype == jnp.float32 for value in logits.values())
+  apart = jnp.abs(logits['bfloat16'] - logits['float32'])
+  assert 0 < float(apart.mean()) < 0.05 * float(jnp.std(logits['float32']))
