@@ -15,7 +15,7 @@ Codes, 8x8 of 256 (`vqvae2`: 8x8 and 4x4 of 64):
     python -m vaediff.main --config=configs/fashion_mnist.py:idx,small,vqvae2     # 145 seconds: docs/codes.md
     python -m vaediff.main --config=configs/fashion_mnist.py:idx,divae,prior,label
 
-`small,vqgan` and a diffusion decoder of its codes, `vqvae` and `prior` of 64 codes: docs/codes.md. `dvae`:
+`small,vqgan`, diffusion decoders and their students, `vqvae` and `prior` of 64 codes: docs/codes.md. `dvae`:
 not yet measured.
 """
 

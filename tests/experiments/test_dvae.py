@@ -281,7 +281,7 @@ def test_a_stage_without_codes_is_no_tokenizer():
 
 @pytest.mark.slow
 def test_one_device_equals_eight():
-  """Noise is of each image, wherever it lies; Adam's eps keeps what has no gradient from moving by rounding."""
+  """Noise is of each image, wherever it lies; Adam's eps leaves what has no gradient where it is."""
   experiment, states = built(**{'optim.eps': 1e-4}), []
   for count in (1, 8):
     where = sharding.batch_sharding(sharding.make_mesh(made().mesh, jax.devices()[:count]))
