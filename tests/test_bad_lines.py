@@ -281,7 +281,7 @@ def test_an_interruption_is_one_word(tmp_path, seconds):
 
 
 AT_THE_END = """
-import atexit, os, signal, sys
+import atexit, os, signal, sys, time
 from vaediff.machine import runtime
 runtime.start('vaediff.main')
 
@@ -292,7 +292,12 @@ class Late:
 if sys.argv.pop() == 'handlers are gone':
   kept = Late()
 else:
-  atexit.register(os.kill, os.getpid(), signal.SIGINT)
+  def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(200):  # another thread may get it first
+      time.sleep(0.05)
+
+  atexit.register(interrupt)
 sys.argv = ['vaediff.main', '--help']
 from vaediff.main import cli
 cli()
