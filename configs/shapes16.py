@@ -1,12 +1,12 @@
 """DiffuseVAE, and text to image, on drawn shapes, 16x16 RGB, with captions: no download.
 
     python -m vaediff.main --config=configs/shapes16.py:text         # captions to images
-    python -m vaediff.main --config=configs/shapes16.py:text,mini    # 96 compositions, for an hour of a core
+    python -m vaediff.main --config=configs/shapes16.py:text,mini    # 96 compositions, an hour of a core
     python -m vaediff.main --config=configs/shapes16.py:look,text,mini,control   # ... whose place edges say
     python -m vaediff.main --config=configs/shapes16.py:unclip,mini  # DALL-E 2: CLIP, a prior, its decoder
     python -m vaediff.main --config=configs/shapes16.py              # with a VAE, without captions
 
-`mini`: one core for 50 minutes, and what is learned by then: docs/text.md, docs/control.md, docs/unclip.md.
+`mini`: an hour or two of a core, and what is learned by then: docs/text.md, docs/control.md, docs/unclip.md.
 The full sizes: not yet measured.
 """
 
@@ -33,7 +33,7 @@ def _short(stage):
 
 
 def _of_vectors(run):
-  """What a vector says is learned sooner than captions; longer, variations change less: docs/unclip.md."""
+  """What a vector says is learned sooner than captions are, and then varied enough: docs/unclip.md."""
   refiner = run.section('refiner')
   if 'clip_image' in refiner.conditions:
     refiner.train.num_steps = 3500

@@ -101,7 +101,7 @@ def test_bytes_of_a_decoder_for_one_size(run, tmp_path):
 def test_a_quantized_stage_is_exported_as_it_is_stored(
   run, trained, tmp_path, monkeypatch, weights, activations, kind
 ):
-  """Whole numbers in every layer, also where floats are made of them here; those of 4 bits packed."""
+  """The file has whole numbers in every layer, those of 4 bits packed, with products of them and without."""
   workdir = trained('digits').copy(tmp_path / 'run')
   config = run('vae').config
   config.update_from_flattened_dict(
@@ -114,7 +114,7 @@ def test_a_quantized_stage_is_exported_as_it_is_stored(
       'export.any_batch': False,
     }
   )
-  monkeypatch.setattr(integers, 'arithmetic', lambda: integers.WIDE)
+  monkeypatch.setattr(integers, 'arithmetic', lambda: integers.PRODUCTS)
   stage = quantize.quantize(Run(config, workdir, ('vae',)))
   config = configs.read(workdir)
   config.export.update({'format': 'stablehlo', 'platforms': ('cpu',), 'any_batch': False})

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import vaediff
 from vaediff.models.functional import Model
 from vaediff.run import adopting
+from vaediff.run import exported as exported_stage
 from vaediff.run.published import exported
 from vaediff.run.trained import Trained
 from vaediff.weights import tensors
@@ -18,6 +19,8 @@ from vaediff.weights import tensors
 NAMES = ('vaediff', 'official')
 LAYOUTS = {'vaediff': 'HWIO, Dense [in,out]', 'official': 'OIHW, Linear [out,in]'}
 """How the axes of kernels are ordered, by the names."""
+STORED = 'kernel_q [out,*window,in] int8, kernel_q4 the same as uint8, two inputs to a byte; scales in tables'
+"""How those of quantized networks are, beside floats in the order of this package."""
 
 
 def check() -> None:
@@ -71,7 +74,7 @@ def about(trained: Trained, network: str, family: str, names: str) -> dict[str, 
     'stage': trained.stage,
     'network': network,
     'names': names,
-    'layout': LAYOUTS[names],
+    'layout': f'{LAYOUTS[names]}; {STORED}' if exported_stage.is_quantized(trained) else LAYOUTS[names],
     'config': json.dumps(json.loads(trained.config[trained.stage].to_json())),
     **{f'id of {what}': value for what, value in trained.made_of.items() if what.startswith('the stage')},
   }

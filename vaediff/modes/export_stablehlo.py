@@ -25,6 +25,7 @@ from vaediff.weights import stablehlo_file
 TOLERANCE = {
   'float32': {'float32': 1e-4, 'uint8': 1},
   'bfloat16': {'float32': 5e-2, 'uint8': 7},  # another order of sums is rounded otherwise
+  'whole numbers': {'float32': 5e-2, 'uint8': 7},  # as are inputs that lie between two of them
 }
 """Most that images may differ from those of the stage's program, by what it computes in, and their type."""
 
@@ -83,7 +84,9 @@ def export(
 
 def check_same(trained: Trained, whole: Exported, example: HostArrays, apart: float) -> None:
   """Raises UserError where images of a file are further `apart` from those of the stage than `TOLERANCE`."""
-  computes_in = 'bfloat16' if exported.in_bfloat16(trained, example) else 'float32'
+  computes_in = 'whole numbers' if exported.is_quantized(trained) else 'float32'
+  if exported.in_bfloat16(trained, example):
+    computes_in = 'bfloat16'
   most = TOLERANCE[computes_in][whole.output]
   if not apart <= most:  # nan is not
     raise UserError(

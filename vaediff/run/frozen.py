@@ -39,7 +39,7 @@ def load(
     training: the stage that is being trained; what is measured of it once it is trained is neutral so far.
     own: a stage and the folder of the checkpoints that it is opened from, where that is not its latest: what
       is measured of it is measured of those.
-    as_stored: quantized networks are whole numbers in all layers, also where floats are faster here.
+    as_stored: quantized networks are read as they are stored, also where floats are made of them here.
 
   Raises:
     UserError: when something is missing, damaged, of another architecture or made of something else.

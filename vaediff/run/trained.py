@@ -32,7 +32,7 @@ class Trained:
     workdir: the run's folder.
     stage: name of the stage.
     mesh: the devices.
-    as_stored: quantized networks are whole numbers in all layers, also where floats are faster here.
+    as_stored: quantized networks are read as they are stored, also where floats are made of them here.
 
   Raises:
     UserError: when a checkpoint is missing, damaged, of another architecture or config, or when what it reads
