@@ -44,7 +44,7 @@ def test_samples_are_read_row_by_row_of_the_vectors_that_they_are_given():
 
 @pytest.mark.long
 def test_shapes_mini_learns_vectors_and_what_they_mean(tmp_path):
-  """Two hours of one core of an Intel Xeon, 86 minutes the diffusion's: the thresholds of a chain that works."""
+  """Two hours of a core of an Intel Xeon, 86 minutes the decoder's: the thresholds of a chain that works."""
   config = config_of()
   config.data.data_dir = str(tmp_path / 'data')
   train.run_stages(config, tmp_path / 'run', config.stages)
