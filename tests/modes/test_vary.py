@@ -198,7 +198,7 @@ def test_a_caption_becomes_a_vector_an_image_and_larger_images(tmp_path, one_dev
   config.sr_32.sample.num_images = 2
   sample.mode(Run(config, tmp_path / 'run', ('sr_32',), tmp_path / 'out'))
   drawn = Trained(config, tmp_path / 'run', 'sr_32', sharding.make_mesh(config.mesh)).draw(np.arange(2))
-  assert list(drawn.values())[-1].shape == (2, 32, 32, 3)
+  assert list(drawn.values())[-1].shape == (2, *(config.data.image_size,) * 2, 3)
   said = capsys.readouterr().out
   for stage in ('embedding_prior', 'base', 'sr_16', 'sr_32'):
     assert re.search(rf'^{stage} +\d+ +2 ', said, re.MULTILINE), said
