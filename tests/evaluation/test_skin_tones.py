@@ -119,5 +119,4 @@ def measure(prior):
   right = float(np.mean(seen == labels))
   print(f'category of {len(rows)} captions: {right:.3f}; the most frequent {majority:.3f}')
   print(f'category of the images: {classifier.accuracy:.3f}')
-  if right < majority + 0.2:
-    pytest.xfail('not in so short a training: docs/text.md')
+  assert right >= majority + 0.2
