@@ -78,7 +78,8 @@ costs() {
 
 int8() {  # one update, which times need no more than
   vaediff --config="$latent" --workdir="$runs/int8" "${synthetic[@]}" --config.autoencoder.train.num_steps=1 \
-    --config.autoencoder.loss.adversarial_start_step=0 --config.ddgan.train.num_steps=1 &&
+    --config.autoencoder.loss.adversarial_start_step=0 --config.autoencoder.loss.perceptual= \
+    --config.ddgan.train.num_steps=1 &&
     vaediff --workdir="$runs/int8" --mode=quantize --config.quantize.stage=ddgan --config.quantize.num_images=16 &&
     vaediff --workdir="$runs/int8" --mode=benchmark --stages=ddgan_int8 --config.ddgan_int8.sample.num_images=100 \
       --config.ddgan_int8.sample.batch_size=100 > "$runs/benchmark" && as_line
@@ -97,7 +98,7 @@ train_emoji() {
 }
 export python runs out size emoji emoji_seconds
 
-synthetic=(--config.data.source=synthetic)
+synthetic=(--config.data.source=synthetic --config.benchmark.matmul_size=8192)
 cifar=configs/cifar10.py:bfloat16 celeba=configs/celeba256.py:bfloat16 latent=configs/cifar10.py:latent,bfloat16
 plain=configs/cifar10.py:unconditional,bfloat16  # whose network is the same, and reads no VAE
 emoji_config=configs/emoji64.py:unconditional,bfloat16 extractors="('mobilenetv2',)" emoji_images=2000

@@ -19,8 +19,14 @@ Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/u
 
     python -m vaediff.main --config=configs/emoji64.py:unclip
 
-Three levels of codes at half the width: docs/codes.md; captions to codes: docs/text.md. The rest: not yet
-measured.
+Three levels of codes at half the width: docs/codes.md; captions to codes: docs/text.md. In latents of 16x16,
+an evening of two cores, or minutes of a GPU:
+
+    python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion,unconditional,label,guided
+    python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion    # DiffuseVAE
+    python -m vaediff.main --config=configs/emoji64.py:small,latent              # LDDGAN
+
+The full sizes: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
@@ -151,7 +157,87 @@ SIZES = {
 }
 
 
+# `small` -------------------------------------------------------------------------------------------------
+
+
+def _small_vae(stage):
+  stage.model.update(
+    presets.vae(
+      '64x1,64d2,64t32,32x1,32d2,32t16,16x1,16d2,16t8,8x1,8d2,8t4,4x1,4d4,4t1,1x1',
+      '1x1,1u4,1t4,4x1,4u2,4t8,8x1,8u2,8t16,16x1,16u2,16t32,32x1,32u2,32t64,64x1',
+      '64:16,32:32,16:32,8:64,4:128,1:64',
+      64,
+    )
+  )
+  stage.model.stem = 'dense'
+  stage.loss.reduction = 'mean'
+  stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
+  stage.train.update({'num_steps': 2000, **OFTEN})
+
+
+def _small_autoencoder(stage):
+  stage.model.update({'channels': 24, 'channel_multipliers': (1, 2, 2)})
+  stage.discriminator.update({'channels': 24, 'num_layers': 3})
+  stage.loss.update(
+    {
+      'perceptual': '',
+      'adversarial_weight': 0.2,
+      'adversarial_start_step': 1500,
+      'discriminator_start_step': 1200,
+    }
+  )
+  stage.train.update({'num_steps': 3000, 'batch_size': 32, 'flip': True, **OFTEN})
+
+
+def _small_refiner(stage):
+  stage.model.update(
+    {
+      'channels': 64,
+      'channel_multipliers': (1, 2, 2),
+      'num_res_blocks': 1,
+      'attention_resolutions': (8, 4),
+      'num_heads': 4,
+      'dropout': 0.0,
+      'scale_shift_norm': True,
+      'coordinates': True,
+    }
+  )
+  stage.diffusion.update({'prediction': 'v', 'loss_weight': 'v'})
+  stage.optim.update(
+    {
+      'learning_rate': 5e-4,
+      'schedule': 'cosine',
+      'warmup_steps': 200,
+      'ema_decay': 0.999,
+      'ema_warmup': True,
+    }
+  )
+  stage.train.update({'num_steps': 8000, 'batch_size': 64, 'flip': True, **OFTEN})
+
+
+def _small_distill(stage):
+  stage.from_steps = 32
+  stage.last_train_steps = 600
+  stage.optim.learning_rate = 1e-4
+  stage.train.update({'num_steps': 300, **OFTEN})
+
+
+OFTEN = {'save_every_steps': 1000, 'eval_every_steps': 1000, 'grid_every_steps': 0, 'eval_images': 256}
+SMALL = {
+  'vae': _small_vae,
+  'autoencoder': _small_autoencoder,
+  'refiner': _small_refiner,
+  'distill': _small_distill,
+}
+
+
+def _small(run):
+  """Latents of 16x16x4 and a U-Net of a few million parameters; no published weights."""
+  run.edit_all(SMALL)
+  run.config.evaluate.update({'extractors': ('classifier',), 'num_images': 2000, 'lpips': ''})
+
+
 def get_config(variant: str = ''):
   own = {'latent': gan_small.latent, 'free': gan_small.free, 'text': _text, 'clip': _clip}
-  own['unclip'] = _unclip
+  own |= {'unclip': _unclip, 'small': _small}
   return base.make('emoji64', DATA, SIZES, variant, own=own)

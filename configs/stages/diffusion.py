@@ -28,6 +28,12 @@ def section() -> ConfigDict:
       'workdir': '',  # ... of this other run; '' = this run
     }
   )
+  config.start = ConfigDict(
+    {
+      'stage': 'refiner',  # a diffusion of the same settings, which training begins as: this stage ...
+      'workdir': '',  # ... of this other run; '' = training begins fresh
+    }
+  )
   config.conditions = ConfigDict(  # further ones, by name: a section each
     {
       'vae': {

@@ -89,6 +89,7 @@ def vectors(num_tokens: int = 4, width: int = 64) -> ConfigDict:
     {
       'stage': CLIP,  # that makes it: this stage ...
       'workdir': '',  # ... of this other run; '' = this run
+      'of': 'image',  # whose vector: 'image' | 'caption', prior_stage = '': an arm without a prior
       'num_tokens': num_tokens,  # that the network attends to; 0 = it joins the time's embedding alone
       'width': width,  # of a token
       'dropout': DROPOUT,  # probability, per example, of the learned null

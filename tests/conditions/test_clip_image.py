@@ -127,6 +127,30 @@ def test_the_vector_is_that_of_the_clip_stage_or_what_is_stored():
     one.values({}, {Z: jnp.zeros((3, 4))})
 
 
+OF_CAPTIONS = {
+  'refiner.conditions.clip_image.of': 'caption',
+  'refiner.conditions.clip_image.prior_stage': '',
+}
+
+
+@pytest.mark.slow
+def test_vectors_of_captions_follow_from_the_captions_unless_they_are_given():
+  experiment = build(**OF_CAPTIONS)
+  one, x = clip_image_of(experiment), jnp.zeros((3, 16, 16, 3))
+  assert (one.seen, one.stored, one.maker, one.reconstructs) == ((), {}, None, False)
+  assert experiment.depth == 0 and experiment.conditions.title == 'clip_caption+text'
+  tokens = jnp.zeros((3, 32), jnp.int32).at[:, :3].set(jnp.array([[1, 5, 2], [1, 7, 2], [1, 5, 2]]))
+  read = {'clip': made(one.clip.model, 0)}
+  given = experiment.conditions.observe(read, {words.TOKENS: tokens}, x, None)
+  assert set(given) == {words.TOKENS}
+  seen = jax.jit(lambda tokens: experiment.conditions.complete(read, {words.TOKENS: tokens}))(tokens)[Z]
+  np.testing.assert_allclose(seen, one.clip.model.apply(read['clip'], tokens, method='texts'), atol=1e-6)
+  np.testing.assert_array_equal(seen[0], seen[2])
+  assert np.abs(seen[0] - seen[1]).max() > 1e-3
+  own = vectors(3)
+  assert experiment.conditions.complete({}, {words.TOKENS: tokens, Z: own})[Z] is own
+
+
 def test_the_prior_feeds_it_and_is_sampled_before_every_stage_of_a_cascade():
   one = clip_image_of(build())
   assert (one.maker.stage, one.maker.feeds, one.maker.depth) == ('embedding_prior', Z, 1)
@@ -151,6 +175,8 @@ def test_the_prior_feeds_it_and_is_sampled_before_every_stage_of_a_cascade():
     ({'prior_stage': 'clip'}, "prior_stage is 'clip', which is no prior of vectors"),
     ({'workdir': 'other'}, "whose vectors are those of 'clip' \\(workdir ''\\), .* \\(workdir 'other'\\)"),
     ({'dropout': 1.0}, 'conditions.clip_image.dropout must be in'),
+    ({'of': 'words'}, "conditions.clip_image.of is 'words'; valid: image, caption"),
+    ({'of': 'caption'}, "of is 'caption', and prior_stage is 'embedding_prior', .* set prior_stage to ''"),
   ],
 )
 def test_what_cannot_be_read_is_refused(changes, message):
@@ -163,3 +189,15 @@ def test_a_port_of_words_that_are_made_is_one_vector():
     Port(enters='text', how='attention', shape=(3, 8), made=(4, 8))
   with pytest.raises(ValueError, match='A vector port cannot have shape'):
     Port(enters='vector', shape=(8,), made=(4, 8))
+
+
+def test_vectors_of_captions_need_captions_read_by_the_same_tokenizer():
+  config = config_of(**OF_CAPTIONS)
+  with config.unlocked():
+    config.refiner.text.length = 16
+  with pytest.raises(UserError, match="text.length is 16, but 32 in the stage 'clip'"):
+    experiments.build(config, 'refiner')
+  with config.unlocked():
+    del config.refiner.conditions.text
+  with pytest.raises(UserError, match="of is 'caption', but the stage reads no captions"):
+    experiments.build(config, 'refiner')

@@ -63,12 +63,18 @@ def values(row):
 @pytest.mark.parametrize('name', some_slow(['shapes/16', 'shapes/mini'], 'shapes/mini'))
 def test_samples_that_show_what_is_asked(name):
   rows = compositions.composition_rows(Stage(name), opened(classifier=Classifier(name)))
-  assert [row['set'] for row in rows] == [*compositions.SPLITS, compositions.OTHERS, compositions.DATA]
-  assert [row['N'] for row in rows] == [COUNT, COUNT, COUNT, 20]
-  for row in (rows[0], rows[1], rows[3]):
+  assert [row['set'] for row in rows] == [
+    compositions.TEST,
+    compositions.REORDERED,
+    compositions.HELD_OUT,
+    compositions.OTHERS,
+    compositions.DATA,
+  ]
+  assert [row['N'] for row in rows] == [COUNT, COUNT, COUNT, COUNT, 20]
+  for row in (*rows[:3], rows[4]):
     assert values(row)['oracles_agree'] == 1 - 1 / row['N']
     assert {value for figure, value in values(row).items() if figure != 'oracles_agree'} == {1.0}
-  chance = values(rows[2])
+  chance = values(rows[3])
   assert chance['valid'] == 1 and chance['accuracy_joint'] < 0.1
   numbers = [len(set(column)) for column in np.array([shapes.scene('test', i, mini='mini' in name).attributes
                                                       for i in range(COUNT)]).T]  # fmt: skip

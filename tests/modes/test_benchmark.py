@@ -24,7 +24,7 @@ def test_the_figures_fit_together(tmp_path, capsys, one_device):
   for stage in ('vae', 'refiner'):
     figures = result['stages'][stage]
     assert figures['images_per_second'] == pytest.approx(figures['batch_size'] / figures['step_seconds'])
-    share = figures['flops_per_second'] / result['matmul_flops_per_second']
+    share = figures['flops_per_second'] / result['matmul_flops_per_second'][figures['dtype']]
     assert figures['fraction_of_matmul_peak'] == pytest.approx(share)
     assert figures['trace_seconds'] > 0 and figures['compile_seconds'] > 0
   refiner = result['stages']['refiner']

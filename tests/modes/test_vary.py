@@ -19,7 +19,7 @@ from vaediff.evaluation import embedded
 from vaediff.experiments.base import NOISE
 from vaediff.machine import sharding
 from vaediff.modes import interpolate, sample, text_diff, train, vary
-from vaediff.run import clips, log
+from vaediff.run import clips, log, scoring
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
 from vaediff.storage import identity
@@ -172,6 +172,27 @@ def test_what_is_no_decoder_or_of_another_clip_is_refused(run, tmp_path):
   for stage in ('embedding_prior', 'refiner'):
     with pytest.raises(identity.Stale, match="the network 'clip'"):
       opened((config, copy), stage)
+
+
+@pytest.mark.slow
+def test_a_decoder_of_captions_vectors_draws_and_is_none_of_images(run, tmp_path, one_device, monkeypatch):
+  """Trained on another run's CLIP stage; its vectors follow from its captions, so that no prior is drawn."""
+  config, workdir = run
+  config = config.copy_and_resolve_references()
+  config.stages = ('refiner',)
+  of = {'of': 'caption', 'prior_stage': '', 'workdir': str(workdir)}
+  config.refiner.conditions.clip_image.update(of)
+  monkeypatch.setattr(train, 'first_images', lambda *run: {})
+  train.run_stages(config, tmp_path / 'run', config.stages)
+  own = opened((config, tmp_path / 'run'))
+  indices = np.arange(3)
+  images = own.draw(indices)['x0']
+  told = {words.TOKENS: own.drawn(indices, 0)[words.TOKENS]}
+  vectors = scoring.Scorer(clips.open_clip(own)).texts(told[words.TOKENS])
+  np.testing.assert_array_equal(own.draw(indices, {Z: vectors})['x0'], images)
+  with pytest.raises(UserError, match=r"--mode=vary needs .*of = 'image'.* stage 'refiner' is none"):
+    vary.vary(own, tmp_path)
+  assert interpolate.embedding_rows(own, np.arange(2), np.linspace(0, 1, 3), {}, {}) == {}
 
 
 def test_pictures_that_are_none_are_refused(tmp_path):

@@ -4,6 +4,9 @@ Ramesh et al. 2022 (arXiv:2204.06125), section 2.1. The vector joins the embeddi
 map makes tokens of it, 4 there, that the network attends to beside the words of a caption. The network reads
 sqrt(d) z, whose numbers have a mean square of 1. In sampling the vector is given, such as that of an image
 that is to be varied, or is a sample of the stage that is named.
+
+With `of = 'caption'` the diffusion is trained on the vectors of captions in the place of images': the arm of
+their section 5.1 that has no prior.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from ml_collections import ConfigDict
 
 from vaediff import checks, reads
 from vaediff.conditions.base import Condition
+from vaediff.data.words import TOKENS
 from vaediff.errors import UserError
 from vaediff.models.ports import Port
 from vaediff.spaces import Space, embeddings
@@ -27,8 +31,11 @@ CLIP_IMAGE = 'clip_image'
 """Name of the condition, and of its section."""
 AS_TOKENS = 'embedding_tokens'
 """The value that enters as tokens: the same vector again."""
+OF = ('image', 'caption')
+"""Whose vector is read."""
 MOST_TOKENS, MOST_WIDTH = 1024, 2**16
 BOUNDS = {
+  'conditions.clip_image.of': checks.one_of(OF),
   'conditions.clip_image.dropout': checks.below_one(),
   'conditions.clip_image.num_tokens': checks.between(0, MOST_TOKENS),
   'conditions.clip_image.width': checks.between(1, MOST_WIDTH),
@@ -46,6 +53,7 @@ class ClipImage(Condition):
     dropout: probability of the learned stand-ins.
     flip: images are mirrored in training, so that their vectors are not known before.
     maker: the stage whose samples are the vectors in sampling; None = they are seen in data.
+    of_captions: the vectors are those of the captions, in training and in sampling.
   """
 
   clip: reads.FromStage
@@ -54,12 +62,25 @@ class ClipImage(Condition):
   dropout: float
   flip: bool
   maker: reads.Sampled | None
+  of_captions: bool = False
 
   name = CLIP_IMAGE
-  title = CLIP_IMAGE
-  seen = (EMBEDDING,)
-  reconstructs = True
   bounds_images = False
+
+  @property
+  def title(self) -> str:
+    """What is read."""
+    return 'clip_caption' if self.of_captions else CLIP_IMAGE
+
+  @property
+  def seen(self) -> tuple[str, ...]:
+    """The vector, but where it follows from the caption."""
+    return () if self.of_captions else (EMBEDDING,)
+
+  @property
+  def reconstructs(self) -> bool:
+    """Whether it says what the image looks like: a caption leaves much open."""
+    return not self.of_captions
 
   @property
   def size(self) -> int:
@@ -90,15 +111,23 @@ class ClipImage(Condition):
 
   @property
   def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The vector, unless images are mirrored."""
-    return {} if self.flip else self.inputs
+    """The vector, unless images are mirrored, or captions have it: of these there are few."""
+    return {} if self.flip or self.of_captions else self.inputs
 
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:
-    """Returns the vectors of the images; or what is stored."""
+    """Returns the vectors of the images, or what is stored; of captions nothing, as they say it."""
     del key
+    if self.of_captions:
+      return {}
     if EMBEDDING in batch:
       return {EMBEDDING: batch[EMBEDDING]}
     return {EMBEDDING: embeddings.images(self.clip, read, x)}
+
+  def complete(self, read: Read, given: Given) -> Given:
+    """Returns what was given with the vectors of its captions, where these are read and none are given."""
+    if not self.of_captions or EMBEDDING in given:
+      return given
+    return {**given, EMBEDDING: embeddings.captions(self.clip, read, given[TOKENS])}
 
   def values(self, read: Read, given: Given) -> Values:
     """Returns the vector times the square root of its size, once for each port.
@@ -132,6 +161,9 @@ def clip_image_condition(config: ConfigDict, stage: str, space: Space) -> ClipIm
   section = config[stage]
   checks.check(section, BOUNDS)
   named = section.conditions[CLIP_IMAGE]
+  of_captions = named.of == 'caption'
+  if of_captions:
+    _check_captions(config, stage)
   return ClipImage(
     clip=embeddings.clip_of(config, named, f'conditions.{CLIP_IMAGE}'),
     num_tokens=named.num_tokens,
@@ -139,7 +171,26 @@ def clip_image_condition(config: ConfigDict, stage: str, space: Space) -> ClipIm
     dropout=named.dropout,
     flip=section.train.flip,
     maker=maker_of(config, stage),
+    of_captions=of_captions,
   )
+
+
+def _check_captions(config: ConfigDict, stage: str) -> None:
+  """Raises UserError unless a stage that reads the vectors of captions has captions and no other source."""
+  section, named = config[stage], config[stage].conditions[CLIP_IMAGE]
+  field = f'config.{stage}.conditions.{CLIP_IMAGE}'
+  if 'text' not in section.conditions:
+    raise UserError(
+      f"{field}.of is 'caption', but the stage reads no captions (conditions.text): take the variant unclip, "
+      "or of = 'image'"
+    )
+  if named.prior_stage:
+    raise UserError(
+      f"{field}.of is 'caption', and prior_stage is {named.prior_stage!r}, which draws vectors of images: "
+      "set prior_stage to '', or of to 'image'"
+    )
+  if not named.workdir:
+    embeddings.check_words(config, stage, named.stage, field)
 
 
 def maker_of(config: ConfigDict, stage: str) -> reads.Sampled | None:

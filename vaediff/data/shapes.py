@@ -56,6 +56,8 @@ OMITTED = {'colour': 0.1, 'size': 0.25, 'position': 0.25, 'background': 0.25}
 """How often a caption leaves an attribute out; it never leaves out the shape."""
 LOOK = 'caption_look'
 """The feature whose captions tell shape, colour and background alone."""
+NUM_ORDERS, UNWRITTEN = 3, 3
+"""Orders of words that captions have; and one that none has."""
 FINER = 8
 """Masks are drawn so many times as large, and averaged."""
 
@@ -95,6 +97,12 @@ class Scene:
     """Returns a caption that tells all that captions of a feature can tell, in the words that they have."""
     return self.caption_look if feature == LOOK else self.caption_full
 
+  def reordered(self, feature: str) -> str:
+    """Returns one that tells the same in an order that no caption of the feature has."""
+    if feature == LOOK:
+      return in_words(self.attributes, 2, {'size', 'position'})
+    return in_words(self.attributes, UNWRITTEN)
+
 
 def is_named(data: ml_collections.ConfigDict) -> bool:
   """Returns whether a config's images are of this data set."""
@@ -128,7 +136,7 @@ def scene(split: str, index: int, *, mini: bool = False) -> Scene:
   offset = random.uniform(-JITTER, JITTER, 2).tolist()
   growth, shade = random.uniform(*GROWTH), random.uniform(*SHADE)
   glow = random.uniform(-GLOW, GLOW, 3).tolist()
-  order, chances = int(random.randint(3)), random.uniform(size=len(OMITTED))
+  order, chances = int(random.randint(NUM_ORDERS)), random.uniform(size=len(OMITTED))
   left_out = {name for name, chance in zip(OMITTED, chances, strict=True) if chance < OMITTED[name]}
   return Scene(
     attributes=attributes,
@@ -145,7 +153,7 @@ def in_words(attributes: tuple[int, ...], order: int = 0, left_out: set[str] = f
 
   Args:
     attributes: the number of each.
-    order: 0 as above, 1 with the place first, 2 with the background first.
+    order: 0 as above, 1 with the place first, 2 with the background first, 3 with the place last.
     left_out: names of attributes that it does not tell.
   """
   shape, colour, size, position, background = (
@@ -156,7 +164,13 @@ def in_words(attributes: tuple[int, ...], order: int = 0, left_out: set[str] = f
   what = f'{"an" if words[0] in "aeiou" else "a"} {words}'
   where = f'at the {position}' if position else ''
   behind = f'on a {background} background' if background else ''
-  first, rest = (('', (what, where, behind)), (where, (what, behind)), (behind, (what, where)))[order]
+  orders = (
+    ('', (what, where, behind)),
+    (where, (what, behind)),
+    (behind, (what, where)),
+    ('', (what, behind, where)),
+  )
+  first, rest = orders[order]
   said = ' '.join(part for part in rest if part)
   return f'{first}, {said}' if first else said
 
@@ -199,7 +213,8 @@ def _grammar() -> str:
     return f'on an? {group("background", times)} background'
 
   what = f'an? (?:{group("size", 0)} )?(?:{group("colour", 0)} )?{group("shape", 0)}'
-  return f'(?:(?:{place(1)}|{behind(1)}),? )?{what}(?: {place(0)})?(?: {behind(0)})?'
+  where = f'(?:(?: {place(0)})?(?: {behind(0)})?| {behind(2)} {place(2)})'
+  return f'(?:(?:{place(1)}|{behind(1)}),? )?{what}{where}'
 
 
 _GRAMMAR = _grammar()

@@ -1,8 +1,8 @@
 """Whether samples show what captions ask for, on the data set `shapes`, whose images can be read exactly.
 
-Captions that tell everything, or all that those of training can tell, are those of the split `test`, and
-those of compositions that no training image has. What is drawn is read in closed form
-(`vaediff.data.oracle`).
+Captions that tell everything, or all that those of training can tell, are those of the split `test`, the same
+in an order of words that no caption has, and those of compositions that no training image has. What is drawn
+is read in closed form (`vaediff.data.oracle`).
 
 accuracy_<attribute>    share of samples that show what was asked
 accuracy_joint          ... all that was asked
@@ -21,7 +21,8 @@ from vaediff.evaluation.networks import Networks
 from vaediff.run import log
 from vaediff.run.trained import Trained
 
-SPLITS = {'captions of test': 'test', 'compositions held out': 'held_out'}
+TEST, REORDERED, HELD_OUT = 'captions of test', 'in an order never read', 'compositions held out'
+"""The sets of captions."""
 OTHERS = 'samples of other captions'
 """What chance gives."""
 DATA = 'evaluation images'
@@ -41,11 +42,13 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
   if not (shapes.is_named(data) and count and trained.draws_alone and trained.captioned):
     return []
   mini, rows, reader = shapes.is_mini(data), [], None
-  for title, split in SPLITS.items():
+  for title in (TEST, REORDERED, HELD_OUT):
+    split = 'held_out' if title == HELD_OUT else 'test'
     scenes = [shapes.scene(split, index, mini=mini) for index in range(count)]
-    log.say(f'drawing {count} samples of the {title}')
+    log.say(f'drawing {count} samples: {title}')
     texts = [scene.telling(data.caption_feature) for scene in scenes]
-    given = trained.told(texts)
+    other = [scene.reordered(data.caption_feature) for scene in scenes]
+    given = trained.told(other if title == REORDERED else texts)
     drawn = trained.draw_all({**given, **followed_by(trained, split, count)})
     image = drawn[list(drawn)[-1]]
     reader = reader or oracle.Oracle(image.shape[1], mini=mini)

@@ -12,7 +12,8 @@ recall_<k>_captions     the same of the captions' own vectors
 Of a decoder, on the data set `shapes`: which attributes of the image, or of the caption, its samples show
 when they are given the image's vector, a prior's, or the caption's in its place, which is no vector of an
 image (the ablation of arXiv:2204.06125, section 5.1, where an FID is 7.99 with the prior and 16.55 without).
-Captions have no words in them there, where training dropped some.
+A decoder that was trained on captions' vectors is given these alone. Captions have no words in them there,
+where training dropped some.
 """
 
 from typing import Any
@@ -30,7 +31,9 @@ from vaediff.run.trained import Trained
 
 OF_IMAGES, OF_PRIOR = "images' vectors", "the prior's vectors"
 OF_CAPTIONS = "captions' vectors in their place"
-"""The sets of samples of a decoder."""
+"""The sets of samples of a decoder of vectors of images."""
+TRAINED_ON_CAPTIONS = "captions' vectors"
+"""The one set of a decoder that was trained on vectors of captions."""
 
 
 def figures(trained: Trained) -> dict[str, Figure]:
@@ -92,6 +95,8 @@ def decoder_rows(trained: Trained) -> list[dict[str, Any]]:
   captions, scorer = [scene.caption_full for scene in scenes], scoring.Scorer(clip)
   tokens = clip.told(captions)[words.TOKENS]
   image = np.stack([shapes.render(scene, data.image_size) for scene in scenes])
+  if not clips.sees_vectors(trained):
+    return [decoded(trained, TRAINED_ON_CAPTIONS, asked, scorer.texts(tokens))]
   given = {OF_IMAGES: scorer.images(image)}
   for source in trained.experiment.makers:
     if source.feeds == clips.EMBEDDING and trained.has_maker(source):

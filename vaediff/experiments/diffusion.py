@@ -79,7 +79,7 @@ class Diffusion(base.InSpace):
     start_value: the value that a start below t = 1 is made of.
     time_sampler: of the training times, 'uniform' or 'loss_second_moment'.
     for_sampling: networks of other checkpoints that guide its samples, which training does not read.
-    first: the network that its own begins as, trained without one of its conditions.
+    first: the network that its own begins as, which may have been trained without one of its conditions.
   """
 
   space: Space
@@ -111,7 +111,9 @@ class Diffusion(base.InSpace):
       space=space,
       denoiser=denoiser,
       for_sampling=for_sampling,
-      first=extended.source(conditions, stage, lambda known: make_denoiser(section, space, known).model),
+      first=extended.source(
+        section, conditions, stage, lambda known: make_denoiser(section, space, known).model
+      ),
       optimizer=make_optimizer(section.optim, section.train.num_steps),
       flip=section.train.flip,
       microbatches=section.train.microbatches,

@@ -1,15 +1,17 @@
-"""A diffusion that begins as one that was trained without one of its conditions, such as captions.
+"""A diffusion that begins as a trained one: to be fine-tuned, or to be given one more condition.
 
-What the condition adds to the network is zero at first, so that the two are the same to the last bit.
+What captions add to the network is zero at first, so that the two are the same to the last bit.
 """
 
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from vaediff import reads
 from vaediff.conditions.base import Conditions
+from vaediff.errors import UserError
 from vaediff.experiments import base
 from vaediff.experiments.denoiser import DENOISER
 from vaediff.models.functional import Model, laid_over
@@ -20,19 +22,31 @@ FIRST = 'first_denoiser'
 
 
 def source(
-  conditions: Conditions, stage: str, build: Callable[[Conditions], Model]
+  section: ConfigDict, conditions: Conditions, stage: str, build: Callable[[Conditions], Model]
 ) -> Mapping[str, reads.FromStage]:
   """Returns the network that a stage begins as, by name; {} where it begins fresh.
 
   Args:
+    section: of the stage; of a student, or of a control, it has no `start`.
     conditions: of the stage.
     stage: whose section describes the network.
     build: conditions -> the stage's network on them.
+
+  Raises:
+    UserError: when it would begin as two networks.
   """
   added = [one for one in conditions.each if one.added_to]
-  if not added:
+  named = section.start if 'start' in section else None
+  begun = [(named.stage, named.workdir)] if named and named.workdir else []
+  if added and begun:
+    raise UserError(
+      f'config.{stage}.start names {begun[0][1]!r}, and conditions.{added[0].name}.extends '
+      f"{added[0].added_to[1]!r}: training begins as one network. Set the workdir of the other to ''"
+    )
+  begun += [one.added_to for one in added]
+  if not begun:
     return {}
-  trained_as, workdir = added[0].added_to
+  trained_as, workdir = begun[0]
   model = build(Conditions(tuple(one for one in conditions.each if not one.added_to)))
   return {
     FIRST: reads.FromStage(stage=trained_as, network=DENOISER, workdir=workdir, model=model, section=stage)

@@ -36,36 +36,45 @@ def mode(run: Run) -> None:
 def benchmark(config: ConfigDict, stages: tuple[str, ...]) -> dict[str, Any]:
   """Measures and prints one JSON object; returns it. Networks are freshly initialised, no run is needed.
 
-  Keys: `device`, `matmul_flops_per_second` (the peak that others are compared with, float32 operands at
-  JAX's default precision), `loader_images_per_second`, and per stage `trace_seconds` (until XLA has the
-  program) and `compile_seconds` of the train step (a load, where the persistent cache has it), median
-  `step_seconds`, `input_wait_fraction` (of the time of steps and loading), `images_per_second`,
-  `flops_per_second` (twice the multiply-accumulates of the forward and backward pass over the step time),
-  `fraction_of_matmul_peak`, and for samplers `sample_seconds`,
-  `forward_seconds`, `num_function_evaluations`, `sampler_over_forward` (1 = no overhead), and
-  `sampling` (see `measure_parts`). A stage with several kinds of updates gets their mean, by how often
-  they come. Of a quantized stage see `paired.measure`.
+  Keys: `device`; `matmul_flops_per_second`, the peak that others are compared with: of square products of
+  operands of each type that a network computes in, at JAX's default precision; `loader_images_per_second`;
+  and per stage `dtype`, `trace_seconds` (until XLA has the program) and `compile_seconds` of the train step
+  (a load, where the persistent cache has it), median `step_seconds`, `input_wait_fraction` (of the time of
+  steps and loading), `images_per_second`, `flops_per_second` (twice the multiply-accumulates of the forward
+  and backward pass over the step time), `fraction_of_matmul_peak` (of its type), `memory_bytes` of the train
+  step on one device (arguments, results that take no argument's place, and temporaries, as XLA counts them),
+  and for samplers `sample_seconds`, `forward_seconds`, `num_function_evaluations`, `sampler_over_forward`
+  (1 = no overhead), and `sampling` (see `measure_parts`). A stage with several kinds of updates gets their
+  mean, by how often they come. Of a quantized stage see `paired.measure`.
   """
   repeats = config.benchmark.num_repeats
   mesh = sharding.make_mesh(config.mesh)
-  peak = matmul_peak(config.benchmark.matmul_size, repeats) * mesh.size
+  size, types = config.benchmark.matmul_size, [dtype_of(config[stage]) for stage in stages]
+  peaks = {dtype: matmul_peak(size, repeats, dtype) * mesh.size for dtype in dict.fromkeys(types)}
   source = sources.open_source(config.data, 'train')
   result = {
     'config': config.name,
     'device': f'{jax.devices()[0].device_kind} x {mesh.size}',
     'jax': jax.__version__,
-    'matmul_flops_per_second': peak,
+    'matmul_flops_per_second': peaks,
     'loader_images_per_second': loader_speed(config, config[stages[-1]].train.batch_size, source, repeats),
     'stages': {},
   }
-  for stage in stages:
+  for stage, dtype in zip(stages, types, strict=True):
     log.say(f'measuring stage {stage}')
     whole = config[stage].experiment == quantized.SECTION
     result['stages'][stage] = (
-      paired.measure(config, stage, mesh) if whole else measure_stage(config, stage, source, mesh, peak)
+      paired.measure(config, stage, mesh)
+      if whole
+      else {'dtype': dtype, **measure_stage(config, stage, source, mesh, peaks[dtype])}
     )
   print(json.dumps(result, indent=2), flush=True)
   return result
+
+
+def dtype_of(section: ConfigDict) -> str:
+  """Returns the type that the network of a stage computes in."""
+  return section.model.dtype if 'model' in section and 'dtype' in section.model else 'float32'
 
 
 def measure_stage(
@@ -103,6 +112,7 @@ def measure_stage(
   traced = time.monotonic()
   by_kind = {kind: program.compile() for kind, program in lowered.items()}
   compiled = time.monotonic()
+  memory = max(map(step_bytes, by_kind.values()))
   flops = 2 * sum(
     share * cost.macs(functools.partial(experiment.train_step, kind=kind), abstract, frozen, batch, key)
     for kind, share in kinds.items()
@@ -126,9 +136,17 @@ def measure_stage(
     'images_per_second': section.train.batch_size / seconds,
     'flops_per_second': flops / seconds,
     'fraction_of_matmul_peak': flops / seconds / peak,
+    'memory_bytes': memory,
     **measure_sampler(config, experiment, section, {**frozen, **state.eval_params}, mesh, repeats),
     **measure_decoding(experiment, {**frozen, **state.eval_params}, mesh, config.benchmark),
   }
+
+
+def step_bytes(compiled: Any) -> int:
+  """Returns the bytes that a compiled program takes on one device; what it updates in place counts once."""
+  found = compiled.memory_analysis()
+  results = found.output_size_in_bytes - found.alias_size_in_bytes
+  return found.argument_size_in_bytes + results + found.temp_size_in_bytes
 
 
 def kinds_of(experiment: Experiment, num_steps: int) -> dict[str, float]:
@@ -242,9 +260,9 @@ def measure_sampler(
   }
 
 
-def matmul_peak(size: int, repeats: int) -> float:
-  """Returns the FLOP/s of one device in a square float32 matrix product."""
-  a = jax.random.normal(jax.random.key(0), (size, size))
+def matmul_peak(size: int, repeats: int, dtype: str) -> float:
+  """Returns the FLOP/s of one device in a square matrix product of operands of this type."""
+  a = jax.random.normal(jax.random.key(0), (size, size), dtype)
   product = jax.jit(lambda a: a @ a)
   return 2 * size**3 / median_seconds(lambda: product(a), repeats)
 

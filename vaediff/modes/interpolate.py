@@ -150,7 +150,7 @@ def embedding_rows(
 
   Captions have no words in them, where training dropped some: they would be true of one end alone.
   """
-  if EMBEDDING not in trained.experiment.inputs:
+  if not clips.sees_vectors(trained):
     return {}
   data, labels = trained.eval_images(int(ends.max()) + 1)
   seen = trained.observe(data, labels)[EMBEDDING]

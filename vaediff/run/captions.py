@@ -2,7 +2,8 @@
 
 A stage reads captions where its section has a part `text`: `kind`, `vocab_size` and `length`. Its tokenizer
 is trained on the captions of the training split before its first step, and kept beside its checkpoints, which
-know its digest. The same captions and settings give the same tokenizer in every stage and run.
+know its digest. The same captions and settings give the same tokenizer in every stage and run. A stage that
+begins as a network of another run, is taught by one, or controls one, takes over the tokenizer of that run.
 """
 
 import pathlib
@@ -24,6 +25,8 @@ TEXT = 'text'
 """The part of a stage's section that makes it one that reads captions."""
 DIGEST = 'tokenizer'
 """In the `meta` of a checkpoint: the digest of the tokenizer that it was trained with."""
+LEADERS = ('start', 'teacher', 'base')
+"""Parts of a section that name the stage which a network continues, whose words it must know by its ids."""
 MOST_DRAWN = 4096
 """Captions of the evaluation split that samples have in turn."""
 
@@ -40,7 +43,7 @@ def length_of(config: ConfigDict, stage: str) -> int:
 
 
 def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.Tokenizer | None:
-  """Returns the tokenizer of a stage, trained first where it is not there; None where it reads no captions.
+  """Returns the tokenizer of a stage, made first where it is not there; None where it reads no captions.
 
   Args:
     config: of the run.
@@ -58,10 +61,7 @@ def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.
   if distributed.agree(path.exists()):
     found = words.load(path, 'remove it: it is made again of the captions of the training split')
   else:
-    source = sources.open_source(config.data, 'train')
-    need_captions(source, stage)
-    found = words.train(source.captions, settings.kind, settings.vocab_size)
-    log.say(f'{stage}: {len(found.vocab)} numbers for the captions of {len(source)} training images: {path}')
+    found = _made(config, stage, path)
     if jax.process_index() == 0:
       words.save(found, path)
     distributed.wait_for_all(f'wrote {path}')
@@ -72,6 +72,22 @@ def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.
     {'the tokenizer': found.digest},
     f'Put back {path}, or train anew in another --workdir',
   )
+  return found
+
+
+def _made(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer:
+  """Returns the tokenizer of the run whose network the stage continues, or one of the training captions."""
+  settings = settings_of(config, stage)
+  for leader in (config[stage][name] for name in LEADERS if name in config[stage]):
+    taken = places.anywhere(leader.workdir) / leader.stage / FILE if leader.workdir else None
+    if taken is not None and distributed.agree(taken.exists()):
+      found = words.load(taken, 'put it back: the stage there was trained with it')
+      log.say(f'{stage}: the {len(found.vocab)} numbers for captions are those of {taken}')
+      return found
+  source = sources.open_source(config.data, 'train')
+  need_captions(source, stage)
+  found = words.train(source.captions, settings.kind, settings.vocab_size)
+  log.say(f'{stage}: {len(found.vocab)} numbers for the captions of {len(source)} training images: {path}')
   return found
 
 

@@ -25,12 +25,17 @@ def reads_vectors(trained: Any) -> bool:
   return EMBEDDING in trained.experiment.inputs
 
 
+def sees_vectors(trained: Any) -> bool:
+  """Returns whether they are vectors of images: a decoder can be trained on those of captions instead."""
+  return reads_vectors(trained) and EMBEDDING in trained.experiment.conditions.seen
+
+
 def need_vectors(trained: Any, mode: str) -> None:
-  """Raises UserError for a stage whose images are not drawn step by step of such vectors."""
-  if not reads_vectors(trained) or trained.experiment.diffusion is None:
+  """Raises UserError for a stage whose images are not drawn step by step of vectors of images."""
+  if not sees_vectors(trained) or trained.experiment.diffusion is None:
     raise UserError(
-      f'--mode={mode} needs a diffusion that reads the vector of an image, of a CLIP stage '
-      f'(conditions.clip_image, variant unclip); stage {trained.stage!r} is none. Name one with --stages'
+      f'--mode={mode} needs a diffusion that reads the vector of an image, of a CLIP stage (variant unclip, '
+      f"conditions.clip_image.of = 'image'); stage {trained.stage!r} is none. Name one with --stages"
     )
 
 

@@ -14,7 +14,7 @@ from vaediff import conditions, reads
 from vaediff.conditions.text import TEXT
 from vaediff.errors import UserError
 
-OWN_TRAINING = ('experiment', 'optim*', 'train')
+OWN_TRAINING = ('experiment', 'optim*', 'train', 'start')
 """Patterns of what a control does not take over of its base: how that was trained, but for its loss."""
 
 

@@ -262,7 +262,10 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
   section['model'].setdefault('coordinates', False)
   section['sample'].setdefault('recompute_eps', True)
   section['sample'].setdefault('bound_steps', 0)
+  if 'clip_image' in section['conditions']:
+    section['conditions']['clip_image'].setdefault('of', 'image')
   if section['experiment'] == 'diffusion':
+    section.setdefault('start', {'stage': 'refiner', 'workdir': ''})
     section.setdefault('loss', {'objective': 'hybrid', 'vlb_weight': 0.001, 'time_sampler': 'uniform'})
     section['loss'].setdefault('perceptual', '')
     section['loss'].setdefault('perceptual_weight', 0.0)

@@ -20,7 +20,7 @@ from vaediff.run.controls import read_from
 
 MATCHED = {False: 'v', True: 'guided'}
 """What is appended to the name of the stage before the others, without and with guidance."""
-OWN_TRAINING = ('experiment', 'optim*', 'train', 'loss')
+OWN_TRAINING = ('experiment', 'optim*', 'train', 'loss', 'start')
 """Patterns of what a student does not take over of the first teacher's section: how that was trained."""
 
 MOST_STEPS = 2**20

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from vaediff import reads
@@ -79,6 +79,11 @@ class Embeddings(Space):
 def images(source: reads.FromStage, read: Read, x: Image) -> Vectors:
   """Returns images in [-1, 1] as vectors of unit length, by a CLIP stage that is read."""
   return source.model.apply(read[CLIP], x, method='images')
+
+
+def captions(source: reads.FromStage, read: Read, tokens: Int[Array, 'batch length']) -> Vectors:
+  """Returns captions, as ids, as vectors of unit length, by a CLIP stage that is read."""
+  return source.model.apply(read[CLIP], tokens.astype(jnp.int32), method='texts')
 
 
 def embeddings(config: ConfigDict, named: ConfigDict, field: str) -> Embeddings:
