@@ -14,6 +14,8 @@
 #   emoji.png .json  samples of emoji64, trained from emoji.npz (in the repository root, or $EMOJI) for EMOJI_SECONDS, and
 #                    their figures
 #   log.txt          all output
+# Programs are compiled side by side first, then each is timed alone. PARTS: which of these to run.
+# COMPILE_SECONDS (150): for that.
 # SIZE=debug: tiny networks, for a test on a CPU. SECONDS_IN_ALL (530): parts that would begin later are left out.
 set -uo pipefail
 out=${1:?benchmarks/accelerator.sh OUT: the folder for results}
@@ -21,6 +23,7 @@ size=${SIZE:-full}
 in_all=${SECONDS_IN_ALL:-530}
 emoji=${EMOJI:-emoji.npz}
 emoji_seconds=${EMOJI_SECONDS:-180}
+parts=${PARTS:-benchmark torch costs emoji int8}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -60,6 +63,13 @@ benchmark() {  # benchmark CONFIG STAGE [FLAG...]: one line of benchmark.jsonl
   vaediff --config="$config" --stages="$stage" --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" "$@" \
     > "$runs/benchmark" || { cat "$runs/benchmark"; return 1; }
   as_line
+}
+
+compile() {  # compile CONFIG STAGE: fills the cache
+  local began=$SECONDS
+  vaediff --config="$1" --stages="$2" --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" \
+    --config.benchmark.num_repeats=1 --config.benchmark.num_sample_repeats=1 --config.benchmark.num_warmups=1 &&
+    echo "compiled $1: $((SECONDS - began)) s"
 }
 
 as_line() {  # the object of `--mode=benchmark`, behind what else it prints, as one line
@@ -109,18 +119,25 @@ if [ "$size" = debug ]; then
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1  # compiles sooner
   synthetic+=(--config.benchmark.matmul_size=64 --config.benchmark.num_repeats=1)
 fi
-functions=$(declare -f vaediff benchmark as_line costs int8 train_emoji; declare -p synthetic plain emoji_config latent \
+functions=$(declare -f vaediff benchmark compile as_line costs int8 train_emoji; declare -p synthetic plain emoji_config latent \
   extractors emoji_images)
+wanted() { [[ " $parts " == *" $1 "* ]]; }
 call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a function of this script, under a limit
 
 "$python" -c '
 import jax, platform
 print(jax.devices()[0].device_kind, "x", len(jax.devices()), "- jax", jax.__version__, "- Python", platform.python_version())
 ' 2>> "$out/log.txt" | tee "$out/machine.txt"
-call 'train step and sampler, cifar10 refiner' 120 "benchmark '$cifar' refiner"
-call 'train step and sampler, celeba256 refiner' 150 "benchmark '$celeba' refiner"
-call 'train step and sampler, cifar10 latent GAN' 120 "benchmark '$latent' ddgan"
-if "$python" -c 'import torch, diffusers' 2> /dev/null; then
+if wanted benchmark; then
+  call 'programs, compiled side by side' "${COMPILE_SECONDS:-150}" \
+    "compile '$cifar' refiner & compile '$celeba' refiner & compile '$latent' ddgan & wait"
+  call 'train step and sampler, cifar10 refiner' 90 "benchmark '$cifar' refiner"
+  call 'train step and sampler, celeba256 refiner' 90 "benchmark '$celeba' refiner"
+  call 'train step and sampler, cifar10 latent GAN' 90 "benchmark '$latent' ddgan"
+fi
+if ! wanted torch; then
+  say 'beside PyTorch: not wanted'
+elif "$python" -c 'import torch, diffusers' 2> /dev/null; then
   device=gpu
   [ "$size" = debug ] && device=cpu
   part 'beside PyTorch' 120 "$python" -m benchmarks.paired --cases="$torch_cases" --rounds=3 --dtype=bfloat16 \
@@ -129,11 +146,13 @@ if "$python" -c 'import torch, diffusers' 2> /dev/null; then
 else
   say 'beside PyTorch: torch and diffusers are not both here'
 fi
-call 'costs of a train step' 90 costs
-if [ -e "$emoji" ] || [ "$size" = debug ]; then
+if wanted costs; then call 'costs of a train step' 90 costs; fi
+if ! wanted emoji; then
+  say 'emoji64: not wanted'
+elif [ -e "$emoji" ] || [ "$size" = debug ]; then
   call 'emoji64' $((emoji_seconds + 90)) train_emoji
 else
   say "emoji64: there is no $emoji"
 fi
-call 'the latent GAN in int8' 120 int8
+if wanted int8; then call 'the latent GAN in int8' 120 int8; fi
 say "$SECONDS s in all"

@@ -21,10 +21,16 @@ def environment(**given):
   return json.loads(result.stdout)
 
 
-def test_convolutions_go_to_eigen_unless_the_user_chose():
-  flag = '--xla_cpu_experimental_ynn_fusion_type='
-  assert environment()['XLA_FLAGS'] == flag + '-individual_convolution'
-  assert environment(XLA_FLAGS=flag + 'x')['XLA_FLAGS'] == flag + 'x'
+@pytest.mark.parametrize('flag', runtime.FLAGS.values())
+def test_flags_of_xla_are_set_unless_the_user_chose(flag):
+  assert flag in environment()['XLA_FLAGS'].split()
+  own = f'{flag.partition("=")[0]}=x'
+  words = environment(XLA_FLAGS=own)['XLA_FLAGS'].split()
+  assert own in words and flag not in words
+  runtime.check_xla_flags(flag)
+
+
+def test_what_the_user_has_set_stays():
   assert environment(XLA_FLAGS='--xla_dump_to=a')['XLA_FLAGS'].startswith('--xla_dump_to=a ')
   assert environment(JAX_COMPILATION_CACHE_DIR='/c')['JAX_COMPILATION_CACHE_DIR'] == '/c'
   assert environment()['JAX_COMPILATION_CACHE_DIR'].endswith('vaediff/xla')
