@@ -15,7 +15,8 @@
 #                    their figures
 #   log.txt          all output
 # Programs are compiled side by side first, then each is timed alone. PARTS: which of these to run.
-# COMPILE_SECONDS (150): for that.
+# COMPILE_SECONDS (240): for that. On one H200 with jax 0.11.2
+# 100 seconds were too few for these three.
 # SIZE=debug: tiny networks, for a test on a CPU. SECONDS_IN_ALL (530): parts that would begin later are left out.
 set -uo pipefail
 out=${1:?benchmarks/accelerator.sh OUT: the folder for results}
@@ -23,7 +24,7 @@ size=${SIZE:-full}
 in_all=${SECONDS_IN_ALL:-530}
 emoji=${EMOJI:-emoji.npz}
 emoji_seconds=${EMOJI_SECONDS:-180}
-parts=${PARTS:-benchmark torch costs emoji int8}
+parts=${PARTS:-benchmark flags torch costs emoji int8}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -57,12 +58,24 @@ part() {  # part NAME LIMIT COMMAND...: runs it, its output into the log; says h
 
 vaediff() { "$python" -m vaediff.main "$@"; }
 
-benchmark() {  # benchmark CONFIG STAGE [FLAG...]: one line of benchmark.jsonl
+benchmark() {  # benchmark CONFIG STAGE [FLAG...]: one line of benchmark.jsonl; what is printed before it ends is in log.txt
   local config=$1 stage=$2
   shift 2
   vaediff --config="$config" --stages="$stage" --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" "$@" \
-    > "$runs/benchmark" || { cat "$runs/benchmark"; return 1; }
-  as_line
+    | tee "$runs/benchmark" && as_line
+}
+
+flags() {  # how long the train step of a small U-Net takes to compile, and then to run, under flags of XLA, side by side
+  for chosen in "" --xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=1 \
+    --xla_gpu_experimental_enable_fusion_autotuner=true; do
+    (
+      said=$(XLA_FLAGS=$chosen JAX_COMPILATION_CACHE_DIR=$(mktemp -d -p "$runs") vaediff --config="$small" \
+        --stages=refiner --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" --config.benchmark.num_repeats=3 \
+        | grep 'train step')
+      echo "XLA_FLAGS='$chosen' $said"
+    ) &
+  done
+  wait
 }
 
 compile() {  # compile CONFIG STAGE: fills the cache
@@ -73,7 +86,6 @@ compile() {  # compile CONFIG STAGE: fills the cache
 }
 
 as_line() {  # the object of `--mode=benchmark`, behind what else it prints, as one line
-  cat "$runs/benchmark"
   "$python" -c 'import json, sys; text = sys.stdin.read(); print(json.dumps(json.loads(text[text.index("{\n") :])))' \
     < "$runs/benchmark" >> "$out/benchmark.jsonl"
 }
@@ -92,7 +104,7 @@ int8() {  # one update, which times need no more than
     --config.ddgan.train.num_steps=1 &&
     vaediff --workdir="$runs/int8" --mode=quantize --config.quantize.stage=ddgan --config.quantize.num_images=16 &&
     vaediff --workdir="$runs/int8" --mode=benchmark --stages=ddgan_int8 --config.ddgan_int8.sample.num_images=100 \
-      --config.ddgan_int8.sample.batch_size=100 > "$runs/benchmark" && as_line
+      --config.ddgan_int8.sample.batch_size=100 | tee "$runs/benchmark" && as_line
 }
 
 train_emoji() {
@@ -110,17 +122,19 @@ export python runs out size emoji emoji_seconds
 
 synthetic=(--config.data.source=synthetic --config.benchmark.matmul_size=8192)
 cifar=configs/cifar10.py:bfloat16 celeba=configs/celeba256.py:bfloat16 latent=configs/cifar10.py:latent,bfloat16
+small=configs/shapes16.py:unconditional,mini
 plain=configs/cifar10.py:unconditional,bfloat16  # whose network is the same, and reads no VAE
 emoji_config=configs/emoji64.py:unconditional,bfloat16 extractors="('mobilenetv2',)" emoji_images=2000
 torch_cases=unet_cifar10
 if [ "$size" = debug ]; then
-  cifar=$cifar,debug celeba=$celeba,debug latent=$latent,debug plain=$plain,debug emoji_config=configs/emoji64.py:unconditional,debug
+  cifar=$cifar,debug celeba=$celeba,debug latent=$latent,debug plain=$plain,debug small=$small,debug
+  emoji_config=configs/emoji64.py:unconditional,debug
   extractors="('classifier',)" emoji_images=16 torch_cases=unet_small/forward
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1  # compiles sooner
   synthetic+=(--config.benchmark.matmul_size=64 --config.benchmark.num_repeats=1)
 fi
-functions=$(declare -f vaediff benchmark compile as_line costs int8 train_emoji; declare -p synthetic plain emoji_config latent \
-  extractors emoji_images)
+functions=$(declare -f vaediff benchmark flags compile as_line costs int8 train_emoji; declare -p synthetic plain small \
+  emoji_config latent extractors emoji_images)
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a function of this script, under a limit
 
@@ -129,12 +143,13 @@ import jax, platform
 print(jax.devices()[0].device_kind, "x", len(jax.devices()), "- jax", jax.__version__, "- Python", platform.python_version())
 ' 2>> "$out/log.txt" | tee "$out/machine.txt"
 if wanted benchmark; then
-  call 'programs, compiled side by side' "${COMPILE_SECONDS:-150}" \
+  call 'programs, compiled side by side' "${COMPILE_SECONDS:-240}" \
     "compile '$cifar' refiner & compile '$celeba' refiner & compile '$latent' ddgan & wait"
   call 'train step and sampler, cifar10 refiner' 90 "benchmark '$cifar' refiner"
   call 'train step and sampler, celeba256 refiner' 90 "benchmark '$celeba' refiner"
   call 'train step and sampler, cifar10 latent GAN' 90 "benchmark '$latent' ddgan"
 fi
+if wanted flags; then call 'flags of XLA, one small U-Net each' 120 flags; fi
 if ! wanted torch; then
   say 'beside PyTorch: not wanted'
 elif "$python" -c 'import torch, diffusers' 2> /dev/null; then

@@ -21,6 +21,7 @@ def test_the_figures_fit_together(tmp_path, capsys, one_device):
   printed = capsys.readouterr().out
   assert json.loads(printed[printed.index('{') :]) == result
   assert result['loader_images_per_second'] > 0
+  assert printed.index('compiled in') < printed.index('images/s') < printed.index('one forward pass')
   for stage in ('vae', 'refiner'):
     figures = result['stages'][stage]
     assert figures['images_per_second'] == pytest.approx(figures['batch_size'] / figures['step_seconds'])

@@ -13,7 +13,7 @@ from vaediff import reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.modes import train
-from vaediff.run import captions, checkpoint, draw
+from vaediff.run import captions, checkpoint, draw, students
 from vaediff.run.trained import Trained
 from vaediff.storage import identity
 
@@ -45,6 +45,38 @@ def test_the_tokenizer_is_made_of_the_training_captions_and_kept(config, folder)
   assert words.load(folder / captions.FILE) == made
   config.data.caption_feature = ''  # what is stored needs no captions
   assert captions.tokenizer_of(config, 'refiner', folder) == made
+
+
+@pytest.mark.parametrize('variant', ['text', 'text,consistency', 'text,control', 'unclip'])
+def test_a_stage_knows_words_by_the_ids_of_the_one_that_it_follows(variant, tmp_path):
+  """Of another run, or of this one trained elsewhere: another sentencepiece may number them anew."""
+  config = importlib.import_module('configs.shapes16').get_config(f'{variant},debug')
+  config.data.data_dir = str(tmp_path / 'data')
+  students.resolve(config)
+  stage = config.stages[-1]
+  first = 'clip' if variant == 'unclip' else 'refiner'
+  text = config[stage].text
+  other = words.train(('a square', 'on gray, a disc of hue three'), text.kind, text.vocab_size)
+  words.save(other, tmp_path / 'first' / first / captions.FILE)
+  named = config[stage]
+  named = (
+    named.conditions.clip_image
+    if first == 'clip'
+    else next(named[name] for name in ('teacher', 'base', 'start') if name in named)
+  )
+  with config.unlocked():
+    named.workdir = str(tmp_path / 'first')
+  assert captions.tokenizer_of(config, stage, tmp_path / 'run' / stage) == other
+  if stage != first:
+    with config.unlocked():
+      named.workdir = ''
+    words.save(other, tmp_path / 'second' / first / captions.FILE)
+    assert captions.tokenizer_of(config, stage, tmp_path / 'second' / stage) == other
+  with config.unlocked():
+    config[stage].text.vocab_size = len(other.vocab) - 1
+    named.workdir = str(tmp_path / 'first')
+  with pytest.raises(UserError, match=rf'config.{stage}.text has kind .* are to be read by .*first'):
+    captions.tokenizer_of(config, stage, tmp_path / 'third' / stage)
 
 
 def test_a_stage_without_captions_is_left_alone(folder):

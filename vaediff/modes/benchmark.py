@@ -112,6 +112,7 @@ def measure_stage(
   traced = time.monotonic()
   by_kind = {kind: program.compile() for kind, program in lowered.items()}
   compiled = time.monotonic()
+  log.say(f'  train step: traced in {traced - started:.1f} s, compiled in {compiled - traced:.1f} s')
   memory = max(map(step_bytes, by_kind.values()))
   flops = 2 * sum(
     share * cost.macs(functools.partial(experiment.train_step, kind=kind), abstract, frozen, batch, key)
@@ -126,6 +127,9 @@ def measure_stage(
   seconds = sum(
     share * median_seconds(lambda kind=kind: one_step(kind), repeats) for kind, share in kinds.items()
   )
+  size = section.train.batch_size
+  rate = f'{size / seconds:.4g} images/s, {flops / seconds / 1e12:.4g} TFLOP/s, {flops / seconds / peak:.2f}'
+  log.say(f'  train step: {seconds:.4g} s, {rate} of the matmul peak, {memory / 1e9:.3g} GB')
   waiting = input_wait(config, section.train.batch_size, source, one_step, repeats)
   return {
     'trace_seconds': traced - started,
@@ -251,6 +255,7 @@ def measure_sampler(
   forward_seconds = median_seconds(lambda: forward(read[DENOISER], *args), 3 * repeats)
   sample_seconds = median_seconds(lambda: run(read, np.arange(count), given), repeats)
   evaluations = experiment.num_function_evaluations
+  log.say(f'  {count} samples: {sample_seconds:.4g} s; one forward pass: {forward_seconds:.4g} s')
   return {
     'sample_batch_size': count,
     'sample_seconds': sample_seconds,

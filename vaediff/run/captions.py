@@ -2,8 +2,9 @@
 
 A stage reads captions where its section has a part `text`: `kind`, `vocab_size` and `length`. Its tokenizer
 is trained on the captions of the training split before its first step, and kept beside its checkpoints, which
-know its digest. The same captions and settings give the same tokenizer in every stage and run. A stage that
-begins as a network of another run, is taught by one, or controls one, takes over the tokenizer of that run.
+know its digest. The same captions and settings give the same tokenizer in every stage and run, by one version
+of sentencepiece. A stage that begins as a network, is taught by one, controls one, or reads the vectors of a
+CLIP stage, takes over the tokenizer of that one.
 """
 
 import pathlib
@@ -25,8 +26,8 @@ TEXT = 'text'
 """The part of a stage's section that makes it one that reads captions."""
 DIGEST = 'tokenizer'
 """In the `meta` of a checkpoint: the digest of the tokenizer that it was trained with."""
-LEADERS = ('start', 'teacher', 'base')
-"""Parts of a section that name the stage which a network continues, whose words it must know by its ids."""
+LEADERS = ('start', 'teacher', 'base', 'clip')
+"""Parts of a section that name another stage, whose words this one must know by its ids."""
 MOST_DRAWN = 4096
 """Captions of the evaluation split that samples have in turn."""
 
@@ -76,12 +77,23 @@ def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.
 
 
 def _made(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer:
-  """Returns the tokenizer of the run whose network the stage continues, or one of the training captions."""
+  """Returns the tokenizer that it takes over of another stage, or one of the training captions.
+
+  Raises:
+    UserError: when that one's is of another kind, or has more ids than the stage's table has rows.
+  """
   settings = settings_of(config, stage)
-  for leader in (config[stage][name] for name in LEADERS if name in config[stage]):
-    taken = places.anywhere(leader.workdir) / leader.stage / FILE if leader.workdir else None
-    if taken is not None and distributed.agree(taken.exists()):
+  for leader in _leaders(config[stage]):
+    workdir = places.anywhere(leader.workdir) if leader.workdir else path.parents[1]
+    taken = workdir / leader.stage / FILE
+    if taken != path and distributed.agree(taken.exists()):
       found = words.load(taken, 'put it back: the stage there was trained with it')
+      if found.kind != settings.kind or len(found.vocab) > settings.vocab_size:
+        raise UserError(
+          f'config.{stage}.text has kind {settings.kind!r} and vocab_size {settings.vocab_size}, but its '
+          f'captions are to be read by {taken}, of kind {found.kind!r} with {len(found.vocab)} ids: set '
+          f'text.kind to {found.kind!r}, and text.vocab_size to that of the stage there'
+        )
       log.say(f'{stage}: the {len(found.vocab)} numbers for captions are those of {taken}')
       return found
   source = sources.open_source(config.data, 'train')
@@ -89,6 +101,14 @@ def _made(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer
   found = words.train(source.captions, settings.kind, settings.vocab_size)
   log.say(f'{stage}: {len(found.vocab)} numbers for the captions of {len(source)} training images: {path}')
   return found
+
+
+def _leaders(section: ConfigDict) -> list[ConfigDict]:
+  """Returns the parts of a section that name a stage whose tokenizer it takes over, where it has one."""
+  named = [section[name] for name in LEADERS if name in section]
+  conditions = section.conditions.values() if 'conditions' in section else ()
+  named += [condition for condition in conditions if {'stage', 'workdir'} <= set(condition)]
+  return [leader for leader in named if 'stage' in leader and 'workdir' in leader]
 
 
 def _digest_of(folder: pathlib.Path) -> str:
