@@ -11,6 +11,7 @@ Codes, 4x4 of 64 (`vqvae2`: 2x2 and 1): a tokenizer, a diffusion decoder with st
     python -m vaediff.main --config=configs/digits.py:vqvae                # or vqvae2, vqgan, dvae
     python -m vaediff.main --config=configs/digits.py:divae,distill
     python -m vaediff.main --config=configs/digits.py:divae,prior,label
+    python -m vaediff.main --config=configs/digits.py:vqvae,prior,text     # 'the digit three'
 
 On one core of an AMD EPYC, mean squared error over the evaluation digits: `vqvae` 0.00267 in 87 seconds,
 `dvae` 0.00427 in 69, `vqvae2` 0.0181 in 29; these, `vqgan`, `divae` and `prior`: docs/codes.md.
@@ -18,7 +19,7 @@ Variants: configs/base.py.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import control, prior
+from configs.stages import control, diffusion, prior, text
 
 DATA = {'name': 'digits', 'image_size': 8, 'channels': 1, 'num_classes': 10}
 
@@ -211,7 +212,17 @@ SIZES = {
   'restore': lambda section: section.update({'num_images': 297}),
   'classifier': lambda section: section.train.update({'num_steps': 1000}),
 }
-OWN = {'wavelet': gan_small.wavelet, 'latent': gan_small.latent, 'free': gan_small.free}
+
+
+def _text(run):
+  """As the shared one, of captions such as 'the digit three'; without a VAE, whose image would say it."""
+  run.config.data.caption_feature = 'caption'
+  text.text(run, vocab_size=32, length=8)
+  if 'vae' in run.config.stages:
+    diffusion.unconditional(run)
+
+
+OWN = {'wavelet': gan_small.wavelet, 'latent': gan_small.latent, 'free': gan_small.free, 'text': _text}
 
 
 def get_config(variant: str = ''):

@@ -310,7 +310,7 @@ def stored(built, tmp_path):
   root, data = built
   shutil.copytree(root, tmp_path / 'data_dir')
   data = ml_collections.ConfigDict(data | {'data_dir': str(tmp_path / 'data_dir')})
-  return data, tmp_path / 'data_dir' / 'digits' / '1.0.0'
+  return data, tmp_path / 'data_dir' / 'digits' / '1.1.0'
 
 
 @pytest.mark.parametrize(

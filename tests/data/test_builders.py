@@ -39,6 +39,15 @@ def test_digits_are_the_real_ones(digits):
   assert stored == expected
 
 
+def test_digits_are_told_by_their_names(digits):
+  digits.caption_feature = 'caption'
+  train = open_source(digits, 'train')
+  labels = train.read(np.arange(200))['label']
+  known = {label: caption for label, caption in zip(labels.tolist(), train.captions, strict=False)}
+  assert known[3] == 'the digit three' and len(set(train.captions)) == 10
+  assert [train.captions[i] for i in range(200)] == [known[label] for label in labels.tolist()]
+
+
 def test_digits_are_built_alike_again(digits, tmp_path):
   first = open_source(digits, 'train').read(np.arange(20))
   digits.data_dir = str(tmp_path / 'again')

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vaediff import modes
+from vaediff.data import sources
 from vaediff.evaluation import measures, networks, report, sets, sweep
 from vaediff.evaluation.measures import Figure
 from vaediff.modes import train
@@ -31,6 +32,7 @@ class Trained(opened_stages.Trained):
   """A stage whose samples are asked to be of classes 0 and 2 in turn, or of none."""
 
   eval_source = range(297)
+  captioned = None
 
   def __init__(self, classes=(0, 2)):
     classes_of = lambda indices: np.array(classes)[indices % len(classes)] if classes else None
@@ -63,6 +65,27 @@ def test_mean_and_spread_over_seeds_with_the_classifiers_own_accuracy_as_floor()
 def test_samples_that_are_asked_for_nothing_have_none():
   assert sets.class_accuracy(Trained(()), opened(), seen(LOGITS), 4) == {}
   assert sets.class_accuracy(Trained(), opened(), [], 4) == {}  # a VAE's, which are shown before
+
+
+class Told(Trained):
+  """A stage whose samples have the captions of three evaluation images in turn, or those that are chosen."""
+
+  captions = ('a', 'b', 'c')
+
+  def __init__(self, chosen=(), labels=(2, 0, 1)):
+    super().__init__(())
+    labels = np.array(labels, np.int32)
+    self.eval_source = sources.ArraySource(
+      images=np.zeros((len(labels), 1, 1, 1), np.uint8), labels=labels, label_names=(), num_classes=3
+    )
+    section = types.SimpleNamespace(sample=types.SimpleNamespace(captions=chosen))
+    self.captioned = types.SimpleNamespace(config={'refiner': section}, stage='refiner')
+
+
+def test_captions_of_evaluation_images_ask_for_their_classes():
+  np.testing.assert_array_equal(sets.classes_asked(Told(), 5), [2, 0, 1, 2, 0])
+  assert sets.class_accuracy(Told(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.25
+  assert sets.classes_asked(Told(chosen=('a',)), 5) is None
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from vaediff.data.resize import on_white
 from vaediff.errors import UserError
 from vaediff.storage import files, places
 
+DIGIT_NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 DIGITS_NUM_TRAIN = 1500
 EMOJI_CATEGORIES = (
   'Activities',
@@ -48,9 +49,13 @@ and set data.path to the folder `package` which the second command makes."""
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-  """1,797 handwritten digits, 8x8 grey: 1,500 to train, 297 to test (UCI, in scikit-learn)."""
+  """1,797 handwritten digits, 8x8 grey: 1,500 to train, 297 to test (UCI, in scikit-learn).
 
-  VERSION = tfds.core.Version('1.0.0')
+  Captions are of the form 'the digit three'.
+  """
+
+  VERSION = tfds.core.Version('1.1.0')
+  RELEASE_NOTES = {'1.1.0': 'caption'}
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -60,6 +65,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         {
           'image': tfds.features.Image(shape=(8, 8, 1)),
           'label': tfds.features.ClassLabel(num_classes=10),
+          'caption': tfds.features.Text(),
         }
       ),
       homepage='https://archive.ics.uci.edu/dataset/80',
@@ -78,7 +84,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     # RandomState's stream never changes between NumPy versions (NEP 19), so neither do the splits.
     for i in np.random.RandomState(0).permutation(len(images))[part]:
-      yield int(i), {'image': Image.fromarray(images[i]), 'label': int(digits.target[i])}
+      label = int(digits.target[i])
+      caption = f'the digit {DIGIT_NAMES[label]}'
+      yield int(i), {'image': Image.fromarray(images[i]), 'label': label, 'caption': caption}
 
 
 class NotoEmoji(tfds.core.GeneratorBasedBuilder):

@@ -177,7 +177,8 @@ def class_accuracy(
 ) -> dict[str, Figure]:
   """Returns the share of samples that are of the class they were asked to be of, says the own classifier.
 
-  Its floor is that of real images: the classifier's accuracy on the evaluation split.
+  Samples of the captions of evaluation images are asked to be of the classes of these images. Its floor is
+  that of real images: the classifier's accuracy on the evaluation split.
 
   Args:
     trained: the stage.
@@ -188,7 +189,7 @@ def class_accuracy(
   Returns:
     {} where samples are asked to be of no class.
   """
-  asked = trained.asked.classes_of(np.arange(count)) if seen else None
+  asked = classes_asked(trained, count) if seen else None
   if asked is None:
     return {}
   name, network = measures.CLASS_ACCURACY, measures.CLASSIFIER
@@ -201,6 +202,19 @@ def class_accuracy(
   figure = measures.over_seeds([{name: measures.class_accuracy(each, asked)} for each in logits])[name]
   accuracy = opened.features[network].accuracy
   return {name: dataclasses.replace(figure, floor=accuracy, floor_n=len(trained.eval_source))}
+
+
+def classes_asked(trained: Trained, count: int) -> np.ndarray | None:
+  """Returns the class that each of the first samples is asked to be of; None where it is asked for none."""
+  asked = trained.asked.classes_of(np.arange(count))
+  reader = trained.captioned
+  if asked is not None or reader is None or reader.config[reader.stage].sample.captions:
+    return asked
+  source = trained.eval_source
+  if not source.num_classes:
+    return None
+  told = min(len(trained.captions), len(source))  # the captions of the first images, in turn
+  return source.read(np.arange(told))[sources.LABEL][np.arange(count) % told]
 
 
 def title_of(trained: Trained, name: str) -> str:
