@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from vaediff.conditions import control
+from vaediff.conditions.base import Conditions
 from vaediff.conditions.control import Control, Files
 from vaediff.data import edges, pixels, shapes
 from vaediff.errors import UserError
+from vaediff.run import draw
 from vaediff.spaces.pixels import Pixels
 
 SHAPE = (16, 16, 3)
@@ -84,6 +86,16 @@ def test_the_network_reads_one_channel_or_three_of_the_same():
 def test_another_size_channels_or_range_is_refused(hint, message):
   with pytest.raises(UserError, match=message):
     make().values({}, {'control': hint})
+
+
+@pytest.mark.parametrize(('value', 'said'), [(-0.1, '-0.1 to 0'), (255.0, '0 to 255'), (np.nan, 'nan')])
+def test_a_hint_that_is_not_scaled_is_refused_before_it_is_drawn_with(value, said):
+  limits = Conditions((make(),)).limits
+  hint = np.zeros((2, 16, 16, 1), np.float32)
+  draw.check_limits({'control': hint, 'noise': hint - 9}, limits)
+  hint[1, 2, 3] = value
+  with pytest.raises(UserError, match=rf'control must be numbers in \[0, 1\], got {said}'):
+    draw.check_limits({'control': hint}, limits)
 
 
 def test_it_is_shown_as_large_as_the_sample():

@@ -97,6 +97,8 @@ def test_the_preset_is_the_published_network():
 def test_what_is_refused():
   with pytest.raises(UserError, match='config.clip: train.microbatches must be 1, got 2: each image'):
     build(**{'clip.train.microbatches': 2})
+  with pytest.raises(UserError, match='config.clip: train.batch_size must be at least 2, got 1'):
+    build(**{'clip.train.batch_size': 1})
   with pytest.raises(UserError, match="data.caption_feature is ''"):
     build(**{'data.caption_feature': ''})
   with pytest.raises(UserError, match='loss.kind'):

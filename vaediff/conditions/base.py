@@ -54,6 +54,7 @@ class Condition(abc.ABC):
     bounds_images: what it observes of an image is drawn from a known prior, or has a density of its own in
       `nats`, so that a loss given it bounds -log p of the image.
     trained: networks that the stage trains beside its own, by their names in `read`.
+    limits: of its inputs, the least and the largest number of those that have them.
     seen: of its inputs, those that an image shows, or another stage makes, and `draw` cannot.
     borrowed: of these, those that samples have of the images of the evaluation split, in turn: what they
       follow, which says less than the image.
@@ -79,6 +80,7 @@ class Condition(abc.ABC):
   losses: Mapping[str, float] = {}
   seen: tuple[str, ...] = ()
   borrowed: tuple[str, ...] = ()
+  limits: Mapping[str, tuple[float, float]] = {}
   added_to: tuple[str, str] | None = None
 
   @property
@@ -227,6 +229,11 @@ class Conditions:
   def borrowed(self) -> tuple[str, ...]:
     """What samples have of images of the evaluation split."""
     return tuple(name for one in self.each for name in one.borrowed)
+
+  @property
+  def limits(self) -> dict[str, tuple[float, float]]:
+    """Of the inputs of all."""
+    return {name: limits for one in self.each for name, limits in one.limits.items()}
 
   @property
   def max_level(self) -> float:

@@ -114,6 +114,11 @@ class Control(Condition):
     return {self.name: jax.ShapeDtypeStruct(self.shape, jnp.float32)}
 
   @property
+  def limits(self) -> Mapping[str, tuple[float, float]]:
+    """Those of pixels over 255."""
+    return {self.name: (0.0, 1.0)}
+
+  @property
   def seen(self) -> tuple[str, ...]:
     """It: nothing draws it."""
     return (self.name,)

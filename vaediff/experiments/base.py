@@ -266,6 +266,7 @@ class InSpace(Experiment):
   makers = of_conditions('makers')
   borrowed = of_conditions('borrowed')
   max_level = of_conditions('max_level')
+  limits = of_conditions('limits')
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:

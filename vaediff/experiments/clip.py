@@ -85,6 +85,11 @@ class Clip(base.Experiment):
         f'the stage {stage!r} compares images with captions, and of these data none are read '
         "(data.caption_feature is ''): name the feature or column that holds them, as 'caption'"
       )
+    if section.train.batch_size < 2:
+      raise UserError(
+        'train.batch_size must be at least 2, got 1: each image is compared with the texts of the batch, and '
+        'of one the loss is 0 whatever the network does'
+      )
     if section.train.microbatches > 1:
       raise UserError(
         f'train.microbatches must be 1, got {section.train.microbatches}: each image is compared with all '

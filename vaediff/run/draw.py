@@ -1,6 +1,6 @@
 """Images by index: image i depends on the seed and i alone, whatever the batch size or device count."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +157,17 @@ def make_draw(
     return {name: result[name][:count] for name in names}
 
   return draw
+
+
+def check_limits(given: HostArrays, limits: Mapping[str, tuple[float, float]]) -> None:
+  """Raises UserError for numbers that are given and lie outside of their limits, or are none."""
+  for name in given.keys() & limits.keys():
+    (low, high), found = limits[name], np.asarray(given[name])
+    if not ((found >= low) & (found <= high)).all():
+      raise UserError(
+        f'{name} must be numbers in [{low:g}, {high:g}], got {found.min():g} to {found.max():g}: scale what '
+        'is given, as pixels by 1 / 255'
+      )
 
 
 def check_finite(finite: np.ndarray, indices: np.ndarray, seed: int, about: str) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vaediff import experiments, reads
 from vaediff.data import sources, words
 from vaediff.errors import UserError
-from vaediff.experiments.base import NOISE, Experiment
+from vaediff.experiments.base import NOISE, Experiment, InSpace
 from vaediff.machine import sharding
 from vaediff.models import quantized
 from vaediff.run import best, captions, chain, checkpoint, draw, guides, log, same_run, scoring
@@ -220,11 +220,14 @@ class Trained:
     of the same indices and seed; else see `draw.make_draw`.
 
     Raises:
-      UserError: for a stage that draws none, or when a stage that feeds it is not trained.
+      UserError: for a stage that draws none, when a stage that feeds it is not trained, or for numbers that
+        are given and cannot be.
     """
     if not (self.experiment.draws_images or handed):
       raise UserError(f'stage {self.stage!r} draws no images; name one that does, as --stages=refiner')
     seed, given = self.settings.seed if seed is None else seed, given or {}
+    if isinstance(self.experiment, InSpace):
+      draw.check_limits(given, self.experiment.limits)
     count = scoring.candidates_of(self.settings)
     if count > 1 and candidate is None and not handed and NOISE not in given:
       scorer = self.scorer(self.settings.rerank, f'config.{self.stage}.sample.rerank')
