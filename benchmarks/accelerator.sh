@@ -14,9 +14,8 @@
 #   emoji.png .json  samples of emoji64, trained from emoji.npz (in the repository root, or $EMOJI) for EMOJI_SECONDS, and
 #                    their figures
 #   log.txt          all output
-# Programs are compiled side by side first, then each is timed alone. PARTS: which of these to run.
-# COMPILE_SECONDS (240): for that. On one H200 with jax 0.11.2
-# 100 seconds were too few for these three.
+# PARTS: which of these to run, of benchmark flags torch costs emoji int8. A first run compiles, which takes minutes a
+# network on a GPU (docs/speed.md): how many parts fit is not known.
 # SIZE=debug: tiny networks, for a test on a CPU. SECONDS_IN_ALL (530): parts that would begin later are left out.
 set -uo pipefail
 out=${1:?benchmarks/accelerator.sh OUT: the folder for results}
@@ -26,6 +25,9 @@ emoji=${EMOJI:-emoji.npz}
 emoji_seconds=${EMOJI_SECONDS:-180}
 parts=${PARTS:-benchmark flags torch costs emoji int8}
 python=${PYTHON:-python3}
+for one in $parts; do
+  [[ " benchmark flags torch costs emoji int8 " == *" $one "* ]] || { echo "PARTS names '$one'; see this file" >&2; exit 2; }
+done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 runs=$(mktemp -d)
@@ -66,6 +68,7 @@ benchmark() {  # benchmark CONFIG STAGE [FLAG...]: one line of benchmark.jsonl; 
 }
 
 flags() {  # how long the train step of a small U-Net takes to compile, and then to run, under flags of XLA, side by side
+  local started=() failed=0
   for chosen in "" --xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=1 \
     --xla_gpu_experimental_enable_fusion_autotuner=true; do
     (
@@ -74,15 +77,10 @@ flags() {  # how long the train step of a small U-Net takes to compile, and then
         | grep 'train step')
       echo "XLA_FLAGS='$chosen' $said"
     ) &
+    started+=($!)
   done
-  wait
-}
-
-compile() {  # compile CONFIG STAGE: fills the cache
-  local began=$SECONDS
-  vaediff --config="$1" --stages="$2" --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" \
-    --config.benchmark.num_repeats=1 --config.benchmark.num_sample_repeats=1 --config.benchmark.num_warmups=1 &&
-    echo "compiled $1: $((SECONDS - began)) s"
+  for one in "${started[@]}"; do wait "$one" || failed=1; done
+  return "$failed"
 }
 
 as_line() {  # the object of `--mode=benchmark`, behind what else it prints, as one line
@@ -133,7 +131,7 @@ if [ "$size" = debug ]; then
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1  # compiles sooner
   synthetic+=(--config.benchmark.matmul_size=64 --config.benchmark.num_repeats=1)
 fi
-functions=$(declare -f vaediff benchmark flags compile as_line costs int8 train_emoji; declare -p synthetic plain small \
+functions=$(declare -f vaediff benchmark flags as_line costs int8 train_emoji; declare -p synthetic plain small \
   emoji_config latent extractors emoji_images)
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a function of this script, under a limit
@@ -143,15 +141,13 @@ import jax, platform
 print(jax.devices()[0].device_kind, "x", len(jax.devices()), "- jax", jax.__version__, "- Python", platform.python_version())
 ' 2>> "$out/log.txt" | tee "$out/machine.txt"
 if wanted benchmark; then
-  call 'programs, compiled side by side' "${COMPILE_SECONDS:-240}" \
-    "compile '$cifar' refiner & compile '$celeba' refiner & compile '$latent' ddgan & wait"
-  call 'train step and sampler, cifar10 refiner' 90 "benchmark '$cifar' refiner"
-  call 'train step and sampler, celeba256 refiner' 90 "benchmark '$celeba' refiner"
-  call 'train step and sampler, cifar10 latent GAN' 90 "benchmark '$latent' ddgan"
+  call 'train step and sampler, cifar10 refiner' 240 "benchmark '$cifar' refiner"
+  call 'train step and sampler, celeba256 refiner' 240 "benchmark '$celeba' refiner"
+  call 'train step and sampler, cifar10 latent GAN' 180 "benchmark '$latent' ddgan"
 fi
 if wanted flags; then call 'flags of XLA, one small U-Net each' 120 flags; fi
 if ! wanted torch; then
-  say 'beside PyTorch: not wanted'
+  :
 elif "$python" -c 'import torch, diffusers' 2> /dev/null; then
   device=gpu
   [ "$size" = debug ] && device=cpu
@@ -163,7 +159,7 @@ else
 fi
 if wanted costs; then call 'costs of a train step' 90 costs; fi
 if ! wanted emoji; then
-  say 'emoji64: not wanted'
+  :
 elif [ -e "$emoji" ] || [ "$size" = debug ]; then
   call 'emoji64' $((emoji_seconds + 90)) train_emoji
 else

@@ -19,7 +19,7 @@ Variants: configs/base.py.
 """
 
 from configs import base, gan_small, parts, presets
-from configs.stages import control, diffusion, prior, text
+from configs.stages import clip, control, diffusion, embedding_prior, prior, text
 
 DATA = {'name': 'digits', 'image_size': 8, 'channels': 1, 'num_classes': 10}
 
@@ -204,6 +204,8 @@ SIZES = {
   'noisy_classifier': _noisy_classifier,
   'vqvae': _vqvae,
   'prior': _prior,
+  'clip': clip.small,
+  'embedding_prior': embedding_prior.small,
   'vqgan': _vqgan,
   'dvae': _dvae,
   **dict.fromkeys(control.STAGES, control.small),
@@ -217,12 +219,32 @@ SIZES = {
 def _text(run):
   """As the shared one, of captions such as 'the digit three'; without a VAE, whose image would say it."""
   run.config.data.caption_feature = 'caption'
-  text.text(run, vocab_size=32, length=8)
+  text.text(run, **WORDS)
   if 'vae' in run.config.stages:
     diffusion.unconditional(run)
 
 
-OWN = {'wavelet': gan_small.wavelet, 'latent': gan_small.latent, 'free': gan_small.free, 'text': _text}
+def _clip(run):
+  """As the shared one, by the same tokenizer."""
+  run.config.data.caption_feature = 'caption'
+  clip.clip(run, **WORDS)
+
+
+def _unclip(run):
+  """As the shared one, by the same tokenizer."""
+  run.config.data.caption_feature = 'caption'
+  embedding_prior.unclip(run, **WORDS)
+
+
+WORDS = {'kind': 'word', 'vocab_size': 32, 'length': 8}
+OWN = {
+  'wavelet': gan_small.wavelet,
+  'latent': gan_small.latent,
+  'free': gan_small.free,
+  'text': _text,
+  'clip': _clip,
+  'unclip': _unclip,
+}
 
 
 def get_config(variant: str = ''):

@@ -84,6 +84,7 @@ def fill(run: Run) -> None:
   for number, (stage, side) in enumerate(zip(stages, sides, strict=True)):
     section = run.like(stage, 'refiner')
     section.space_factor = size // side
+    section.start.stage = stage
     section.diffusion.update({'condition': 'none', 'z_conditioning': False, 'condition_dropout': 0.0})
     dropout, others = refiner.diffusion.condition_dropout, set(section.conditions) - {'vae'}
     if number:

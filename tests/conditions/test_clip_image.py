@@ -195,9 +195,17 @@ def test_vectors_of_captions_need_captions_read_by_the_same_tokenizer():
   config = config_of(**OF_CAPTIONS)
   with config.unlocked():
     config.refiner.text.length = 16
-  with pytest.raises(UserError, match="text.length is 16, but 32 in the stage 'clip'"):
-    experiments.build(config, 'refiner')
+  for workdir in ('', 'elsewhere'):
+    with config.unlocked():
+      config.refiner.conditions.clip_image.workdir = workdir
+    with pytest.raises(UserError, match="text.length is 16, but 32 in the stage 'clip'"):
+      experiments.build(config, 'refiner')
   with config.unlocked():
     del config.refiner.conditions.text
   with pytest.raises(UserError, match="of is 'caption', but the stage reads no captions"):
     experiments.build(config, 'refiner')
+
+
+def test_no_words_have_no_vector():
+  with pytest.raises(UserError, match='config.refiner.sample.captions has no words at place 1'):
+    build(**OF_CAPTIONS, **{'refiner.sample.captions': ('a disc', ' ')})

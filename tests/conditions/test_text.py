@@ -166,7 +166,7 @@ def test_a_student_reads_the_same_words_and_begins_as_its_teacher():
   assert config.consistency.text == config.refiner.text
   student, teacher = (experiments.build(config, stage) for stage in ('consistency', 'refiner'))
   assert student.conditions.ports == teacher.conditions.ports
-  assert extended.FIRST in teacher.frozen and extended.FIRST not in student.frozen
+  assert extended.FIRST in teacher.starts and not student.starts
   assert student.num_groups == 2
 
 
@@ -176,7 +176,7 @@ def test_a_student_reads_the_same_words_and_begins_as_its_teacher():
 @pytest.mark.slow
 def test_a_diffusion_begins_as_one_without_captions_and_draws_the_same():
   experiment = build(**{'refiner.conditions.text.extends.workdir': 'elsewhere'})
-  source = experiment.frozen[extended.FIRST]
+  source = experiment.starts[extended.FIRST]
   assert (source.stage, source.workdir, source.section) == ('refiner', 'elsewhere', 'refiner')
   plain = experiments.build(
     students.resolve(importlib.import_module('configs.digits').get_config('unconditional,debug')), 'refiner'

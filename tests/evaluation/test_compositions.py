@@ -19,6 +19,7 @@ class Stage(opened_stages.Trained):
   def __init__(self, name='shapes/16', wrong=lambda index, attributes: attributes, told=True):
     data = {'source': 'tfds', 'name': name, 'caption_feature': 'caption'}
     self.config = ConfigDict({'data': data, 'evaluate': {'num_captions': COUNT}})
+    self.texts = []
     self.captioned, self._wrong, mini = self if told else None, wrong, name.endswith('mini')
     scenes = [shapes.scene('test', i, mini=mini) for i in range(20)]
     self.eval_source = sources.ArraySource(
@@ -27,6 +28,7 @@ class Stage(opened_stages.Trained):
     )  # fmt: skip
 
   def told(self, texts):
+    self.texts.append(list(texts))
     return {'texts': texts}
 
   def draw_all(self, given):
@@ -62,7 +64,11 @@ def values(row):
 
 @pytest.mark.parametrize('name', some_slow(['shapes/16', 'shapes/mini'], 'shapes/mini'))
 def test_samples_that_show_what_is_asked(name):
-  rows = compositions.composition_rows(Stage(name), opened(classifier=Classifier(name)))
+  stage = Stage(name)
+  rows = compositions.composition_rows(stage, opened(classifier=Classifier(name)))
+  scenes = [shapes.scene('test', i, mini='mini' in name) for i in range(COUNT)]
+  assert stage.texts[0] == [scene.caption_full for scene in scenes]
+  assert stage.texts[1] == [scene.reordered('caption') for scene in scenes]
   assert [row['set'] for row in rows] == [
     compositions.TEST,
     compositions.REORDERED,

@@ -29,22 +29,34 @@ def config_of(variant, **changes):
 
 def test_training_begins_with_the_parameters_of_the_other_run():
   experiment = experiments.build(config_of('unconditional', **ELSEWHERE), 'refiner')
-  source = experiment.frozen[extended.FIRST]
+  source = experiment.starts[extended.FIRST]
   assert (source.stage, source.workdir, source.section) == ('refiner', 'elsewhere', 'refiner')
   assert source.model == experiment.denoiser.model
   trained = made(source.model, 3)
   state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), {extended.FIRST: trained})
   for params in (state.networks['denoiser'].params, state.eval_params['denoiser']):
     jax.tree.map(np.testing.assert_array_equal, params, trained)
-  assert extended.FIRST not in experiments.build(config_of('unconditional'), 'refiner').frozen
+  assert extended.FIRST not in experiment.frozen
+  assert not experiments.build(config_of('unconditional'), 'refiner').starts
 
 
 def test_students_and_controls_begin_as_they_do_anyway():
   config = config_of('text,consistency,control', **ELSEWHERE)
-  assert extended.FIRST in experiments.build(config, 'refiner').frozen
+  assert extended.FIRST in experiments.build(config, 'refiner').starts
   for stage in ('consistency', 'control'):
     assert 'start' not in config[stage]
-    assert extended.FIRST not in experiments.build(config, stage).frozen
+    assert not experiments.build(config, stage).starts
+
+
+def test_each_stage_of_a_cascade_begins_as_the_one_of_its_name():
+  config = config_of('cascade', **{'base.start.workdir': 'elsewhere', 'sr_16.start.workdir': 'elsewhere'})
+  for stage in ('base', 'sr_16'):
+    assert experiments.build(config, stage).starts[extended.FIRST].stage == stage
+
+
+def test_a_network_that_is_trained_beside_it_is_refused():
+  with pytest.raises(UserError, match="conditions.codes.training has another one trained beside it"):
+    experiments.build(config_of('divae_joint', **ELSEWHERE), 'refiner')
 
 
 def test_two_networks_to_begin_as_are_refused():

@@ -176,7 +176,7 @@ def clip_image_condition(config: ConfigDict, stage: str, space: Space) -> ClipIm
 
 
 def _check_captions(config: ConfigDict, stage: str) -> None:
-  """Raises UserError unless a stage that reads the vectors of captions has captions and no other source."""
+  """Raises UserError unless a stage that reads the vectors of captions has captions, and no other source."""
   section, named = config[stage], config[stage].conditions[CLIP_IMAGE]
   field = f'config.{stage}.conditions.{CLIP_IMAGE}'
   if 'text' not in section.conditions:
@@ -189,8 +189,13 @@ def _check_captions(config: ConfigDict, stage: str) -> None:
       f"{field}.of is 'caption', and prior_stage is {named.prior_stage!r}, which draws vectors of images: "
       "set prior_stage to '', or of to 'image'"
     )
-  if not named.workdir:
-    embeddings.check_words(config, stage, named.stage, field)
+  embeddings.check_words(config, stage, named.stage, field)
+  for number, caption in enumerate(section.sample.captions):
+    if not caption.strip():
+      raise UserError(
+        f'config.{stage}.sample.captions has no words at place {number}: the vector of no words is none that '
+        f"training has seen ({field}.of is 'caption'). Write a caption"
+      )
 
 
 def maker_of(config: ConfigDict, stage: str) -> reads.Sampled | None:

@@ -99,6 +99,7 @@ class Experiment(abc.ABC):
 
   Attributes:
     frozen: what it reads of earlier stages, measurements and published arrays.
+    starts: networks of other runs that its own begin as: read before the first update, and never again.
     for_sampling: what it reads beside that when it is sampled, and training does not know of.
     made_of: networks of other stages that a mode, not the loop, made its own of: it is not `trainable`.
     draws_images: it can be sampled.
@@ -126,6 +127,7 @@ class Experiment(abc.ABC):
   """
 
   frozen: Mapping[str, reads.Reads] = {}
+  starts: Mapping[str, reads.FromStage] = {}
   for_sampling: Mapping[str, reads.Reads] = {}
   made_of: Mapping[str, reads.FromStage] = {}
   trainable = draws_images = True

@@ -91,7 +91,7 @@ class Diffusion(base.InSpace):
   start_value: str
   time_sampler: str = 'uniform'
   for_sampling: Mapping[str, reads.Reads] = dataclasses.field(default_factory=dict)
-  first: Mapping[str, reads.Reads] = dataclasses.field(default_factory=dict)
+  first: Mapping[str, reads.FromStage] = dataclasses.field(default_factory=dict)
 
   bounds = {**BOUNDS, **variance.LOSS_BOUNDS}
 
@@ -131,7 +131,12 @@ class Diffusion(base.InSpace):
   def frozen(self) -> Mapping[str, reads.Reads]:
     """What the space, the conditions and the loss read."""
     perceptual = self.denoiser.perceptual
-    return {**super().frozen, **(perceptual.frozen if perceptual else {}), **self.first}
+    return {**super().frozen, **(perceptual.frozen if perceptual else {})}
+
+  @property
+  def starts(self) -> Mapping[str, reads.FromStage]:
+    """The network that its own begins as."""
+    return self.first
 
   @property
   def diffusion(self) -> 'Diffusion':

@@ -46,6 +46,12 @@ def source(
   begun += [one.added_to for one in added]
   if not begun:
     return {}
+  beside = [one.name for one in conditions.each if one.trained]
+  if beside:
+    raise UserError(
+      f'config.{stage} begins as a network of {begun[0][1]!r}, and conditions.{beside[0]}.training has '
+      "another one trained beside it, which would begin apart from it: use training = 'frozen'"
+    )
   trained_as, workdir = begun[0]
   model = build(Conditions(tuple(one for one in conditions.each if not one.added_to)))
   return {

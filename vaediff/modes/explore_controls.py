@@ -145,7 +145,7 @@ def kind_of(name: str, struct: jax.ShapeDtypeStruct, drawn: Collection[str], see
   if rank == 0:
     return CLASS if whole else NUMBER
   if rank == 1 and not whole and name != NOISE:
-    return CODE
+    return CODE if name in drawn or name in seen else ''  # none where it follows from others, as captions
   if name in drawn:
     return SEED
   if name in seen:

@@ -18,7 +18,7 @@ from vaediff.experiments import quantized
 from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.modes import checked, interpolate, reconstruct, sample
-from vaediff.run import captions, checkpoint, log, loop, measurements, same_run
+from vaediff.run import captions, checkpoint, log, loop, measurements, same_run, starting
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
@@ -90,6 +90,8 @@ def run_stages_once(
   for stage in config.stages:
     if checkpoint.latest_step(workdir / stage) is not None:
       same_run.check_images(config, images, workdir / stage)
+  for stage in stages:
+    starting.check(built[stage], config, workdir, stage)
   counts = [len(images[split]) for split in ('train', 'eval')]
   log.say(f'{counts[0]} training and {counts[1]} evaluation images; run folder {workdir}')
   if jax.process_index() == 0:
@@ -141,6 +143,7 @@ def train_stage(
   tokenizer = captions.tokenizer_of(config, stage, folder)
   images = {split: captions.with_tokens(config, stage, folder, source) for split, source in images.items()}
   frozen = frozen_networks.load(experiment, config, workdir, mesh, training=stage)
+  starts, start_ids = starting.load(experiment, config, workdir, stage, mesh)
   measure, measured_with = make_measure(config, stage, experiment, frozen, images['eval'], mesh)
   return loop.train(
     loop.Stage(
@@ -150,6 +153,8 @@ def train_stage(
       experiment=experiment,
       frozen=frozen,
       frozen_ids=frozen_networks.ids(experiment, workdir),
+      starts=starts,
+      start_ids=start_ids,
       train_source=images['train'],
       eval_source=images['eval'],
       extra=precomputed(config, workdir, stage, experiment, frozen, images['train'], mesh),

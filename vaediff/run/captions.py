@@ -58,15 +58,19 @@ def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.
   settings = settings_of(config, stage)
   if settings is None:
     return None
-  path = folder / FILE
-  if distributed.agree(path.exists()):
-    found = words.load(path, 'remove it: it is made again of the captions of the training split')
-  else:
+  path, trained_with = folder / FILE, _digest_of(folder)
+  found = words.load(path, 'remove it: it is made again') if distributed.agree(path.exists()) else None
+  taken = None if trained_with else _taken_over(config, stage, path)
+  kept = found
+  if taken is not None and (found is None or found.digest != taken.digest):
+    found = taken  # also over one of a training that ended before its first checkpoint
+    log.say(f'{stage}: the {len(found.vocab)} numbers of captions are those of the stage it follows: {path}')
+  elif found is None:
     found = _made(config, stage, path)
+  if found is not kept:
     if jax.process_index() == 0:
       words.save(found, path)
     distributed.wait_for_all(f'wrote {path}')
-  trained_with = _digest_of(folder)
   identity.compare(
     f'the checkpoint of {folder}',
     {'the tokenizer': trained_with or found.digest},
@@ -76,27 +80,32 @@ def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.
   return found
 
 
-def _made(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer:
-  """Returns the tokenizer that it takes over of another stage, or one of the training captions.
+def _taken_over(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer | None:
+  """Returns the tokenizer of the stage that one follows, to be kept at `path`; None where it follows none.
 
   Raises:
-    UserError: when that one's is of another kind, or has more ids than the stage's table has rows.
+    UserError: when it is of another kind, has more ids than the stage's table has rows, or is lost.
   """
   settings = settings_of(config, stage)
   for leader in _leaders(config[stage]):
     workdir = places.anywhere(leader.workdir) if leader.workdir else path.parents[1]
     taken = workdir / leader.stage / FILE
-    if taken != path and distributed.agree(taken.exists()):
-      found = words.load(taken, 'put it back: the stage there was trained with it')
-      if found.kind != settings.kind or len(found.vocab) > settings.vocab_size:
-        raise UserError(
-          f'config.{stage}.text has kind {settings.kind!r} and vocab_size {settings.vocab_size}, but its '
-          f'captions are to be read by {taken}, of kind {found.kind!r} with {len(found.vocab)} ids: set '
-          f'text.kind to {found.kind!r}, and text.vocab_size to that of the stage there'
-        )
-      log.say(f'{stage}: the {len(found.vocab)} numbers for captions are those of {taken}')
-      return found
-  source = sources.open_source(config.data, 'train')
+    if taken == path or not distributed.agree(taken.exists() or bool(_digest_of(taken.parent))):
+      continue
+    found = words.load(taken, 'put it back: the stage there was trained with it')
+    if found.kind != settings.kind or len(found.vocab) > settings.vocab_size:
+      raise UserError(
+        f'config.{stage}.text has kind {settings.kind!r} and vocab_size {settings.vocab_size}, but its '
+        f'captions are to be read by {taken}, of kind {found.kind!r} with {len(found.vocab)} ids: set '
+        f'text.kind to {found.kind!r}, and text.vocab_size to that of the stage there'
+      )
+    return found
+  return None
+
+
+def _made(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer:
+  """Returns a tokenizer of the training captions, which is to be kept at `path`."""
+  settings, source = settings_of(config, stage), sources.open_source(config.data, 'train')
   need_captions(source, stage)
   found = words.train(source.captions, settings.kind, settings.vocab_size)
   log.say(f'{stage}: {len(found.vocab)} numbers for the captions of {len(source)} training images: {path}')
@@ -106,9 +115,10 @@ def _made(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer
 def _leaders(section: ConfigDict) -> list[ConfigDict]:
   """Returns the parts of a section that name a stage whose tokenizer it takes over, where it has one."""
   named = [section[name] for name in LEADERS if name in section]
-  conditions = section.conditions.values() if 'conditions' in section else ()
-  named += [condition for condition in conditions if {'stage', 'workdir'} <= set(condition)]
-  return [leader for leader in named if 'stage' in leader and 'workdir' in leader]
+  named += section.conditions.values() if 'conditions' in section else ()
+  named = [leader for leader in named if {'stage', 'workdir'} <= set(leader)]
+  fresh = [section.start] if 'start' in section and not section.start.workdir else []
+  return [leader for leader in named if leader not in fresh]
 
 
 def _digest_of(folder: pathlib.Path) -> str:

@@ -28,6 +28,8 @@ OF_STEP = 'step-'
 """What the id of a checkpoint of an earlier version begins with: they had none of their own."""
 ID, ARRAYS = 'id', 'arrays'
 """In `meta`: the id of the saved state, and the digests of its parts."""
+STARTS = 'starts'
+"""In `meta`: the ids of the networks that training began as."""
 
 finished_steps = spool.finished_steps
 

@@ -174,6 +174,9 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     config['evaluate'].setdefault('clip', {'stage': '', 'workdir': ''})
   config['data'].setdefault('check_fingerprint', True)
   config['data'].setdefault('caption_feature', '')
+  for name, section in config.items():
+    if _is_stage(section) and section['experiment'] == 'diffusion':
+      section.setdefault('start', {'stage': name, 'workdir': ''})
   for section in filter(_is_stage, config.values()):
     if section['experiment'] == 'ddgan':
       section['model'].setdefault('mapping_dim', 256)
@@ -265,7 +268,6 @@ def _upgrade_diffusion(section: dict[str, Any]) -> None:
   if 'clip_image' in section['conditions']:
     section['conditions']['clip_image'].setdefault('of', 'image')
   if section['experiment'] == 'diffusion':
-    section.setdefault('start', {'stage': 'refiner', 'workdir': ''})
     section.setdefault('loss', {'objective': 'hybrid', 'vlb_weight': 0.001, 'time_sampler': 'uniform'})
     section['loss'].setdefault('perceptual', '')
     section['loss'].setdefault('perceptual_weight', 0.0)

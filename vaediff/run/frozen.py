@@ -1,7 +1,7 @@
 """What a stage reads and does not train: loaded, as shapes, or with values of no meaning; and its ids."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -119,6 +119,8 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
       stored = same_run.stored_config(stage_folder)
       checkpoint.latest_folder(places.anywhere(source.workdir) / source.stage, field_of(stored, source))
   now, begun = ids(experiment, workdir), earlier_ids(meta.get('frozen', {}))
+  for name in experiment.starts.keys() & begun.keys():  # of an earlier version
+    del begun[name]
   begun = {name: value for name, value in begun.items() if name in now or name not in experiment.made_of}
   if checkpoint.ID not in meta:  # of an earlier version, which stored networks only, and their steps
     now = {name: value for name, value in now.items() if name in begun}
@@ -209,8 +211,22 @@ def field_of(config: ConfigDict, source: reads.FromStage | reads.Measured) -> st
   return next(fields(config, ''), '<stage>...workdir')
 
 
-def check_same(stored: ConfigDict, config: ConfigDict, source: reads.FromStage, folder: pathlib.Path) -> None:
-  """Raises UserError where another run's stage is not the network, or the diffusion, that `config` says."""
+def check_same(
+  stored: ConfigDict,
+  config: ConfigDict,
+  source: reads.FromStage,
+  folder: pathlib.Path,
+  free: Collection[str] = (),
+) -> None:
+  """Raises UserError where another run's stage is not the network, or the diffusion, that `config` says.
+
+  Args:
+    stored: the config of the other run.
+    config: of this one.
+    source: the network that is read.
+    folder: of the other run.
+    free: fields, as 'model.dropout', that may differ.
+  """
   stage, section = source.stage, source.section or source.stage
   for name in ('model', 'diffusion'):
     if name not in config[section]:
@@ -218,6 +234,8 @@ def check_same(stored: ConfigDict, config: ConfigDict, source: reads.FromStage, 
     here = config[section][name].to_dict()
     there = stored[stage][name].to_dict() if stage in stored and name in stored[stage] else {}
     for field, value in here.items():
+      if f'{name}.{field}' in free:
+        continue
       if field not in there or there[field] != value:
         raise UserError(
           f'config.{section}.{name}.{field} is {value!r}, but {there[field] if field in there else None!r} '

@@ -50,6 +50,8 @@ class Stage:
     measure: params by network -> the figure `train.best_measure`; not used where that is a validation metric.
     measured_with: what that figure depends on beside the parameters, for the best checkpoint.
     tokenizer: the digest of what makes numbers of captions; '' = none are read.
+    starts: parameters that the networks begin as; {} where training has begun.
+    start_ids: the id of each network that training began as; stored.
   """
 
   name: str
@@ -65,6 +67,8 @@ class Stage:
   measure: Callable[[dict[str, Params]], float] | None = None
   measured_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
   tokenizer: str = ''
+  starts: dict[str, Params] = dataclasses.field(default_factory=dict)
+  start_ids: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
@@ -125,7 +129,9 @@ def train_with(
   if checkpointer.latest_step() is None:
     init = guard.with_counts(stage.experiment.init)
     state = jax.jit(init, out_shardings=where, compiler_options=run_once_options())(key_init)
-    state = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)(state, frozen)
+    first = {**frozen, **sharding.replicate(stage.starts, stage.mesh)}
+    state = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)(state, first)
+    del first
   else:
     state, stored = checkpointer.restore(abstract)
     start_step, seconds_before, last = position_of(checkpointer, stored)
@@ -166,6 +172,7 @@ def train_with(
       'config': json.loads(stage.config.to_json()),
       'last': last,
       'frozen': stage.frozen_ids,
+      **({checkpoint.STARTS: stage.start_ids} if stage.start_ids else {}),
       same_run.DATA: {'train': stage.train_source.fingerprint, 'eval': stage.eval_source.fingerprint},
       **({captions.DIGEST: stage.tokenizer} if stage.tokenizer else {}),
     }
