@@ -49,6 +49,13 @@ def test_the_script_says_what_it_needs():
   assert done.returncode and 'the folder for results' in done.stderr
 
 
+def test_a_part_that_it_does_not_have_is_named(tmp_path):
+  command = ['benchmarks/accelerator.sh', str(tmp_path / 'out')]
+  environment = {**os.environ, 'PARTS': 'benchmark emojis'}
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 2 and "PARTS names 'emojis'" in done.stderr and not (tmp_path / 'out').exists()
+
+
 @pytest.mark.long
 def test_tiny_networks_on_this_machine(tmp_path):
   """Minutes: every part, with the debug configs."""

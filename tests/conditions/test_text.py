@@ -226,8 +226,8 @@ def test_captions_of_a_stage_that_reads_none_are_refused():
   config.refiner.sample.captions = ('a red ring',)
   with pytest.raises(UserError, match=r'sample.captions must be \(\) in a stage that reads no captions'):
     experiments.build(config, 'refiner')
-  with pytest.raises(ValueError, match="config 'digits' has no captions"):
-    importlib.import_module('configs.digits').get_config('text')
+  with pytest.raises(ValueError, match="config 'cifar10' has no captions"):
+    importlib.import_module('configs.cifar10').get_config('text')
 
 
 def test_ids_of_another_length_are_refused():
