@@ -175,15 +175,18 @@ def test_what_is_no_decoder_or_of_another_clip_is_refused(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_decoder_of_captions_vectors_draws_and_is_none_of_images(run, tmp_path, one_device, monkeypatch):
+def test_a_decoder_of_captions_vectors_draws_and_is_none_of_images(run, tmp_path):
   """Trained on another run's CLIP stage; its vectors follow from its captions, so that no prior is drawn."""
   config, workdir = run
   config = config.copy_and_resolve_references()
   config.stages = ('refiner',)
   of = {'of': 'caption', 'prior_stage': '', 'workdir': str(workdir)}
   config.refiner.conditions.clip_image.update(of)
-  monkeypatch.setattr(train, 'first_images', lambda *run: {})
-  train.run_stages(config, tmp_path / 'run', config.stages)
+  with pytest.MonkeyPatch.context() as patch:
+    make_mesh = sharding.make_mesh
+    patch.setattr(sharding, 'make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))
+    patch.setattr(train, 'first_images', lambda *run: {})
+    train.run_stages(config, tmp_path / 'run', config.stages)
   own = opened((config, tmp_path / 'run'))
   indices = np.arange(3)
   images = own.draw(indices)['x0']
