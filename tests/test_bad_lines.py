@@ -282,6 +282,7 @@ def test_an_interruption_is_one_word(tmp_path, seconds):
 
 AT_THE_END = """
 import atexit, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 from vaediff.machine import runtime
 runtime.start('vaediff.main')
 

@@ -470,7 +470,9 @@ def test_clip_comes_before_what_reads_captions_in_any_order():
   config = get('emoji64', 'divae,prior,text,clip')
   assert config.stages[0] == 'clip' and config.clip.text == config.prior.text
   with pytest.raises(ValueError, match="variant clip: .* has no captions, data.caption_feature is ''"):
-    get('digits', 'clip')
+    get('cifar10', 'clip')
+  for variant in ('clip', 'text,clip', 'unclip'):
+    assert get('digits', variant).data.caption_feature == 'caption'
 
 
 def test_a_classifier_is_of_the_space_that_it_guides_in_any_order():

@@ -35,6 +35,7 @@ REAL = {
   ('fashion_mnist', ''): [(28, 28, 1)],
   ('fashion_mnist', 'idx'): [(28, 28, 1)],
   ('digits', ''): [(8, 8, 1)],
+  **dict.fromkeys((('digits', variant) for variant in ('text', 'clip', 'unclip')), [(8, 8, 1)]),
   ('emoji64', ''): [(64, 64, 3)],
   ('shapes16', ''): [(16, 16, 3)],
   ('shapes16', 'mini'): [(16, 16, 3)],
