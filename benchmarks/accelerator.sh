@@ -74,7 +74,7 @@ flags() {  # how long the train step of a small U-Net takes to compile, and then
     (
       said=$(XLA_FLAGS=$chosen JAX_COMPILATION_CACHE_DIR=$(mktemp -d -p "$runs") vaediff --config="$small" \
         --stages=refiner --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" --config.benchmark.num_repeats=3 \
-        | grep 'train step')
+        | grep 'train step') || exit 1
       echo "XLA_FLAGS='$chosen' $said"
     ) &
     started+=($!)
