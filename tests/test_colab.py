@@ -173,7 +173,7 @@ def test_train(execute, trained):
   assert 'There is no TPU or GPU here' in text
   assert 'train: 1500 images of 8x8x1, 10 classes' in text
   assert f'tensorboard --logdir {workdir}' in text
-  assert 'seconds in all, device: cpu x 1' in text
+  assert 'of them compiling, device: cpu x 1' in text
   assert 'fd_classifier' in text
   curves, samples = code_cells(trained)[-3:-1]
   assert pictures(curves['outputs']) == 1

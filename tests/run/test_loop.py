@@ -224,7 +224,12 @@ def test_sampling_with_settings_that_were_not_trained_is_refused(tmp_path, one_d
 def test_training_longer_goes_on_from_the_checkpoint(tmp_path, one_device, trained):
   config, workdir = copied(trained, tmp_path)
   config.vae.train.num_steps = 6
+  before = loop.read_summary(workdir / 'vae')
   train.run_stages(config, workdir, ('vae',))
+  after = loop.read_summary(workdir / 'vae')
+  for time_spent in ('seconds', 'compiling'):  # over both runs
+    assert after[time_spent] > before[time_spent]
+  assert after['seconds'] - before['seconds'] > after['compiling'] - before['compiling']
   assert [row['step'] for row in lines(workdir, 'vae') if 'loss' in row] == [1, 2, 3, 4, 5, 6]
 
 

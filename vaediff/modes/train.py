@@ -16,7 +16,7 @@ from vaediff.errors import UserError
 from vaediff.evaluation.during_training import make_measure
 from vaediff.experiments import quantized
 from vaediff.experiments.base import Experiment
-from vaediff.machine import distributed, sharding
+from vaediff.machine import compiling, distributed, sharding
 from vaediff.modes import checked, interpolate, reconstruct, sample
 from vaediff.run import captions, checkpoint, log, loop, measurements, same_run, starting
 from vaediff.run import config as configs
@@ -45,7 +45,8 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...
   with contextlib.ExitStack() as held:
     if jax.process_index() == 0:
       held.enter_context(files.lock(workdir, '--mode=train'))
-    return with_damage_set_aside(workdir, lambda: run_stages_once(config, workdir, stages))
+    compiled = held.enter_context(compiling.Clock())
+    return with_damage_set_aside(workdir, lambda: run_stages_once(config, workdir, stages, compiled))
 
 
 def with_damage_set_aside(workdir: pathlib.Path, once: Callable[[], Any]) -> Any:
@@ -68,7 +69,7 @@ def with_damage_set_aside(workdir: pathlib.Path, once: Callable[[], Any]) -> Any
 
 
 def run_stages_once(
-  config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]
+  config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...], compiled: compiling.Clock
 ) -> list[dict[str, Any]]:
   """Does what `run_stages` says, as long as every checkpoint can be read."""
   started = time.monotonic()
@@ -110,7 +111,8 @@ def run_stages_once(
     measurements.ensure(built[name], config, workdir, name, mesh)
   figures = first_images(config, workdir, stages[-1], mesh)
   if jax.process_index() == 0:
-    print_table(summaries, figures, built[stages[-1]].titles, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    print_table(summaries, figures, built[stages[-1]].titles, seconds, compiled.seconds)
   return summaries
 
 
@@ -263,9 +265,10 @@ def print_table(
   figures: dict[str, float],
   titles: Mapping[str, str],
   seconds: float,
+  compiling_seconds: float,
 ) -> None:
   """Prints one line per stage, the figures of the reconstructions, and the time in all."""
-  rows = [('stage', 'steps', 'seconds', 'images/s', 'last training metrics', 'validation')]
+  rows = [('stage', 'steps', 'seconds', 'compiling', 'images/s', 'last training metrics', 'validation')]
   for summary in summaries:
     timed = ('images_per_second', 'waiting/')
     last = {name: f'{v:.4g}' for name, v in summary['last'].items() if not name.startswith(timed)}
@@ -276,6 +279,7 @@ def print_table(
         summary['stage'],
         str(summary['steps']),
         f'{summary["seconds"]:.1f}',
+        f'{summary["compiling"]:.1f}' if 'compiling' in summary else '-',  # of an earlier version
         f'{summary["images_per_second"]:.0f}',
         training,
         validation,
@@ -290,4 +294,5 @@ def print_table(
       what = titles[name[4:]] if name[4:] in titles else name[4:]
       error = f'mean squared error per pixel {value:.5f} (pixels in [0, 1], evaluation split)'
       log.say(f'{what} reconstruction: {error}')
-  log.say(f'{seconds:.0f} seconds in all, device: {jax.devices()[0].device_kind} x {jax.device_count()}')
+  device = f'{jax.devices()[0].device_kind} x {jax.device_count()}'
+  log.say(f'{seconds:.0f} seconds in all, {compiling_seconds:.0f} of them compiling, device: {device}')

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vaediff.data import loader, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
-from vaediff.machine import distributed, sharding
+from vaediff.machine import compiling, distributed, sharding
 from vaediff.run import captions, checkpoint, guard, log, review, same_run, wandb_log
 from vaediff.storage import files, identity
 from vaediff.types import Params
@@ -71,6 +71,19 @@ class Stage:
   start_ids: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Spent:
+  """The time of a stage, over all its runs.
+
+  Attributes:
+    seconds: in all, from building the state to the last save.
+    compiling: of them, in which something was compiled.
+  """
+
+  seconds: float = 0.0
+  compiling: float = 0.0
+
+
 def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
   """Returns shapes, types and shardings of the state, the guard's counts too, without allocating it."""
   shapes = jax.eval_shape(guard.with_counts(experiment.init), jax.random.key(0))
@@ -85,8 +98,8 @@ def train(stage: Stage) -> dict[str, Any]:
   """Trains the stage to `train.num_steps`, from its latest checkpoint if it has one.
 
   Returns:
-    The summary that is also written to `<stage>/summary.json`: steps, seconds, images per second, last
-    metrics.
+    The summary that is also written to `<stage>/summary.json`: steps, seconds, those of them spent compiling,
+    images per second, last metrics.
 
   Raises:
     UserError: when a metric is not finite (names step and metric), or a checkpoint cannot be saved or read.
@@ -100,7 +113,8 @@ def train(stage: Stage) -> dict[str, Any]:
   watchdog = distributed.Watchdog(silence, f'stage {stage.name}', checkpointer.kept)
   preemption = distributed.Preemption()
   try:
-    return train_with(stage, checkpointer, preemption)
+    with compiling.Clock() as clock:
+      return train_with(stage, checkpointer, preemption, clock)
   except BaseException as error:
     if not (isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1):  # peers may be lost
       kept = checkpointer.kept()
@@ -113,9 +127,13 @@ def train(stage: Stage) -> dict[str, Any]:
 
 
 def train_with(
-  stage: Stage, checkpointer: checkpoint.Checkpointer, preemption: distributed.Preemption
+  stage: Stage,
+  checkpointer: checkpoint.Checkpointer,
+  preemption: distributed.Preemption,
+  compiled: compiling.Clock,
 ) -> dict[str, Any]:
   """Does what `train` says; whoever calls it waits for the save under way, however it ends."""
+  started = time.monotonic()
   section = stage.config[stage.name]
   num_steps, batch_size = section.train.num_steps, section.train.batch_size
 
@@ -125,7 +143,7 @@ def train_with(
   run_key = jax.random.fold_in(jax.random.key(stage.config.seed), _number(stage.name))
   key_init, key_train, key_eval = jax.random.split(run_key, 3)
   frozen = sharding.replicate(stage.frozen, stage.mesh)
-  start_step, seconds_before, last = 0, 0.0, {}
+  start_step, before, last = 0, Spent(), {}
   if checkpointer.latest_step() is None:
     init = guard.with_counts(stage.experiment.init)
     state = jax.jit(init, out_shardings=where, compiler_options=run_once_options())(key_init)
@@ -134,7 +152,7 @@ def train_with(
     del first
   else:
     state, stored = checkpointer.restore(abstract)
-    start_step, seconds_before, last = position_of(checkpointer, stored)
+    start_step, before, last = position_of(checkpointer, stored)
     log.say(f'{stage.name}: resuming at step {start_step} of {num_steps}')
   for note in stage.experiment.notes:
     log.say(f'{stage.name}: {note}')
@@ -162,13 +180,16 @@ def train_with(
   watch = Watch(stage.name, checkpointer)
   profile = log.Profile(stage.folder, section.train.profile_steps)
   clock = log.Clock()
-  started, last_step = time.monotonic(), start_step
+  last_step = start_step
+
+  def spent() -> Spent:
+    return Spent(before.seconds + time.monotonic() - started, before.compiling + compiled.seconds)
 
   def meta(step: int) -> dict[str, Any]:
     return {
       'stage': stage.name,
       'data_position': step,
-      'seconds': seconds_before + time.monotonic() - started,
+      **dataclasses.asdict(spent()),
       'config': json.loads(stage.config.to_json()),
       'last': last,
       'frozen': stage.frozen_ids,
@@ -221,20 +242,21 @@ def train_with(
     reviewer.wait()
     profile.close()
     board.close()
-  seconds = seconds_before + time.monotonic() - started
-  return write_summary(stage, num_steps, batch_size, seconds, last)
+  return write_summary(stage, num_steps, batch_size, spent(), last)
 
 
 def position_of(
   checkpointer: checkpoint.Checkpointer, stored: dict[str, Any]
-) -> tuple[int, float, dict[str, float]]:
-  """Returns what is stored with a state: its step, the seconds trained, the last metrics.
+) -> tuple[int, Spent, dict[str, float]]:
+  """Returns what is stored with a state: its step, the time trained, the last metrics.
 
   Raises:
     DamagedCheckpoint: when it is not there.
   """
   try:
-    return int(stored['data_position']), float(stored['seconds']), dict(stored['last'])
+    compiling_seconds = float(stored.get('compiling', 0.0))  # runs of earlier versions do not know
+    spent = Spent(float(stored['seconds']), compiling_seconds)
+    return int(stored['data_position']), spent, dict(stored['last'])
   except (KeyError, TypeError, ValueError) as error:
     folder = checkpointer.folder / str(checkpointer.latest_step())
     raise checkpoint.damaged(folder, ValueError('its meta does not say where training was')) from error
@@ -321,15 +343,15 @@ class Watch:
 
 
 def write_summary(
-  stage: Stage, num_steps: int, batch_size: int, seconds: float, last: dict[str, Any]
+  stage: Stage, num_steps: int, batch_size: int, spent: Spent, last: dict[str, Any]
 ) -> dict[str, Any]:
   """Writes and returns the stage's line of the final table."""
   summary = {
     'id': checkpoint.identity_of(stage.folder),
     'stage': stage.name,
     'steps': num_steps,
-    'seconds': seconds,
-    'images_per_second': num_steps * batch_size / max(seconds, 1e-9),
+    **dataclasses.asdict(spent),
+    'images_per_second': num_steps * batch_size / max(spent.seconds, 1e-9),
     'last': last,
   }
   if jax.process_index() == 0:
