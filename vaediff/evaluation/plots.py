@@ -5,13 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use('Agg')  # no display is needed, nor looked for
-
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure as Plot
 
 from vaediff.evaluation.measures import Figure
 from vaediff.run import images
@@ -35,7 +29,8 @@ def bars(
   if not names:
     path.unlink(missing_ok=True)
     return False
-  plot, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False)
+  plot = blank(4 * len(names), 3.2)
+  axes = plot.subplots(1, len(names), squeeze=False)
   for axis, name in zip(axes[0], names, strict=True):
     shown = [row for row in rows if has_value(row.get(name))]
     values = [row[name].value for row in shown]
@@ -67,7 +62,8 @@ def curves(
   if not any(has_value(row.get(measure)) for row in rows):
     path.unlink(missing_ok=True)
     return False
-  plot, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+  plot = blank(11, 3.6)
+  axes = plot.subplots(1, 2, sharey=True)
   lines: dict[str, list[Mapping[str, Any]]] = {}
   for row in rows:
     if has_value(row.get(measure)):
@@ -103,10 +99,16 @@ def has_value(value: Any) -> bool:
   return isinstance(value, Figure) and value.value is not None
 
 
-def save(plot: Plot, path: pathlib.Path, made_of: Mapping[str, str] | None) -> None:
-  """Writes and closes a plot, with what it was made of."""
+def blank(width: float | int, height: float | int) -> Any:
+  """Returns an empty plot of so many inches, which belongs to no window: no display is looked for."""
+  from matplotlib.figure import Figure as Plot  # imported late: most of a second that other modes do not need
+
+  return Plot(figsize=(width, height))
+
+
+def save(plot: Any, path: pathlib.Path, made_of: Mapping[str, str] | None) -> None:
+  """Writes a plot, with what it was made of."""
   plot.tight_layout()
   text = {images.MADE_OF: json.dumps(dict(made_of), sort_keys=True)} if made_of else {}
   with files.replacing(path) as temporary:
     plot.savefig(temporary, format='png', dpi=120, metadata=text)
-  plt.close(plot)
