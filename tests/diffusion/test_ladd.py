@@ -38,9 +38,11 @@ def test_r1_is_the_squared_slope_of_each_heads_logits():
 
 
 @pytest.mark.parametrize('schedule', [LINEAR, COSINE])
-def test_renoising_times_are_logit_normal_and_on_the_trained_times(schedule):
+def test_renoising_levels_are_those_of_a_rectified_flow_at_logit_normal_times(schedule):
+  """Whatever the schedule calls its times: at t = sigmoid(1) the linear one holds next to no image."""
   t = np.asarray(ladd.sample_renoising_time(jax.random.key(0), 20_000, 1.0, 0.5, schedule), np.float64)
-  logit = np.log(t / (1 - np.minimum(t, 1 - 1e-6)))
+  alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+  logit = np.log(sigma / alpha)  # of the t that has sigma / alpha = t / (1 - t)
   assert np.mean(logit) == pytest.approx(1.0, abs=0.02) and np.std(logit) == pytest.approx(0.5, abs=0.02)
   # wide enough to leave both ends
   wide = np.asarray(ladd.sample_renoising_time(jax.random.key(1), 1000, 0.0, 50.0, schedule))

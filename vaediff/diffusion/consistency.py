@@ -9,47 +9,19 @@ noise levels tau = sigma_t / alpha_t and r < tau, must be mapped to the same x0:
 with f(y_0) = x0 itself. k counts doublings: a large q starts near r = tau at once. A network that predicts v
 has f(y_0) = y_0 and needs no other parameterisation. All is in the shifted state y.
 
-Imports jax, numpy, `vaediff.types`, `vaediff.errors` and its siblings only.
+Imports jax and its siblings only.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vaediff.diffusion.schedules import Schedule
-from vaediff.types import Time
+from vaediff.diffusion.levels import Level
 
 SLOPE = 8.0
 """Of the term that brings r nearer to 0 at small tau."""
 SIGMA_DATA = 0.5
 """Standard deviation of images in [-1, 1], as in Karras et al. 2022 (arXiv:2206.00364)."""
-POINTS = 4096
-"""Times at which log tau is tabled to be inverted."""
-
-Level = Float[Array, ' batch']
-
-
-def levels(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (t, log tau), rising, over the times that a network of this schedule was trained on."""
-  count = schedule.train_steps or POINTS
-  t = np.arange(1, count + 1) / count
-  return t, -0.5 * schedule.logsnr(t)
-
-
-def time_of(tau: Level, schedule: Schedule) -> Time:
-  """Returns the time whose noise level is tau, at least the first and at most the last trained one."""
-  t, log_tau = levels(schedule)
-  return jnp.interp(
-    jnp.log(jnp.maximum(tau, 1e-20)), jnp.asarray(log_tau, jnp.float32), jnp.asarray(t, jnp.float32)
-  )
-
-
-def sample_level(key: jax.Array, count: int, mean: float, std: float, schedule: Schedule) -> Level:
-  """Returns one noise level per example, log-normal, within those of the schedule's times."""
-  _, log_tau = levels(schedule)
-  drawn = mean + std * jax.random.normal(key, (count,))
-  return jnp.exp(jnp.clip(drawn, log_tau[0], log_tau[-1]))
 
 
 def earlier(tau: Level, q: float, doublings: Int[Array, '']) -> Level:

@@ -1,8 +1,8 @@
 """Adversarial distillation on a denoiser's own features: its times, its hinge losses, R1, and its measures.
 
 LADD (Sauer et al. 2024, arXiv:2403.12015) judges x0 by what a frozen denoiser makes of it at a random noise
-level, y_t' = alpha_t' x0 + sigma_t' eps with t' logit-normal. Head k gives one logit per position p of one
-map of features, and the losses of one example are means over positions and then over heads:
+level, y_t' = alpha_t' x0 + sigma_t' eps with log(sigma_t' / alpha_t') normal. Head k gives one logit per
+position p of one map of features, and the losses of one example are means over positions and then over heads:
 
     L_D = mean_k mean_p [relu(1 - D_k(real)) + relu(1 + D_k(fake))],    L_G = -mean_k mean_p D_k(fake).
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vaediff.diffusion import distillation
+from vaediff.diffusion import distillation, levels
 from vaediff.diffusion.gaussian import Denoise
 from vaediff.diffusion.schedules import Schedule
 from vaediff.types import Time
@@ -39,12 +39,14 @@ def on_trained_times(t: Time, schedule: Schedule) -> Time:
 
 
 def sample_renoising_time(key: jax.Array, count: int, mean: float, std: float, schedule: Schedule) -> Time:
-  """Returns t' = sigmoid(mean + std n), n ~ N(0, 1), on the schedule's trained times.
+  """Returns t' at which log(sigma / alpha) = mean + std n, n ~ N(0, 1), on the schedule's trained times.
 
-  A mean above 0 prefers high noise, where the features are of structure; at low noise they are of texture
-  (arXiv:2403.12015, section 3).
+  LADD says logit(t') in place of log(sigma / alpha) (arXiv:2403.12015, section 3), of a rectified flow,
+  where they are the same: sigma_t / alpha_t = t / (1 - t). A mean above 0 prefers high noise, where the
+  features are of structure; at low noise they are of texture.
   """
-  return on_trained_times(jax.nn.sigmoid(mean + std * jax.random.normal(key, (count,))), schedule)
+  level = levels.sample_level(key, count, mean, std, schedule)
+  return on_trained_times(levels.time_of(level, schedule), schedule)
 
 
 def over_heads(values: Logits) -> Float[Array, ' batch']:

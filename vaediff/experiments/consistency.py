@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vaediff.diffusion import consistency, gaussian
+from vaediff.diffusion import consistency, gaussian, levels
 from vaediff.errors import UserError
 from vaediff.experiments import base, bounds
 from vaediff.experiments.diffusion import BOUNDS as BOUNDS_OF_DIFFUSION
@@ -80,18 +80,18 @@ class Consistency(LossStudent):
     del batch, training
     key_level, key_eps = jax.random.split(key)
     schedule = self.student.denoiser.schedule
-    tau = consistency.sample_level(key_level, y0.shape[0], self.level_mean, self.level_std, schedule)
+    tau = levels.sample_level(key_level, y0.shape[0], self.level_mean, self.level_std, schedule)
     doublings = step // self.double_every_steps if self.double_every_steps else jnp.zeros_like(step)
     r = consistency.earlier(tau, self.q, doublings)
     eps = jax.random.normal(key_eps, y0.shape)
     denoise = self.student.denoiser.x0_hat(read, values)
 
     def at(level: jax.Array) -> jax.Array:
-      t = consistency.time_of(level, schedule)
+      t = levels.time_of(level, schedule)
       return denoise(gaussian.q_sample(y0, eps, t, schedule), t)
 
     x0_hat, before = at(tau), jax.lax.stop_gradient(at(r))
-    lowest = jnp.exp(jnp.float32(consistency.levels(schedule)[1][0]))
+    lowest = jnp.exp(jnp.float32(levels.levels(schedule)[1][0]))
     target = jnp.where(gaussian.per_example(r, y0) < lowest, y0, before)
     return consistency.loss(x0_hat, target, tau, self.huber)
 
