@@ -1,8 +1,8 @@
 """Adversarial distillation of a refiner whose discriminator reads the teacher's own features.
 
 LADD (Sauer et al. 2024, arXiv:2403.12015): no foreign feature network. Real x0 and the student's x0_hat are
-noised to a random level, that of time t', the frozen teacher's encoder makes features of both, and small heads
-on its maps tell them apart. At a time s of the student's own grid and y_s = alpha_s x0 + sigma_s eps,
+noised to a random level, that of time t', the frozen teacher's encoder makes features of both, and small
+heads on its maps tell them apart. At a time s of the student's own grid and y_s = alpha_s x0 + sigma_s eps,
 
     L_D = hinge loss of the heads + r1_gamma R1 on the heads' inputs,
     L_G = -adversarial_weight mean D(x0_hat) + distillation_weight w_s |x0_hat - x0*|^2,
