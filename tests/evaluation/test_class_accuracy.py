@@ -1,5 +1,6 @@
 """The share of samples that are of the class that they were asked to be of."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 
 from vaediff import modes
 from vaediff.data import sources
-from vaediff.evaluation import measures, networks, report, sets, sweep
+from vaediff.evaluation import measures, networks, reconstructions, report, sets, sweep
 from vaediff.evaluation.measures import Figure
 from vaediff.modes import train
 from vaediff.run import config as configs
@@ -138,3 +139,15 @@ def test_from_a_run_to_pictures_table_and_sweep(tmp_path, one_device, capsys):
   for row in rows:
     assert 0 <= row['class_accuracy']['value'] <= 1 and 'floor' in row['class_accuracy']
     assert 0 <= row['recall_classifier']['value'] <= 1 and row['condition'] == 'label'
+
+
+def test_reconstructions_are_asked_to_be_of_the_class_of_their_image():
+  source = sources.ArraySource(
+    images=np.zeros((297, 2, 2, 1), np.uint8), labels=np.zeros(297, np.int32), label_names=('a', 'b', 'c'),
+    num_classes=3,
+  )  # fmt: skip
+  found = reconstructions.class_accuracy(opened(), {'classifier': {'logits': LOGITS}}, ASKED, source)
+  assert found == {'class_accuracy': Figure(value=0.75, floor=0.99, floor_n=297)}
+  assert reconstructions.class_accuracy(opened(), {'mobilenetv2': {'features': LOGITS}}, ASKED, source) == {}
+  without = dataclasses.replace(source, num_classes=0)
+  assert reconstructions.class_accuracy(opened(), {'classifier': {'logits': LOGITS}}, ASKED, without) == {}

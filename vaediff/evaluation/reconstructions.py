@@ -1,7 +1,7 @@
 """Rows of reconstructions: the evaluation split encoded and drawn again, compared with itself."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
   if count < len(source):
     count = min(count, settings.max_features)  # of so many images the features are kept
   log.say(f'reconstructing {count} evaluation images')
-  parts, streams, edges, of_data = {}, {}, {}, []
+  parts, streams, edges, of_data, labels = {}, {}, {}, [], []
   for indices, image, label in in_chunks(source, count, settings.batch_size):
     given = trained.observe(image, label)
     of_data.append(quality.sharpness_of_each(image))
+    labels.append(label)
     for name, value in trained.draw_all(given, first=int(indices[0])).items():
       if name not in streams:
         streams[name] = {network: features.stream() for network, features in opened.features.items()}
@@ -45,19 +46,41 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
     figures = {measure: mean_of(values) for measure, values in by_measure.items()}
     figures['sharpness'] = over(mean_of(edges[name]), mean_of(of_data))
     figures |= missing_pair_figures(settings, opened, source)
+    seen = {network: stream.finish() for network, stream in streams[name].items()}
+    figures |= class_accuracy(opened, seen, np.concatenate(labels), source)
     for network in settings.extractors:
       if network in opened.missing:
         names = measures.distance_names(network)
         figures |= {f'r{key}': Figure(missing=opened.missing[network]) for key in names}
         continue
       held_out = of_first(real.held_out[network], count, len(source))
-      seen = streams[name][network].finish()['features']
-      found = distances_of(network, [seen], held_out, settings)
+      found = distances_of(network, [seen[network]['features']], held_out, settings)
       figures |= {f'r{key}': figure for key, figure in found.items()}
     floors_r = {f'r{key}': value for key, value in floors.items()}
     label = title_of(trained, name)
     rows.append({'set': f'{label} reconstructions', 'N': count, **with_floors(figures, floors_r)})
   return rows
+
+
+def class_accuracy(
+  opened: Networks, seen: Mapping[str, Mapping[str, np.ndarray]], labels: np.ndarray, source: sources.Source
+) -> dict[str, Figure]:
+  """Returns the share of reconstructions that the own classifier takes for the class of their image.
+
+  What is drawn by the same decoder is hardly recognised more often. Its floor is the classifier's accuracy on
+  the images.
+
+  Args:
+    opened: the networks; {} without that classifier among them.
+    seen: what each network saw in the reconstructions.
+    labels: classes of the images.
+    source: the evaluation split; {} where it has no classes.
+  """
+  if not source.num_classes or measures.CLASSIFIER not in seen:
+    return {}
+  value = measures.class_accuracy(seen[measures.CLASSIFIER]['logits'], labels)
+  accuracy = opened.features[measures.CLASSIFIER].accuracy
+  return {measures.CLASS_ACCURACY: Figure(value=value, floor=accuracy, floor_n=len(source))}
 
 
 def of_first(held_out: Reference, count: int, total: int) -> Reference:
