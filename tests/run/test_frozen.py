@@ -44,3 +44,18 @@ def test_a_teacher_of_other_words_is_refused(digest, fits, monkeypatch):
 def test_stages_without_captions_ask_for_no_tokenizer(monkeypatch):
   monkeypatch.setattr(captions, 'tokenizer_of', None)
   frozen.check_tokenizers({'teacher': source('refiner')}, ConfigDict(), pathlib.Path('run'))
+
+
+@pytest.mark.parametrize(
+  ('stage', 'workdir', 'field'),
+  [
+    ('vae', 'elsewhere', 'refiner.vae.workdir'),
+    ('autoencoder', 'elsewhere', 'refiner.autoencoder.workdir'),
+    ('classifier', 'elsewhere', 'refiner.autoencoder.workdir'),  # none names it: the first of that run
+    ('vae', 'nowhere', '<stage>...workdir'),
+  ],
+)
+def test_of_two_fields_with_one_run_the_one_that_names_the_stage_is_said(stage, workdir, field):
+  sections = {name: {'stage': name, 'workdir': 'elsewhere'} for name in ('autoencoder', 'vae')}
+  config = ConfigDict({'refiner': {'start': {'stage': 'vae', 'workdir': ''}, **sections}})
+  assert frozen.field_of(config, source(stage, workdir)) == field

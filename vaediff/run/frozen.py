@@ -199,16 +199,21 @@ def earlier_ids(stored: Any) -> dict[str, str]:
 
 
 def field_of(config: ConfigDict, source: reads.FromStage | reads.Measured) -> str:
-  """Returns the field that says where another run lies, as 'refiner.vae.workdir'."""
+  """Returns the field that says where another run lies, as 'refiner.vae.workdir'.
 
-  def fields(section: ConfigDict, prefix: str) -> Iterator[str]:
+  Of several that name that run it is one whose section names the stage, too: 'refiner.autoencoder.workdir'
+  for the autoencoder, where the VAE is of the same run.
+  """
+
+  def fields(section: ConfigDict, prefix: str) -> Iterator[tuple[bool, str]]:
     for name, value in section.items():
       if isinstance(value, ConfigDict):
         yield from fields(value, f'{prefix}{name}.')
       elif name == 'workdir' and value == source.workdir:
-        yield f'{prefix}{name}'
+        yield 'stage' in section and section.stage == source.stage, f'{prefix}{name}'
 
-  return next(fields(config, ''), '<stage>...workdir')
+  found = sorted(fields(config, ''), key=lambda field: not field[0])  # stable: else the first
+  return found[0][1] if found else '<stage>...workdir'
 
 
 def check_same(
