@@ -172,21 +172,13 @@ def _small_vae(stage):
   stage.model.stem = 'dense'
   stage.loss.reduction = 'mean'
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
-  stage.train.update({'num_steps': 2000, **OFTEN})
+  stage.train.update({'num_steps': 1000, 'batch_size': 32, **OFTEN})
 
 
 def _small_autoencoder(stage):
   stage.model.update({'channels': 24, 'channel_multipliers': (1, 2, 2)})
-  stage.discriminator.update({'channels': 24, 'num_layers': 3})
-  stage.loss.update(
-    {
-      'perceptual': '',
-      'adversarial_weight': 0.2,
-      'adversarial_start_step': 1500,
-      'discriminator_start_step': 1200,
-    }
-  )
-  stage.train.update({'num_steps': 3000, 'batch_size': 32, 'flip': True, **OFTEN})
+  stage.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
+  stage.train.update({'num_steps': 700, 'batch_size': 32, 'flip': True, **OFTEN})
 
 
 def _small_refiner(stage):
@@ -212,7 +204,7 @@ def _small_refiner(stage):
       'ema_warmup': True,
     }
   )
-  stage.train.update({'num_steps': 8000, 'batch_size': 64, 'flip': True, **OFTEN})
+  stage.train.update({'num_steps': 3000, 'batch_size': 32, 'flip': True, **OFTEN})
 
 
 def _small_distill(stage):
