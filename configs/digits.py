@@ -69,7 +69,7 @@ def _refiner(stage):
   stage.train = parts.train(
     1600, 64, save_every_steps=400, eval_every_steps=400, grid_every_steps=1200, eval_images=0
   )
-  stage.train.grid_images = 64  # as many as are sampled: one program draws both
+  stage.train.grid_images = 64  # as many as are sampled: the same program, from the compilation cache
   stage.sample.num_steps = 50
 
 

@@ -172,13 +172,13 @@ def _small_vae(stage):
   stage.model.stem = 'dense'
   stage.loss.reduction = 'mean'
   stage.optim.update({'learning_rate': 2e-3, 'schedule': 'cosine', 'ema_decay': 0.99})
-  stage.train.update({'num_steps': 1000, 'batch_size': 32, **OFTEN})
+  stage.train.update({'num_steps': 1000, 'batch_size': 32, **OFTEN, 'save_every_steps': 500})
 
 
 def _small_autoencoder(stage):
   stage.model.update({'channels': 24, 'channel_multipliers': (1, 2, 2)})
   stage.loss.update({'perceptual': '', 'adversarial_weight': 0.0})
-  stage.train.update({'num_steps': 700, 'batch_size': 32, 'flip': True, **OFTEN})
+  stage.train.update({'num_steps': 700, 'batch_size': 32, 'flip': True, **OFTEN, 'save_every_steps': 350})
 
 
 def _small_refiner(stage):

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.errors import UserError
-from vaediff.machine import cost, sharding
+from vaediff.machine import compiling, cost, sharding
 from vaediff.run import guard, loop
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -29,6 +29,25 @@ def mesh_config(data=-1, fsdp=1, rules=()):
 def test_meshes(data, fsdp, shape):
   mesh = sharding.make_mesh(mesh_config(data, fsdp))
   assert mesh.devices.shape == shape and mesh.axis_names == ('data', 'fsdp')
+
+
+@pytest.mark.parametrize('count', [1, 8])
+def test_what_is_replicated_lies_whole_on_every_device_and_nothing_is_compiled_for_it(count):
+  mesh = sharding.make_mesh(mesh_config(), jax.devices()[:count])
+  numbers = np.arange(16, dtype=np.float32)
+  given = {
+    'numpy': numbers,
+    'split': jax.device_put(numbers, sharding.batch_sharding(mesh)),
+    'key': jax.random.key(3),
+  }
+  with compiling.Clock() as clock:
+    whole = sharding.replicate(given, mesh)
+    assert clock.seconds == 0
+  for leaf in jax.tree.leaves(whole):
+    assert leaf.committed and leaf.sharding.is_equivalent_to(sharding.replicated(mesh), leaf.ndim)
+  np.testing.assert_array_equal(whole['numpy'], numbers)
+  np.testing.assert_array_equal(whole['split'], numbers)
+  np.testing.assert_array_equal(jax.random.key_data(whole['key']), jax.random.key_data(jax.random.key(3)))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 fid, kid, is                    Inception-v3 of 2015 and no other
 fd_<network>, kd_<network>      Fréchet and kernel distance on another network
 precision_<network>, recall_..., density_..., coverage_...
-class_accuracy                  share of samples that the data set's own classifier takes for what was asked
+class_accuracy                  share that the data set's own classifier takes for the class that was asked
+                                for, or that their image is of
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Rows of reconstructions: the evaluation split encoded and drawn again, compared with itself."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.references import Reference
-from vaediff.evaluation.sets import Real, distances_of, floors_at, title_of, with_floors
+from vaediff.evaluation.sets import Real, distances_of, floors_at, taken_for, title_of, with_floors
 from vaediff.run import log
 from vaediff.run.trained import Trained
 
@@ -47,7 +47,8 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
     figures['sharpness'] = over(mean_of(edges[name]), mean_of(of_data))
     figures |= missing_pair_figures(settings, opened, source)
     seen = {network: stream.finish() for network, stream in streams[name].items()}
-    figures |= class_accuracy(opened, seen, np.concatenate(labels), source)
+    if source.num_classes and measures.CLASSIFIER in settings.extractors:
+      figures |= taken_for(np.concatenate(labels), opened, [seen], len(source))
     for network in settings.extractors:
       if network in opened.missing:
         names = measures.distance_names(network)
@@ -60,27 +61,6 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
     label = title_of(trained, name)
     rows.append({'set': f'{label} reconstructions', 'N': count, **with_floors(figures, floors_r)})
   return rows
-
-
-def class_accuracy(
-  opened: Networks, seen: Mapping[str, Mapping[str, np.ndarray]], labels: np.ndarray, source: sources.Source
-) -> dict[str, Figure]:
-  """Returns the share of reconstructions that the own classifier takes for the class of their image.
-
-  What is drawn by the same decoder is hardly recognised more often. Its floor is the classifier's accuracy on
-  the images.
-
-  Args:
-    opened: the networks; {} without that classifier among them.
-    seen: what each network saw in the reconstructions.
-    labels: classes of the images.
-    source: the evaluation split; {} where it has no classes.
-  """
-  if not source.num_classes or measures.CLASSIFIER not in seen:
-    return {}
-  value = measures.class_accuracy(seen[measures.CLASSIFIER]['logits'], labels)
-  accuracy = opened.features[measures.CLASSIFIER].accuracy
-  return {measures.CLASS_ACCURACY: Figure(value=value, floor=accuracy, floor_n=len(source))}
 
 
 def of_first(held_out: Reference, count: int, total: int) -> Reference:

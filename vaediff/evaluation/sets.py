@@ -192,16 +192,31 @@ def class_accuracy(
   asked = classes_asked(trained, count) if seen else None
   if asked is None:
     return {}
+  if measures.CLASSIFIER not in {*opened.features, *opened.missing}:
+    reason = f'it is of the network {measures.CLASSIFIER!r}, which config.evaluate.extractors does not name'
+    return {measures.CLASS_ACCURACY: Figure(missing=reason)}
+  return taken_for(asked, opened, seen, len(trained.eval_source))
+
+
+def taken_for(
+  asked: np.ndarray, opened: Networks, seen: Sequence[Mapping[str, Mapping[str, np.ndarray]]], real: int
+) -> dict[str, Figure]:
+  """Returns the share of images that the own classifier takes for the classes `asked`, or why there is none.
+
+  Args:
+    asked: class of each image.
+    opened: the networks; the classifier is among them, or among those that are missing.
+    seen: by seed, what each network saw in the images.
+    real: of how many real images its floor is, the classifier's own accuracy.
+  """
   name, network = measures.CLASS_ACCURACY, measures.CLASSIFIER
-  if network not in opened.features:
-    reason = f'it is of the network {network!r}, which config.evaluate.extractors does not name'
-    return {name: Figure(missing=opened.missing[network] if network in opened.missing else reason)}
+  if network in opened.missing:
+    return {name: Figure(missing=opened.missing[network])}
   logits = [each[network]['logits'] for each in seen]
   if not all(np.isfinite(each).all() for each in logits):
     return {name: Figure(missing=f'what {network} sees in the images is not finite')}
   figure = measures.over_seeds([{name: measures.class_accuracy(each, asked)} for each in logits])[name]
-  accuracy = opened.features[network].accuracy
-  return {name: dataclasses.replace(figure, floor=accuracy, floor_n=len(trained.eval_source))}
+  return {name: dataclasses.replace(figure, floor=opened.features[network].accuracy, floor_n=real)}
 
 
 def classes_asked(trained: Trained, count: int) -> np.ndarray | None:

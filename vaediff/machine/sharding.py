@@ -55,7 +55,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Returns the arrays held whole by every device; every process must give the same values."""
+  """Returns the arrays held whole by every device; every process must give the same values.
+
+  They may share memory with those that are given: donate neither, and change no NumPy array afterwards.
+  """
   if jax.process_count() == 1:
     return jax.device_put(tree, replicated(mesh))  # nothing to compile
   return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)

@@ -45,8 +45,11 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...
   with contextlib.ExitStack() as held:
     if jax.process_index() == 0:
       held.enter_context(files.lock(workdir, '--mode=train'))
-    compiled = held.enter_context(compiling.Clock())
-    return with_damage_set_aside(workdir, lambda: run_stages_once(config, workdir, stages, compiled))
+    started, compiled = time.monotonic(), held.enter_context(compiling.Clock())
+    made = with_damage_set_aside(workdir, lambda: run_stages_once(config, workdir, stages))
+    if jax.process_index() == 0:
+      print_table(*made, seconds=time.monotonic() - started, compiling_seconds=compiled.seconds)
+    return made[0]
 
 
 def with_damage_set_aside(workdir: pathlib.Path, once: Callable[[], Any]) -> Any:
@@ -69,10 +72,13 @@ def with_damage_set_aside(workdir: pathlib.Path, once: Callable[[], Any]) -> Any
 
 
 def run_stages_once(
-  config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...], compiled: compiling.Clock
-) -> list[dict[str, Any]]:
-  """Does what `run_stages` says, as long as every checkpoint can be read."""
-  started = time.monotonic()
+  config: ConfigDict, workdir: pathlib.Path, stages: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], dict[str, float], Mapping[str, str]]:
+  """Does what `run_stages` says, as long as every checkpoint can be read.
+
+  Returns:
+    The summaries, the figures of the reconstructions, and the titles of what they are of.
+  """
   mesh = sharding.make_mesh(config.mesh)
   built = checked.check(Run(config, workdir, stages))
   stages = trainable(built, stages)
@@ -109,11 +115,7 @@ def run_stages_once(
       log.say(f'{name}: complete at step {summary["steps"]}, skipped')
     summaries.append(summary)
     measurements.ensure(built[name], config, workdir, name, mesh)
-  figures = first_images(config, workdir, stages[-1], mesh)
-  if jax.process_index() == 0:
-    seconds = time.monotonic() - started
-    print_table(summaries, figures, built[stages[-1]].titles, seconds, compiled.seconds)
-  return summaries
+  return summaries, first_images(config, workdir, stages[-1], mesh), built[stages[-1]].titles
 
 
 def trainable(built: Mapping[str, Experiment], stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -260,6 +262,12 @@ def stored_figures(path: pathlib.Path, made_of: identity.MadeOf) -> dict[str, fl
     return None
 
 
+def compiling_of(summary: Mapping[str, Any]) -> str:
+  """Returns the cell of a stage; a dash where it was imported, or trained in part by an earlier version."""
+  seconds = summary.get('compiling_seconds')
+  return '-' if seconds is None else f'{seconds:.1f}'
+
+
 def print_table(
   summaries: list[dict[str, Any]],
   figures: dict[str, float],
@@ -279,7 +287,7 @@ def print_table(
         summary['stage'],
         str(summary['steps']),
         f'{summary["seconds"]:.1f}',
-        f'{summary["compiling"]:.1f}' if 'compiling' in summary else '-',  # of an earlier version
+        compiling_of(summary),
         f'{summary["images_per_second"]:.0f}',
         training,
         validation,

@@ -76,12 +76,18 @@ class Spent:
   """The time of a stage, over all its runs.
 
   Attributes:
-    seconds: in all, from building the state to the last save.
-    compiling: of them, in which something was compiled.
+    seconds: in all, from building the state to the last evaluation.
+    compiling_seconds: of them, those in which something was compiled; None where an earlier version, which
+      did not count them, began the stage.
   """
 
   seconds: float = 0.0
-  compiling: float = 0.0
+  compiling_seconds: float | None = 0.0
+
+  def plus(self, seconds: float, compiling_seconds: float) -> 'Spent':
+    """Returns this time and more."""
+    before = self.compiling_seconds
+    return Spent(self.seconds + seconds, None if before is None else before + compiling_seconds)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
@@ -183,7 +189,7 @@ def train_with(
   last_step = start_step
 
   def spent() -> Spent:
-    return Spent(before.seconds + time.monotonic() - started, before.compiling + compiled.seconds)
+    return before.plus(time.monotonic() - started, compiled.seconds)
 
   def meta(step: int) -> dict[str, Any]:
     return {
@@ -254,8 +260,7 @@ def position_of(
     DamagedCheckpoint: when it is not there.
   """
   try:
-    compiling_seconds = float(stored.get('compiling', 0.0))  # runs of earlier versions do not know
-    spent = Spent(float(stored['seconds']), compiling_seconds)
+    spent = Spent(float(stored['seconds']), stored.get('compiling_seconds'))
     return int(stored['data_position']), spent, dict(stored['last'])
   except (KeyError, TypeError, ValueError) as error:
     folder = checkpointer.folder / str(checkpointer.latest_step())
