@@ -20,13 +20,13 @@ Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/u
     python -m vaediff.main --config=configs/emoji64.py:unclip
 
 Three levels of codes at half the width: docs/codes.md; captions to codes: docs/text.md. In latents of 16x16,
-sizes for a few cores (not yet measured):
+for a core or two:
 
+    python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion,gmm    # DiffuseVAE, docs/results.md
     python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion,unconditional,label,guided
-    python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion    # DiffuseVAE
-    python -m vaediff.main --config=configs/emoji64.py:small,latent              # LDDGAN
+    python -m vaediff.main --config=configs/emoji64.py:small,latent                  # LDDGAN
 
-The full sizes: not yet measured.
+The last two, and the full sizes: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
