@@ -95,7 +95,6 @@ def test_settings_that_are_none_are_refused_by_name(run, changes, message):
     export.mode(run(**changes))
 
 
-@pytest.mark.slow
 def test_missing_packages_are_said_before_anything_is_opened(run, monkeypatch):
   monkeypatch.setattr(onnx_file, 'PACKAGES', ('no_such_package',))
   with pytest.raises(UserError, match=r"not installed: no_such_package.*pip install -e '\.\[onnx\]'"):
