@@ -14,8 +14,10 @@
 #   emoji.png .json  samples of emoji64, trained from emoji.npz (in the repository root, or $EMOJI) for EMOJI_SECONDS, and
 #                    their figures
 #   log.txt          all output
-# PARTS: which of these to run, of benchmark flags torch costs emoji int8. A first run compiles, which takes minutes a
-# network on a GPU (docs/speed.md): how many parts fit is not known.
+# PARTS: which of these to run, of compile benchmark flags torch costs emoji int8. `compile` makes the programs of the others
+# first, all side by side, into JAX_COMPILATION_CACHE_DIR (a folder of its own where that is not set): compiling takes
+# minutes a network on a GPU (docs/speed.md), and needs little of the device, so that something else can train meanwhile.
+# COMPILE_SECONDS (330): most that they get.
 # SIZE=debug: tiny networks, for a test on a CPU. SECONDS_IN_ALL (530): parts that would begin later are left out.
 set -uo pipefail
 out=${1:?benchmarks/accelerator.sh OUT: the folder for results}
@@ -23,16 +25,17 @@ size=${SIZE:-full}
 in_all=${SECONDS_IN_ALL:-530}
 emoji=${EMOJI:-emoji.npz}
 emoji_seconds=${EMOJI_SECONDS:-180}
-parts=${PARTS:-benchmark flags torch costs emoji int8}
+parts=${PARTS:-compile benchmark torch costs int8 emoji flags}
 python=${PYTHON:-python3}
 for one in $parts; do
-  [[ " benchmark flags torch costs emoji int8 " == *" $one "* ]] || { echo "PARTS names '$one'; see this file" >&2; exit 2; }
+  [[ " compile benchmark flags torch costs emoji int8 " == *" $one "* ]] || { echo "PARTS names '$one'; see this file" >&2; exit 2; }
 done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" JAX_COMPILATION_CACHE_DIR="$runs/cache"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$runs/cache}"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # PyTorch has a turn on the same device
 : > "$out/log.txt"
 
@@ -67,14 +70,42 @@ benchmark() {  # benchmark CONFIG STAGE [FLAG...]: one line of benchmark.jsonl; 
     | tee "$runs/benchmark" && as_line
 }
 
+compile() {  # what the other parts run, side by side; their figures are of a busy device, and are left out
+  local started=() failed=0 quick=(--config.benchmark.num_repeats=1 --config.benchmark.num_sample_repeats=1)
+  for one in "$cifar refiner" "$celeba refiner" "$latent ddgan"; do
+    vaediff --config="${one% *}" --stages="${one#* }" --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" \
+      "${quick[@]}" &
+    started+=($!)
+  done
+  (runs=$(mktemp -d -p "$runs") && out=$runs && costs) &
+  started+=($!)
+  (runs=$(mktemp -d -p "$runs") && out=$runs && int8) &
+  started+=($!)
+  if beside_pytorch; then
+    (runs=$(mktemp -d -p "$runs") && pytorch 1) &
+    started+=($!)
+  fi
+  for one in "${started[@]}"; do wait "$one" || failed=1; done
+  return "$failed"
+}
+
+beside_pytorch() { "$python" -c 'import torch, diffusers' 2> /dev/null; }
+
+pytorch() {  # pytorch ROUNDS
+  local device=gpu
+  [ "$size" = debug ] && device=cpu
+  "$python" -m benchmarks.paired --cases="$torch_cases" --rounds="$1" --dtype=bfloat16 --device="$device" \
+    --results="$runs/torch"
+}
+
 flags() {  # how long the train step of a small U-Net takes to compile, and then to run, under flags of XLA, side by side
   local started=() failed=0
-  for chosen in "" --xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=1 \
+  for chosen in "" --xla_gpu_enable_triton_gemm=false --xla_gpu_force_compilation_parallelism=8 \
     --xla_gpu_experimental_enable_fusion_autotuner=true; do
     (
       said=$(XLA_FLAGS=$chosen JAX_COMPILATION_CACHE_DIR=$(mktemp -d -p "$runs") vaediff --config="$small" \
-        --stages=refiner --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" --config.benchmark.num_repeats=3 \
-        | grep 'train step') || exit 1
+        --stages=refiner --mode=benchmark --workdir="$runs/none" "${synthetic[@]}" --config.data.num_classes=10 \
+        --config.benchmark.num_repeats=3 | grep 'train step') || exit 1
       echo "XLA_FLAGS='$chosen' $said"
     ) &
     started+=($!)
@@ -131,8 +162,8 @@ if [ "$size" = debug ]; then
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1  # compiles sooner
   synthetic+=(--config.benchmark.matmul_size=64 --config.benchmark.num_repeats=1)
 fi
-functions=$(declare -f vaediff benchmark flags as_line costs int8 train_emoji; declare -p synthetic plain small \
-  emoji_config latent extractors emoji_images)
+functions=$(declare -f vaediff compile benchmark flags as_line beside_pytorch pytorch costs int8 train_emoji
+  declare -p synthetic plain small cifar celeba emoji_config latent extractors emoji_images torch_cases)
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a function of this script, under a limit
 
@@ -140,30 +171,32 @@ call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a f
 import jax, platform
 print(jax.devices()[0].device_kind, "x", len(jax.devices()), "- jax", jax.__version__, "- Python", platform.python_version())
 ' 2>> "$out/log.txt" | tee "$out/machine.txt"
-if wanted benchmark; then
-  call 'train step and sampler, cifar10 refiner' 240 "benchmark '$cifar' refiner"
-  call 'train step and sampler, celeba256 refiner' 240 "benchmark '$celeba' refiner"
-  call 'train step and sampler, cifar10 latent GAN' 180 "benchmark '$latent' ddgan"
-fi
-if wanted flags; then call 'flags of XLA, one small U-Net each' 120 flags; fi
-if ! wanted torch; then
-  :
-elif "$python" -c 'import torch, diffusers' 2> /dev/null; then
-  device=gpu
-  [ "$size" = debug ] && device=cpu
-  part 'beside PyTorch' 120 "$python" -m benchmarks.paired --cases="$torch_cases" --rounds=3 --dtype=bfloat16 \
-    --device="$device" --results="$runs/torch"
-  cp "$runs"/torch/*.json "$out/torch.json" 2> /dev/null
-else
-  say 'beside PyTorch: torch and diffusers are not both here'
-fi
-if wanted costs; then call 'costs of a train step' 90 costs; fi
-if ! wanted emoji; then
-  :
-elif [ -e "$emoji" ] || [ "$size" = debug ]; then
-  call 'emoji64' $((emoji_seconds + 90)) train_emoji
-else
-  say "emoji64: there is no $emoji"
-fi
-if wanted int8; then call 'the latent GAN in int8' 120 int8; fi
+for one in $parts; do
+  case $one in
+    compile) call 'compiling all of them side by side' "${COMPILE_SECONDS:-330}" compile ;;
+    benchmark)
+      call 'train step and sampler, cifar10 refiner' 240 "benchmark '$cifar' refiner"
+      call 'train step and sampler, celeba256 refiner' 240 "benchmark '$celeba' refiner"
+      call 'train step and sampler, cifar10 latent GAN' 180 "benchmark '$latent' ddgan"
+      ;;
+    torch)
+      if beside_pytorch; then
+        call 'beside PyTorch' 120 pytorch 3
+        cp "$runs"/torch/*.json "$out/torch.json" 2> /dev/null
+      else
+        say 'beside PyTorch: torch and diffusers are not both here'
+      fi
+      ;;
+    costs) call 'costs of a train step' 90 costs ;;
+    int8) call 'the latent GAN in int8' 120 int8 ;;
+    emoji)
+      if [ -e "$emoji" ] || [ "$size" = debug ]; then
+        call 'emoji64' $((emoji_seconds + 90)) train_emoji
+      else
+        say "emoji64: there is no $emoji"
+      fi
+      ;;
+    flags) call 'flags of XLA, one small U-Net each' 120 flags ;;
+  esac
+done
 say "$SECONDS s in all"

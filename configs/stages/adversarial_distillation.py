@@ -24,6 +24,7 @@ def section() -> ConfigDict:
       'distillation_weight': 1.0,  # of |x0_hat - x0*|^2, mean over pixels; 0 = none
       'r1_gamma': 1e-5,  # of R1 on the heads' inputs; 0 = none
       'renoise_mean': 1.0,  # of log(sigma / alpha) of what the heads judge; above 0 = high noise
+      'renoise_side': 128,  # ... of maps of LADD's side; of others + log(side / this); 0 = of all the same
       'renoise_std': 1.0,
     }
   )

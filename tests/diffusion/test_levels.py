@@ -25,3 +25,11 @@ def test_levels_stay_within_the_trained_times():
   tau = levels.sample_level(jax.random.key(0), 40_000, -1.1, 0.5, LINEAR)
   assert float(jnp.log(tau).mean()) == pytest.approx(-1.1, abs=0.01)
   assert float(jnp.log(tau).std()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_same_is_hidden_at_every_resolution():
+  """Of a map whose positions all say one number, the average of the noisy positions is as noisy as before."""
+  means = [levels.at_resolution(1.0, side**2, 128**2) for side in (8, 128, 256)]
+  np.testing.assert_allclose(means, [1.0 - np.log(16), 1.0, 1.0 + np.log(2)])
+  left = [np.exp(mean) / side for mean, side in zip(means, (8, 128, 256), strict=True)]  # sd of the average
+  np.testing.assert_allclose(left, left[0])

@@ -99,6 +99,16 @@ def test_the_first_updates_have_probabilities_of_their_own():
   np.testing.assert_allclose(build(**changes).probabilities(jnp.int32(0)), (0.7, 0.1, 0.1, 0.1), rtol=1e-6)
 
 
+@pytest.mark.parametrize(('side', 'mean'), [(128, 1.0 - np.log(16)), (8, 1.0), (0, 1.0)])
+def test_levels_of_the_heads_are_shifted_to_the_side_of_the_maps(side, mean):
+  """Digits are 8x8: at the level of LADD's maps of 128x128 nothing is left of them."""
+  experiment = build(**{'adversarial.loss.renoise_side': side, 'adversarial.loss.renoise_std': 0.1})
+  t, eps = experiment.renoising(jax.random.key(0), jnp.zeros((2000, 8, 8, 1)))
+  t, schedule = np.asarray(t, np.float64), experiment.student.denoiser.schedule
+  assert np.mean(np.log(schedule.sigma(t) / schedule.alpha(t))) == pytest.approx(mean, abs=0.02)
+  assert eps.shape == (2000, 8, 8, 1)
+
+
 @pytest.mark.slow
 def test_a_student_of_few_steps_can_be_the_teacher():
   changes = {

@@ -6,6 +6,8 @@ sigma_t = t, has log tau = 1, the linear schedule of DDPM 2.7. So levels are dra
 Imports jax, numpy, `vaediff.types` and its siblings only.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,15 @@ def time_of(tau: Level, schedule: Schedule) -> Time:
   return jnp.interp(
     jnp.log(jnp.maximum(tau, 1e-20)), jnp.asarray(log_tau, jnp.float32), jnp.asarray(t, jnp.float32)
   )
+
+
+def at_resolution(mean: float, positions: int, reference: int) -> float:
+  """Returns the mean of log tau that hides as much of `positions` as `mean` does of `reference` positions.
+
+  Of n positions that say the same, noise of deviation tau leaves an average of deviation tau / sqrt(n): the
+  same is hidden at log tau + log(positions / reference) / 2 (the shift of arXiv:2403.03206, section 5.3.2).
+  """
+  return mean + 0.5 * math.log(positions / reference)
 
 
 def sample_level(key: jax.Array, count: int, mean: float, std: float, schedule: Schedule) -> Level:

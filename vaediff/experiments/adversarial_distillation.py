@@ -2,7 +2,8 @@
 
 LADD (Sauer et al. 2024, arXiv:2403.12015): no foreign feature network. Real x0 and the student's x0_hat are
 noised to a random level, that of time t', the frozen teacher's encoder makes features of both, and small
-heads on its maps tell them apart. At a time s of the student's own grid and y_s = alpha_s x0 + sigma_s eps,
+heads on its maps tell them apart. The same level hides more of a smaller map: `renoise_side`
+(`levels.at_resolution`). At a time s of the student's own grid and y_s = alpha_s x0 + sigma_s eps,
 
     L_D = hinge loss of the heads + r1_gamma R1 on the heads' inputs,
     L_G = -adversarial_weight mean D(x0_hat) + distillation_weight w_s |x0_hat - x0*|^2,
@@ -21,6 +22,7 @@ those times.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -29,7 +31,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vaediff import checks
-from vaediff.diffusion import gaussian, ladd
+from vaediff.diffusion import gaussian, ladd, levels
 from vaediff.errors import UserError
 from vaediff.experiments import base, bounds
 from vaediff.experiments.grid_student import BOUNDS as BOUNDS_OF_GRID_STUDENT
@@ -55,6 +57,7 @@ BOUNDS = {
   'loss.distillation_weight': bounds.weight(),
   'loss.r1_gamma': bounds.weight(),
   'loss.renoise_mean': bounds.level(),
+  'loss.renoise_side': bounds.side(),
   'loss.renoise_std': bounds.spread(),
   **bounds.optimizers('optim_discriminator'),
 }
@@ -69,7 +72,8 @@ class AdversarialDistillation(GridStudent):
     optimizer_discriminator: of the heads.
     warmup_probabilities: of the student's times in the first `warmup_steps` updates.
     warmup_steps: how many these are.
-    renoise_mean: mean of log(sigma / alpha) at t'.
+    renoise_mean: mean of log(sigma / alpha) at t', of maps of `renoise_side` x `renoise_side`.
+    renoise_side: that side; 0 = the mean is that of all maps.
     renoise_std: its standard deviation.
     adversarial_weight: of the heads in the student's loss.
     distillation_weight: of the squared error to x0*; 0 = no x0* is made in training.
@@ -81,6 +85,7 @@ class AdversarialDistillation(GridStudent):
   warmup_probabilities: tuple[float, ...]
   warmup_steps: int
   renoise_mean: float
+  renoise_side: int
   renoise_std: float
   adversarial_weight: float
   distillation_weight: float
@@ -135,9 +140,11 @@ class AdversarialDistillation(GridStudent):
   def renoising(self, key: jax.Array, like: Image) -> tuple[Time, Image]:
     """Returns t' of each example and the noise of y_t'."""
     key_t, key_eps = jax.random.split(key)
-    t = ladd.sample_renoising_time(
-      key_t, like.shape[0], self.renoise_mean, self.renoise_std, self.student.denoiser.schedule
-    )
+    mean = self.renoise_mean
+    if self.renoise_side:
+      mean = levels.at_resolution(mean, math.prod(like.shape[1:-1]), self.renoise_side**2)
+    schedule = self.student.denoiser.schedule
+    t = ladd.sample_renoising_time(key_t, like.shape[0], mean, self.renoise_std, schedule)
     return t, jax.random.normal(key_eps, like.shape)
 
   def feature_maps(

@@ -97,6 +97,11 @@ def spread() -> Bound:
   return number(0, 100)
 
 
+def side() -> Bound:
+  """Returns the bound of the side of a map that something is compared with; 0 = with none."""
+  return whole(0, MAX_WIDTH)
+
+
 def calls() -> Bound:
   """Returns the bound of how often a network is called for one image."""
   return whole(1, MAX_CALLS)

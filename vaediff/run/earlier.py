@@ -181,6 +181,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
     if section['experiment'] == 'ddgan':
       section['model'].setdefault('mapping_dim', 256)
       section['discriminator'].setdefault('group_order', 'consecutive')
+    if section['experiment'] == 'adversarial_distillation':
+      section['loss'].setdefault('renoise_side', 0)
     _upgrade_diffusion(section)
     _upgrade_autoencoder(section)
     if 'sample' in section and 'guidance' in section['sample']:
