@@ -59,7 +59,8 @@ def test_a_part_that_it_does_not_have_is_named(tmp_path):
 @pytest.mark.long
 def test_tiny_networks_on_this_machine(tmp_path):
   """Minutes: every part, with the debug configs."""
-  changes = {'SIZE': 'debug', 'EMOJI_SECONDS': '90', 'SECONDS_IN_ALL': '2000', 'PYTHON': sys.executable}
+  changes = {'SIZE': 'debug', 'EMOJI_SECONDS': '90', 'PYTHON': sys.executable}
+  changes |= {'COMPILE_SECONDS': '2000', 'SECONDS_IN_ALL': '5000'}
   command = ['benchmarks/accelerator.sh', str(tmp_path / 'out')]
   subprocess.run(command, cwd=ROOT, env={**os.environ, **changes}, check=True)
   told = (tmp_path / 'out' / 'machine.txt').read_text()
