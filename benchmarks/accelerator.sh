@@ -14,10 +14,10 @@
 #   emoji.png .json  samples of emoji64, trained from emoji.npz (in the repository root, or $EMOJI) for EMOJI_SECONDS, and
 #                    their figures
 #   log.txt          all output
-# PARTS: which of these to run, of compile benchmark flags torch costs emoji int8. `compile` makes the programs of the others
-# first, all side by side, into JAX_COMPILATION_CACHE_DIR (a folder of its own where that is not set): compiling takes
+# PARTS: which of these to run, in this order: compile benchmark torch costs int8 emoji flags. `compile` makes the programs
+# of the next four first, all side by side, into JAX_COMPILATION_CACHE_DIR (a folder of its own where that is not set): compiling takes
 # minutes a network on a GPU (docs/speed.md), and needs little of the device, so that something else can train meanwhile.
-# COMPILE_SECONDS (330): most that they get.
+# COMPILE_SECONDS (240): most that they get.
 # SIZE=debug: tiny networks, for a test on a CPU. SECONDS_IN_ALL (530): parts that would begin later are left out.
 set -uo pipefail
 out=${1:?benchmarks/accelerator.sh OUT: the folder for results}
@@ -57,7 +57,11 @@ part() {  # part NAME LIMIT COMMAND...: runs it, its output into the log; says h
   fi
   [ "$limit" -lt "$left" ] || limit=$left
   echo "== $name: $*" >> "$out/log.txt"
-  timeout --signal=TERM --kill-after=15 "$limit" "$@" >> "$out/log.txt" 2>&1 || status=$?
+  timeout --signal=TERM --kill-after=15 "$limit" "$@" >> "$out/log.txt" 2>&1 &
+  local group=$!
+  wait "$group" || status=$?
+  if [ "$status" = 124 ]; then sleep 5; fi
+  kill -KILL -- "-$group" 2> /dev/null  # what a signal met while it compiled would run beside the next part
   say "$name: exit status $status, $((SECONDS - began)) s"
 }
 
@@ -164,7 +168,6 @@ if [ "$size" = debug ]; then
 fi
 functions=$(declare -f vaediff compile benchmark flags as_line beside_pytorch pytorch costs int8 train_emoji
   declare -p synthetic plain small cifar celeba emoji_config latent extractors emoji_images torch_cases)
-wanted() { [[ " $parts " == *" $1 "* ]]; }
 call() { part "$1" "$2" bash -c "set -uo pipefail; $functions; ${*:3}"; }  # a function of this script, under a limit
 
 "$python" -c '
@@ -173,11 +176,11 @@ print(jax.devices()[0].device_kind, "x", len(jax.devices()), "- jax", jax.__vers
 ' 2>> "$out/log.txt" | tee "$out/machine.txt"
 for one in $parts; do
   case $one in
-    compile) call 'compiling all of them side by side' "${COMPILE_SECONDS:-330}" compile ;;
+    compile) call 'compiling all of them side by side' "${COMPILE_SECONDS:-240}" compile ;;
     benchmark)
       call 'train step and sampler, cifar10 refiner' 240 "benchmark '$cifar' refiner"
-      call 'train step and sampler, celeba256 refiner' 240 "benchmark '$celeba' refiner"
       call 'train step and sampler, cifar10 latent GAN' 180 "benchmark '$latent' ddgan"
+      call 'train step and sampler, celeba256 refiner' 90 "benchmark '$celeba' refiner"
       ;;
     torch)
       if beside_pytorch; then
