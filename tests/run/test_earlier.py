@@ -140,3 +140,10 @@ def test_attention_to_tokens_that_knew_no_positions_is_refused(variant, is_read,
     return
   with pytest.raises(UserError, match="^config.refiner.conditions.codes.how is 'attention', and the run"):
     configs.read(tmp_path)
+
+
+def test_heads_of_earlier_versions_judge_maps_of_every_side_alike():
+  stored = json.loads((HERE / 'earlier' / 'adversarial_refiner.json').read_text())
+  stored['stages'] = ['vae', 'refiner', 'adversarial']
+  assert 'renoise_side' not in stored['adversarial']['loss']
+  assert earlier.upgrade(stored)['adversarial']['loss']['renoise_side'] == 0
