@@ -15,9 +15,8 @@
 #                    their figures
 #   log.txt          all output
 # PARTS: which of these to run, in this order: compile benchmark torch costs int8 emoji flags. `compile` makes the programs
-# of the next four first, all side by side, into JAX_COMPILATION_CACHE_DIR (a folder of its own where that is not set): compiling takes
-# minutes a network on a GPU (docs/speed.md), and needs little of the device, so that something else can train meanwhile.
-# COMPILE_SECONDS (240): most that they get.
+# of the next four first, all side by side, into JAX_COMPILATION_CACHE_DIR (a folder of its own where that is not set):
+# compiling takes minutes a network on a GPU (docs/speed.md). COMPILE_SECONDS (240): most that they get.
 # SIZE=debug: tiny networks, for a test on a CPU. SECONDS_IN_ALL (530): parts that would begin later are left out.
 set -uo pipefail
 out=${1:?benchmarks/accelerator.sh OUT: the folder for results}
