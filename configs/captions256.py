@@ -3,8 +3,9 @@
     python -m vaediff.main --config=configs/captions256.py:ldm_txt2img --mode=describe
     python -m vaediff.main --config=configs/captions256.py:ldm_txt2img --config.data.path=DIR
 
-Data: DIR/train and DIR/test, each with images and a `captions.jsonl` or `metadata.csv` beside them, whose
+Data: DIR with images, in subfolders or not, and one `captions.jsonl` or `metadata.csv` in DIR itself, whose
 column `caption` says what they show (docs/words.md). Any size; the shorter side cropped square, then resized.
+5 % of the images, in a fixed shuffled order, are held out for evaluation.
 
 `ldm_txt2img`: latent diffusion's text to image (arXiv:2112.10752) in latents of 32x32x4: 872,300,484
 parameters, and a text tower of its width and depth, trained with it. `stable_diffusion`: the network of
@@ -33,6 +34,8 @@ DATA = {
   'source': 'image_folder',
   'name': 'captions256',
   'image_size': 256,
+  'train_split': 'train[:95%]',
+  'eval_split': 'train[95%:]',
   'caption_feature': 'caption',
   'crop': 'center',
   'resize': 'bilinear',

@@ -3,7 +3,8 @@
     python -m vaediff.main --config=configs/lsun_church256.py
 
 Data: TFDS `lsun/church_outdoor` (images of any size; shorter side cropped square, then resized), or an image
-folder. The papers have no DiffuseVAE settings for LSUN: those of CelebA-HQ 256 are used.
+folder with `:folder` and `--config.data.path=...`, of which 5 % are held out for evaluation, in a fixed
+shuffled order. The papers have no DiffuseVAE settings for LSUN: those of CelebA-HQ 256 are used.
 Denoising GANs with their papers' settings (4 steps): `ddgan`, `wavelet`, `latent`.
 `latent_diffusion` has the size of latent diffusion's network for these images (arXiv:2112.10752), in latents
 of 32x32x4: 294,966,916 parameters, joined with `unconditional`; what it is conditioned on comes on top. Its
@@ -45,6 +46,7 @@ def _latent_diffusion(run):
 
 def _folder(run):
   run.config.data.update({'source': 'image_folder', 'name': 'lsun_church256', 'resize': 'bilinear'})
+  run.config.data.update({'train_split': 'train[:95%]', 'eval_split': 'train[95%:]'})
 
 
 SIZES = {'vae': _vae, 'refiner': _refiner}

@@ -22,7 +22,7 @@ from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.modes import checked, evaluate, sample, train
-from vaediff.run import checkpoint, log, precomputed, spool
+from vaediff.run import adopting, checkpoint, log, precomputed, spool
 from vaediff.run import config as configs
 from vaediff.run.config import Run
 from vaediff.storage import buckets, files
@@ -225,3 +225,33 @@ def test_precomputed_arrays_are_mapped_from_a_copy(memory_run, monkeypatch):
   facts.unlink()  # as where the one who sent them was killed
   precomputed.precomputed(config, memory_run, 'vae', experiment, {}, source, mesh)
   assert len(made) == 2
+
+
+def test_an_import_is_there_as_a_whole_or_not_at_all(memory_run, monkeypatch):
+  """No folder of a bucket can be renamed: objects are copied, and what was begun is removed."""
+  workdir = memory_run.parent / 'run'
+  config = importlib.import_module('configs.digits').get_config('debug')
+  plan = object.__new__(adopting.Plan)
+  for name, value in {'experiments': {'vae': None}, 'scales': {}, 'config': config}.items():
+    object.__setattr__(plan, name, value)
+
+  def write_stage(plan, place, stage):
+    (place / stage / 'summary.json').put(b'{}')
+
+  monkeypatch.setattr(adopting, 'write_stage', write_stage)
+  copied = []
+
+  def lost(self, *paths, **_):
+    if copied:
+      raise OSError('lost')
+    copied.append(paths)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(memory_bucket.Store, 'cp_file', lost)
+    with pytest.raises(UserError, match=r'run cannot be written: .*lost\). Nothing was imported'):
+      adopting.write(plan, workdir)
+  assert copied and not memory_run.parent.objects()
+  adopting.write(plan, workdir)
+  assert {str(path.relative_to(workdir)) for path in memory_run.parent.objects()} == {
+    'config.json', 'vae/summary.json'
+  }  # fmt: skip

@@ -137,6 +137,16 @@ def test_the_shift_is_the_noised_image_for_both_branches_of_guidance():
   np.testing.assert_array_equal(denoiser.inputs(y, jnp.ones(2), values, drop)[0], y)
 
 
+def test_a_start_below_t_1_has_the_noise_of_its_time_alone():
+  """alpha_t x0_vae + sigma_t eps of the clean image, whatever the level of what the network reads."""
+  experiment = build(**{'refiner.sample.t_start': 0.2, 'refiner.sample.aug_level': 0.3})
+  noise = jax.random.normal(jax.random.key(0), (64, 8, 8, 1))
+  given = {'x0_vae': jnp.full((64, 8, 8, 1), 0.4), 'z': jnp.zeros((64, 16)), 'noise': noise}
+  given |= {'x0_vae_level': jnp.full(64, 0.3), 'x0_vae_noise': jnp.ones((64, 8, 8, 1))}
+  alpha, sigma = (getattr(experiment.denoiser.schedule, name)(0.2) for name in ('alpha', 'sigma'))
+  np.testing.assert_allclose(experiment.initial({}, given), 0.4 * alpha + sigma * noise, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_levels_are_of_training_and_of_samples_but_not_of_what_is_encoded():
   experiment = build(**{'refiner.sample.aug_level': 0.25})

@@ -45,6 +45,10 @@ def test_the_variant_is_a_diffusion_alone():
   assert experiment.reconstructs and experiment.titles == {'degraded': 'degraded', 'x0': 'refined'}
 
 
+def test_there_is_no_bound_of_an_image_given_a_part_of_it():
+  assert stage().likelihood == ''
+
+
 @pytest.mark.parametrize('task', TASKS)
 def test_what_enters_the_network(task):
   experiment = stage(task=task)

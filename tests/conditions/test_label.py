@@ -49,6 +49,13 @@ def test_all_classes_are_drawn_in_turn_or_those_that_are_chosen():
   assert chosen.for_training() == one  # what a picture shows is no matter of training
 
 
+def test_a_bound_counts_the_label_too():
+  experiment = build()
+  nats = experiment.conditions.nats({}, jnp.zeros((3, 8, 8, 1)))
+  assert experiment.likelihood and list(nats) == ['label']
+  np.testing.assert_allclose(nats['label'], np.full(3, np.log(10)), rtol=1e-6)
+
+
 @pytest.mark.parametrize('labels', [(), (3,), (7, 3, 3)])
 def test_the_stage_says_of_which_class_each_sample_is(labels):
   experiment = build(**{'refiner.sample.labels': labels})

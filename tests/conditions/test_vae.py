@@ -296,7 +296,7 @@ def test_the_first_gets_the_key_itself_and_condition_k_one_of_its_own():
   conditions, x = several(), images()
   number = conditions.each[1]
   drawn = conditions.draw(READ, keys(4, 5), jnp.arange(5))
-  own = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys(4, 5))
+  own = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 2))(keys(4, 5))
   equal(drawn, {
     'z': prior.draw({}, keys(4, 5), LATENT),
     'number': jax.vmap(jax.random.normal)(own),
@@ -306,7 +306,7 @@ def test_the_first_gets_the_key_itself_and_condition_k_one_of_its_own():
   seen = conditions.observe(READ, {}, x, key())
   equal(seen, {
     **conditions.each[0].observe(READ, {}, x, key()),
-    **number.observe(READ, {}, x, jax.random.fold_in(key(), 1)),
+    **number.observe(READ, {}, x, jax.random.fold_in(key(), 2**32 - 2)),
     'guidance': jnp.full(5, 0.75),
   })  # fmt: skip
   alone = Conditions((conditions.each[0],)).draw(READ, keys(4, 5), jnp.arange(5))
@@ -316,10 +316,18 @@ def test_the_first_gets_the_key_itself_and_condition_k_one_of_its_own():
 @pytest.mark.parametrize('number', [0, 1, 2])
 def test_keys_are_of_the_batch_or_of_each_image(number):
   one, many = jax.random.key(6), keys(7, 3)
-  expected = lambda key: jax.random.fold_in(key, number) if number else key
+  expected = lambda key: jax.random.fold_in(key, 2**32 - 1 - number) if number else key
   data = lambda key: np.asarray(jax.random.key_data(key))
   np.testing.assert_array_equal(data(key_of(one, number)), data(expected(one)))
   np.testing.assert_array_equal(data(key_of(many, number)), [data(expected(key)) for key in many])
+
+
+def test_no_condition_has_a_key_that_the_first_splits_off():
+  """A part of a split is the key with its number folded in: z would be the noise of another condition."""
+  data = lambda key: tuple(np.asarray(jax.random.key_data(key)).tolist())
+  of_others = {data(key_of(jax.random.key(6), number)) for number in range(1, 6)}
+  of_first = {data(part) for count in range(2, 9) for part in jax.random.split(jax.random.key(6), count)}
+  assert len(of_others) == 5 and not of_others & of_first
 
 
 def test_each_condition_is_dropped_whole_and_by_its_own_chance():
@@ -329,7 +337,7 @@ def test_each_condition_is_dropped_whole_and_by_its_own_chance():
   equal(masks, {
     'x0_vae': jax.random.bernoulli(key(), 0.25, (4000,)),
     'z': jax.random.bernoulli(key(), 0.25, (4000,)),
-    'number': jax.random.bernoulli(jax.random.fold_in(key(), 1), 0.5, (4000,)),
+    'number': jax.random.bernoulli(jax.random.fold_in(key(), 2**32 - 2), 0.5, (4000,)),
   })  # fmt: skip
   first, second = np.asarray(masks['z']), np.asarray(masks['number'])
   assert first.mean() == pytest.approx(0.25, abs=0.03) and second.mean() == pytest.approx(0.5, abs=0.03)

@@ -5,6 +5,7 @@ Sizes, height and width: CelebA aligned 218x178 (Liu et al. 2015), CelebA-HQ 102
 """
 
 import importlib
+import json
 import pkgutil
 
 import numpy as np
@@ -78,6 +79,39 @@ def test_an_image_of_the_real_size_fits(name, variant, size):
   fitted = resize.fit(image, data)
   assert fitted.shape == (data.image_size, data.image_size, data.channels) and fitted.dtype == np.uint8
   assert fitted.std() > 5
+
+
+@pytest.mark.parametrize(
+  ('name', 'variant', 'classes'),
+  [
+    ('captions256', 'ldm_txt2img', 0),
+    ('captions256', '', 2),
+    ('lsun_church256', 'folder', 0),
+    ('afhq256', '', 0),
+  ],
+)
+def test_a_folder_is_read_as_the_docstring_says(name, variant, classes, tmp_path):
+  """Nothing is set but the path: images in one folder or one folder per class, captions in a file beside."""
+  names = [f'{f"kind{i % classes}/" if classes else ""}{i}.png' for i in range(20)]
+  for i, file in enumerate(names):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    Image.new('RGB', (20, 24), (10 * i, 0, 0)).save(tmp_path / file)
+  data = data_of(name, variant)
+  data.path = str(tmp_path)
+  if data.caption_feature:
+    rows = [{'file_name': file, 'caption': f'red {i}'} for i, file in enumerate(names)]
+    (tmp_path / 'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  if data.crop == 'none':  # the images of this set are squares
+    data.crop = 'center'
+  seen = []
+  for split, count in (('train', 19), ('eval', 1)):
+    source = sources.open_source(data, split)
+    assert len(source) == count and source.num_classes == classes
+    reds = source.read(np.arange(count))['image'].max(axis=(1, 2, 3)) // 10
+    if data.caption_feature:
+      assert [f'red {i}' for i in reds] == list(source.captions)
+    seen += reds.tolist()
+  assert sorted(seen) == list(range(20))
 
 
 def test_celeba_is_squashed_as_in_the_official_code():

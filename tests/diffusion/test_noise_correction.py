@@ -97,6 +97,42 @@ def test_the_variance_of_ddim_is_that_of_the_paper():
   assert found['current'][-1] == columns['current'][-1] == 1
 
 
+@pytest.mark.parametrize('direction', [False, True])
+@pytest.mark.parametrize('eta', [0.6, 1.0])
+def test_ddim_with_the_eps_of_the_network_is_corrected_as_that_with_the_implied_one(eta, direction):
+  """Where nothing is clipped they are one sampler, and what is read twice has one error."""
+  times, found = np.linspace(1, 0, 51), {}
+  change = noise_correction.less_noise(LINEAR, lambda t: jnp.full(len(t), 0.05), direction=direction)
+  for recompute_eps in (True, False):
+    table = samplers.sample_ddim.table(LINEAR, times, eta=eta, recompute_eps=recompute_eps)
+    of_eps = 'current' if recompute_eps else 'unclipped'
+    columns = {name: getattr(table, name) for name in {'time', 'keep', 'current', 'noise', of_eps}}
+    changed = change(columns)
+    assert set(changed) == {'noise', *(('keep', of_eps) if direction else ())}
+    rows = {**columns, **changed}
+    found[recompute_eps] = {
+      'keep': rows['keep'],
+      'both': rows['current'] + rows.get('unclipped', 0.0),
+      'noise': rows['noise'],
+    }
+    assert np.max(columns['noise'] - rows['noise']) > 1e-3
+    assert (np.max(np.abs(columns['keep'] - rows['keep'])) > 1e-3) == direction
+  for name, column in found[True].items():
+    np.testing.assert_allclose(found[False][name], column, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('direction', [False, True])
+def test_both_ddims_draw_the_same_with_a_correction(direction):
+  y = jax.random.normal(jax.random.key(0), (4, 3))
+  keys = lambda: jax.random.split(jax.random.key(1), 4)
+  change = noise_correction.less_noise(LINEAR, lambda t: jnp.full(len(t), 0.05), direction=direction)
+  run = functools.partial(samplers.sample_ddim, schedule=LINEAR, y=y, num_steps=50, eta=1.0)
+  implied = run(lambda y, t: 0.4 * y, keys=keys(), change=change)
+  own = run(lambda y, t: (0.4 * y, 0.4 * y), keys=keys(), change=change, recompute_eps=False)
+  np.testing.assert_allclose(own, implied, atol=1e-5)
+  assert np.max(np.abs(implied - run(lambda y, t: 0.4 * y, keys=keys()))) > 1e-3
+
+
 @pytest.mark.slow
 def test_no_error_changes_no_bit():
   keys = jax.vmap(jax.random.key)(jnp.arange(4))

@@ -65,6 +65,12 @@ def test_strides(kind):
     indices(kind, 37)
 
 
+def test_the_field_of_the_steps_is_named():
+  for kind, number in (('leading', 41), ('published_quadratic', 1001), ('uniform', 0)):
+    with pytest.raises(UserError, match=rf'^sample.bound_steps (is|must be) .*{number}'):
+      grids.time_grid(LINEAR, kind, number, field='sample.bound_steps')
+
+
 def test_quadratic_has_each_index_once():
   assert indices('published_quadratic', 10).tolist() == [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
   assert len(indices('published_quadratic', 50)) == 49

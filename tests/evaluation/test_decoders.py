@@ -1,14 +1,18 @@
 """The same codes by every decoder: what a row says of errors, sharpness and diversity."""
 
 import importlib
+import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vaediff import checks
 from vaediff.errors import UserError
-from vaediff.evaluation import decoders, networks, quality, reconstructions
+from vaediff.evaluation import against_teacher, decoders, networks, quality, reconstructions
 from vaediff.evaluation.networks import Networks
+from vaediff.evaluation.sets import Real
+from vaediff.run.trained import Trained
 
 NOTHING = Networks(features={}, lpips=None, missing={})
 
@@ -104,3 +108,19 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(changes, m
     settings.decoders.update({'num_images': 8, **changes})
   with pytest.raises(UserError, match=message):
     checks.check(settings, networks.BOUNDS, 'config.evaluate.')
+
+
+@pytest.mark.parametrize(('reads_codes', 'count'), [(False, 8), (True, 0)])
+def test_teachers_are_opened_where_they_decode_alone(reads_codes, count, monkeypatch):
+  """A student that decodes no codes is evaluated where its teacher's folder is gone."""
+
+  class Student(Trained):
+    config = ConfigDict({'evaluate': {'decoders': {'num_images': count}}})
+    experiment = types.SimpleNamespace(reads_codes=reads_codes)
+
+    def __init__(self):
+      pass
+
+  real = object.__new__(Real)
+  monkeypatch.setattr(against_teacher, 'chain', lambda trained: pytest.fail('it was opened'))
+  assert decoders.decoder_rows(Student(), NOTHING, real) == []

@@ -8,12 +8,12 @@ import types
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation import networks, report, sets, sweep
+from vaediff.evaluation import against_teacher, networks, report, sets, sweep
 from vaediff.evaluation.measures import Figure
 from vaediff.experiments import base
-from vaediff.run import draw
+from vaediff.run import draw, students
 from vaediff.run import trained as opened
-from vaediff.storage import files
+from vaediff.storage import files, identity
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
@@ -108,3 +108,73 @@ def test_a_setting_whose_images_are_not_finite_is_a_row_with_a_reason(monkeypatc
   sweep.write_row(tmp_path / 'row.json', {}, row, {})
   assert sweep.read_row(tmp_path / 'row.json') == row
   assert report.reasons([row]) == [f'{", ".join(names)}: 3 of the 8 images are not finite']
+
+
+class Chain(Trained):
+  """A stage of a chain of distillations whose networks are known by their ids alone."""
+
+  def __init__(self, config, stage):
+    self.config, self.stage, self.workdir, self.mesh = config, stage, pathlib.Path('runs/digits'), None
+    columns = base.Columns(condition='c', sampler='ddim', method='ddim', steps=2, guidance=0.0)
+    self.experiment = types.SimpleNamespace(
+      num_function_evaluations=2, can_be_guided=False, max_level=0.0, reconstructs=stage == 'refiner',
+      columns=lambda: columns,
+    )  # fmt: skip
+
+  def with_settings(self, **changes):
+    other = Chain(self.config.copy_and_resolve_references(), self.stage)
+    other.settings.update(changes)
+    return other
+
+  def images(self, split):
+    return types.SimpleNamespace(fingerprint=split)
+
+  made_of = property(
+    lambda self: {'the stage': self.stage, 'the settings': identity.digest(self.settings.to_dict())}
+  )
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+  """(stages, fields of the config) -> the stages of the rows that a sweep finds nowhere."""
+  missing = []
+  known = networks.Networks(features={}, lpips=None, missing={})
+  monkeypatch.setattr(sweep.networks, 'open_networks', lambda *arguments: known)
+  monkeypatch.setattr(sweep, 'real_images', lambda *arguments: None)
+  monkeypatch.setattr(sweep, 'floors_at', lambda *arguments: {})
+  monkeypatch.setattr(sweep, 'check_any', lambda *arguments: None)
+  monkeypatch.setattr(sweep, 'write', lambda *arguments: None)
+  monkeypatch.setattr(sweep, 'measure_or_say', lambda chosen, *_: missing.append(chosen.stage) or {'N': 16})
+
+  def measured(stages, **changes):
+    config = students.resolve(importlib.import_module('configs.digits').get_config('distill,debug'))
+    config.update_from_flattened_dict({'evaluate.sweep.num_steps': (2,), **changes})
+    chain = [Chain(config, stage) for stage in stages]
+    monkeypatch.setattr(against_teacher, 'chain', lambda trained: chain)
+    missing.clear()
+    sweep.sweep(chain[-1], tmp_path)
+    return list(missing)
+
+  return measured
+
+
+def test_a_row_without_the_distances_of_reconstructions_is_none_that_has_them(measured, tmp_path):
+  levels = {'evaluate.sweep.aug_levels': (0.0,)}
+  assert measured(['refiner']) == ['refiner'] and measured(['refiner']) == []
+  (row,) = (tmp_path / 'evaluation' / 'sweep').glob('*.json')
+  stored = {'stage', 'made_of', 'images', 'sample', 'evaluate', 'networks', 'resize', 'device'}
+  assert set(files.read_json(row)['facts']) == stored  # as before there were levels
+  assert measured(['refiner'], **levels) == ['refiner'] and measured(['refiner'], **levels) == []
+  assert measured(['distill_2']) == ['distill_2'] and measured(['distill_2'], **levels) == []  # has none
+
+
+def test_a_row_of_a_student_is_of_how_its_teacher_is_sampled(measured):
+  stages = ['refiner', 'distill_2']
+  weight = {'refiner.sample.guidance_weight': 1.0, 'evaluate.sweep.guidance_weights': (0.0,)}
+  assert measured(stages) == stages and measured(stages) == []
+  assert measured(stages, **weight) == ['distill_2'] and measured(stages, **weight) == []
+  assert measured(stages, **{'refiner.sample.seed': 3}) == stages
+  # the teacher draws the same in other batches, though its own row has other seconds
+  assert measured(stages, **{'refiner.sample.batch_size': 2}) == ['refiner']
+  assert measured(['distill_2']) == ['distill_2']  # compared with nothing
+  assert measured(['distill_2'], **weight) == []

@@ -134,6 +134,26 @@ def test_a_student_of_few_steps_can_be_the_teacher():
   jax.eval_shape(experiment.eval_step, {**shapes, **state.eval_params}, batch, jax.random.key(1))
 
 
+@pytest.mark.parametrize('grid', ['karras', 'quadratic', 'both_ends'])
+def test_a_distilled_teacher_is_called_at_its_own_times_alone(grid):
+  changes = {
+    'teacher.stage': 'distill_2',
+    'teacher_calls': 1,
+    'sample.sampler': 'ddim',
+    'sample.num_steps': 2,
+    'sample.grid': grid,
+  }
+  config = get('distill,adversarial,debug', **{f'adversarial.{field}': v for field, v in changes.items()})
+  with pytest.raises(UserError, match=f"sample.grid is '{grid}'.*'distill_2' .* 2 steps .*valid: uniform"):
+    experiments.build(config, 'adversarial')
+  with config.unlocked():
+    config.adversarial.sample.grid = 'uniform'
+  assert experiments.build(config, 'adversarial').start_times == (1.0, 0.5)
+  with config.unlocked():
+    config.adversarial.sample.update({'grid': grid, 'num_steps': 1})
+  assert experiments.build(config, 'adversarial').start_times == (1.0,)
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

@@ -434,6 +434,21 @@ def test_a_control_is_transferred_to_a_network_of_the_same_architecture_alone():
     experiments.build(config, 'control')
 
 
+@pytest.mark.parametrize(('one', 'two'), [(1, 2), (2, 1)])
+def test_a_control_is_transferred_within_a_formulation_alone(one, two):
+  """The shapes of both are the same, and the states that they read are not."""
+  changes = {'control.sample.transfer.stage': 'refiner', 'control.sample.transfer.workdir': 'elsewhere'}
+  own, other = f'formulation{one}', f'formulation{two}'
+  config = get(f'{own},control', **changes)
+  with config.unlocked():
+    config.control_transfer = config.refiner.copy_and_resolve_references()
+  assert experiments.build(config, 'control').denoiser.transfer
+  with config.unlocked():
+    config.control_transfer.diffusion.condition = other
+  with pytest.raises(UserError, match=f"diffusion.condition is '{other}', but that of this one is '{own}'"):
+    experiments.build(config, 'control')
+
+
 def test_a_controlled_stage_teaches_no_student():
   config = importlib.import_module('configs.digits').get_config('unconditional,control,distill,debug')
   config.distill.teacher.stage = 'control'

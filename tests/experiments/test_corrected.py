@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from vaediff import experiments
-from vaediff.experiments.corrected import corrected
+from vaediff.diffusion.restoration import Degradation
+from vaediff.experiments import restored
+from vaediff.experiments.corrected import NoiseCorrection
 from vaediff.models.functional import Model
 from vaediff.run import draw
 
@@ -36,11 +38,16 @@ def parts():
   return dataclasses.replace(experiment, denoiser=dataclasses.replace(experiment.denoiser, model=model))
 
 
+def corrected(experiment, direction=False):
+  return dataclasses.replace(experiment, noise_correction=NoiseCorrection(direction=direction))
+
+
 def maps(experiment, std, x0_vae=0.0):
   keys = draw.image_keys(0, jnp.arange(2))
   noise = jax.vmap(lambda key: jax.random.normal(key, (8, 8, 1)))(keys.noise)
   table = {'times': jnp.linspace(1, 0.25, 4), 'std': jnp.full(4, std)}
-  given = {'noise': noise, 'x0_vae': jnp.full((2, 8, 8, 1), x0_vae)}
+  image = jnp.full((2, 8, 8, 1), x0_vae)
+  given = {'noise': noise, 'x0_vae': image, 'measured': image, 'known': jnp.zeros_like(image)}
   return jax.jit(experiment.maps)({'denoiser': {'correction': table}}, given, keys)
 
 
@@ -57,3 +64,14 @@ def test_the_error_is_taken_out_of_the_noise(parts):
   settings = {**parts.settings, 'sampler': 'ddim', 'eta': 0.0}
   ddim = dataclasses.replace(parts, settings=settings)
   np.testing.assert_array_equal(maps(corrected(ddim), 9.0), maps(ddim, 0.0))
+
+
+@pytest.mark.parametrize('is_held', [False, True])
+def test_what_restores_takes_the_same_out(parts, is_held):
+  """Of an image of which nothing is known, the samples are those of the stage."""
+  one = Degradation(task='inpaint', factor=2, noise_std=0.2, hole_fraction=1.0)
+  how = {'fill_rounds': 0, 'is_held': is_held, 'start_at_level': True}
+  drawn = restored.restored(corrected(parts), one, **how)
+  wanted = maps(corrected(parts), 9.0)
+  np.testing.assert_allclose(maps(drawn, 9.0), wanted, atol=1e-6)
+  assert float(jnp.std(wanted - maps(parts, 9.0))) > 0.02

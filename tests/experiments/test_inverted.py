@@ -12,7 +12,8 @@ import pytest
 
 from vaediff import experiments
 from vaediff.diffusion import schedules
-from vaediff.experiments import restored
+from vaediff.errors import UserError
+from vaediff.experiments import inspected, restored
 from vaediff.experiments.base import sampling_keys
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[2])]
@@ -49,3 +50,24 @@ def test_without_noise_the_image_comes_back_and_with_noise_another_of_the_same_l
   assert float(jnp.sqrt(jnp.mean((again[0.0] - x0) ** 2))) < 0.03
   assert float(jnp.std(again[1.0])) == pytest.approx(STD, abs=0.03)
   assert float(jnp.sqrt(jnp.mean((again[1.0] - x0) ** 2))) > 0.4
+
+
+def test_noise_is_handed_over_as_samples_of_a_temperature_read_it(toy):
+  diffusion, read = toy
+  cold = dataclasses.replace(diffusion, settings={**diffusion.settings, 'temperature': 0.8})
+  finder = restored.inverted(cold, 400)
+  x0 = STD * jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+  keys = sampling_keys(jax.random.split(jax.random.key(1), 8))
+
+  def again(x):
+    return cold.maps(read, finder.sample(read, {restored.ORIGINAL: x}, keys), keys)
+
+  assert float(jnp.sqrt(jnp.mean((jax.jit(again)(x0) - x0) ** 2))) < 0.03
+
+
+@pytest.mark.parametrize('find', [lambda diffusion: restored.inverted(diffusion, 4), inspected.noise_of])
+def test_no_noise_is_looked_for_where_samples_start_from_none(toy, find):
+  diffusion, _ = toy
+  none = dataclasses.replace(diffusion, settings={**diffusion.settings, 'temperature': 0.0})
+  with pytest.raises(UserError, match='sample.temperature is 0'):
+    find(none)

@@ -241,6 +241,15 @@ def test_the_bound_is_of_the_steps_that_are_asked_for():
   assert len(set(found.values())) == 3
 
 
+def test_a_bound_of_steps_that_a_grid_has_not_is_named():
+  """Where a sweep has chosen the grid, after the stage was built."""
+  experiment = build('unconditional,debug')
+  settings = {**experiment.settings, 'grid': 'leading', 'num_steps': 25, 'bound_steps': 41}
+  short = dataclasses.replace(experiment, settings=settings)
+  with pytest.raises(UserError, match=r'^sample.bound_steps is 41, but no stride'):
+    short.bound({}, {'image': images(2)}, keys(2), 1000)
+
+
 def test_fewer_steps_of_a_published_grid_are_counted():
   experiment = build(**{'refiner.sample.grid': 'published_quadratic', 'refiner.sample.num_steps': 50})
   assert experiment.num_function_evaluations == 49
@@ -309,6 +318,11 @@ def test_published_latent_diffusion(name, parameters, shape):
     (LEARNED, {'loss.vlb_weight': -1.0}, r'loss.vlb_weight must be >= 0'),
     (LEARNED, {'sample.bound_steps': 1}, r'bound_steps must be 0 .* or >= 2, got 1'),
     (LEARNED, {'sample.bound_steps': 1001}, r'bound_steps must be at most the 1000 steps'),
+    (
+      'debug',
+      {'sample.grid': 'leading', 'sample.num_steps': 25, 'sample.bound_steps': 41},
+      r'^config.refiner: sample.bound_steps is 41, but no stride .* near it 40 and 42 exist',
+    ),
     ('debug', {'sample.grid': 'leading', 'sample.num_steps': 37}, r'num_steps is 37, but no stride'),
     ('debug', {'sample.grid': 'published_uniform', 'sample.t_start': 0.5}, r'sample.t_start must be 1'),
     ('debug', {'sample.grid': 'leading', 'diffusion.schedule': 'cosine'}, r'this schedule is continuous'),

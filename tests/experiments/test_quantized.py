@@ -10,7 +10,7 @@ from some_slow import some_slow
 
 from vaediff import experiments, reads
 from vaediff.errors import UserError
-from vaediff.experiments import quantized
+from vaediff.experiments import quantized, restored
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.models.quantized import FLOATS, PRODUCTS, WIDE, Quantized
 from vaediff.modes import checked, quantize
@@ -72,6 +72,15 @@ def test_it_says_how_many_of_its_layers_are_too_narrow_to_gain_on_a_cpu(monkeypa
     model = dataclasses.replace(whole.networks['denoiser'], arithmetic=how)
     monkeypatch.setattr(type(whole), 'networks', {'denoiser': model})
     assert any(said in note for note in whole.notes) if said else not any('layers' in x for x in whole.notes)
+
+
+@pytest.mark.parametrize('correction', ['noise', 'published'])
+def test_what_is_made_of_its_fields_keeps_the_correction_of_the_noise(correction):
+  _, whole, config = made('digits', 'debug', 'refiner', correction=correction)
+  assert whole.noise_correction is None
+  config.whole.quantized.correction_rows = 4
+  fields = restored.fields_of(experiments.build(config, 'whole'))
+  assert fields['noise_correction'].direction == (correction == 'published')
 
 
 def test_it_is_not_trained():

@@ -5,9 +5,12 @@ import json
 import pathlib
 import sys
 
+import jax
 import pytest
 
 from vaediff import experiments
+from vaediff.data import sources
+from vaediff.machine import sharding
 from vaediff.modes import benchmark
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -46,6 +49,26 @@ def test_the_cost_of_a_denoising_gan_is_split(tmp_path, one_device, capsys):
     assert parts['total'][name] == pytest.approx(parts['generator'][name] + parts['decoder'][name])
   assert all(row['seconds_per_batch'] > 0 and row['memory_bytes'] > 0 for row in parts.values())
   assert 'GMAC/image' in printed and '4 calls' in printed
+
+
+def test_the_state_lies_by_the_rules_of_the_config(monkeypatch):
+  config = importlib.import_module('configs.digits').get_config('debug')
+  config.mesh.update({'fsdp': 2, 'rules': (('.*', 'replicated'),)})
+  config.data.source = 'synthetic'
+  abstract_state = benchmark.training.abstract_state
+
+  class Reached(Exception):
+    pass
+
+  def reach(*args):
+    raise Reached(abstract_state(*args))
+
+  monkeypatch.setattr(benchmark.training, 'abstract_state', reach)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
+  with pytest.raises(Reached) as reached:
+    benchmark.measure_stage(config, 'vae', sources.open_source(config.data, 'train'), mesh, 1.0)
+  specs = {leaf.sharding.spec for leaf in jax.tree.leaves(reached.value.args[0])}
+  assert specs == {jax.sharding.PartitionSpec()}
 
 
 def test_kinds_of_updates_are_weighed_by_how_often_they_come():

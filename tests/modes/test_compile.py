@@ -271,6 +271,56 @@ def test_the_samplers_loop_is_told_from_its_setup(sampler):
   assert program.macs == pytest.approx(setup + experiment.num_function_evaluations * body)
 
 
+def test_rules_of_the_config_say_where_the_state_lies():
+  sizes = {}
+  for spec in ('fsdp', 'replicated'):
+    config = get_config()
+    config.mesh.update({'fsdp': 4, 'rules': (('vae/.*', spec),)})
+    experiment = experiments.build(config, 'vae')
+    sizes[spec] = aot.train_program(config, 'vae', experiment, mesh_of(config, 4)).sizes
+  params = jax.eval_shape(experiment.networks['vae'].init, jax.random.key(0))
+  assert sizes['replicated']['parameter_bytes'] == cost.num_bytes(params)
+  for name in ('parameter_bytes', 'optimizer_bytes'):
+    assert sizes['fsdp'][name] < sizes['replicated'][name] / 2
+
+
+@pytest.mark.parametrize(
+  ('variant', 'stage', 'programs'),
+  [
+    ('clip', 'clip', ['train']),
+    ('unconditional,label,classifier_guided', 'noisy_classifier', ['train']),
+    ('unclip', 'embedding_prior', ['train', 'sample']),  # draws vectors, which it hands on
+    ('divae_joint,prior', 'prior', ['train', 'sample']),  # draws ids: this tokenizer has no decoder
+  ],
+)
+def test_only_what_draws_has_a_sampler(variant, stage, programs, monkeypatch):
+  def built(program, stage, *rest):
+    del rest
+    return {'stage': stage, 'program': program.name, 'counted': program.macs > 0}
+
+  monkeypatch.setattr(chips, 'devices', lambda slice_: jax.devices()[:4])
+  monkeypatch.setattr(aot, 'compile_program', built)
+  config = get_config(variant=f'debug,{variant}')
+  rows = aot.compile_for(config, (stage,), 'v5e:2x2', LEAST)
+  assert rows == [{'stage': stage, 'program': program, 'counted': True} for program in programs]
+
+
+@pytest.mark.parametrize('count', [0, 8])
+def test_a_program_without_products_has_figures(count):
+  """XLA names no FLOPs of what only moves numbers, and no bytes of what does nothing."""
+  mesh, where = mesh_of(get_config(), 1), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  program = aot.Program(
+    name='sample', function=jax.jit(lambda x: x[::-1]), batch_size=1, dtype='float32', gradient_bytes=0,
+    args=(jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),), macs=0, macs_once=0, note='',
+    sizes=dict.fromkeys(('parameter_bytes', 'optimizer_bytes', 'ema_bytes', 'frozen_bytes'), 0),
+  )  # fmt: skip
+  row = aot.compile_program(program, 'any', chips.parse('v5e:1x1'), mesh, LEAST)
+  assert row['fits'] and row['flops'] == 0
+  assert row['images_per_second'] == (1 / row['seconds'] if count else float('inf'))
+  assert (row['accessed_bytes'] > 0) == (count > 0)
+  assert 'estimate, images/s' in compile_tables.table([row])
+
+
 def test_effort_outside_its_range_is_refused():
   with pytest.raises(UserError, match=r'config.compile.effort must be in \[-1, 1\].*2'):
     aot.compile_for(get_config(), ('vae',), 'v5e:2x2', 2.0)

@@ -1,5 +1,6 @@
 """Restoration: what the degraded image says holds, and nothing else of the image is seen; what is refused."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -11,12 +12,15 @@ import pytest
 from PIL import Image
 from some_slow import some_slow
 
+from vaediff import reads
+from vaediff.data import sources, words
 from vaediff.diffusion import restoration
 from vaediff.errors import UserError
 from vaediff.evaluation import networks
 from vaediff.experiments import restored as restoring
 from vaediff.experiments.base import sampling_keys
-from vaediff.modes import restore
+from vaediff.experiments.quantized import replaced
+from vaediff.modes import explore_restored, restore
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fresh  # noqa: E402
@@ -81,7 +85,7 @@ def test_denoising_starts_at_the_level_of_the_noise_from_the_noisy_image(
 ):
   trained, started = fresh.Fresh(variant, tmp_path, **FAST), []
 
-  def steps(self, denoise, y, keys, t_start):
+  def steps(self, denoise, y, keys, t_start, **more):
     started.append(t_start)
     return y / self.denoiser.schedule.alpha(t_start)
 
@@ -230,6 +234,48 @@ def test_learned_denoising_starts_from_noise_not_from_the_noisy_image_that_is_re
   (one,) = restore.tasks_of(trained)
   drawn, _ = restore.by_method(trained, one, restore.observe(one, jnp.zeros((4, 8, 8, 1)), 0), np.zeros(4))
   assert not drawn.experiment.is_held
+
+
+# Captions -----------------------------------------------------------------------------------------------
+
+
+def reads_captions(folder, **changes):
+  """A stage that reads captions, never trained, and the ids of those of the evaluation images."""
+  small = {'refiner.model.channel_multipliers': (1,), 'refiner.model.attention_resolutions': ()}
+  trained = fresh.Fresh('text', folder, **FAST, **small, **changes)
+  tokens = np.zeros((32, 8), np.int32)
+  tokens[:, :3] = [[words.BOS, words.EOS + 1 + i % 10, words.EOS] for i in range(32)]
+  trained._sources['eval'] = sources.Beside(source=trained.eval_source, arrays={words.TOKENS: tokens})
+  trained.read = {**trained.read, reads.CAPTIONS: {words.TOKENS: tokens[::-1].copy()}}
+  return trained, tokens
+
+
+def test_a_stage_that_reads_captions_is_given_those_of_the_images(tmp_path, one_device, monkeypatch):
+  changes = {'restore.task': 'inpaint', 'restore.num_samples': 1, 'restore.num_images': 3}
+  trained, tokens = reads_captions(tmp_path, **changes)
+  fresh.said(monkeypatch, restore)
+  by_method, found = restore.by_method, []
+  monkeypatch.setattr(restore, 'by_method', lambda *args: found.append(by_method(*args)) or found[0])
+  assert set(restore.restore(trained)) == {'psnr/inpaint/degraded', 'psnr/inpaint/restored'}
+  drawn, given = found[0]
+  np.testing.assert_array_equal(given[words.TOKENS], tokens[:3])
+  other = drawn.draw_all({**given, words.TOKENS: tokens[3:6]})
+  assert (other['x0'] != drawn.draw_all(given)['x0']).any()
+
+
+def test_images_without_captions_are_told_no_words_or_refused(tmp_path, one_device):
+  nothing = restore.observe(degradation('inpaint'), jnp.zeros((2, 8, 8, 1)), 0)
+  trained, tokens = reads_captions(tmp_path)
+  trained.told = lambda texts: {words.TOKENS: tokens[[len(text) for text in texts]]}
+  _, given = restore.by_method(trained, degradation('inpaint'), nothing, np.zeros(2))
+  np.testing.assert_array_equal(given[words.TOKENS], tokens[[0, 0]])
+  (text,) = trained.experiment.conditions.each
+  always = replaced(trained.experiment, text, dataclasses.replace(text, dropout=0.0))
+  trained = trained.with_experiment(always)
+  with pytest.raises(UserError, match="stage 'refiner' reads captions.* give each image its caption"):
+    restore.by_method(trained, degradation('inpaint'), nothing, np.zeros(2))
+  damage = explore_restored.Damage(degradation=degradation('inpaint'))
+  explore_restored.check(trained, damage)  # a visitor can write one
 
 
 # What cannot be restored --------------------------------------------------------------------------------

@@ -47,4 +47,4 @@ def test_a_try_that_met_a_damaged_checkpoint_counts_in_both(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize(('before', 'after'), [(2.0, 5.0), (None, None)])
 def test_what_was_not_counted_is_not_given_as_all(before, after):
-  assert loop.Spent(10.0, before).plus(20.0, 3.0) == loop.Spent(30.0, after)
+  assert loop.Spent(10.0, before, 5).plus(20.0, 3.0) == loop.Spent(30.0, after, 5)

@@ -47,6 +47,21 @@ def test_the_tokenizer_is_made_of_the_training_captions_and_kept(config, folder)
   assert captions.tokenizer_of(config, 'refiner', folder) == made
 
 
+def test_before_the_first_checkpoint_it_is_that_of_the_settings_and_captions_of_now(config, folder):
+  """What was refused may have been these: the next start must not go on with them."""
+  of_captions = sources.open_source(config.data, 'train').captions
+  sizes = {'word': (64, 48), 'subword': (300, 290)}
+  for kind in ('word', 'subword', 'word'):
+    for size in sizes[kind]:
+      config.refiner.text.update({'kind': kind, 'vocab_size': size})
+      made = captions.tokenizer_of(config, 'refiner', folder)
+      assert made == words.train(of_captions, kind, size)
+      assert words.load(folder / captions.FILE) == made
+  other = words.train(('a square', 'on gray, a disc of hue three'), 'word', 48)
+  words.save(other, folder / captions.FILE)
+  assert captions.tokenizer_of(config, 'refiner', folder) == made
+
+
 @pytest.mark.parametrize('variant', ['text', 'text,consistency', 'text,control', 'unclip'])
 def test_a_stage_knows_words_by_the_ids_of_the_one_that_it_follows(variant, tmp_path):
   """Of another run, or of this one trained elsewhere: another sentencepiece may number them anew."""

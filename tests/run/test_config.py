@@ -10,6 +10,7 @@ from command_lines import run_all
 from ml_collections import config_flags
 
 from vaediff.errors import UserError
+from vaediff.modes import quantize
 from vaediff.run import command_line
 from vaediff.run import config as configs
 
@@ -29,6 +30,24 @@ def test_round_trip_through_the_run_folder(tmp_path):
   assert after == before
   assert isinstance(after.stages, tuple) and isinstance(after.refiner.optim.learning_rate, float)
   assert after.is_locked
+
+
+def test_a_config_file_takes_no_quantized_stage_from_a_run(tmp_path):
+  """Trained again by its first command, a run still has them, in their order; not of a stage that is gone."""
+  config = digits('distill,debug')
+  assert configs.with_quantized(config, tmp_path / 'new') is config
+  stored = config
+  for source in ('vae', 'refiner', config.stages[-1]):
+    stored.quantize.reads = 'vae_int8' if source == 'refiner' else ''
+    stored = quantize.with_stage(stored, source, f'{source}_int8')
+  configs.save(stored, tmp_path)
+  kept = configs.with_quantized(config, tmp_path)
+  assert kept.stages == stored.stages and kept.stages[-3:-1] == ('vae_int8', 'refiner_int8')
+  assert kept.refiner_int8 == stored.refiner_int8 and kept.refiner_int8.vae.stage == 'vae_int8'
+  without = digits()
+  assert configs.with_quantized(without, tmp_path).stages == ('vae', 'refiner', 'vae_int8', 'refiner_int8')
+  (tmp_path / configs.FILE).write_text('{')
+  assert configs.with_quantized(config, tmp_path) is config
 
 
 def test_workdir_alone_names_the_stored_config():

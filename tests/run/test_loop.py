@@ -286,3 +286,20 @@ def test_batch_size_must_fit_the_devices(tmp_path):
     UserError, match='config.vae.train.batch_size must be a multiple of the 8 devices, got 12'
   ):
     train.run_stages(config, tmp_path / 'run', ('vae',))
+
+
+def test_updates_before_an_import_are_not_counted_among_those_of_its_seconds(tmp_path, monkeypatch):
+  """A published network of a million updates, trained on for ten: its images per second are of the ten."""
+  imported = {'data_position': 1_000_000, 'seconds': 0.0, 'last': {}}
+  saved = object.__new__(checkpoint.Checkpointer)
+  for stored in (imported, {**imported, 'first_step': 1_000_000, 'compiling_seconds': 0.0}):
+    step, spent, _ = loop.position_of(saved, stored)
+    assert (step, spent.first_step) == (1_000_000, 1_000_000)
+  own = {'data_position': 50, 'seconds': 3.0, 'last': {}}
+  assert loop.position_of(saved, own)[1].first_step == 0
+  monkeypatch.setattr(checkpoint, 'identity_of', lambda folder: 'id')
+  stage = object.__new__(loop.Stage)
+  for name, value in {'name': 'vae', 'folder': tmp_path}.items():
+    object.__setattr__(stage, name, value)
+  summary = loop.write_summary(stage, 1_000_010, 8, spent.plus(2.0, 0.5), {})
+  assert summary['images_per_second'] == 40.0 and summary['compiling_seconds'] == 0.5

@@ -113,6 +113,36 @@ def test_statistics_of_a_newer_checkpoint_are_others(untrained, run):
   assert len(files(run / 'autoencoder', 'latents-*.npz')) == 2
 
 
+def test_what_is_measured_of_other_images_is_not_read_as_that_of_the_first(untrained, run, monkeypatch):
+  """With data.check_fingerprint off others may be measured: their figures are stored as theirs."""
+  config, there = digits(untrained), {'fingerprint': 'first'}
+  monkeypatch.setattr(checkpoint, 'load_meta', lambda *_: {'data': {'train': 'first'}})
+  monkeypatch.setattr(sources, 'open_source', lambda data, split: types.SimpleNamespace(**there))
+  folder = run / 'vae'
+  of = measurements.Of(config=config, stage='vae', folder=folder, checkpoints=folder, mesh=mesh_of(config))
+
+  def measured():
+    made = lambda: {'mean': np.array(list(there['fingerprint'].encode()))}
+    found = measurements.stored_or_made(of, 'test', {}, ('mean',), made)
+    return bytes(found['mean'].tolist()).decode()
+
+  assert measured() == 'first' and measured() == 'first'
+  there['fingerprint'] = 'other'
+  assert measured() == 'first'  # of the stage's own images, whatever lies there: to read it none are opened
+  config.data.check_fingerprint = False
+  assert measured() == 'other'
+  there['fingerprint'] = 'first'
+  config.data.check_fingerprint = True
+  assert measured() == 'first' and len(files(folder, 'test-*.npz')) == 2
+
+  def lost(data, split):
+    raise UserError('no images are there')
+
+  config.data.check_fingerprint = False
+  monkeypatch.setattr(sources, 'open_source', lost)
+  assert measured() == 'first'
+
+
 def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrained, run, capsys):
   config = digits(untrained)
   assert config.vae.prior.kind == 'gmm'

@@ -18,6 +18,9 @@ from vaediff.models.functional import Model
 from vaediff.models.ports import Named, Port
 from vaediff.types import Batch, Drop, Given, Image, Keys, Read, Values
 
+LAST = 2**32 - 1
+"""The largest number that can be folded into a key."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -142,10 +145,14 @@ class Condition(abc.ABC):
 
 
 def key_of(key: jax.Array, number: int) -> jax.Array:
-  """Returns the key (or keys, one per image) of condition `number`: the first gets the key itself."""
+  """Returns the key (or keys, one per image) of condition `number`: the first gets the key itself.
+
+  The first may split it, and the parts of a split are keys with small numbers folded in: the others' numbers
+  are from `LAST` down.
+  """
   if number == 0:
     return key
-  fold = lambda one: jax.random.fold_in(one, number)
+  fold = lambda one: jax.random.fold_in(one, LAST - number)
   return jax.vmap(fold)(key) if key.ndim else fold(key)
 
 

@@ -55,6 +55,7 @@ class Degraded(Condition):
   name = DEGRADED
   titles = {DEGRADED: DEGRADED}
   reconstructs = True
+  bounds_images = False
 
   @property
   def title(self) -> str:

@@ -6,6 +6,7 @@ classes in turn, or those of them that `sample.labels` names.
 """
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -103,6 +104,11 @@ class Label(Condition):
     """Returns the labels."""
     del read
     return {LABEL: given[LABEL]}
+
+  def nats(self, read: Read, x: Image) -> Values:
+    """Returns 'label', log num_classes: what a bound adds for classes that are taken to be equally likely."""
+    del read
+    return {LABEL: jnp.full(len(x), math.log(self.num_classes))}
 
 
 def label_condition(config: ConfigDict, stage: str, space: Space | None = None) -> Label:

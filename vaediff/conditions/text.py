@@ -87,6 +87,7 @@ class Text(Condition):
 
   name = TEXT
   title = TEXT
+  bounds_images = False
 
   @property
   def num_groups(self) -> int:

@@ -66,37 +66,41 @@ def _both_ends_grid(schedule: Schedule, num_steps: int, t_start: float, t_end: f
   return np.append(times, 0.0)
 
 
-def _strided_indices(train_steps: int, num_steps: int) -> Int[np.ndarray, ' steps']:
+def _strided_indices(train_steps: int, num_steps: int, field: str) -> Int[np.ndarray, ' steps']:
   """Returns 0, s, 2 s, ... with the smallest stride s that gives exactly `num_steps` table indices."""
   stride = -(-train_steps // num_steps)
   if -(-train_steps // stride) != num_steps:
     there_are = {-(-train_steps // stride) for stride in range(1, train_steps)}
     near = sorted(there_are, key=lambda number: (abs(number - num_steps), number))
     raise UserError(
-      f'sample.num_steps is {num_steps}, but no stride over a table of {train_steps} gives as many steps; '
+      f'{field} is {num_steps}, but no stride over a table of {train_steps} gives as many steps; '
       f'near it {near[0]} and {near[1]} exist. sample.grid = both_ends takes any number'
     )
   return np.arange(0, train_steps, stride)
 
 
-def _quadratic_indices(train_steps: int, num_steps: int) -> Int[np.ndarray, ' steps']:
+def _quadratic_indices(train_steps: int, num_steps: int, field: str) -> Int[np.ndarray, ' steps']:
   """Returns the whole parts of evenly spaced roots squared, up to 0.8 T; equal ones once, so fewer steps."""
+  del field
   roots = np.linspace(0, np.sqrt(QUADRATIC_SHARE * train_steps), num_steps)
   return np.unique((roots**2).astype(int))
 
 
-PUBLISHED_GRIDS: dict[str, Callable[[int, int], Int[np.ndarray, ' steps']]] = {
+PUBLISHED_GRIDS: dict[str, Callable[[int, int, str], Int[np.ndarray, ' steps']]] = {
   'leading': _strided_indices,  # guided-diffusion's 'ddim25'
   'published_uniform': _strided_indices,  # DiffuseVAE's 'uniform', the same
   'published_quadratic': _quadratic_indices,  # DiffuseVAE's 'quad'
 }
-"""(T, steps) -> indices from 0, where index i is t = (i + 1) / T: to repeat figures. They start below t = 1.
+"""(T, steps, their field) -> indices from 0, where index i is t = (i + 1) / T: to repeat figures.
 
-The state at the first of these times is taken to be pure noise, which at t < 1 it is not.
+They start below t = 1. The state at the first of these times is taken to be pure noise, which at t < 1 it is
+not.
 """
 
 
-def _published_grid(schedule: Schedule, kind: str, num_steps: int, t_start: float, t_end: float) -> Times:
+def _published_grid(
+  schedule: Schedule, kind: str, num_steps: int, t_start: float, t_end: float, field: str
+) -> Times:
   """Returns the times of a published grid, highest first, and then 0; there may be fewer than asked for."""
   total = schedule.train_steps
   if not total:
@@ -107,8 +111,8 @@ def _published_grid(schedule: Schedule, kind: str, num_steps: int, t_start: floa
       f'{t_end}'
     )
   if not 2 <= num_steps <= total:
-    raise UserError(f'sample.num_steps must be in 2 ... {total} with sample.grid = {kind!r}, got {num_steps}')
-  indices = PUBLISHED_GRIDS[kind](total, num_steps)
+    raise UserError(f'{field} must be in 2 ... {total} with sample.grid = {kind!r}, got {num_steps}')
+  indices = PUBLISHED_GRIDS[kind](total, num_steps, field)
   return np.append((indices[::-1] + 1) / total, 0.0)
 
 
@@ -122,7 +126,13 @@ ALL_GRIDS = (*GRIDS, *PUBLISHED_GRIDS)
 
 
 def time_grid(
-  schedule: Schedule, kind: str, num_steps: int, t_start: float = 1.0, t_end: float = 0.0
+  schedule: Schedule,
+  kind: str,
+  num_steps: int,
+  t_start: float = 1.0,
+  t_end: float = 0.0,
+  *,
+  field: str = 'sample.num_steps',
 ) -> Times:
   """Returns `num_steps` + 1 strictly decreasing times, from exactly `t_start` to exactly `t_end`.
 
@@ -140,12 +150,13 @@ def time_grid(
     num_steps: at least 1.
     t_start: in (t_end, 1].
     t_end: in [0, t_start).
+    field: of the config, which `num_steps` is of: errors name it.
 
   Raises:
     UserError: for an unknown kind, fewer than one step, or ends out of order.
   """
   if num_steps < 1:
-    raise UserError(f'sample.num_steps must be >= 1, got {num_steps}')
+    raise UserError(f'{field} must be >= 1, got {num_steps}')
   if kind not in ALL_GRIDS:
     raise UserError(f'sample.grid must be one of {sorted(ALL_GRIDS)}, got {kind!r}')
   if not 0 <= t_end < t_start <= 1:
@@ -154,7 +165,7 @@ def time_grid(
       f't_start={t_start}, t_end={t_end}'
     )
   if kind in PUBLISHED_GRIDS:
-    return _published_grid(schedule, kind, num_steps, t_start, t_end)
+    return _published_grid(schedule, kind, num_steps, t_start, t_end, field)
   times = GRIDS[kind](schedule, num_steps, t_start, t_end)
   times[0], times[-1] = t_start, t_end
   # Table points strictly between the ends; rounding hides that 0.3 * 1000 is not exactly 300.

@@ -20,6 +20,10 @@ puts sigma' also into the direction sqrt(1 - alpha_bar_s - sigma'^2) of eps_hat:
 kept of the state's own noise, and the excess stays; that is `direction`. Without noise, as in DDIM with eta
 0, none of this acts.
 
+DDIM that keeps the network's own eps reads x0_hat twice, clipped and, in `unclipped`, as it was. The error is
+in both, so what counts is the sum of their coefficients, as if nothing were clipped; the direction, of eps
+alone, is in that of the second.
+
 All of it is in y, so it is the same for both formulations. Imports jax, numpy and this folder only.
 """
 
@@ -126,21 +130,23 @@ def less_noise(
 
   def change(columns: Columns) -> dict[str, Array]:
     time, keep, current, noise = (columns[name] for name in ('time', 'keep', 'current', 'noise'))
+    of_x0_hat = current + columns['unclipped'] if 'unclipped' in columns else current
     widest = noise * np.exp(0.5 * columns['log_high']) if 'log_high' in columns else noise
     noisy = widest > 0
     # of what is added, the share that the error has added already; exactly 0 for an error of 0
-    ratio = np.abs(current) / np.where(noisy, widest, 1.0)
+    ratio = np.abs(of_x0_hat) / np.where(noisy, widest, 1.0)
     share = jnp.where(noisy, jnp.minimum(jnp.square(jnp.asarray(ratio, jnp.float32) * std(time)), 1.0), 0.0)
     changed = {'noise': jnp.asarray(noise, jnp.float32) * jnp.sqrt(1 - share)}
     if not direction:
       return changed
     alpha, sigma = schedule.alpha(time), schedule.sigma(time)
     kept = keep * sigma
-    total = (current + alpha * keep) ** 2 + kept**2 + noise**2
+    total = (of_x0_hat + alpha * keep) ** 2 + kept**2 + noise**2
     turns = (np.abs(total - 1) < MARGINAL) & (kept > 0) & ('log_high' not in columns)
     gain = np.where(turns, (noise / np.where(turns, kept, 1.0)) ** 2, 0.0)
-    keep, current, gain, alpha = (jnp.asarray(x, jnp.float32) for x in (keep, current, gain, alpha))
+    of_eps = 'unclipped' if 'unclipped' in columns else 'current'
+    keep, before, gain, alpha = (jnp.asarray(x, jnp.float32) for x in (keep, columns[of_eps], gain, alpha))
     more = keep * jnp.sqrt(1 + share * gain)
-    return {**changed, 'keep': more, 'current': current - alpha * (more - keep)}
+    return {**changed, 'keep': more, of_eps: before - alpha * (more - keep)}
 
   return change

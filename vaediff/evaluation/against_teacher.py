@@ -5,6 +5,9 @@ image x0_vae its samples still differ with the noise; a student whose samples di
 leave the noise out, which no distance between sets of images shows as plainly.
 """
 
+import functools
+from typing import Any
+
 import numpy as np
 
 from vaediff.errors import UserError
@@ -68,16 +71,31 @@ class Teacher:
     starts from the same noise, of the student's temperature. The diversity is the mean squared difference of
     two images of one code and two noises.
     """
-    section = student.config[student.stage]
-    chosen = self._root if 'teacher' in section and not section.model.guidance_embedding else student
     first, second = pairs(student, self._count, self._seed)
-    weight, temperature = chosen.settings.guidance_weight, student.settings.temperature
-    wanted, other = self.images(float(weight), float(temperature))
+    wanted, other = self.images(*self._beside(student))
     spread = float(np.mean((wanted - other) ** 2))
     return {
       'rmse to teacher': float(np.sqrt(np.mean((first - wanted) ** 2))),
       'diversity ratio': float(np.mean((first - second) ** 2)) / spread if spread else float('nan'),
     }
+
+  def facts(self, student: Trained) -> dict[str, Any]:
+    """Returns what the images depend on that a student is compared with: networks and settings."""
+    weight, temperature = self._beside(student)
+    settings = {**self._root.settings.to_dict(), 'guidance_weight': weight, 'temperature': temperature}
+    for name in ('checkpoint', 'num_images', 'batch_size'):  # the first is said by the id, others change none
+      settings.pop(name, None)
+    return {'made_of': self._made_of, 'sample': settings}
+
+  @functools.cached_property
+  def _made_of(self) -> dict[str, str]:
+    return {name: value for name, value in self._root.made_of.items() if name != 'the settings'}
+
+  def _beside(self, student: Trained) -> tuple[float, float]:
+    """Returns the guidance weight and the temperature of the images that a student is compared with."""
+    section = student.config[student.stage]
+    chosen = self._root if 'teacher' in section and not section.model.guidance_embedding else student
+    return float(chosen.settings.guidance_weight), float(student.settings.temperature)
 
 
 def pairs(trained: Trained, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

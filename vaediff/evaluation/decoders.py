@@ -45,9 +45,9 @@ def decoder_rows(trained: Trained, opened: Networks, real: Real) -> list[dict[st
   of the stage by each of `evaluate.decoders.samplers`; then those of its students that are trained.
   """
   settings = trained.config.evaluate
+  if not trained.experiment.reads_codes or not settings.decoders.num_images:
+    return []  # the teachers of a student are opened where they decode, and nowhere else
   root = against_teacher.chain(trained)[0]
-  if not root.experiment.reads_codes or not settings.decoders.num_images:
-    return []
   count, total = settings.decoders.num_images, len(root.eval_source)
   if count < total:
     count = min(count, settings.max_features)  # of so many images the features are kept

@@ -73,9 +73,7 @@ def sweep(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float]
   for number, (run, changes) in enumerate(points, start=1):
     chosen = run.with_settings(**changes)
     compared = teacher if run in stages else None
-    facts = facts_of(chosen, opened) | (
-      {'teacher': [settings.teacher_steps, settings.num_compared]} if compared else {}
-    )
+    facts = facts_of(chosen, opened, compared)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = folder / NAME / f'{digest}.json'
     known = read_row(path)
@@ -160,9 +158,19 @@ def grid(run: Trained, settings: ConfigDict) -> list[dict[str, Any]]:
   ]
 
 
-def facts_of(chosen: Trained, opened: Networks) -> dict[str, Any]:
-  """Returns everything that a row depends on; the same facts are the same row."""
-  evaluate = chosen.config.evaluate
+def facts_of(
+  chosen: Trained, opened: Networks, teacher: against_teacher.Teacher | None = None
+) -> dict[str, Any]:
+  """Returns everything that a row depends on; the same facts are the same row.
+
+  What not every row has is said where it has it, so that rows of earlier versions are found.
+  """
+  evaluate, settings = chosen.config.evaluate, chosen.config.evaluate.sweep
+  more = {'of reconstructions': True} if repeats_images(chosen) else {}
+  if teacher:
+    more['teacher'] = [settings.teacher_steps, settings.num_compared]
+    if 'teacher' in chosen.config[chosen.stage] or settings.aug_levels:  # else those of the row say it
+      more['images of the teacher'] = teacher.facts(chosen)
   names = (
     'num_images', 'num_seeds', 'max_features', 'kernel_subsets', 'kernel_subset_size', 'num_neighbours'
   )  # fmt: skip
@@ -175,7 +183,13 @@ def facts_of(chosen: Trained, opened: Networks) -> dict[str, Any]:
     'networks': {name: network.extractor.fingerprint for name, network in opened.features.items()},
     'resize': {name: network.extractor.resize for name, network in opened.features.items()},
     'device': jax.devices()[0].device_kind,
+    **more,
   }
+
+
+def repeats_images(chosen: Trained) -> bool:
+  """Returns whether a row has the distances of reconstructions too."""
+  return bool(chosen.config.evaluate.sweep.aug_levels) and chosen.experiment.reconstructs
 
 
 def label(chosen: Trained) -> dict[str, Any]:
@@ -259,7 +273,7 @@ def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
     else:
       found = of_network(network, [each[network] for each in seen], real.train[network], settings)
       figures |= {name: found[name] for name in names_of(network)}
-  if settings.sweep.aug_levels and chosen.experiment.reconstructs:
+  if repeats_images(chosen):
     figures |= of_reconstructions(chosen, opened, real)
   return figures
 

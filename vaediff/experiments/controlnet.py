@@ -331,6 +331,12 @@ def transferred(
   space, tuned = unguided(config, section)
   guides.check_space(config, stage, section, plain.space, space, field)
   guides.check_schedule(config, stage, section, plain.denoiser.schedule, tuned.schedule, field)
+  if tuned.shift != plain.denoiser.shift:
+    wanted, got = (config[name].diffusion.condition for name in (stage, section))
+    raise UserError(
+      f'{field} names a stage whose diffusion.condition is {got!r}, but that of this one is {wanted!r}: '
+      'formulation2 shifts the state by x0_vae, and the copy knows states as its own base has them'
+    )
   shapes = [jax.eval_shape(one.model.init, jax.random.key(0)) for one in (plain.denoiser, tuned)]
   wanted, got = (jax.tree.map(lambda leaf: leaf.shape, each) for each in shapes)
   different = [name for name in {**wanted, **got} if wanted.get(name) != got.get(name) and name != 'conv_out']

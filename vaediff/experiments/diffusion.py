@@ -21,6 +21,7 @@ from vaediff.data import pixels
 from vaediff.diffusion import gaussian, grids, importance, likelihood, losses, samplers, schedules
 from vaediff.errors import UserError
 from vaediff.experiments import base, bounds, diffusion_checks, extended, guides, jointly, variance
+from vaediff.experiments.corrected import NoiseCorrection
 from vaediff.experiments.denoiser import LEARNED, Denoiser
 from vaediff.experiments.perceptual import Perceptual, perceptual_of
 from vaediff.models import ports
@@ -76,10 +77,11 @@ class Diffusion(base.InSpace):
     flip: random horizontal flips of every image of an example.
     microbatches: parts that a batch is split into for the gradient.
     settings: the stage's `sample` section: sampler, step count and so on.
-    start_value: the value that a start below t = 1 is made of.
+    start_image: what is given of that name a start below t = 1 is made of.
     time_sampler: of the training times, 'uniform' or 'loss_second_moment'.
     for_sampling: networks of other checkpoints that guide its samples, which training does not read.
     first: the network that its own begins as, which may have been trained without one of its conditions.
+    noise_correction: of a quantized network, what its sampler does about the error; None = nothing.
   """
 
   space: Space
@@ -88,10 +90,11 @@ class Diffusion(base.InSpace):
   flip: bool
   microbatches: int
   settings: Mapping[str, Any]
-  start_value: str
+  start_image: str
   time_sampler: str = 'uniform'
   for_sampling: Mapping[str, reads.Reads] = dataclasses.field(default_factory=dict)
   first: Mapping[str, reads.FromStage] = dataclasses.field(default_factory=dict)
+  noise_correction: NoiseCorrection | None = None
 
   bounds = {**BOUNDS, **variance.LOSS_BOUNDS}
 
@@ -118,7 +121,7 @@ class Diffusion(base.InSpace):
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       settings=section.sample.to_dict(),
-      start_value=vae_conditions.IMAGE,
+      start_image=vae_conditions.IMAGE,
       time_sampler='uniform' if taught else section.loss.time_sampler,
     )
 
@@ -286,8 +289,13 @@ class Diffusion(base.InSpace):
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps of the space after the sampler's steps from the given noise."""
     values = self.conditions.values(read, given)
-    y = self.initial(values, given)
-    return self.steps(self.reading(read, values), y, keys.sampler, self.settings['t_start'])
+    y = self.initial(read, given)
+    t_start, change = self.settings['t_start'], self.change(read)
+    return self.steps(self.reading(read, values), y, keys.sampler, t_start, change=change)
+
+  def change(self, read: Read) -> samplers.Change | None:
+    """Returns what the sampler's table becomes by the error of the network; None = it stays as it is."""
+    return self.noise_correction.change(read, self.denoiser) if self.noise_correction else None
 
   def reading(self, read: Read, values: Values) -> gaussian.Denoise:
     """Returns the denoiser that the sampler calls, with what it asks for beside x0_hat."""
@@ -298,12 +306,16 @@ class Diffusion(base.InSpace):
     }[samplers.beside(self.settings['sampler'], self.settings)]
     return reading(read, values)
 
-  def initial(self, values: Values, given: Given) -> LatentMap:
-    """Returns the state at `sample.t_start`: the given noise, or what it starts from with it."""
+  def initial(self, read: Read, given: Given) -> LatentMap:
+    """Returns the state at `sample.t_start`: the given noise, or the image that it starts from with it.
+
+    That image has the noise of `t_start` alone: what the network reads of it may have its own beside.
+    """
     y = self.settings['temperature'] * given[base.NOISE]
     if self.settings['t_start'] < 1:
       t = jnp.full(y.shape[0], self.settings['t_start'])
-      y = gaussian.q_sample(values[self.start_value], y, t, self.denoiser.schedule)
+      start = self.space.encode(read, given[self.start_image], None)
+      y = gaussian.q_sample(start, y, t, self.denoiser.schedule)
     return y
 
   def steps(
@@ -341,7 +353,7 @@ class Diffusion(base.InSpace):
     values = self.conditions.values(read, self.conditions.complete(read, given))
     settings, schedule, times = self.settings, self.denoiser.schedule, None
     if settings['bound_steps']:
-      times = grids.time_grid(schedule, settings['grid'], settings['bound_steps'])
+      times = grids.time_grid(schedule, settings['grid'], settings['bound_steps'], field='sample.bound_steps')
       num_times = min(num_times, len(times) - 2)
     if settings['variance'] == LEARNED:
       denoise = self.denoiser.bounded_with_fraction(read, values)

@@ -95,7 +95,7 @@ class Edit(Diffusion):
       flip=False,
       microbatches=section.train.microbatches,
       settings=section.sample.to_dict(),
-      start_value=whole.start_value,
+      start_image=whole.start_image,
       workdir=named.workdir,
       known=cls.networks_read(
         reads.FromStage(

@@ -107,7 +107,7 @@ class EmbeddingPrior(Diffusion):
       flip=section.train.flip,
       microbatches=section.train.microbatches,
       settings={**section.sample.to_dict(), 'recompute_eps': True, 't_start': 1.0},
-      start_value='',
+      start_image='',
       candidates=section.sample.candidates,
     )
 

@@ -166,3 +166,8 @@ def check_teacher(section: ConfigDict, teacher: ConfigDict) -> None:
       f'the teacher {section.teacher.stage!r} knows the times of {known} steps only; sample.num_steps x '
       f'teacher_calls must divide them, got {section.sample.num_steps} x {section.teacher_calls}'
     )
+  if known and section.sample.num_steps > 1 and section.sample.grid != 'uniform':  # one step is from t = 1
+    raise UserError(
+      f'sample.grid is {section.sample.grid!r}, but the teacher {section.teacher.stage!r} knows the times of '
+      f'its own {known} steps only, which are uniform; valid: uniform'
+    )

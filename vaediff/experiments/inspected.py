@@ -15,7 +15,7 @@ from vaediff.diffusion import inversion
 from vaediff.experiments import base
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.quantized import replaced
-from vaediff.experiments.restored import ORIGINAL, fields_of
+from vaediff.experiments.restored import ORIGINAL, fields_of, need_noise
 from vaediff.types import Given, Image, Read
 
 
@@ -76,5 +76,6 @@ def beside(diffusion: Diffusion) -> Beside:
 
 
 def noise_of(diffusion: Diffusion) -> NoiseOf:
-  """Returns what finds the noise of images."""
+  """Returns what finds the noise of images; raises UserError where samples read none."""
+  need_noise(diffusion)
   return NoiseOf(**fields_of(diffusion))

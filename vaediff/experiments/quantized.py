@@ -23,7 +23,7 @@ from vaediff.experiments.adversarial_distillation import AdversarialDistillation
 from vaediff.experiments.autoencoder import Autoencoder
 from vaediff.experiments.columns import Columns
 from vaediff.experiments.consistency import Consistency
-from vaediff.experiments.corrected import corrected
+from vaediff.experiments.corrected import NoiseCorrection
 from vaediff.experiments.ddgan import Ddgan
 from vaediff.experiments.diffusion import Diffusion
 from vaediff.experiments.distribution_matching import DistributionMatching
@@ -179,7 +179,8 @@ def of(experiment: base.Experiment, made: Mapping[str, Any], field: str) -> base
     whole = whole_numbers.quantized(model, made, field)
     experiment = replaced(experiment, model, whole)
   if made['correction_rows'] and isinstance(experiment, Diffusion):
-    experiment = corrected(experiment, direction=made['correction'] == 'published')
+    correction = NoiseCorrection(direction=made['correction'] == 'published')
+    experiment = dataclasses.replace(experiment, noise_correction=correction)
   kind = type(experiment)
   known = {'made_of_stage': made['stage'], 'suffix': SUFFIX[made['weights'], made['activations']]}
   own = type(f'Quantized{kind.__name__}', (OfWholeNumbers, kind), known)

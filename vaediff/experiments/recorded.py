@@ -52,10 +52,11 @@ class Recorded(Diffusion):
 
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
     """Returns `STATE`, `TIME` and `STEP` [batch, kept, ...], and the values [batch, ...]."""
-    values = self.conditions.values(read, self.conditions.complete(read, given))
+    given = self.conditions.complete(read, given)
+    values = self.conditions.values(read, given)
     _, states = self.steps(
       self.reading(read, values),
-      self.initial(values, given),
+      self.initial(read, given),
       keys.sampler,
       self.settings['t_start'],
       trajectory=True,

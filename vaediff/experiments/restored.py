@@ -4,6 +4,7 @@ Nothing is trained here: whoever has opened a stage draws with one of these in p
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +41,9 @@ def fields_of(diffusion: Diffusion) -> dict[str, Any]:
 class Restored(Diffusion):
   """Draws images that agree with degraded ones; they are given, with `MEASURED`, `KNOWN` and labels.
 
-  The other conditions are observed of the degraded image, as in training of an image. A VAE's image of a
-  degraded one has its faults, above all its holes: a few times it takes the place of what is not known.
+  The other conditions are observed of the degraded image, as in training of an image, but for captions, which
+  are given too. A VAE's image of a degraded one has its faults, above all its holes: a few times it takes the
+  place of what is not known.
 
   Attributes:
     degradation: of the images.
@@ -96,19 +98,21 @@ class Restored(Diffusion):
     """Returns maps whose images agree with the data; noise is removed from where the noisy image is."""
     values = self.conditions.values(read, given)
     denoise, t_start = self.reading(read, values), self.settings['t_start']
+    # a table is of all pixels: those that are held, and have no error of the network, get less noise too
+    steps = functools.partial(self.steps, change=self.change(read))
     if not self.is_held:
-      return self.steps(denoise, self.initial(values, given), keys.sampler, t_start)
+      return steps(denoise, self.initial(read, given), keys.sampler, t_start)
     if not self.degradation.is_linear:
       schedule = self.denoiser.schedule
       t_start = restoration.time_of_level(schedule, self.level_scale * self.degradation.noise_std)
       y = float(schedule.alpha(t_start)) * self.space.encode(read, given[DEGRADED], None)
-      return self.steps(denoise, y, keys.sampler, t_start)
+      return steps(denoise, y, keys.sampler, t_start)
 
     def agree(y: LatentMap) -> LatentMap:
       return self.space.encode(read, self.agree(self.space.decode_map(read, y), given), None)
 
     held = restoration.consistent(denoise, agree)
-    return self.steps(held, self.initial(values, given), keys.sampler, t_start)
+    return steps(held, self.initial(read, given), keys.sampler, t_start)
 
 
 def restored(
@@ -172,7 +176,9 @@ class ThroughNoise(Diffusion):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inverted(Diffusion):
-  """Finds the noise of images by DDIM inversion, and hands it over as it is; each is given as `ORIGINAL`.
+  """Finds the noise of images by DDIM inversion, and hands it over as samples are given it.
+
+  Each image is given as `ORIGINAL`.
 
   Attributes:
     num_steps: of the inversion.
@@ -189,18 +195,29 @@ class Inverted(Diffusion):
     return {base.NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
 
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
-    """Returns {'noise': x_T}, which DDIM without noise brings back to the images."""
+    """Returns {'noise': x_T / `sample.temperature`}, which DDIM without noise brings back to the images."""
     del keys
     given = self.conditions.complete(read, given)
     denoise = self.denoiser.denoise(read, self.conditions.values(read, given))
     y0 = self.space.encode(read, given[ORIGINAL], None)
     settings = {'num_steps': self.num_steps, 'grid': self.settings['grid']}
-    return {base.NOISE: inversion.invert(denoise, self.denoiser.schedule, y0, **settings)}
+    x_T = inversion.invert(denoise, self.denoiser.schedule, y0, **settings)
+    return {base.NOISE: x_T / self.settings['temperature']}
 
 
 def inverted(diffusion: Diffusion, num_steps: int) -> Inverted:
-  """Returns what finds the noise of images."""
+  """Returns what finds the noise of images; raises UserError where samples read none."""
+  need_noise(diffusion)
   return Inverted(**fields_of(diffusion), num_steps=num_steps)
+
+
+def need_noise(diffusion: Diffusion) -> None:
+  """Raises UserError for a diffusion whose samples multiply the noise that they are given by 0."""
+  if not diffusion.settings['temperature']:
+    raise UserError(
+      'sample.temperature is 0: samples start from no noise, so that none brings an image back. Set it to '
+      'another value, such as 1, where the noise of an image is looked for'
+    )
 
 
 def through_noise(diffusion: Diffusion, num_steps: int) -> ThroughNoise:

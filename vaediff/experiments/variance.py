@@ -56,6 +56,8 @@ def check(section: ConfigDict, schedule: schedules.Schedule, *, taught: bool) ->
       f'sample.bound_steps must be at most the {schedule.train_steps} steps of the table of '
       f'diffusion.schedule = {diffusion.schedule!r} (0: it has none), got {sample.bound_steps}'
     )
+  if sample.bound_steps:
+    grids.time_grid(schedule, sample.grid, sample.bound_steps, field='sample.bound_steps')
 
 
 def _check_objective(loss: ConfigDict, learned: bool) -> None:

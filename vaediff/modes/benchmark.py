@@ -86,7 +86,7 @@ def measure_stage(
     config[stage],
     config.benchmark.num_repeats,
   )
-  abstract = training.abstract_state(experiment, mesh)
+  abstract = training.abstract_state(experiment, mesh, sharding.rules_of(config.mesh))
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   replicated = sharding.replicated(mesh)
   frozen = frozen_networks.fresh(experiment, mesh)

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -89,8 +89,9 @@ def compile_for(
   """Compiles every stage's train step and sampler for a slice; returns one row per program.
 
   The train step is the one that `train` runs, the sampler the one of `--mode=sample` (parameters on every
-  device), with `sample.batch_size` rounded up to the devices. Where `train.batch_size` is smaller than the
-  number of devices, it is taken to be that number, and the row's `note` says so.
+  device), with `sample.batch_size` rounded up to the devices. A stage that draws nothing, as CLIP, has none.
+  Where `train.batch_size` is smaller than the number of devices, it is taken to be that number, and the row's
+  `note` says so.
 
   Args:
     config: of the run; `config.mesh` says how the devices are used.
@@ -123,7 +124,7 @@ def compile_for(
   rows = []
   for stage in stages:
     experiment = experiments.build(config, stage)
-    for make in (train_program, sample_program):
+    for make in programs_of(experiment):
       rows.append(compile_program(make(config, stage, experiment, mesh), stage, slice_, mesh, effort))
   return rows
 
@@ -157,6 +158,12 @@ class Program:
   note: str
 
 
+def programs_of(experiment: Experiment) -> tuple[Callable[..., Program], ...]:
+  """Returns what makes the programs of a stage: no sampler where it draws nothing, for itself or others."""
+  draws = experiment.draws_images or experiment.handed
+  return (train_program, sample_program) if draws else (train_program,)
+
+
 def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: Mesh) -> Program:
   """Returns the train step of a stage, for abstract arguments.
 
@@ -170,7 +177,7 @@ def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: 
     batch_size = mesh.size
   else:
     training.check_batch_size(section, stage, mesh)
-  state = training.abstract_state(experiment, mesh)
+  state = training.abstract_state(experiment, mesh, sharding.rules_of(config.mesh))
   where, replicated = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
   frozen = frozen_networks.abstract(experiment, mesh)
   shapes = sources.batch_structs(config.data, batch_size, captions.length_of(config, stage))
@@ -317,9 +324,9 @@ def measure(compiled: Any, program: Program, slice_: chips.Slice, mesh: Mesh) ->
     + memory.generated_code_size_in_bytes
   )
   found = hlo.collectives(text, mesh.size)
-  analysis, repeats = compiled.cost_analysis(), program.macs / max(program.macs_once, 1)
-  if analysis:  # XLA counts the body of a loop once
-    flops, accessed = analysis['flops'] * repeats, analysis['bytes accessed'] * repeats
+  analysis, repeats = compiled.cost_analysis(), program.macs / program.macs_once if program.macs_once else 1.0
+  if analysis:  # XLA counts the body of a loop once, and names nothing of which there is none
+    flops, accessed = (analysis.get(name, 0.0) * repeats for name in ('flops', 'bytes accessed'))
   else:  # none for GPUs
     flops, accessed = 2 * program.macs / mesh.size, hlo.accessed_bytes(text)
   peak = chip.flops_per_second if program.dtype == 'bfloat16' else chip.float32_flops_per_second
@@ -340,7 +347,7 @@ def measure(compiled: Any, program: Program, slice_: chips.Slice, mesh: Mesh) ->
     'memory_seconds': transfer,
     'collective_seconds': sending,
     'seconds': seconds,
-    'images_per_second': program.batch_size / seconds,
+    'images_per_second': program.batch_size / seconds if seconds else math.inf,
   }
 
 

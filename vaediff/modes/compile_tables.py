@@ -29,7 +29,7 @@ LINES: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
   ('memory at peak, s', lambda row: row['memory_seconds']),
   ('collectives at peak, s', lambda row: row['collective_seconds']),
   ('estimate, s', lambda row: row['seconds']),
-  ('  of it collectives, %', lambda row: 100 * row['collective_seconds'] / row['seconds']),
+  ('  of it collectives, %', lambda row: 100 * row['collective_seconds'] / (row['seconds'] or 1.0)),
   ('estimate, images/s', lambda row: row['images_per_second']),
   ('compilation, s', lambda row: row['compile_seconds']),
 )

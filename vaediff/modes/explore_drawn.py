@@ -150,10 +150,14 @@ class Explorer:
         value = wish.chosen[control.name] if control.name in wish.chosen else control.start
         dtype = np.int32 if control.kind == controls.CLASS else np.float32
         given[control.name] = np.full(count, value, dtype)
-      elif control.kind == controls.CAPTION and control.name in wish.captions:
-        told = self.trained(wish.stage).told([wish.captions[control.name]])
-        given |= {name: np.repeat(value, count, axis=0) for name, value in told.items()}
+    given |= {name: np.repeat(value, count, axis=0) for name, value in self._told(wish).items()}
     return controls.moved(given, offer.directions, wish.amounts)
+
+  def _told(self, wish: Wish) -> HostArrays:
+    """Returns the caption of a wish as the stage reads it, a row; {} where there is none."""
+    names = [one.name for one in self.offer(wish.stage).controls if one.kind == controls.CAPTION]
+    written = [wish.captions[name] for name in names if name in wish.captions]
+    return self.trained(wish.stage).told(written[:1]) if written else {}
 
   def _end(self, wish: Wish, end: End) -> HostArrays:
     """Returns what the pictures of one end are made of."""
@@ -337,7 +341,9 @@ class Explorer:
     image, _ = self.image_of(wish.stage, wish.ends[0])
     numbers = [one.name for one in self.offer(wish.stage).controls if one.kind == controls.CLASS]
     label = wish.chosen[numbers[0]] if numbers and numbers[0] in wish.chosen else 0
-    found = restored.restored(program, damage, image, int(label), self.seed_of(wish), self._programs)
+    found = restored.restored(
+      program, damage, image, int(label), self.seed_of(wish), self._programs, self._told(wish)
+    )
     return Shown(
       images=found,
       titles={name: name for name in found},

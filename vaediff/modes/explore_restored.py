@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff.data import pixels
+from vaediff.data import pixels, words
 from vaediff.diffusion.restoration import TASKS, Degradation
 from vaediff.errors import UserError
 from vaediff.modes import restore
@@ -89,11 +89,19 @@ def check(trained: Trained, damage: Damage) -> None:
   data = trained.config.data
   size = (1, data.image_size, data.image_size)
   nothing = (np.zeros((*size, data.channels), np.float32),) * 2 + (np.ones((*size, 1), np.float32),)
-  restore.by_method(trained, damage.degradation, nothing, np.zeros(1, np.int32))
+  inputs = trained.experiment.inputs
+  told = {name: np.zeros((1, *inputs[name].shape), np.int32) for name in (words.TOKENS,) if name in inputs}
+  restore.by_method(trained, damage.degradation, nothing, np.zeros(1, np.int32), told)
 
 
 def restored(
-  trained: Trained, damage: Damage, image: np.ndarray, label: int, seed: int, programs: dict[Any, Any]
+  trained: Trained,
+  damage: Damage,
+  image: np.ndarray,
+  label: int,
+  seed: int,
+  programs: dict[Any, Any],
+  told: HostArrays | None = None,
 ) -> HostArrays:
   """Returns the image, what is left of it, and the image restored: uint8 [1, height, width, channels] each.
 
@@ -104,6 +112,7 @@ def restored(
     label: its class, where the stage reads one.
     seed: of what is drawn.
     programs: what was compiled before, by stage and damage; more is put in.
+    told: its caption, a row, where the stage reads one; without it that of no words.
 
   Raises:
     UserError: for what the stage cannot restore.
@@ -114,7 +123,7 @@ def restored(
   if damage.is_there and not degradation.is_linear:
     observed = (np.asarray(x0), np.asarray(x0), observed[2])
   labels = np.full(1, label, np.int32)
-  drawn, given = restore.by_method(trained, degradation, observed, labels)
+  drawn, given = restore.by_method(trained, degradation, observed, labels, told)
   drawn = programs.setdefault(('restored', id(trained), degradation), drawn)
   value = drawn.draw(np.arange(1), given, seed)
   value = value[list(value)[-1]]

@@ -62,7 +62,7 @@ def quantize(run: Run) -> str:
   params = quantization.quantize(trained, experiment, settings)
   quantization.save(config, trained, experiment, name, params)
   # what else this call was asked is not the run's
-  configs.save(joined(configs.read(run.workdir), name, config[name]), run.workdir)
+  configs.save(configs.joined(configs.read(run.workdir), name, config[name]), run.workdir)
   describe.describe_quantized(config, run.workdir, name)
   for note in experiment.notes:
     log.say(f'{name}: {note}')
@@ -134,13 +134,4 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
         section[part].stage = settings.reads
     if 'sample' in section:
       section.sample.checkpoint = 'latest'  # it has one
-  return joined(config, name, section)
-
-
-def joined(config: ConfigDict, name: str, section: ConfigDict) -> ConfigDict:
-  """Returns the config with one stage more, the last one, in the place of one of that name."""
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config[name] = section
-    config.stages = (*(stage for stage in config.stages if stage != name), name)
-  return config
+  return configs.joined(config, name, section)

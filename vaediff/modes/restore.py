@@ -4,7 +4,7 @@
 (`vaediff.diffusion.restoration`), and observes the stage's conditions of the degraded image. 'condition' is
 the out-of-the-box restoration of VAEDM (Pandey et al. 2021, arXiv:2201.00308v1, section 3.4): the refiner was
 trained to repair blurry images, so it is given a degraded one in place of the VAE's. A stage that was trained
-with degraded images restores those of its own task.
+with degraded images restores those of its own task. A stage that reads captions is given those of the images.
 """
 
 import pathlib
@@ -16,13 +16,13 @@ import numpy as np
 
 from vaediff.conditions.degraded import DEGRADED, KNOWN, learned_by
 from vaediff.conditions.vae import IMAGE
-from vaediff.data import pixels, sources
+from vaediff.data import pixels, sources, words
 from vaediff.diffusion.restoration import TASKS, Degradation
 from vaediff.errors import UserError
 from vaediff.evaluation import networks, reconstructions, report
 from vaediff.experiments import restored as restoring
 from vaediff.modes import pictures
-from vaediff.run import images, log
+from vaediff.run import clips, images, log
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained, open_last
@@ -59,14 +59,16 @@ def restore(trained: Trained, out: pathlib.Path | None = None) -> dict[str, floa
   Returns:
     The figures: mean over the images of '<measure>/<task>/<what is measured>'.
   """
-  settings = trained.config.restore
-  data, labels = trained.eval_images(settings.num_images)
+  settings, source = trained.config.restore, trained.eval_source
+  batch = source.read(np.arange(min(settings.num_images, len(source))))
+  data, labels = batch[sources.IMAGE], batch[sources.LABEL]
+  told = {name: batch[name] for name in (words.TOKENS,) if name in batch}
   opened, rows, figures = lpips_of(trained), [], {}
   for degradation in tasks_of(trained):
     x0 = pixels.to_unit_range(jnp.asarray(data))
     observed = observe(degradation, x0, trained.settings.seed)
     shown = {DEGRADED: as_bytes(observed[0])}
-    shown |= restored(trained, degradation, observed, labels)
+    shown |= restored(trained, degradation, observed, labels, told)
     for name, value in shown.items():
       found = figures_of(opened, data, value)
       rows.append({'task': degradation.task, 'images': name, **found})
@@ -186,11 +188,15 @@ def observe(degradation: Degradation, x0: jax.Array, seed: int) -> Observed:
 
 
 def restored(
-  trained: Trained, degradation: Degradation, observed: Observed, labels: np.ndarray
+  trained: Trained,
+  degradation: Degradation,
+  observed: Observed,
+  labels: np.ndarray,
+  told: HostArrays | None = None,
 ) -> HostArrays:
   """Returns the first sample of each image as 'restored' and, of several that differ, their mean; bytes."""
   count, samples = trained.config.restore.num_samples, []
-  drawn, given = by_method(trained, degradation, observed, labels)
+  drawn, given = by_method(trained, degradation, observed, labels, told)
   for number in range(count):
     value = drawn.draw_all(given, first=number * len(labels))['x0']
     if degradation.task == 'inpaint':  # to the byte: the sample holds it but for rounding
@@ -206,9 +212,20 @@ def restored(
 
 
 def by_method(
-  trained: Trained, degradation: Degradation, observed: Observed, labels: np.ndarray
+  trained: Trained,
+  degradation: Degradation,
+  observed: Observed,
+  labels: np.ndarray,
+  told: HostArrays | None = None,
 ) -> tuple[Trained, HostArrays]:
   """Returns what draws by `restore.method`, and what it is given.
+
+  Args:
+    trained: the stage.
+    degradation: of the images.
+    observed: what is left of them.
+    labels: of them.
+    told: {'tokens': their captions}, for a stage that reads captions; without them those of no words.
 
   Raises:
     UserError: for a stage that cannot restore so.
@@ -223,7 +240,8 @@ def by_method(
         f"{trained.stage!r} reads none: set restore.method = 'consistent', train a stage with "
         'diffusion.condition = formulation1 or formulation2, or choose one with --stages'
       )
-    return trained, {**trained.observe(degraded, labels), IMAGE: degraded}
+    given = {**trained.observe(degraded, labels), IMAGE: degraded}
+    return trained, {**given, **captions_of(trained, len(degraded), told)}
   if experiment.diffusion is None:
     raise UserError(
       "restore.method = 'consistent' works within the steps of a denoiser, and the samples of stage "
@@ -238,4 +256,21 @@ def by_method(
     start_at_level=not has_learned,
   )
   given = {DEGRADED: degraded, restoring.MEASURED: measured, KNOWN: known, sources.LABEL: labels}
-  return trained.with_experiment(drawn), given
+  return trained.with_experiment(drawn), {**given, **captions_of(trained, len(degraded), told)}
+
+
+def captions_of(trained: Trained, count: int, told: HostArrays | None) -> HostArrays:
+  """Returns what a stage that reads captions is told of so many images; {} for another.
+
+  Raises:
+    UserError: for images without captions and a stage that always had them.
+  """
+  if words.TOKENS not in trained.experiment.inputs:
+    return {}
+  found = told or clips.no_words(trained, count)
+  if not found:
+    raise UserError(
+      f'stage {trained.stage!r} reads captions, these images come without, and none was left out in its '
+      'training (dropout = 0): give each image its caption, or choose a stage that reads none with --stages'
+    )
+  return found

@@ -102,7 +102,7 @@ def run_stages_once(
   counts = [len(images[split]) for split in ('train', 'eval')]
   log.say(f'{counts[0]} training and {counts[1]} evaluation images; run folder {workdir}')
   if jax.process_index() == 0:
-    configs.save(config, workdir)
+    configs.save(configs.with_quantized(config, workdir), workdir)
   distributed.wait_for_all('the config is stored')
 
   summaries = []
@@ -230,6 +230,8 @@ def first_images(config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Me
   trained = Trained(config, workdir, stage, mesh)
   shown = [config[name].to_dict() for name in ('reconstruct', 'interpolate')]
   made_of = {**trained.made_of, 'the settings of pictures': identity.digest(shown)}
+  if trained.experiment.reconstructs and not config.data.check_fingerprint:  # others may be there by now
+    made_of['the evaluation images'] = trained.eval_source.fingerprint
   known = stored_figures(path, made_of)
   if distributed.agree(known is not None):
     return known

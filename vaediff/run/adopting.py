@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -313,9 +312,9 @@ def write(plan: Plan, workdir: pathlib.Path) -> None:
         write_scale(plan.config, place, stage, scale)
       configs.save(plan.config, place)
       (workdir / files.LOCK).unlink(missing_ok=True)
-      os.replace(place, workdir)
+      places.move(place, workdir)
     finally:
-      shutil.rmtree(place, ignore_errors=True)
+      places.remove(place)
   except OSError as error:
     raise UserError(f'{workdir} cannot be written: {files.reason(error)}. Nothing was imported') from error
 
@@ -327,7 +326,7 @@ def write_stage(plan: Plan, place: pathlib.Path, stage: str) -> None:
   meta = {
     'stage': stage,
     'data_position': step,
-    'seconds': 0.0,
+    **dataclasses.asdict(loop.Spent(first_step=step)),
     'config': json.loads(config.to_json()),
     'last': {},
     'frozen': frozen_networks.ids(experiment, place),
@@ -342,7 +341,7 @@ def write_stage(plan: Plan, place: pathlib.Path, stage: str) -> None:
     'id': checkpoint.identity_of(folder),
     'stage': stage,
     'steps': step,
-    'seconds': 0.0,
+    **dataclasses.asdict(loop.Spent(first_step=step)),
     'images_per_second': 0.0,
     'last': {},
   }

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from vaediff import experiments
@@ -76,6 +77,8 @@ class Best:
     made_of: what the values depend on beside the parameters, such as how samples are drawn for them.
     start_step: of the training: where it begins, what is there is of another one, and is moved aside.
     check_arrays: see `checkpoint.Checkpointer`.
+    as_now: `meta` of the checkpoint that is there -> what it was made of, where an earlier version said it
+      in another way; None = as it is stored.
 
   Raises:
     UserError: for an unknown figure, or when the folder holds a checkpoint kept by another figure, or one
@@ -89,6 +92,7 @@ class Best:
     made_of: identity.MadeOf,
     start_step: int,
     check_arrays: bool = True,
+    as_now: Callable[[dict[str, Any]], identity.MadeOf] | None = None,
   ):
     self.measure, self._made_of = measure, dict(made_of)
     self._sign = -1 if higher_is_better(measure) else 1
@@ -105,7 +109,8 @@ class Best:
         )
       if MADE_OF in meta:  # an earlier version did not store it
         mend = f'Move {folder} away, or use what it was kept with'
-        identity.compare(f'the best checkpoint in {folder}', meta[MADE_OF], self._made_of, mend)
+        stored = as_now(meta) if as_now else meta[MADE_OF]
+        identity.compare(f'the best checkpoint in {folder}', stored, self._made_of, mend)
       self.value = meta.get('value')
     self._checkpointer = checkpoint.Checkpointer(folder, keep=1, check_arrays=check_arrays)
 

@@ -46,6 +46,8 @@ def length_of(config: ConfigDict, stage: str) -> int:
 def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.Tokenizer | None:
   """Returns the tokenizer of a stage, made first where it is not there; None where it reads no captions.
 
+  Before the first checkpoint it is made anew where it is of other settings or captions than the config's.
+
   Args:
     config: of the run.
     stage: its name.
@@ -65,7 +67,7 @@ def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.
   if taken is not None and (found is None or found.digest != taken.digest):
     found = taken  # also over one of a training that ended before its first checkpoint
     log.say(f'{stage}: the {len(found.vocab)} numbers of captions are those of the stage it follows: {path}')
-  elif found is None:
+  elif found is None or (not trained_with and not _is_of(found, config, stage)):
     found = _made(config, stage, path)
   if found is not kept:
     if jax.process_index() == 0:
@@ -101,6 +103,18 @@ def _taken_over(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tok
       )
     return found
   return None
+
+
+def _is_of(found: words.Tokenizer, config: ConfigDict, stage: str) -> bool:
+  """Returns whether a tokenizer is the one that `_made` makes, of a training that left no checkpoint behind.
+
+  Another would be of other settings or captions, which may have been what ended that training. One of pieces
+  that has fewer numbers than it may have is made again, to see; where there are no captions any is right.
+  """
+  settings, count = settings_of(config, stage), len(found.vocab)
+  made_of = sources.open_source(config.data, 'train').captions_digest
+  sizes = (settings.vocab_size,) if found.kind == words.SUBWORD else range(settings.vocab_size + 1)
+  return found.kind == settings.kind and count in sizes and made_of in ('', found.made_of)
 
 
 def _made(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tokenizer:

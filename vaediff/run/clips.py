@@ -77,7 +77,13 @@ def given_of(trained: Any, image: UInt8[np.ndarray, 'n h w c'], label: np.ndarra
 def noise_of(
   trained: Any, image: UInt8[np.ndarray, 'n h w c'], given: HostArrays, num_steps: int
 ) -> Float[np.ndarray, 'n ...']:
-  """Returns x_T of images, given what they are made on, by DDIM inversion (`diffusion.inversion`)."""
+  """Returns the noise of images, given what they are made on, by DDIM inversion (`diffusion.inversion`).
+
+  It is x_T over `sample.temperature`, which samples multiply it by.
+
+  Raises:
+    UserError: where that is 0.
+  """
   finder = trained.with_experiment(restored.inverted(trained.experiment.diffusion, num_steps))
   x0 = image.astype(np.float32) / 127.5 - 1
   return finder.draw(np.arange(len(image)), {**given, restored.ORIGINAL: x0}, handed=True)[NOISE]

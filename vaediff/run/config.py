@@ -195,6 +195,32 @@ def save(config: ConfigDict, workdir: pathlib.Path) -> None:
   files.write_text(workdir / FILE, to_json(config))
 
 
+def joined(config: ConfigDict, name: str, section: ConfigDict) -> ConfigDict:
+  """Returns the config with one stage more, the last one, in the place of one of that name."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config[name] = section
+    config.stages = (*(stage for stage in config.stages if stage != name), name)
+  return config
+
+
+def with_quantized(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+  """Returns the config with the stages that `--mode=quantize` has made in a run, of stages that it has.
+
+  A config file knows none of them: stored as it is, it would take their names from the run.
+  """
+  if not (workdir / FILE).exists():
+    return config
+  with contextlib.suppress(UserError):  # of a file that cannot be read nothing can be kept
+    stored = read(workdir)
+    for stage in stored.stages:
+      section = stored[stage]
+      made = section.experiment == quantized.SECTION and stage not in config
+      if made and section[quantized.SECTION].stage in config.stages:
+        config = joined(config, stage, section)
+  return config
+
+
 def stages_of(config: ConfigDict, chosen: str = '') -> tuple[str, ...]:
   """Returns the stages that a comma list chooses, in the config's order; by default those that are trained.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vaediff.conditions.base import LAST
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment, SampleKeys, sampling_keys
@@ -21,18 +22,15 @@ class NotFinite(UserError):
   """Drawn images that hold nan or infinity: as bytes they would pass for black or white ones."""
 
 
-LAST = 2**32 - 1
-"""Numbers below it, less than 2^31 of them, are indices of images; from it down they are depths."""
-
-
 def image_keys(
   seed: int | jax.Array, indices: jax.Array, depth: int = 0, candidate: int | jax.Array | None = None
 ) -> SampleKeys:
   """Returns the keys of each image, those of a stage that is sampled after `depth` others.
 
-  The depth is folded into the key of the seed, before the index: the key of an image is split, and a number
-  folded into it would repeat one of the parts. That of an image of which several candidates are drawn is
-  never split: the number of the candidate is folded into it, and what that gives is split.
+  The depth is folded into the key of the seed, before the index: the key of an image is split, and a
+  number folded into it would repeat one of the parts. Indices are below 2^31, depths from `LAST` down.
+  That of an image of which several candidates are drawn is never split: the number of the candidate is
+  folded into it, and what that gives is split.
   """
   root = jax.random.key(seed)
   if depth:

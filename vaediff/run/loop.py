@@ -79,15 +79,18 @@ class Spent:
     seconds: in all, from building the state to the last evaluation.
     compiling_seconds: of them, those in which something was compiled; None where an earlier version, which
       did not count them, began the stage.
+    first_step: the step from which on they were counted: that of a network that was imported, else 0.
   """
 
   seconds: float = 0.0
   compiling_seconds: float | None = 0.0
+  first_step: int = 0
 
   def plus(self, seconds: float, compiling_seconds: float) -> 'Spent':
     """Returns this time and more."""
     before = self.compiling_seconds
-    return Spent(self.seconds + seconds, None if before is None else before + compiling_seconds)
+    compiling = None if before is None else before + compiling_seconds
+    return Spent(self.seconds + seconds, compiling, self.first_step)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
@@ -260,8 +263,10 @@ def position_of(
     DamagedCheckpoint: when it is not there.
   """
   try:
-    spent = Spent(float(stored['seconds']), stored.get('compiling_seconds'))
-    return int(stored['data_position']), spent, dict(stored['last'])
+    seconds, step = float(stored['seconds']), int(stored['data_position'])
+    first = int(stored.get('first_step', 0 if seconds else step))  # of earlier versions: that of an import
+    spent = Spent(seconds, stored.get('compiling_seconds'), first)
+    return step, spent, dict(stored['last'])
   except (KeyError, TypeError, ValueError) as error:
     folder = checkpointer.folder / str(checkpointer.latest_step())
     raise checkpoint.damaged(folder, ValueError('its meta does not say where training was')) from error
@@ -356,7 +361,7 @@ def write_summary(
     'stage': stage.name,
     'steps': num_steps,
     **dataclasses.asdict(spent),
-    'images_per_second': num_steps * batch_size / max(spent.seconds, 1e-9),
+    'images_per_second': (num_steps - spent.first_step) * batch_size / max(spent.seconds, 1e-9),
     'last': last,
   }
   if jax.process_index() == 0:

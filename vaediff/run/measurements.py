@@ -6,6 +6,7 @@ codes are drawn from, and their PCA another basis of them; how often each of a t
 which are in use.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -221,11 +222,17 @@ BY_NAME: dict[str, Callable[[Of], Arrays]] = {
 
 
 def made_of(of: Of, settings: dict[str, Any]) -> dict[str, str]:
-  """Returns what a measurement is made of: the stage's checkpoint, the images that it saw, settings."""
-  images = checkpoint.load_meta(of.checkpoints).get(same_run.DATA, {})
+  """Returns what a measurement is made of: the stage's checkpoint, the images that it saw, settings.
+
+  Where others may take their place, with `data.check_fingerprint` off, it is those that are there.
+  """
+  images = checkpoint.load_meta(of.checkpoints).get(same_run.DATA, {}).get('train', 'unknown')
+  if not of.config.data.check_fingerprint:
+    with contextlib.suppress(UserError):  # what is stored is read without images too
+      images = sources.open_source(of.config.data, 'train').fingerprint
   return {
     f'the network {of.stage!r}': checkpoint.identity_of(of.checkpoints),
-    'the training images': images.get('train', 'unknown'),
+    'the training images': images,
     'the settings': identity.digest([settings, of.config.seed]),
   }
 

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from vaediff.conditions import control
 from vaediff.data import loader
 from vaediff.errors import UserError
 from vaediff.experiments import controlnet
 from vaediff.machine import distributed, sharding
 from vaediff.run import best, draw, log, usage
+from vaediff.run import config as configs
 from vaediff.storage import identity
 
 
@@ -38,9 +40,13 @@ class Reviewer:
     self._start_step = start_step
     self._keeper = None
     if section.train.best_measure:
-      made_of = {**stage.measured_with, 'the settings of its samples': _of_samples(stage.config, stage.name)}
       self._keeper = best.Best(
-        stage.folder, section.train.best_measure, made_of, start_step, stage.config.checkpoints.check_arrays
+        stage.folder,
+        section.train.best_measure,
+        _made_of(stage),
+        start_step,
+        stage.config.checkpoints.check_arrays,
+        as_now=lambda meta: _as_now(meta, stage),
       )
 
   def due(self, step: int) -> bool:
@@ -109,24 +115,53 @@ class Reviewer:
       self._keeper.close()
 
 
+SAMPLED_WITH = 'the settings of its samples'
+"""Among what the best checkpoint is made of: the digest of how samples are drawn for its figure."""
 UNSAID = (('guidance_interval', ()), ('captions', ()))
 """Settings that an earlier version did not have, with what they were."""
 
 
-def _of_samples(config: Any, stage: str) -> str:
-  """Returns the digest of how a stage is sampled while it trains.
+def _made_of(stage: Any) -> identity.MadeOf:
+  """Returns what the figure by which a stage's best is kept depends on beside the parameters."""
+  section = stage.config[stage.name]
+  sampled = {SAMPLED_WITH: identity.digest(_of_samples(section.sample))}
+  return {**stage.measured_with, **(sampled if _is_of_samples(section.train.best_measure) else {})}
 
-  How many images, and where they go, does not count, nor does what guides, controls or ranks once it is
-  trained; nor does what an earlier version did not say, where there is none: an interval, captions.
+
+def _as_now(meta: dict[str, Any], stage: Any) -> identity.MadeOf:
+  """Returns what a kept checkpoint was made of, as this version says it.
+
+  An earlier one counted the batch size of samples, and how they are drawn also where the figure is of none.
   """
-  without = ('checkpoint', 'num_images', 'guide', 'classifier', 'rerank', *controlnet.HANDED)
-  return identity.digest(
-    {
-      name: value
-      for name, value in config[stage].sample.to_dict().items()
-      if name not in without and not name.startswith('save_') and (name, value) not in UNSAID
-    }
-  )
+  section, stored = stage.config[stage.name], dict(meta[best.MADE_OF])
+  if not _is_of_samples(section.train.best_measure):
+    stored.pop(SAMPLED_WITH, None)
+    return stored
+  size = configs.from_stored(meta['config'])[stage.name].sample.batch_size
+  settings = _of_samples(section.sample)
+  if stored.get(SAMPLED_WITH) == identity.digest({**settings, 'batch_size': size}):
+    stored[SAMPLED_WITH] = identity.digest(settings)
+  return stored
+
+
+def _is_of_samples(measure: str) -> bool:
+  """Returns whether samples are drawn for a figure; for validation metrics none are, but for a control's."""
+  return not measure.startswith(best.VALIDATION) or measure.removeprefix(best.VALIDATION) in control.METRICS
+
+
+def _of_samples(settings: Any) -> dict[str, Any]:
+  """Returns how a stage is sampled while it trains, of its `sample` section.
+
+  How many images, how many at once, and where they go, does not count, nor does what guides, controls or
+  ranks once it is trained; nor does what an earlier version did not say, where there is none: an interval,
+  captions.
+  """
+  without = ('checkpoint', 'num_images', 'batch_size', 'guide', 'classifier', 'rerank', *controlnet.HANDED)
+  return {
+    name: value
+    for name, value in settings.to_dict().items()
+    if name not in without and not name.startswith('save_') and (name, value) not in UNSAID
+  }
 
 
 class Evaluator:

@@ -1,7 +1,9 @@
 """Where things lie: the one place that asks for a home folder, reads `~`, and knows a bucket by its name."""
 
+import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 
 from vaediff.errors import UserError
@@ -48,6 +50,31 @@ def fetched(path: str, meant: str) -> pathlib.Path:
       'XDG_CACHE_HOME to a folder that has room'
     ) from error
   return here
+
+
+def move(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Moves a folder to one that is empty or not there: at once, or in a bucket object by object.
+
+  Raises:
+    OSError: when that fails; the target then has nothing of it.
+  """
+  if not isinstance(folder, buckets.BucketPath):
+    os.replace(folder, target)
+    return
+  try:
+    folder.rename(target)
+  except BaseException:
+    remove(target)
+    raise
+
+
+def remove(folder: pathlib.Path) -> None:
+  """Removes a folder and all in it, as far as that is possible."""
+  if not isinstance(folder, buckets.BucketPath):
+    shutil.rmtree(folder, ignore_errors=True)
+    return
+  with contextlib.suppress(OSError):
+    folder.remove()
 
 
 def expanded(path: str | os.PathLike[str], meant: str) -> pathlib.Path:
