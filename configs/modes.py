@@ -251,7 +251,8 @@ def adopt() -> ConfigDict:
       'band_order': '',  # of wavelets: 'pytorch_wavelets' | 'wavecnet' | '' = as published for the data set
       'latent_scale': 0.0,  # LDDGAN's latents are divided by it; 0 = as published for the data set
       'step': 0,  # updates done; 0 = what the file says, or 1
-      'check_groups': True,  # refuse networks so narrow that the published group norms are others
+      # refuse networks so narrow that the published group norms are others; so does an export of such names
+      'check_groups': True,
     }
   )
 

@@ -115,7 +115,7 @@ case $verb in
     [[ -n $type && -n $version ]] || fail 'create needs type=... and version=...'
     if [[ $spot == true ]]; then kind=(--spot); else kind=(); fi
     tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
-      "--runtime-version=$version" "${kind[@]}"
+      "--runtime-version=$version" ${kind[@]+"${kind[@]}"}
     ;;
   setup)
     archive=vaediff.tar.gz

@@ -173,6 +173,11 @@ CONTRADICTIONS = [
     {'refiner.train.best_measure': 'fid_of_mine'},
     "config.refiner.train.best_measure is 'fid_of_mine'",
   ),
+  (
+    'debug',
+    {'refiner.train.best_measure': 'kd_mobilenetv2', 'evaluate.weights_dir': '/nowhere'},
+    'train.best_measure of one of vae, refiner: weights of mobilenetv2 are not in /nowhere: run --mode=prepare',
+  ),
   ('debug', {'mesh.data': 3}, r'config.mesh \(data=3, fsdp=1\) does not divide the 8 devices'),
   ('debug', {'mesh.data': 2**40, 'mesh.fsdp': 2**40}, 'does not divide the 8 devices'),
   ('debug', {'mesh.rules': (1, 2)}, 'config.mesh.rules holds 1; a rule is a pair'),

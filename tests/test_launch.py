@@ -521,7 +521,7 @@ def test_a_manifest_says_what_the_program_relies_on(jobset):
   # 2 ends everything, 75 and disruptions cost nothing, the rest starts the JobSet again.
   rules = job['podFailurePolicy']['rules']
   assert [(r['action'], r.get('onExitCodes', {}).get('values')) for r in rules] == [
-    ('FailJob', [2, 130]),
+    ('FailJob', [2, 126, 127, 130]),
     ('Ignore', [75]),
     ('Ignore', None),
   ]

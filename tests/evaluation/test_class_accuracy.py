@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vaediff import modes
 from vaediff.data import sources
-from vaediff.evaluation import measures, networks, reconstructions, report, sets, sweep
+from vaediff.evaluation import frechet, measures, networks, reconstructions, references, report, sets, sweep
 from vaediff.evaluation.measures import Figure
 from vaediff.modes import train
 from vaediff.run import config as configs
@@ -129,13 +129,45 @@ def test_reconstructions_are_asked_to_be_of_the_class_of_their_image(shift, shar
     observe=lambda image, label: image,
     draw_all=lambda image, first: {'x0': (image + shift) % 3},
   )
-  for name, stands_for in (('distances_of', {}), ('floors_at', {}), ('of_first', None), ('title_of', 'VAE')):
+  for name, stands_for in (('distances_of', {}), ('of_first', None), ('title_of', 'VAE')):
     monkeypatch.setattr(reconstructions, name, lambda *_, stands_for=stands_for: stands_for)
   real = types.SimpleNamespace(held_out=dict.fromkeys(extractors))
   known = networks.Networks(features={name: Seeing() for name in extractors}, lpips=None, missing={})
   (row,) = reconstructions.reconstruction_rows.__wrapped__(trained, known, real)
   expected = {'class_accuracy': Figure(value=share, floor=0.99, floor_n=7)} if extractors else {}
   assert {name: value for name, value in row.items() if name == 'class_accuracy'} == expected
+
+
+def test_distances_of_reconstructions_have_no_floor(tmp_path, monkeypatch):
+  """They are compared with the very images: perfect ones are at 0, below what held-out images get."""
+  image = np.random.default_rng(0).integers(0, 3, (12, 8, 8, 1), np.uint8)
+  source = sources.ArraySource(
+    images=image, labels=np.zeros(12, np.int32), label_names=('a',), num_classes=0
+  )  # fmt: skip
+  settings = {'num_reconstructions': 12, 'max_features': 12, 'batch_size': 12, 'lpips': ''}
+  settings |= {'extractors': ('classifier',), 'num_neighbours': 3}
+  settings |= {'kernel_subsets': 2, 'kernel_subset_size': 6}
+  trained = types.SimpleNamespace(
+    experiment=types.SimpleNamespace(reconstructs=True, titles={'x0': 'VAE'}),
+    config=ConfigDict({'evaluate': settings}),
+    eval_source=source,
+    observe=lambda image, label: image,
+    draw_all=lambda image, first: {'x0': image},
+  )
+  features = lambda image: image.reshape(len(image), -1)[:, :3].astype(np.float32)
+  stream = lambda: networks.Stream(lambda image: {'features': features(image)}, 12)
+  known = networks.Networks(features={'classifier': Seeing()}, lpips=None, missing={})
+  monkeypatch.setattr(known.features['classifier'], 'stream', stream)
+  of = lambda image, split: references.Reference(
+    moments=frechet.Moments.of(features(image)), features=features(image), split=split, provenance={'n': 12}
+  )
+  real = sets.Real(
+    train={'classifier': of(image[::-1] + 1, 'train')}, held_out={'classifier': of(image, 'eval')}
+  )
+  monkeypatch.setattr(reconstructions, 'title_of', lambda *_: 'VAE')
+  (row,) = reconstructions.reconstruction_rows.__wrapped__(trained, known, real)
+  assert row['rfd_classifier'].value == pytest.approx(0, abs=1e-3)
+  assert row['rfd_classifier'].floor is None and row['rkd_classifier'].floor is None
 
 
 def test_a_sweep_has_recall_beside_the_distances():

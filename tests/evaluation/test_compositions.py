@@ -100,6 +100,16 @@ def test_one_attribute_that_is_ignored_costs_itself_and_the_joint():
   assert found['accuracy_shape'] == found['accuracy_background'] == 1
 
 
+def test_one_caption_has_no_other():
+  stage = Stage('shapes/mini')
+  stage.config.evaluate.num_captions = 1
+  rows = {row['set']: row for row in compositions.composition_rows(stage, opened())}
+  others, own = rows[compositions.OTHERS], rows[compositions.TEST]
+  names = [*(f'accuracy_{name}' for name in shapes.ATTRIBUTES), 'accuracy_joint']
+  assert {others[name].missing for name in names} == {compositions.NO_OTHER}
+  assert others['valid'].value == own['accuracy_joint'].value == 1
+
+
 def test_what_captions_do_not_tell_is_not_counted():
   asked = np.array([[1, -1, 0, 0, 0], [2, -1, 0, 0, 0]], np.int32)
   attributes = np.array([[1, 3, 0, 0, 0], [2, 5, 1, 0, 0]], np.int32)

@@ -1,5 +1,6 @@
 """Rows of samples that follow control images: identical ones, none, others, and what captions ask for."""
 
+import dataclasses
 import types
 
 import jax.numpy as jnp
@@ -92,6 +93,17 @@ def test_rows_of_samples_with_and_without_their_control():
     assert row['accuracy_colour'] == row['valid'] == 1
   assert alone['edge_f1'] == alone['edge_recall'] == 0 and alone['accuracy_colour'] < 1
   assert 0.05 < others['edge_f1'] < 0.6 and others['accuracy_colour'] == 1
+
+
+def test_one_image_is_compared_with_no_other_control():
+  stage = Stage()
+  stage.eval_source = dataclasses.replace(
+    stage.eval_source, images=stage.eval_source.images[:1], labels=np.zeros(1, np.int32)
+  )
+  stage.with_settings = lambda **_: stage
+  _, _, others, _ = controls.control_rows(stage)
+  assert others['N'] == 1 and others['edge_f1'].missing == controls.NO_OTHER
+  assert others['accuracy_colour'].value == 1  # that is of its own caption
 
 
 def reading(dropout):

@@ -57,6 +57,36 @@ def test_the_same_class_is_of_two_samples_of_the_same_codes():
   assert decoders.same_class(sets, NOTHING) == {}
 
 
+def test_samples_of_decoders_are_none_that_were_chosen(monkeypatch):
+  """Where the config ranks samples by CLIP: what it draws is of the posterior, and so is what it costs."""
+
+  class Stage(Trained):
+    experiment = types.SimpleNamespace(
+      num_function_evaluations=2, columns=lambda: types.SimpleNamespace(sampler='ddim', steps=2)
+    )
+    stage = 'refiner'
+
+    def __init__(self, settings):
+      self.config = ConfigDict({'refiner': {'sample': settings}})
+
+    def with_settings(self, **changes):
+      other = Stage(self.settings.to_dict())
+      other.settings.update(changes)
+      return other
+
+    def draw(self, indices, given=None, seed=None):
+      assert not self.settings.rerank.stage
+      return {'x0': given['codes']}
+
+  settings = {'sampler': 'ddpm', 'num_steps': 9, 'seed': 0, 'batch_size': 4}
+  root = Stage({**settings, 'rerank': {'stage': 'clip', 'workdir': '', 'candidates': 16}})
+  monkeypatch.setattr(decoders, 'shown', lambda *_: iter(()))
+  monkeypatch.setattr(decoders, 'students', lambda *_: [root])
+  asked = ConfigDict({'samplers': (('ddim', 2),), 'num_samples': 2})
+  found = list(decoders.decoders(root, root, {'codes': images(0, 3, 2, 2, 1)}, asked))
+  assert [cost['NFE'] for _, _, cost in found] == [2, 2]
+
+
 def test_sharpness_is_the_variance_of_the_laplacian():
   checkers = np.zeros((1, 8, 8, 1), np.uint8)
   checkers[0, ::2, ::2], checkers[0, 1::2, 1::2] = 255, 255

@@ -3,10 +3,14 @@
 import importlib
 import json
 import math
+import types
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from vaediff.data import sources
 from vaediff.evaluation import id_counts
 from vaediff.evaluation.evaluate import evaluate
 from vaediff.evaluation.id_counts import TABLES, of_images, of_tables
@@ -66,6 +70,32 @@ def test_means_over_images():
   assert of_images(np.array([1.0, np.nan])).missing == 'it is not finite for 1 of 2 evaluation images'
   assert of_images(np.array([1.0])).spread is None
   assert id_counts.SMOOTHING == 0.1
+
+
+def test_one_image_has_no_caption_of_another(monkeypatch):
+  ids, one = np.zeros((1, 2, 2), np.int32), np.zeros(1, np.int32)
+  monkeypatch.setattr(id_counts, 'precomputed', lambda *_: {'codes': ids})
+  source = sources.ArraySource(
+    images=np.zeros((1, 4, 4, 1), np.uint8), labels=one, label_names=('a',), num_classes=1
+  )
+  experiment = types.SimpleNamespace(
+    handed={'codes': jax.ShapeDtypeStruct((2, 2), np.int32)}, id_sizes={'codes': 3}
+  )
+  trained = types.SimpleNamespace(
+    experiment=experiment, mesh=None, eval_source=source, images=lambda split: source, workdir=None,
+    config=ConfigDict({'data': {'num_classes': 1}}), stage='prior', read={},
+  )  # fmt: skip
+
+  def figures(count):
+    nats = {'codes': np.full(count, 8.0)}
+    seen = np.zeros((count, 2, 2), np.int32), np.zeros(count, np.int32)
+    measured = nats, {'codes': seen[0]}, seen[1], np.full(count, 12.0)
+    monkeypatch.setattr(id_counts, 'measured', lambda _: measured)
+    return id_counts.figures.__wrapped__(trained)
+
+  others, rise = 'nats_per_token/captions of others', 'nats_per_token/rise by captions of others'
+  assert 'needs at least 2' in figures(1)[others].missing and rise not in figures(1)
+  assert (figures(2)[others].value, figures(2)[rise].value) == (3.0, 1.0)
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation import frechet, networks
+from vaediff.evaluation import frechet, measures, networks
 from vaediff.evaluation.frechet import Moments
 from vaediff.features.extractor import Extractor
 from vaediff.machine import sharding
@@ -125,3 +125,7 @@ def test_prepare_fetches_what_the_config_names(tmp_path, monkeypatch):
   config.evaluate.update({'extractors': ('classifier',), 'lpips': ''})
   networks.prepare(config, lambda text: None)
   assert fetched == []
+  config.refiner.train.best_measure, config.vae.train.best_measure = 'kd_mobilenetv2', 'val/loss'
+  also = measures.weights_of_best(config, config.stages)
+  networks.prepare(config, lambda text: None, also)
+  assert also == ('mobilenetv2',) and fetched == [('mobilenetv2', tmp_path)]

@@ -1,9 +1,12 @@
 """Recall of vectors that are known, and of scenes by an encoder that sees everything."""
 
+import types
+
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
-from vaediff.data import oracle, shapes, words
+from vaediff.data import oracle, shapes, sources, words
 from vaediff.evaluation import retrieval
 from vaediff.evaluation.measures import Figure
 from vaediff.run.trained import Trained
@@ -57,6 +60,40 @@ class Stage(Trained):
   def __init__(self, config, **more):
     self.config, self.experiment = ConfigDict(config), None
     vars(self).update(more)
+
+
+class Vectors:
+  """Stands for a scorer: images and captions are vectors themselves."""
+
+  images = texts = staticmethod(np.asarray)
+
+  def cosines(self, image, texts):
+    return np.sum(image * texts, axis=1)
+
+
+class Four:
+  """Stands for four evaluation images and their captions."""
+
+  def __len__(self):
+    return 4
+
+  def read(self, rows):
+    return {sources.IMAGE: SEEN[rows], words.TOKENS: SEEN[rows]}
+
+
+@pytest.mark.parametrize('batch', [1, 2, 3, 5, 8])
+def test_samples_are_compared_with_captions_of_others_in_whatever_batches(batch, monkeypatch):
+  monkeypatch.setattr(retrieval.scoring, 'tokens_of', lambda trained, indices, given: SEEN[indices % 4])
+  stage = Stage(
+    {'refiner': {'sample': {'batch_size': batch}}}, stage='refiner',
+    captioned=types.SimpleNamespace(eval_source=Four()),
+    draw=lambda indices: {'x0': SEEN[indices % 4]}, as_drawn=lambda image: image,
+  )  # fmt: skip
+  found = retrieval.of_samples.__wrapped__(stage, Vectors(), 4)
+  assert found['clip_own'] == Figure(value=1.0, floor=1.0, floor_n=4, n=4)
+  assert found['clip_own_others'] == Figure(value=0.0, n=4)
+  found = retrieval.of_samples.__wrapped__(stage, Vectors(), 1)
+  assert found['clip_own'].value == 1 and 'needs at least 2' in found['clip_own_others'].missing
 
 
 def test_scenes_are_found_by_what_they_show(monkeypatch):

@@ -5,6 +5,7 @@ import pathlib
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from vaediff.errors import UserError
@@ -63,7 +64,7 @@ class Trained(opened.Trained):
   """A stage whose images are never finite."""
 
   def __init__(self):
-    self.config = importlib.import_module('configs.digits').get_config('debug')
+    self.config, self.stage = importlib.import_module('configs.digits').get_config('debug'), 'refiner'
     self.experiment = types.SimpleNamespace(num_function_evaluations=2)
 
 
@@ -118,7 +119,7 @@ class Chain(Trained):
     columns = base.Columns(condition='c', sampler='ddim', method='ddim', steps=2, guidance=0.0)
     self.experiment = types.SimpleNamespace(
       num_function_evaluations=2, can_be_guided=False, max_level=0.0, reconstructs=stage == 'refiner',
-      columns=lambda: columns,
+      columns=lambda: columns, makers=(),
     )  # fmt: skip
 
   def with_settings(self, **changes):
@@ -166,6 +167,27 @@ def test_a_row_without_the_distances_of_reconstructions_is_none_that_has_them(me
   assert set(files.read_json(row)['facts']) == stored  # as before there were levels
   assert measured(['refiner'], **levels) == ['refiner'] and measured(['refiner'], **levels) == []
   assert measured(['distill_2']) == ['distill_2'] and measured(['distill_2'], **levels) == []  # has none
+
+
+def test_a_row_of_the_best_of_several_counts_all_and_is_none_that_counted_one(monkeypatch):
+  config = importlib.import_module('configs.digits').get_config('debug')
+  config.evaluate.extractors = ()
+  plain, known = Chain(config, 'refiner'), networks.Networks(features={}, lpips=None, missing={})
+  ranked = plain.with_settings(rerank={'stage': 'clip', 'workdir': '', 'candidates': 16})
+  assert 'cost' not in sweep.facts_of(plain, known) and 'cost' in sweep.facts_of(ranked, known)
+  drawn = sets.Drawn(seen={}, first=np.zeros((1, 2, 2, 1), np.uint8), seconds_per_image=0.5)
+  monkeypatch.setattr(sweep, 'draw_sets', lambda *_, **__: {'x0': drawn})
+  monkeypatch.setattr(sweep, 'class_accuracy', lambda *_: {})
+  monkeypatch.setattr(sweep, 'giga_macs', lambda _: 0.0)
+  monkeypatch.setattr(Chain, 'draws_alone', True)
+  real = sets.Real(train={}, held_out={})
+  assert [sweep.measure(one, known, real)['NFE'] for one in (plain, ranked)] == [2, 32]
+
+  def fail(*_):
+    raise draw.NotFinite('not finite')
+
+  monkeypatch.setattr(sweep, 'measure', fail)
+  assert sweep.measure_or_say(ranked, known, real, None)['NFE'] == 32
 
 
 def test_a_row_of_a_student_is_of_how_its_teacher_is_sampled(measured):

@@ -73,6 +73,13 @@ def test_content_has_both_players_and_says_how_it_was_made():
   assert plan.config.ddgan.optim.schedule == 'constant'
 
 
+def test_groups_of_a_discriminator_are_as_published():
+  plan = planned('ddgan_content/content', **{'ddgan.discriminator.group_size': 2})
+  assert plan.config.ddgan.discriminator.group_size == 4
+  said = (4, 'as published; the config said 2')
+  assert assumed(plan, 'ddgan')['discriminator.group_size'] == said
+
+
 @pytest.mark.slow
 def test_images_are_as_large_as_the_arguments_in_the_file_say():
   name = 'ddgan_content/content'
@@ -249,6 +256,35 @@ def test_an_autoencoder_without_attention_in_the_middle_adds_zeros_there(changed
   family = exported.family_of(plan.config, 'autoencoder', 'autoencoder')
   made = exported.official(plan.config, 'autoencoder', family, params)
   assert set(made) == set(published.tensors_of(path))
+
+
+def test_codes_are_compared_as_published_and_none_of_length_1_are_exported():
+  plan = planned(VQ, **{'autoencoder.model.normalized_codes': True})
+  assert not plan.config.autoencoder.model.normalized_codes
+  said = (False, 'as published; the config said True')
+  assert assumed(plan, 'autoencoder')['model.normalized_codes'] == said
+  family = exported.family_of(plan.config, 'autoencoder', 'autoencoder')
+  plan.config.autoencoder.model.normalized_codes = True
+  message = r"autoencoder.model.normalized_codes is True: .* takes them as they are .*names = 'vaediff'"
+  with pytest.raises(UserError, match=message):
+    exported.official(plan.config, 'autoencoder', family, params_of(plan))
+
+
+@pytest.mark.parametrize(
+  ('name', 'stage', 'network'), [(UNET, 'refiner', 'denoiser'), (VQ, 'autoencoder', 'autoencoder')]
+)
+def test_narrow_networks_are_not_exported_under_published_names(name, stage, network):
+  """As an import refuses them; one of the groups of this package can be, where that is said."""
+  plan = planned(name)
+  family, params = exported.family_of(plan.config, stage, network), plan.networks[stage][network].average
+  assert exported.official(plan.config, stage, family, published.flat(params))
+  plan.config.adopt.check_groups = True
+  message = (
+    rf'config.{stage}.model.channels is 16, .* group norm of 16 channels. .* 32 from 128 channels on, '
+    r".*config.export.names = 'vaediff'; .*--config.adopt.check_groups=False"
+  )
+  with pytest.raises(UserError, match=message):
+    exported.official(plan.config, stage, family, published.flat(params))
 
 
 @pytest.mark.slow

@@ -62,6 +62,14 @@ def test_before_the_first_checkpoint_it_is_that_of_the_settings_and_captions_of_
   assert captions.tokenizer_of(config, 'refiner', folder) == made
 
 
+def test_the_library_is_looked_for_before_anything_is_trained(config, monkeypatch):
+  captions.check_installed(config, config.stages)
+  monkeypatch.setitem(sys.modules, 'sentencepiece', None)
+  with pytest.raises(UserError, match=r"stage 'refiner' reads captions, .*pip install -e '\.\[text\]'"):
+    captions.check_installed(config, config.stages)
+  captions.check_installed(config, ())
+
+
 @pytest.mark.parametrize('variant', ['text', 'text,consistency', 'text,control', 'unclip'])
 def test_a_stage_knows_words_by_the_ids_of_the_one_that_it_follows(variant, tmp_path):
   """Of another run, or of this one trained elsewhere: another sentencepiece may number them anew."""

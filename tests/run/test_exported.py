@@ -1,13 +1,16 @@
 """A stage as one function: it draws what the stage draws; a stage that is none is refused by name."""
 
+import importlib
+
 import jax
 import numpy as np
 import pytest
 
+from vaediff import experiments
 from vaediff.errors import UserError
 from vaediff.machine import sharding
 from vaediff.run import config as configs
-from vaediff.run import exported
+from vaediff.run import exported, students
 from vaediff.run.trained import Trained
 
 
@@ -84,3 +87,30 @@ def test_what_computes_in_bfloat16_is_refused(opened, monkeypatch):
   monkeypatch.setattr(exported.straight, 'types', lambda *args: {'float32', 'bfloat16'})
   with pytest.raises(UserError, match="'refiner', or a stage that it reads, computes in bfloat16"):
     exported.check_program(stage, exported.starts(stage, np.arange(2)))
+
+
+NOISE, Z, IMAGE = 'drawn from N(0, I)', 'numbers; see the prior of the stage', 'an image in [-1, 1]'
+
+
+@pytest.mark.parametrize(
+  ('name', 'variant', 'stage', 'wanted'),
+  [
+    ('digits', 'control', 'control',
+     {'control': 'numbers in [0, 1]', 'z': Z, 'x0_vae': IMAGE, 'noise': NOISE}),
+    ('digits', 'restoration', 'refiner',
+     {'degraded': IMAGE, 'known': 'a mask: 1 where a pixel is known, 0 in the hole', 'noise': NOISE}),
+    ('digits', 'cascade', 'sr_8',
+     {'low': IMAGE, 'low_level': 'a level of noise in [0, 0.5]', 'low_noise': NOISE, 'noise': NOISE}),
+    ('digits', 'latent', 'autoencoder',
+     {'latents': 'latents as the encoder makes them of images: any numbers'}),
+    ('digits', 'formulation1', 'vae', {'z': Z}),
+    ('shapes16', 'unclip', 'refiner',
+     {'embedding': 'a vector of CLIP, of length 1', 'tokens': 'whole numbers', 'noise': NOISE}),
+  ],
+)  # fmt: skip
+def test_what_the_numbers_of_an_input_are(name, variant, stage, wanted):
+  """A control, a mask, noise and latents are no image."""
+  config = students.resolve(importlib.import_module(f'configs.{name}').get_config(f'{variant},debug'))
+  experiment = experiments.build(config, stage)
+  inputs = {name: jax.ShapeDtypeStruct((2, *one.shape), one.dtype) for name, one in experiment.inputs.items()}
+  assert exported.ranges(experiment, inputs) == wanted

@@ -180,3 +180,32 @@ class Multiplies(Reader):
 def test_the_cost_of_a_sample_is_told_where_several_grids_are_handed_over():
   reader, _ = opened(Multiplies(), Maker())
   assert sweep.giga_macs(reader) == pytest.approx(8e-9)
+
+
+class Costs(Maker):
+  """Its image is a product of two constant matrices: 8 multiply-accumulates."""
+
+  def sample(self, read, given, keys):
+    drawn = super().sample(read, given, keys)
+    low = drawn['low'][..., 0] * 2.0
+    return {**drawn, 'x0': jnp.einsum('bij,bjk->bik', low, low)[..., None]}
+
+
+class CostsAlone(Costs):
+  handed = {}
+
+  def sample(self, read, given, keys):
+    return {'x0': super().sample(read, given, keys)['x0']}
+
+
+@pytest.mark.parametrize(('maker', 'alone'), [(Costs, 1), (CostsAlone, 3)])
+def test_the_cost_of_the_best_of_several_is_that_of_all_candidates_in_each_stage(maker, alone):
+  """Candidates of what is fed are those of the last stage; where it ranks none, an image's are its own."""
+  ranks = lambda count: {'stage': 'clip', 'workdir': '', 'candidates': count}
+  reader, fed = opened(Multiplies(), maker())
+  reader.config, fed.config = (one.config.copy_and_resolve_references() for one in (reader, fed))
+  fed.config.maker.sample.rerank = ranks(3)
+  assert sweep.giga_macs(fed) == pytest.approx(24e-9)
+  assert sweep.giga_macs(reader) == pytest.approx((8 + alone * 8) * 1e-9)
+  reader.config.reader.sample.rerank = ranks(5)
+  assert sweep.giga_macs(reader) == pytest.approx(5 * 16e-9)

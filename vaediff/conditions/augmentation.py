@@ -25,6 +25,8 @@ from vaediff.types import Given, Keys
 
 IN_SAMPLING = 'aug_level'
 """The field of a `sample` section: the level of all samples."""
+UNIT_NOISE = 'drawn from N(0, I)'
+"""What noise of unit variance is, in words."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,11 @@ class Noising:
       self.level_name: jax.ShapeDtypeStruct((), jnp.float32),
       self.noise_name: jax.ShapeDtypeStruct(self.shape, jnp.float32),
     }
+
+  @property
+  def ranges(self) -> Mapping[str, str]:
+    """What both are."""
+    return {self.level_name: f'a level of noise in [0, {self.max_level:g}]', self.noise_name: UNIT_NOISE}
 
   def train(self, key: jax.Array, count: int) -> Given:
     """Returns a level of its own for each example, and noise."""

@@ -58,6 +58,7 @@ class Condition(abc.ABC):
       `nats`, so that a loss given it bounds -log p of the image.
     trained: networks that the stage trains beside its own, by their names in `read`.
     limits: of its inputs, the least and the largest number of those that have them.
+    ranges: of its inputs, what the numbers of those are that have no limits and are no image in [-1, 1].
     seen: of its inputs, those that an image shows, or another stage makes, and `draw` cannot.
     borrowed: of these, those that samples have of the images of the evaluation split, in turn: what they
       follow, which says less than the image.
@@ -84,6 +85,7 @@ class Condition(abc.ABC):
   seen: tuple[str, ...] = ()
   borrowed: tuple[str, ...] = ()
   limits: Mapping[str, tuple[float, float]] = {}
+  ranges: Mapping[str, str] = {}
   added_to: tuple[str, str] | None = None
 
   @property
@@ -241,6 +243,11 @@ class Conditions:
   def limits(self) -> dict[str, tuple[float, float]]:
     """Of the inputs of all."""
     return {name: limits for one in self.each for name, limits in one.limits.items()}
+
+  @property
+  def ranges(self) -> dict[str, str]:
+    """Of the inputs of all, in words."""
+    return {name: what for one in self.each for name, what in one.ranges.items()}
 
   @property
   def max_level(self) -> float:

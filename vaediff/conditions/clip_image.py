@@ -105,6 +105,11 @@ class ClipImage(Condition):
     return {EMBEDDING: jax.ShapeDtypeStruct((self.size,), jnp.float32)}
 
   @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of the vector."""
+    return {EMBEDDING: 'a vector of CLIP, of length 1'}
+
+  @property
   def frozen(self) -> Mapping[str, reads.Reads]:
     """The CLIP stage."""
     return {CLIP: self.clip}

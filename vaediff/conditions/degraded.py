@@ -86,6 +86,11 @@ class Degraded(Condition):
     return inputs
 
   @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of the mask."""
+    return {KNOWN: 'a mask: 1 where a pixel is known, 0 in the hole'} if self.has_hole else {}
+
+  @property
   def seen(self) -> tuple[str, ...]:
     """All."""
     return tuple(self.inputs)

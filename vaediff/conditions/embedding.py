@@ -52,6 +52,7 @@ class Embedding(Condition):
 
   name = TEXT
   title = EMBEDDING
+  ranges = {ETA: f'a number in [{LEAST_ETA:g}, {MOST_ETA:g}]: 0 = the image, 1 = the caption'}
 
   @property
   def dropout(self) -> float:

@@ -85,6 +85,11 @@ class LowResolution(Condition):
     image = jax.ShapeDtypeStruct(low_shape(self.shape, self.factor), jnp.float32)
     return {LOW: image, **(self.noising.inputs if self.noising else {})}
 
+  @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of a level and noise."""
+    return self.noising.ranges if self.noising else {}
+
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:
     """Returns the means of the pixels of the data."""
     del read, batch, key

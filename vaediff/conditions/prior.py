@@ -27,6 +27,8 @@ PRIOR = 'prior'
 OF_CLASSES, CLASS_WEIGHTS = 'prior_of_classes', 'class_weights'
 """The measurement of the mixtures of all classes, one after the other, and the name of its array [classes, k]
 of the weights that each class gives to the components; {} with N(0, I)."""
+RANGE = 'numbers; see the prior of the stage'
+"""What those of z are, in words."""
 FEWEST = 20
 """Codes of a class that has a mixture of its own; at least two for each of its components."""
 KINDS = ('normal', 'gmm')

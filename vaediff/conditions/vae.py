@@ -104,6 +104,11 @@ class VaeCondition(Condition):
     return code | (image if self.reads_image else {}) | noise
 
   @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of z, and of a level and noise."""
+    return {CODE: prior.RANGE, **(self.noising.ranges if self.noising else {})}
+
+  @property
   def frozen(self) -> Mapping[str, reads.Reads]:
     """The VAE, its prior, and the PCA that is read."""
     of_classes = {prior.OF_CLASSES: self.of_classes} if self.of_classes else {}

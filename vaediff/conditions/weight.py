@@ -28,6 +28,7 @@ class Weight(Condition):
   name = WEIGHT
   dropout = 0.0
   title = ''
+  ranges = {WEIGHT: 'a guidance weight, 0 = none'}
 
   @property
   def ports(self) -> Mapping[str, Port]:

@@ -13,6 +13,7 @@ import binascii
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import pathlib
 import re
@@ -215,14 +216,15 @@ def load(path: pathlib.Path, mend: str = files.REMOVE) -> Tokenizer:
     return found
 
 
-def _library() -> Any:
-  """Returns sentencepiece.
+def need_library(why: str) -> None:
+  """Raises UserError where sentencepiece is not installed, which says why it is needed."""
+  if importlib.util.find_spec('sentencepiece') is None:
+    raise UserError(f"{why}, and captions need the package sentencepiece: pip install -e '.[text]'")
 
-  Raises:
-    UserError: when it is not installed.
-  """
-  try:
-    import sentencepiece
-  except ImportError as error:
-    raise UserError("captions need the package sentencepiece: pip install -e '.[text]'") from error
+
+def _library() -> Any:
+  """Returns sentencepiece; raises UserError where it is not installed."""
+  need_library('this stage reads captions')
+  import sentencepiece
+
   return sentencepiece

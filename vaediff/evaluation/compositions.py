@@ -25,6 +25,7 @@ TEST, REORDERED, HELD_OUT = 'captions of test', 'in an order never read', 'compo
 """The sets of captions."""
 OTHERS = 'samples of other captions'
 """What chance gives."""
+NO_OTHER = 'there is no other caption: it needs at least 2'
 DATA = 'evaluation images'
 ABOUT = (
   'Captions tell all that those of training can tell; samples are read exactly: vaediff/data/oracle.py. '
@@ -57,6 +58,8 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
     rows.append(row_of(title, asked, reading) | agreement(image, reading, opened))
     if len(rows) == 1:
       chance = row_of(OTHERS, np.roll(asked, 1, axis=0), reading)
+      if count < 2:  # the next is its own
+        chance |= {name: Figure(missing=NO_OTHER) for name in chance if name.startswith('accuracy_')}
   real = trained.eval_source.read(np.arange(min(count, len(trained.eval_source))))[sources.IMAGE]
   told = asked_by(trained.eval_source.captions[: len(real)])
   rows.append(chance)

@@ -28,6 +28,7 @@ WORDLESS = 'samples with their control and no caption'
 NEITHER = 'samples of neither'
 OTHERS = 'samples with the control of the next'
 DATA = 'evaluation images'
+NO_OTHER = 'there is no other control: it needs at least 2 images'
 ABOUT = (
   'Controls are those of the first N images of the evaluation split. '
   f'{OTHERS.capitalize()}: those of the first row, each compared with another control than its own. '
@@ -56,8 +57,7 @@ def control_rows(trained: Trained) -> list[dict[str, Any]]:
   if none:
     log.say(f'drawing {len(data)} samples without captions that follow control images, and as many without')
     for title, one in ((WORDLESS, trained), (NEITHER, base)):
-      if scoring.candidates_of(one.settings) > 1:
-        one = one.with_settings(rerank={'stage': ''})  # there is no caption to rank by
+      one = scoring.unranked(one)  # there is no caption to rank by
       sets.append((title, last(one.draw_all({**given, **none})), hint))
   sets.append((OTHERS, drawn, np.roll(hint, 1, axis=0)))
   rows = [row_of(trained, title, image, wanted) for title, image, wanted in sets]
@@ -76,6 +76,8 @@ def row_of(
   """Returns the row of a set of images, uint8: how far they follow controls, and their captions."""
   followed = jax.jit(trained.experiment.followed)(jnp.float32(image) / 127.5 - 1, hint)
   figures = {name: Figure(value=float(np.mean(each))) for name, each in jax.device_get(followed).items()}
+  if title == OTHERS and len(image) < 2:  # the next is its own
+    figures = dict.fromkeys(figures, Figure(missing=NO_OTHER))
   return {'set': title, 'N': len(image), **figures, **told(trained, image, is_data=is_data)}
 
 

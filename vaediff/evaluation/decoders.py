@@ -11,6 +11,8 @@ What a decoder is judged by beside its distances:
                     that draws with noise
   same class        share of images of which two samples of the same codes are of one class, says the data
                     set's own classifier
+
+Samples are drawn without `sample.rerank`: the best of several by a CLIP stage is no sample of the posterior.
 """
 
 import functools
@@ -28,7 +30,7 @@ from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, of_first, over, pair_figures
 from vaediff.evaluation.sets import Real, distances_of, title_of
-from vaediff.run import checkpoint, draw, log
+from vaediff.run import checkpoint, draw, log, scoring
 from vaediff.run.trained import Trained
 from vaediff.storage import identity
 
@@ -73,7 +75,7 @@ def decoders(
   """Yields the decoders of the codes `given`, one after the other."""
   yield from shown(root, given)
   runs = [root.with_settings(sampler=name, num_steps=steps) for name, steps in settings.samplers]
-  for run in [*runs, *students(root, trained)]:
+  for run in map(scoring.unranked, [*runs, *students(root, trained)]):
     columns = run.experiment.columns()
     log.say(f'decoding with {run.stage}, {columns.sampler} in {columns.steps} steps')
     sets, seconds = [], []

@@ -46,7 +46,9 @@ def figures(trained: Trained) -> dict[str, Figure]:
   }
   if len(sizes) > 1:
     found |= {f'nats_per_token/{name}': of_images(nats[name] / sizes[name]) for name in sizes}
-  if of_others is not None:
+  if of_others is not None and len(of_others) < 2:  # they are its own
+    found[f'nats_per_token/{OF_OTHERS}'] = Figure(missing='there is no other caption: it needs at least 2')
+  elif of_others is not None:
     found[f'nats_per_token/{OF_OTHERS}'] = of_images(of_others / tokens)
     found[f'nats_per_token/rise by {OF_OTHERS}'] = of_images((of_others - total) / tokens)
   source, classes = trained.images('train'), trained.config.data.num_classes

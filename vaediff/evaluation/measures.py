@@ -8,6 +8,7 @@ class_accuracy                  share that the data set's own classifier takes f
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet, kernel, precision_recall
 from vaediff.evaluation.frechet import Features, Moments
-from vaediff.evaluation.networks import NAMES
+from vaediff.evaluation.networks import NAMES, PUBLISHED
 from vaediff.evaluation.references import Reference
 
 CLASS_ACCURACY = 'class_accuracy'
@@ -72,6 +73,13 @@ def network_of(measure: str) -> str:
       return network
   valid = ', '.join(name for network in NAMES for name in names_of(network)[:2])
   raise UserError(f'train.best_measure is {measure!r}; valid: val/<metric of the stage>, {valid}, ...')
+
+
+def weights_of_best(config: ConfigDict, stages: Iterable[str]) -> tuple[str, ...]:
+  """Returns the names of the published weights by which stages are to be kept at their best."""
+  found = [config[stage].train.best_measure for stage in stages if 'train' in config[stage]]
+  named = [network_of(measure) for measure in found if measure and not measure.startswith('val/')]
+  return tuple(PUBLISHED[name] for name in dict.fromkeys(named) if name in PUBLISHED)
 
 
 def least_of(network: str, settings: ConfigDict) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The feature networks that a config names, opened: uint8 images in, feature vectors on the host out."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -221,8 +221,8 @@ def load(name: str, config: ConfigDict, mesh: Mesh) -> tuple[Extractor, float | 
   return own_classifier.load(config, mesh)
 
 
-def prepare(config: ConfigDict, say: Callable[[str], None]) -> None:
-  """Fetches the published weights that `config.evaluate` names, once, and converts them.
+def prepare(config: ConfigDict, say: Callable[[str], None], also: Iterable[str] = ()) -> None:
+  """Fetches the published weights that `config.evaluate` names, and others, once, and converts them.
 
   A given Inception .pth file is converted to a safetensors file in the same folder.
 
@@ -233,7 +233,8 @@ def prepare(config: ConfigDict, say: Callable[[str], None]) -> None:
   check(settings)
   folder = tensors.folder(settings.weights_dir)
   wanted = [PUBLISHED[name] for name in settings.extractors if name in PUBLISHED]
-  for name in dict.fromkeys([*wanted, *([settings.lpips] if settings.lpips else [])]):
+  lpips = [settings.lpips] if settings.lpips else []
+  for name in dict.fromkeys([*wanted, *lpips, *also]):
     say(f'weights of {name}: {published.prepare(name, folder, say)}')
   if 'inception' in settings.extractors and settings.inception_weights.endswith('.pth'):
     source = places.expanded(settings.inception_weights, 'config.evaluate.inception_weights')

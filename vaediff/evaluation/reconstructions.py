@@ -1,4 +1,7 @@
-"""Rows of reconstructions: the evaluation split encoded and drawn again, compared with itself."""
+"""Rows of reconstructions: the evaluation split encoded and drawn again, compared with itself.
+
+So their distances have no floor: they are 0 where every image is its reconstruction.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.references import Reference
-from vaediff.evaluation.sets import Real, distances_of, floors_at, taken_for, title_of, with_floors
+from vaediff.evaluation.sets import Real, distances_of, taken_for, title_of
 from vaediff.run import log
 from vaediff.run.trained import Trained
 
@@ -40,7 +43,6 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
       edges.setdefault(name, []).append(quality.sharpness_of_each(value))
       for measure, figures in pair_figures(opened, image, value).items():
         parts.setdefault(name, {}).setdefault(measure, []).append(figures)
-  floors = floors_at(count, real, settings)
   rows = []
   for name, by_measure in parts.items():
     figures = {measure: mean_of(values) for measure, values in by_measure.items()}
@@ -57,9 +59,8 @@ def reconstruction_rows(trained: Trained, opened: Networks, real: Real) -> list[
       held_out = of_first(real.held_out[network], count, len(source))
       found = distances_of(network, [seen[network]['features']], held_out, settings)
       figures |= {f'r{key}': figure for key, figure in found.items()}
-    floors_r = {f'r{key}': value for key, value in floors.items()}
     label = title_of(trained, name)
-    rows.append({'set': f'{label} reconstructions', 'N': count, **with_floors(figures, floors_r)})
+    rows.append({'set': f'{label} reconstructions', 'N': count, **figures})
   return rows
 
 

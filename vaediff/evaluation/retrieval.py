@@ -50,21 +50,23 @@ def figures(trained: Trained) -> dict[str, Figure]:
 def of_samples(trained: Trained, scorer: scoring.Scorer, count: int) -> dict[str, Figure]:
   """Returns the mean cosine of the first samples and their captions."""
   log.say(f'drawing {count} samples to be compared with their captions')
-  size, found, others = min(trained.settings.batch_size, count), [], []
+  size, images, texts = min(trained.settings.batch_size, count), [], []
   for indices in draw.batches(count, size):
     fresh = min(size, count - int(indices[0]))
     drawn = trained.draw(indices)
-    seen = scorer.images(drawn[list(drawn)[-1]])[:fresh]
-    told = scorer.texts(scoring.tokens_of(trained, indices, {}))[:fresh]
-    found.append(np.sum(seen * told, axis=1))
-    others.append(np.sum(seen * np.roll(told, 1, axis=0), axis=1))
+    images.append(scorer.images(drawn[list(drawn)[-1]])[:fresh])
+    texts.append(scorer.texts(scoring.tokens_of(trained, indices, {}))[:fresh])
+  seen, told = np.concatenate(images), np.concatenate(texts)
   source = trained.captioned.eval_source
   real = source.read(np.arange(min(count, len(source))))
   floor = scorer.cosines(trained.as_drawn(real[sources.IMAGE]), scorer.texts(real[words.TOKENS]))
-  value = float(np.concatenate(found).mean())
+  mean = lambda of: float(np.sum(seen * of, axis=1).mean())
+  others = Figure(missing='there is no other caption: it needs at least 2')
+  if count > 1:
+    others = Figure(value=mean(np.roll(told, 1, axis=0)), n=count)
   return {
-    CLIP_OWN: Figure(value=value, floor=float(floor.mean()), floor_n=len(floor), n=count),
-    f'{CLIP_OWN}_others': Figure(value=float(np.concatenate(others).mean()), n=count),
+    CLIP_OWN: Figure(value=mean(told), floor=float(floor.mean()), floor_n=len(floor), n=count),
+    f'{CLIP_OWN}_others': others,
   }
 
 

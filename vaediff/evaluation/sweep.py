@@ -31,13 +31,15 @@ from vaediff.evaluation.sets import (
   distances_of,
   draw_sets,
   floors_at,
+  function_evaluations,
   of_network,
   real_images,
   with_floors,
 )
 from vaediff.machine import cost, distributed
+from vaediff.run import chain as chains
 from vaediff.run import config as configs
-from vaediff.run import draw, log
+from vaediff.run import draw, log, scoring
 from vaediff.run.trained import Trained
 from vaediff.storage import files, identity, places
 
@@ -171,6 +173,8 @@ def facts_of(
     more['teacher'] = [settings.teacher_steps, settings.num_compared]
     if 'teacher' in chosen.config[chosen.stage] or settings.aug_levels:  # else those of the row say it
       more['images of the teacher'] = teacher.facts(chosen)
+  if any(scoring.candidates_of(one.settings) > 1 for one in chains.stages_of(chosen)):
+    more['cost'] = 'of all candidates'  # that of earlier versions was of one
   names = (
     'num_images', 'num_seeds', 'max_features', 'kernel_subsets', 'kernel_subset_size', 'num_neighbours'
   )  # fmt: skip
@@ -224,7 +228,7 @@ def measure_or_say(
     names = [name for network in opened.features for name in names_of(network)]
     return {
       'N': chosen.config.evaluate.num_images,
-      'NFE': chosen.experiment.num_function_evaluations,
+      'NFE': function_evaluations(chosen),
       **dict.fromkeys(names, Figure(missing=str(error))),
     }
 
@@ -234,10 +238,15 @@ def names_of(network: str) -> tuple[str, ...]:
   return (*measures.distance_names(network), f'precision_{network}', f'recall_{network}')
 
 
-def giga_macs(chosen: Trained) -> float:
-  """Returns the multiply-accumulates of one sample times 1e-9.
+def giga_macs(chosen: Trained, *, ranked: bool = True) -> float:
+  """Returns the multiply-accumulates of one sample that is kept, times 1e-9.
 
-  Those of all passes, of the decoder of its space, and of the stages that feed it.
+  Those of all passes, of the decoder of its space, and of the stages that feed it. Of the best of several
+  those of all candidates, for each of which these stages draw anew, but not those of what ranks them.
+
+  Args:
+    chosen: the stage.
+    ranked: False where its samples are parts of candidates, or handed over as ids: see `Trained.draw`.
   """
   row, seed = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((), np.int32)
   data, inputs = chosen.config.data, chosen.experiment.inputs
@@ -246,8 +255,12 @@ def giga_macs(chosen: Trained) -> float:
     name: jax.ShapeDtypeStruct((1, *inputs[name].shape), inputs[name].dtype)
     for name in draw.observed_alone(chosen.experiment, chosen.read, shape)
   }
-  own = cost.macs(draw.sampler(chosen.experiment), chosen.read, row, fed, seed) / 1e9
-  return own + sum(giga_macs(chosen.maker(source)) for source in chosen.experiment.makers)
+  each = cost.macs(draw.sampler(chosen.experiment), chosen.read, row, fed, seed) / 1e9
+  count = scoring.candidates_of(chosen.settings) if ranked else 1
+  for source in chosen.experiment.makers:
+    of_its_own = ranked and count == 1 and not chosen.handed(source)
+    each += giga_macs(chosen.maker(source), ranked=of_its_own)
+  return count * each
 
 
 def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
@@ -261,7 +274,7 @@ def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
     seen.append(drawn.seen)
   figures = {
     'N': settings.num_images,
-    'NFE': chosen.experiment.num_function_evaluations,
+    'NFE': function_evaluations(chosen),
     **({'GMACs per image': giga_macs(chosen)} if chosen.draws_alone else {}),
     'seconds per image': sorted(seconds)[len(seconds) // 2],
     **class_accuracy(chosen, opened, seen, settings.num_images),

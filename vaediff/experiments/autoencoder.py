@@ -28,7 +28,7 @@ from vaediff.models.functional import Model
 from vaediff.models.patch_discriminator import PatchDiscriminator
 from vaediff.optim import Optimizer, global_norm, is_kernel, make_optimizer
 from vaediff.spaces import encoders
-from vaediff.spaces.latents import LATENTS
+from vaediff.spaces.latents import LATENTS, RANGE
 from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
 ADVERSARIAL = 'adversarial'
@@ -141,6 +141,11 @@ class Autoencoder(base.Experiment):
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Latents, before quantisation."""
     return {LATENTS: jax.ShapeDtypeStruct(self.latent_shape, jnp.float32)}
+
+  @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of latents."""
+    return {LATENTS: RANGE}
 
   @property
   def networks(self) -> Mapping[str, Model]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
+from vaediff.conditions.augmentation import UNIT_NOISE
 from vaediff.conditions.base import Conditions
 from vaediff.errors import UserError
 from vaediff.experiments.columns import Columns
@@ -105,6 +106,8 @@ class Experiment(abc.ABC):
     draws_images: it can be sampled.
     handed: of what `sample` returns, what is no image, such as ids: stages that it feeds get it as it is.
     inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
+    limits: of these, the least and the largest number of those that have them.
+    ranges: of these, what the numbers of those are that have no limits and are no image in [-1, 1].
     stored: of these, what is observed once for every training image and then read beside the batch.
     titles: of the images that it draws beside, or before, its own, for tables.
     reads_codes: its samples are made of the codes of a tokenizer.
@@ -133,6 +136,8 @@ class Experiment(abc.ABC):
   trainable = draws_images = True
   handed: Mapping[str, jax.ShapeDtypeStruct] = {}
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}
+  limits: Mapping[str, tuple[float, float]] = {}
+  ranges: Mapping[str, str] = {}
   stored: Mapping[str, jax.ShapeDtypeStruct] = {}
   titles: Mapping[str, str] = {}
   reads_codes = reconstructs = can_be_guided = False
@@ -274,6 +279,11 @@ class InSpace(Experiment):
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
     """What the conditions can be given, and the noise at the start."""
     return {**self.conditions.inputs, NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
+
+  @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of what the conditions can be given, and of the noise."""
+    return {**self.conditions.ranges, NOISE: UNIT_NOISE}
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:

@@ -19,7 +19,7 @@ from vaediff.experiments.perceptual import Perceptual
 from vaediff.models.functional import Model
 from vaediff.optim import Optimizer, make_optimizer
 from vaediff.spaces import encoders
-from vaediff.spaces.latents import LATENTS
+from vaediff.spaces.latents import LATENTS, RANGE
 from vaediff.types import Batch, Given, Image, Metrics, Params, Read
 
 BOUNDS = {
@@ -79,6 +79,11 @@ class LightDecoder(base.Experiment):
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Latents, before quantisation."""
     return {LATENTS: jax.ShapeDtypeStruct(self.latent_shape, jnp.float32)}
+
+  @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of latents."""
+    return {LATENTS: RANGE}
 
   @property
   def networks(self) -> Mapping[str, Model]:

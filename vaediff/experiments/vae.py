@@ -93,6 +93,11 @@ class Vae(base.Experiment):
     return {CODE: jax.ShapeDtypeStruct((self.latent_dim,), jnp.float32)}
 
   @property
+  def ranges(self) -> Mapping[str, str]:
+    """Of z."""
+    return {CODE: prior.RANGE}
+
+  @property
   def frozen(self) -> Mapping[str, reads.Reads]:
     """The prior that its samples are drawn from, once it is trained."""
     return {prior.PRIOR: self.prior}

@@ -15,11 +15,12 @@ from vaediff.evaluation import measures, networks
 from vaediff.evaluation.own_classifier import STAGE as CLASSIFIER
 from vaediff.experiments.base import Experiment
 from vaediff.machine import chips, sharding
-from vaediff.run import checkpoint, classes, guides, students, values, wandb_log
+from vaediff.run import captions, checkpoint, classes, guides, students, values, wandb_log
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
 from vaediff.storage import places
+from vaediff.weights import published, tensors
 
 SEEDS = 2**31
 """Random numbers start from numbers below it."""
@@ -61,11 +62,14 @@ def check(run: Run, mode: str = 'train') -> dict[str, Experiment]:
     check_seeds(config)
   if mode == 'train':
     wandb_log.check(config)
+    captions.check_installed(config, run.stages)
   for topology in config.compile.topology.split(','):
     chips.parse(topology.strip())
   for stage in config.stages:
     students.check_chain(config, stage)
     check_best(config, stage)
+  if mode == 'train':
+    check_weights(config, run.stages)
   sharding.rules_of(config.mesh)
   if mode == 'prepare':
     return {}
@@ -147,6 +151,15 @@ def check_best(config: ConfigDict, stage: str) -> None:
       measures.network_of(measure)
     except UserError as error:
       raise UserError(f'config.{stage}.{error}') from error
+
+
+def check_weights(config: ConfigDict, stages: tuple[str, ...]) -> None:
+  """Raises UserError where a stage is to be kept at its best by a network whose weights are not there."""
+  for name in measures.weights_of_best(config, stages):
+    try:
+      published.require(name, tensors.folder(config.evaluate.weights_dir))
+    except UserError as error:
+      raise UserError(f'train.best_measure of one of {", ".join(stages)}: {error}') from error
 
 
 def needs_classifier(config: ConfigDict, mode: str) -> bool:

@@ -37,7 +37,7 @@ def export(
   kernels as int8, or uint8 with two numbers to a byte, and `tables` of their scales.
 
   Raises:
-    UserError: for a network that has no published names.
+    UserError: for a network that has no published names, or of which the published code makes other images.
   """
   del repeats
   files = []

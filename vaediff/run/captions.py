@@ -9,6 +9,7 @@ CLIP stage, takes over the tokenizer of that one.
 
 import pathlib
 import re
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -35,6 +36,13 @@ MOST_DRAWN = 4096
 def settings_of(config: ConfigDict, stage: str) -> ConfigDict | None:
   """Returns the part of a stage's section that is about its captions; None where it reads none."""
   return config[stage][TEXT] if TEXT in config[stage] else None
+
+
+def check_installed(config: ConfigDict, stages: Iterable[str]) -> None:
+  """Raises UserError where one of the stages reads captions and there is no library of tokenizers."""
+  for stage in stages:
+    if settings_of(config, stage) is not None:
+      words.need_library(f'stage {stage!r} reads captions')
 
 
 def length_of(config: ConfigDict, stage: str) -> int:

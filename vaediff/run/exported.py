@@ -16,7 +16,7 @@ import numpy as np
 from vaediff.data import pixels, sources
 from vaediff.errors import UserError
 from vaediff.experiments import quantized
-from vaediff.experiments.base import NOISE, Experiment
+from vaediff.experiments.base import Experiment
 from vaediff.machine import straight
 from vaediff.run import draw
 from vaediff.run.draw import HostArrays
@@ -96,7 +96,7 @@ def of(trained: Trained, example: HostArrays, output: str, *, bfloat16: bool = F
     apply=apply,
     read=jax.device_get(trained.read),
     inputs=inputs,
-    ranges=ranges(inputs),
+    ranges=ranges(experiment, inputs),
     output=output,
     about=about(trained),
   )
@@ -179,17 +179,21 @@ def check_program(trained: Trained, example: HostArrays, *, bfloat16: bool = Fal
     )
 
 
-def ranges(inputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
-  """Returns what the numbers of each input are."""
-  shown = {}
-  for name, struct in inputs.items():
-    if name == NOISE:
-      shown[name] = 'drawn from N(0, I)'
-    elif jnp.issubdtype(struct.dtype, jnp.integer):
-      shown[name] = 'whole numbers'
-    else:
-      shown[name] = 'an image in [-1, 1]' if len(struct.shape) == 4 else 'numbers; see the prior of the stage'
-  return shown
+def ranges(experiment: Experiment, inputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
+  """Returns what the numbers of each input of a stage are; inputs have the batch."""
+  return {name: range_of(experiment, name, struct) for name, struct in inputs.items()}
+
+
+def range_of(experiment: Experiment, name: str, struct: jax.ShapeDtypeStruct) -> str:
+  """Returns what the numbers of an input are."""
+  if jnp.issubdtype(struct.dtype, jnp.integer):
+    return 'whole numbers'
+  if name in experiment.limits:
+    low, high = experiment.limits[name]
+    return f'numbers in [{low:g}, {high:g}]'
+  if name in experiment.ranges:
+    return experiment.ranges[name]
+  return 'an image in [-1, 1]' if len(struct.shape) == 4 else 'numbers'
 
 
 def about(trained: Trained) -> dict[str, str]:

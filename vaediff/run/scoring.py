@@ -82,6 +82,11 @@ def candidates_of(settings: ConfigDict) -> int:
   return settings.rerank.candidates if 'rerank' in settings and settings.rerank.stage else 1
 
 
+def unranked(asker: Any) -> Any:
+  """Returns a stage, `run.trained.Trained`, each of whose samples is the only one that is drawn."""
+  return asker.with_settings(rerank={'stage': ''}) if candidates_of(asker.settings) > 1 else asker
+
+
 def open_scorer(asker: Any, named: ConfigDict, field: str) -> Scorer:
   """Returns what scores the samples of a stage.
 

@@ -23,6 +23,8 @@ BOUNDS = {
 }
 LATENTS = 'latents'
 """The measurement of an autoencoder's latents, and the name that it is read by."""
+RANGE = 'latents as the encoder makes them of images: any numbers'
+"""What their numbers are, in words."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ def adopt(task: Import, file: StateDict, part: Part, stage: str) -> tuple[dict[s
     stage, 'model.attention_resolutions', sides, f'keys in the file, at {config.data.image_size} pixels'
   )
   task.say(stage, 'model.tanh_out', task.value(stage, 'model.tanh_out'), 'the config')
+  task.take(stage, 'model.normalized_codes', False, 'as published')
   if not fields['middle']:
     task.say(stage, 'attention in the middle', 'adds zeros', 'the file has none')
   # what the loss needs beside the network is in no file: a fresh discriminator, weights of LPIPS

@@ -173,7 +173,7 @@ class Import:
 
   def check_groups(self, part: Part, narrowest: int, path: pathlib.Path) -> None:
     """Raises UserError for a network whose group norms would have other groups here."""
-    if not self.settings.check_groups or (narrowest >= LEAST_NORM and narrowest % 32 == 0):
+    if not self.settings.check_groups or has_published_groups(narrowest):
       return
     raise UserError(
       f'{path} holds {part.family.title} with a group norm of {narrowest} channels. The published code'
@@ -183,6 +183,11 @@ class Import:
       f'would be others. If it was made with the groups of this package, set --config.{SECTION}.check_groups'
       '=False'
     )
+
+
+def has_published_groups(width: int) -> bool:
+  """Returns whether a group norm of so many channels has 32 groups here, as the published code has."""
+  return width >= LEAST_NORM and width % 32 == 0
 
 
 def attended(levels: tuple[bool, ...], side: int) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ LATENT_SCALES = {'cifar10': 105.0, 'celeb_a_hq/256': 6.0, 'lsun/church_outdoor':
 """What LDDGAN divides latents by, by data set."""
 STRIDED = 'strided'
 """The order of the examples of a group in the published discriminators."""
+GROUP_SIZE = 4
+"""How many examples a group has there."""
 
 
 def adopt_generator(task: Import, file: StateDict, part: Part, stage: str) -> tuple[dict[str, Any], str]:
@@ -165,4 +167,5 @@ def adopt_discriminator(task: Import, file: StateDict, part: Part, stage: str) -
   sizes = ('variant', 'channels', 'time_dim', 'num_layers')
   task.lay(stage, {f'discriminator.{name}': fields[name] for name in sizes}, file.path)
   task.take(stage, 'discriminator.group_order', STRIDED, 'as published')
+  task.take(stage, 'discriminator.group_size', GROUP_SIZE, 'as published')
   return {}, ORIGINS[task.config[stage].space]
