@@ -26,7 +26,7 @@ for a core or two, DiffuseVAE (docs/results.md), a class as condition, and LDDGA
     python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion,unconditional,label,guided
     python -m vaediff.main --config=configs/emoji64.py:small,latent
 
-The last two, and the full sizes: not yet measured.
+The class as condition, all 6,000 updates of LDDGAN, and the full sizes: not yet measured.
 """
 
 from configs import base, gan_small, parts, presets
