@@ -146,3 +146,15 @@ def test_other_images_are_refused_by_name_or_said(trained, capsys):
   same_run.check_images(config, images, folder)
   assert message in capsys.readouterr().out
   same_run.check_images(config, images, trained(digits(), 'vae'))  # of an earlier version: nothing is known
+
+
+def test_images_of_another_run_are_looked_for_where_those_of_this_one_lie():
+  """Data that have moved are named once, for the run that asks; of another source each keeps its own."""
+  own, other = digits(), digits()
+  own.data.update({'data_dir': '/here', 'path': '/mine', 'check_fingerprint': False})
+  other.data.update({'data_dir': '/gone', 'path': '/elsewhere', 'caption_feature': 'caption'})
+  found = same_run.beside(other, own)
+  assert (found.data.data_dir, found.data.path, found.data.check_fingerprint) == ('/here', '/mine', False)
+  assert found.data.caption_feature == 'caption' and other.data.path == '/elsewhere' and found.is_locked
+  other.data.name = 'cifar10'
+  assert same_run.beside(other, own) is other

@@ -13,7 +13,7 @@ import numpy as np
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE
 from vaediff.run import config as configs
-from vaediff.run import draw, log
+from vaediff.run import draw, log, same_run
 from vaediff.run.trained import Trained
 from vaediff.storage import places
 
@@ -30,7 +30,7 @@ def chain(trained: Trained) -> list[Trained]:
     workdir, config = student.workdir, student.config
     if named.workdir:
       workdir = places.anywhere(named.workdir)
-      config = configs.read(workdir)
+      config = same_run.beside(configs.read(workdir), student.config)
       with config.unlocked():
         config.evaluate = student.config.evaluate
     stages.insert(0, Trained(config, workdir, named.stage, student.mesh))

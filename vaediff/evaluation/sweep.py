@@ -39,7 +39,7 @@ from vaediff.evaluation.sets import (
 from vaediff.machine import cost, distributed
 from vaediff.run import chain as chains
 from vaediff.run import config as configs
-from vaediff.run import draw, log, scoring
+from vaediff.run import draw, log, same_run, scoring
 from vaediff.run.trained import Trained
 from vaediff.storage import files, identity, places
 
@@ -127,6 +127,7 @@ def open_run(path: str, trained: Trained) -> Trained:
         f'config.evaluate.sweep.workdirs: {workdir} was trained with data.{field} = {config.data[field]!r}, '
         f'{trained.workdir} with {trained.config.data[field]!r}; figures of other images do not compare'
       )
+  config = same_run.beside(config, trained.config)
   with config.unlocked():
     config.evaluate = trained.config.evaluate
   return Trained(config, workdir, configs.stages_of(config)[-1], trained.mesh)

@@ -43,7 +43,9 @@ def open_clip(trained: Any) -> Any:
   """Returns the CLIP stage whose vectors a stage reads, or draws."""
   source: reads.FromStage = trained.experiment.frozen[CLIP]
   folder = places.anywhere(source.workdir) if source.workdir else trained.workdir
-  config = same_run.stored_config(folder / source.stage) if source.workdir else trained.config
+  config = trained.config
+  if source.workdir:
+    config = same_run.beside(same_run.stored_config(folder / source.stage), config)
   return type(trained)(config, folder, source.stage, trained.mesh)
 
 

@@ -18,6 +18,8 @@ from vaediff.storage import identity
 
 DATA = 'data'
 """In the `meta` of a checkpoint: the fingerprints of the images it was trained with, by split."""
+PLACES = ('path', 'data_dir', 'num_threads', 'prefetch', 'materialize', 'check_fingerprint')
+"""Of `data`, what says where images lie and how they are read, and not which they are."""
 MAY_CHANGE = (
   'train.num_steps',
   'train.log_every_steps',
@@ -35,12 +37,7 @@ MAY_CHANGE = (
   'prior.*',
   'conditions.*.prior_stage',
   '*.workdir',
-  'data_dir',
-  'path',
-  'num_threads',
-  'prefetch',
-  'materialize',
-  'check_fingerprint',
+  *PLACES,
 )
 """Patterns of fields of a stage or of `data` that may differ when a run goes on; all others would change its
 results. `train.num_steps` may only where nothing changes towards the last step."""
@@ -126,6 +123,21 @@ def stored_config(stage_folder: pathlib.Path) -> ConfigDict:
       raise
     folder = checkpoint.latest_folder(stage_folder)
     raise checkpoint.damaged(folder, ValueError('there is no config in it')) from error
+
+
+def beside(config: ConfigDict, own: ConfigDict) -> ConfigDict:
+  """Returns the config of another run, whose images are looked for where the run that asks has its own.
+
+  Args:
+    config: of the other run.
+    own: of the run that asks. Where its images are of another source, the other's places stay.
+  """
+  if (config.data.source, config.data.name) != (own.data.source, own.data.name):
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.data.update({name: own.data[name] for name in PLACES})
+  return config
 
 
 def open_images(config: ConfigDict, split: str, stage_folder: pathlib.Path) -> sources.Source:
