@@ -47,7 +47,9 @@ def test_the_tokenizer_is_made_of_the_training_captions_and_kept(config, folder)
   assert captions.tokenizer_of(config, 'refiner', folder) == made
 
 
-def test_before_the_first_checkpoint_it_is_that_of_the_settings_and_captions_of_now(config, folder):
+def test_before_the_first_checkpoint_it_is_that_of_the_settings_and_captions_of_now(
+  config, folder, monkeypatch
+):
   """What was refused may have been these: the next start must not go on with them."""
   of_captions = sources.open_source(config.data, 'train').captions
   sizes = {'word': (64, 48), 'subword': (300, 290)}
@@ -60,6 +62,10 @@ def test_before_the_first_checkpoint_it_is_that_of_the_settings_and_captions_of_
   other = words.train(('a square', 'on gray, a disc of hue three'), 'word', 48)
   words.save(other, folder / captions.FILE)
   assert captions.tokenizer_of(config, 'refiner', folder) == made
+  words.save(other, folder / captions.FILE)  # beside a checkpoint that does not say which it was trained with
+  monkeypatch.setattr(checkpoint, 'latest_step', lambda folder: 4)
+  monkeypatch.setattr(checkpoint, 'load_meta', lambda folder: {})
+  assert captions.tokenizer_of(config, 'refiner', folder) == other
 
 
 def test_the_library_is_looked_for_before_anything_is_trained(config, monkeypatch):

@@ -289,9 +289,8 @@ class Diffusion(base.InSpace):
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps of the space after the sampler's steps from the given noise."""
     values = self.conditions.values(read, given)
-    y = self.initial(read, given)
-    t_start, change = self.settings['t_start'], self.change(read)
-    return self.steps(self.reading(read, values), y, keys.sampler, t_start, change=change)
+    denoise, y = self.reading(read, values), self.initial(read, given)
+    return self.steps(denoise, y, keys.sampler, self.settings['t_start'], change=self.change(read))
 
   def change(self, read: Read) -> samplers.Change | None:
     """Returns what the sampler's table becomes by the error of the network; None = it stays as it is."""
@@ -307,10 +306,7 @@ class Diffusion(base.InSpace):
     return reading(read, values)
 
   def initial(self, read: Read, given: Given) -> LatentMap:
-    """Returns the state at `sample.t_start`: the given noise, or the image that it starts from with it.
-
-    That image has the noise of `t_start` alone: what the network reads of it may have its own beside.
-    """
+    """Returns the state at `sample.t_start`: the given noise, or a clean image with that of its time."""
     y = self.settings['temperature'] * given[base.NOISE]
     if self.settings['t_start'] < 1:
       t = jnp.full(y.shape[0], self.settings['t_start'])
@@ -318,9 +314,7 @@ class Diffusion(base.InSpace):
       y = gaussian.q_sample(start, y, t, self.denoiser.schedule)
     return y
 
-  def steps(
-    self, denoise: gaussian.Denoise, y: LatentMap, keys: Keys, t_start: float, **more: Any
-  ) -> Any:
+  def steps(self, denoise: gaussian.Denoise, y: LatentMap, keys: Keys, t_start: float, **more: Any) -> Any:
     """Returns what the configured sampler makes of the state y at `t_start`; `more` is of all samplers."""
     settings, sampler = self.settings, self.settings['sampler']
     return samplers.get_sampler(sampler)(

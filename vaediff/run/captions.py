@@ -75,7 +75,7 @@ def tokenizer_of(config: ConfigDict, stage: str, folder: pathlib.Path) -> words.
   if taken is not None and (found is None or found.digest != taken.digest):
     found = taken  # also over one of a training that ended before its first checkpoint
     log.say(f'{stage}: the {len(found.vocab)} numbers of captions are those of the stage it follows: {path}')
-  elif found is None or (not trained_with and not _is_of(found, config, stage)):
+  elif found is None or (checkpoint.latest_step(folder) is None and not _is_of(found, config, stage)):
     found = _made(config, stage, path)
   if found is not kept:
     if jax.process_index() == 0:
