@@ -280,6 +280,33 @@ def test_an_interruption_is_one_word(tmp_path, seconds):
   assert (process.returncode, said.strip()) in ((130, 'interrupted'), (0, '')), said
 
 
+IN_A_COLLECTION = """
+import gc, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+from vaediff.machine import runtime
+runtime.start('vaediff.main')
+from vaediff import main
+
+def interrupt(phase, info, kill=os.kill, process=os.getpid()):
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    gc.callbacks.remove(interrupt)
+    kill(process, signal.SIGINT)
+    for _ in range(10 ** 9):  # it is raised here, where Python prints it and goes on
+      pass
+
+gc.callbacks.append(interrupt)
+sys.argv = ['vaediff.main', '--config=configs/digits.py:debug', '--mode=describe']
+main.cli()
+"""
+
+
+def test_an_interruption_while_garbage_is_collected_is_not_lost():
+  process = subprocess.run(
+    [sys.executable, '-c', IN_A_COLLECTION], capture_output=True, text=True, check=False
+  )
+  assert (process.returncode, process.stderr.strip()) == (130, 'interrupted')
+
+
 AT_THE_END = """
 import atexit, os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it

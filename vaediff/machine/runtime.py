@@ -4,6 +4,7 @@ Imports no JAX until all is looked at; `main` calls `start` first. The variables
 of a job are read by `vaediff.machine.distributed`.
 """
 
+import _thread
 import atexit
 import importlib.metadata
 import importlib.util
@@ -15,8 +16,9 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vaediff.errors import UserError
 from vaediff.storage import places
@@ -109,6 +111,22 @@ def interrupted(number: int, frame: object) -> NoReturn:
   del number, frame
   os.write(2, b'interrupted\n')
   os._exit(130)
+
+
+def interrupt_again(ignored: Any) -> None:
+  """Ends nothing itself: a `sys.unraisablehook` by which an interruption is not lost.
+
+  While garbage is collected or an object ends, Python can raise nothing: it would print a trace and go on.
+
+  Args:
+    ignored: what Python hands to `sys.unraisablehook`.
+  """
+  if not issubclass(ignored.exc_type, KeyboardInterrupt):
+    sys.__unraisablehook__(ignored)
+    return
+  again = threading.Timer(0.05, _thread.interrupt_main)  # by then Python is out of what cannot raise
+  again.daemon = True
+  again.start()
 
 
 def set_environment() -> None:
