@@ -143,7 +143,8 @@ train_emoji() {
   local folder="$runs/emoji" status=0
   local flags=(--config="$emoji_config" --workdir="$folder")
   [ "$size" = debug ] || flags+=(--config.data.source=npz "--config.data.path=$emoji")
-  timeout --signal=TERM --kill-after=20 "$emoji_seconds" "$python" -m vaediff.main "${flags[@]}" || status=$?
+  # in the foreground: a group of its own would outlive the limit of this part
+  timeout --foreground --signal=TERM --kill-after=20 "$emoji_seconds" "$python" -m vaediff.main "${flags[@]}" || status=$?
   echo "training ended with status $status"  # 124: after its seconds, with a checkpoint
   vaediff --workdir="$folder" --mode=sample --out="$folder/out" && cp "$folder/out/samples.png" "$out/emoji.png"
   vaediff --workdir="$folder" --mode=evaluate "--config.evaluate.extractors=$extractors" \
@@ -193,6 +194,8 @@ for one in $parts; do
     int8) call 'the latent GAN in int8' 120 int8 ;;
     emoji)
       if [ -e "$emoji" ] || [ "$size" = debug ]; then
+        left=$((in_all - SECONDS - 90))  # drawing and measuring take the rest
+        [ "$emoji_seconds" -lt "$left" ] || emoji_seconds=$((left > 20 ? left : 20))
         call 'emoji64' $((emoji_seconds + 90)) train_emoji
       else
         say "emoji64: there is no $emoji"

@@ -6,6 +6,7 @@ So every round times all sides within seconds of each other, in an order that tu
 round by round.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -64,7 +65,8 @@ class Worker:
     return self
 
   def __exit__(self, *_: Any) -> None:
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # of a worker that is gone
+      self._process.stdin.close()
     try:
       self._process.wait(timeout=10)
     except subprocess.TimeoutExpired:

@@ -8,6 +8,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +263,16 @@ def test_sides_take_turns_and_a_failed_compiler_is_left_out():
   assert log == [('jax', 4), ('torch_eager', 4), ('torch_eager', 4), ('jax', 4)]
   assert sides['jax']['seconds'] == [0.1, 0.2]
   assert table.seconds(sides['torch_compile']) == 'failed'
+
+
+def test_a_worker_that_is_gone_is_a_failed_one_to_the_end():
+  worker = object.__new__(pairing.Worker)
+  worker.side, worker._log = 'torch_compile', tempfile.TemporaryFile('w+')
+  worker._process = subprocess.Popen(['true'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  worker._process.wait()
+  with worker, pytest.raises(pairing.WorkerError):
+    worker.ask({'run': 1})
+  assert worker._process.stdout.closed and worker._log.closed
 
 
 def test_a_new_run_keeps_the_other_cases(tmp_path):

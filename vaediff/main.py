@@ -84,7 +84,7 @@ def cli() -> None:
   started = signal.getsignal(signal.SIGINT) is runtime.interrupted
   if started:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.unraisablehook = runtime.interrupt_again
+    sys.unraisablehook = runtime.interrupting_again(sys.unraisablehook)
   try:
     argv = command_line.complete_argv(sys.argv)
     try:

@@ -233,7 +233,10 @@ def test_keeping_the_best(tmp_path):
   assert checkpoint.finished_steps(tmp_path / 'best' / 'checkpoints') == [4]
   again = best.Best(tmp_path, 'recall_vgg16', {'samples': 'a'}, 1)
   assert again.value == 0.7 and not again.consider(4, state, {}, 0.7)
+  # rounded otherwise on other devices: steps that were there are met again, and are no better
+  assert not again.consider(3, state, {}, 0.8) and not again.consider(4, state, {}, 0.7001)
   again.close()
+  assert checkpoint.finished_steps(tmp_path / 'best' / 'checkpoints') == [4]
   with pytest.raises(UserError, match="holds the best checkpoint by 'recall_vgg16'"):
     best.Best(tmp_path, 'fd_vgg16', {'samples': 'a'}, 1)
   with pytest.raises(UserError, match='best checkpoint in .* was made of samples a, which is b now'):

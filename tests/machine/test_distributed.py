@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -354,3 +355,16 @@ def test_a_closed_watchdog_and_none_at_all_do_nothing():
     dog.close()
   time.sleep(0.3)
   assert np.isfinite(dog._silence)
+
+
+def test_the_steps_that_many_processes_agree_on_are_those_of_all_stages(monkeypatch):
+  """JAX names the step after the last one asked for: the next stage would reach that of the last too late."""
+  asked = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  agreed = lambda step: asked.append(step) or False
+  monkeypatch.setattr(distributed.multihost_utils, 'reached_preemption_sync_point', agreed)
+  for _ in ('vae', 'refiner'):
+    stage = distributed.Preemption()
+    assert [stage.reached() for _ in range(3)] == [False] * 3
+    stage.close()
+  assert asked == list(range(asked[0], asked[0] + 6))

@@ -5,6 +5,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
+import types
 
 import pytest
 
@@ -34,6 +36,25 @@ def test_what_the_user_has_set_stays():
   assert environment(XLA_FLAGS='--xla_dump_to=a')['XLA_FLAGS'].startswith('--xla_dump_to=a ')
   assert environment(JAX_COMPILATION_CACHE_DIR='/c')['JAX_COMPILATION_CACHE_DIR'] == '/c'
   assert environment()['JAX_COMPILATION_CACHE_DIR'].endswith('vaediff/xla')
+
+
+def test_flags_of_a_file_are_kept_beside_ours(tmp_path):
+  """As words: XLA would take what is added for a part of the path."""
+  path = tmp_path / 'flags'
+  path.write_text('--xla_dump_to=a\n--xla_cpu_enable_fast_math=false\n')
+  words = environment(XLA_FLAGS=str(path))['XLA_FLAGS'].split()
+  assert words[:2] == ['--xla_dump_to=a', '--xla_cpu_enable_fast_math=false']
+  assert runtime.EIGEN_CONVOLUTIONS in words
+
+
+def test_an_interruption_where_nothing_can_be_raised_comes_again_and_the_rest_is_handed_on(monkeypatch):
+  came, others = threading.Event(), []
+  monkeypatch.setattr(runtime, '_thread', types.SimpleNamespace(interrupt_main=came.set))
+  hook = runtime.interrupting_again(others.append)
+  another = types.SimpleNamespace(exc_type=ValueError)
+  hook(another)
+  hook(types.SimpleNamespace(exc_type=KeyboardInterrupt))
+  assert came.wait(10) and others == [another]
 
 
 def test_an_environment_without_jax_is_told_how_to_get_it():

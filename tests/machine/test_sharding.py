@@ -135,6 +135,7 @@ def test_moments_and_averages_lie_with_their_parameters():
     ((('(', 'fsdp'),), 'which is no regex'),
     ((('kernel', 'model'),), "the spec 'model'; valid: replicated, fsdp"),
     ((('kernel',),), 'a rule is a pair'),
+    ((('kernel', '-,fsdp,fsdp'),), "the spec '-,fsdp,fsdp', with an axis twice"),
     ((('nothing_of_the_kind', 'fsdp'),), "'nothing_of_the_kind' is the first match of no array"),
     ((('kernel', 'fsdp'), ('denoiser.*kernel', 'fsdp')), "'denoiser.*kernel' is the first match of no array"),
   ],

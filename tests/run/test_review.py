@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from vaediff.run import best, log, review
+from vaediff.errors import UserError
+from vaediff.run import best, checkpoint, log, review
 from vaediff.storage import identity
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -74,3 +75,19 @@ def test_the_best_by_a_figure_of_samples_is_of_their_settings(begin, tmp_path, m
   assert begin(measure, 1)[1].value == begin(measure, 1, batch_size=2)[1].value == 0.5
   with pytest.raises(identity.Stale, match='was made of the settings of its samples'):
     begin(measure, 1, guidance_weight=1.0)
+
+
+def test_a_best_checkpoint_that_cannot_be_saved_is_said_also_where_the_run_is_stopped(
+  begin, monkeypatch, capsys
+):
+  _, keeper = begin('val/loss', 0)
+  reviewer = object.__new__(review.Reviewer)
+  reviewer._keeper = keeper
+
+  def fails(self):
+    raise UserError('step 3 was not saved: no space is left')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpointer, 'wait', fails)
+    reviewer.wait()
+  assert 'step 3 was not saved: no space is left' in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Every way out of training saves first, waits for the save under way, and says what is kept."""
 
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import jax
 import pytest
 from some_slow import some_slow
 
+from configs import presets
 from vaediff.errors import UserError
 from vaediff.machine import distributed
 from vaediff.modes import train
@@ -23,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 def digits(tmp_path, **changes):
   config = importlib.import_module('configs.digits').get_config('debug')
   config.data.data_dir = str(tmp_path / 'data')
+  config.vae.model.update(presets.vae('8x1,8d8,8t1,1x1', '1x1,1u8,1t8,8x1', '8:8,1:16', 16))
   config.update_from_flattened_dict({'vae.train.save_every_steps': 1, 'vae.prior.kind': 'normal', **changes})
   return config
 
@@ -97,11 +100,12 @@ def test_a_bad_step_names_the_step_that_is_kept(tmp_path, no_pictures):
 )
 def test_a_signal_saves_the_step_it_meets(tmp_path, no_pictures, monkeypatch, status, word):
   config, reached = digits(tmp_path, **{'vae.train.save_every_steps': 100}), distributed.Preemption.reached
+  asked = itertools.count(1)
 
-  def at_three(self, step):
-    if step == 3:
+  def at_three(self):
+    if next(asked) == 3:
       os.kill(os.getpid(), getattr(signal, word))
-    return reached(self, step)
+    return reached(self)
 
   monkeypatch.setattr(distributed.Preemption, 'reached', at_three)
   with pytest.raises(distributed.Preempted, match='saved at step 3 of 4') as caught:

@@ -6,6 +6,7 @@ program, with its trace. After 75 and 76 the same command is worth starting agai
 """
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -182,6 +183,10 @@ def wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+ASKED = itertools.count(1)
+"""How often `Preemption.reached` has asked, in all stages: the same number in every process."""
+
+
 class Preemption:
   """Notices SIGTERM, and the first Ctrl-C; with many processes, all agree on the step to stop after.
 
@@ -189,7 +194,7 @@ class Preemption:
   """
 
   def __init__(self):
-    self._noticed = threading.Event()
+    self._noticed = False  # no lock, which a second signal would wait for
     self._before = {}
     self.status = PREEMPTED
     """To exit with."""
@@ -205,13 +210,14 @@ class Preemption:
       signal.signal(signal.SIGINT, signal.default_int_handler)
       with contextlib.suppress(OSError):
         print('\nstopping after this step, saving; Ctrl-C again stops at once', file=sys.stderr, flush=True)
-    self._noticed.set()
+    self._noticed = True
 
-  def reached(self, step: int) -> bool:
+  def reached(self) -> bool:
     """Returns whether to save and stop after this step; every process must ask after every step."""
     if jax.process_count() > 1:  # JAX's own handler tells the other processes
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._noticed.is_set()
+      # of all stages: JAX names a step to stop after, and the steps of the next stage begin anew
+      return multihost_utils.reached_preemption_sync_point(next(ASKED))
+    return self._noticed
 
   def close(self) -> None:
     """Gives both signals back their former meaning."""

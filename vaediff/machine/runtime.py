@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from vaediff.errors import UserError
@@ -113,20 +113,24 @@ def interrupted(number: int, frame: object) -> NoReturn:
   os._exit(130)
 
 
-def interrupt_again(ignored: Any) -> None:
-  """Ends nothing itself: a `sys.unraisablehook` by which an interruption is not lost.
+def interrupting_again(before: Callable[[Any], None]) -> Callable[[Any], None]:
+  """Returns a `sys.unraisablehook` by which no interruption is lost: it comes again a moment later.
 
   While garbage is collected or an object ends, Python can raise nothing: it would print a trace and go on.
 
   Args:
-    ignored: what Python hands to `sys.unraisablehook`.
+    before: the hook that everything else is for.
   """
-  if not issubclass(ignored.exc_type, KeyboardInterrupt):
-    sys.__unraisablehook__(ignored)
-    return
-  again = threading.Timer(0.05, _thread.interrupt_main)  # by then Python is out of what cannot raise
-  again.daemon = True
-  again.start()
+
+  def hook(unraisable: Any) -> None:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+      before(unraisable)
+      return
+    again = threading.Timer(0.05, _thread.interrupt_main)  # by then Python is out of what cannot raise
+    again.daemon = True
+    again.start()
+
+  return hook
 
 
 def set_environment() -> None:
@@ -145,7 +149,7 @@ def set_environment() -> None:
       f'jaxlib is not installed for {sys.executable}. In the folder of the project: pip install -e .'
     ) from error
   check_environment(os.environ)
-  flags = os.environ.get('XLA_FLAGS', '')
+  flags = words_of(os.environ.get('XLA_FLAGS', ''))
   missing = [flag for part, flag in FLAGS.items() if part not in flags]
   if missing and version.startswith(JAXLIB_WITH_FLAG):
     os.environ['XLA_FLAGS'] = ' '.join([flags, *missing]).strip()
@@ -184,22 +188,31 @@ def check_environment(environment: Mapping[str, str]) -> None:
   check_xla_flags(environment.get('XLA_FLAGS', ''))
 
 
+def words_of(flags: str) -> str:
+  """Returns the flags that XLA_FLAGS holds, or that the file holds whose path it is.
+
+  Raises:
+    UserError: for what is neither.
+  """
+  if not flags.strip() or flags.lstrip().startswith('-'):
+    return flags
+  path = pathlib.Path(flags.strip())
+  if not path.is_file():
+    raise UserError(
+      f'the environment variable XLA_FLAGS is {flags!r}; write --xla_<name>=<value>, or the path of a '
+      'file of such'
+    )
+  return ' '.join(path.read_text(errors='replace').split())
+
+
 def check_xla_flags(flags: str) -> None:
   """Raises UserError for what is no flag of this XLA, which would end the program without a message of ours.
 
   Args:
     flags: words `--xla_<name>` or `--xla_<name>=<value>`, or the path of a file of such words.
   """
-  if flags.strip() and not flags.lstrip().startswith('-'):
-    path = pathlib.Path(flags.strip())
-    if not path.is_file():
-      raise UserError(
-        f'the environment variable XLA_FLAGS is {flags!r}; write --xla_<name>=<value>, or the path of a '
-        'file of such'
-      )
-    flags = path.read_text(errors='replace')
   try:
-    words = shlex.split(flags)
+    words = shlex.split(words_of(flags))
   except ValueError as error:
     raise UserError(
       f'the environment variable XLA_FLAGS is {flags!r}, which cannot be read: {error}'

@@ -106,6 +106,11 @@ def rules_of(config: ConfigDict) -> Rules:
           f'config.mesh.rules gives {pattern!r} the spec {text!r}; valid: replicated, fsdp, or one of '
           f'{", ".join(AXES)} or - for each dimension'
         )
+    named = [axis for axis in axes if axis is not None]
+    if len(set(named)) < len(named):
+      raise UserError(
+        f'config.mesh.rules gives {pattern!r} the spec {text!r}, with an axis twice; it splits one dimension'
+      )
     rules.append((pattern, PartitionSpec(*axes)))
   return (*rules, *RULES)
 

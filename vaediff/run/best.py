@@ -97,7 +97,7 @@ class Best:
     self.measure, self._made_of = measure, dict(made_of)
     self._sign = -1 if higher_is_better(measure) else 1
     folder = stage_folder / FOLDER
-    self.value = None
+    self.value, self._step = None, -1
     if start_step == 0 and checkpoint.latest_step(folder) is not None:
       log.say(f'{folder} is of an earlier training; moved to {checkpoint.move_aside(folder)}')
     if checkpoint.latest_step(folder) is not None:
@@ -111,27 +111,29 @@ class Best:
         mend = f'Move {folder} away, or use what it was kept with'
         stored = as_now(meta) if as_now else meta[MADE_OF]
         identity.compare(f'the best checkpoint in {folder}', stored, self._made_of, mend)
-      self.value = meta.get('value')
+      self.value, self._step = meta.get('value'), checkpoint.latest_step(folder)
     self._checkpointer = checkpoint.Checkpointer(folder, keep=1, check_arrays=check_arrays)
 
   def consider(self, step: int, state: Any, meta: dict[str, Any], value: float) -> bool:
     """Saves the state if its value is better than all before; returns whether it is.
 
-    A value that is not finite is never the best. A resumed run meets the same values again, and they are
-    no better than themselves.
+    A value that is not finite is never the best. Nor is that of a step up to the one that is kept: a resumed
+    run meets those again, and on other devices their values differ by rounding.
     """
     sign = self._sign
-    if not math.isfinite(value) or (self.value is not None and sign * value >= sign * self.value):
+    if step <= self._step or not math.isfinite(value):
+      return False
+    if self.value is not None and sign * value >= sign * self.value:
       return False
     facts = {**meta, 'measure': self.measure, 'value': value, MADE_OF: self._made_of}
     self._checkpointer.save(step, state, facts)
-    self.value = value
+    self.value, self._step = value, step
     log.say(f'best {self.measure} so far: {value:.5g} at step {step}')
     return True
 
-  def kept(self) -> str:
-    """Waits for the save in progress; returns in words which step is kept."""
-    return self._checkpointer.kept()
+  def wait(self) -> None:
+    """Waits for the save in progress. Raises UserError when it failed."""
+    self._checkpointer.wait()
 
   def close(self) -> None:
     """Waits for the save in progress."""

@@ -47,21 +47,35 @@ def sampler(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array],
   The images are bytes; `finite` [n] says of which every one was finite before it was made bytes of. What is
   handed to other stages is among them, as it is. What is not given is drawn.
   """
+  begin, finish = starter(experiment), finisher(experiment)
+  return lambda read, *asked: finish(read, *begin(read, *asked))
+
+
+def starter(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array], SampleKeys]]:
+  """Returns the first half of `sampler`: what samples start from, and their keys, a row of each per index."""
+
+  def begin(
+    read: Read, indices: jax.Array, given: Given, seed: jax.Array, candidate: jax.Array | None = None
+  ) -> tuple[dict[str, jax.Array], SampleKeys]:
+    keys = image_keys(seed, indices, experiment.depth, candidate)
+    return {**experiment.draw(read, keys, indices), **given}, keys
+
+  return begin
+
+
+def finisher(experiment: Experiment) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+  """Returns the second half of `sampler`: (read, start, keys) -> (images by name, finite)."""
 
   def stored(name: str, value: jax.Array) -> jax.Array:
     return value if name in experiment.handed else pixels.to_bytes(value)
 
-  def run(
-    read: Read, indices: jax.Array, given: Given, seed: jax.Array, candidate: jax.Array | None = None
-  ) -> tuple[dict[str, jax.Array], jax.Array]:
-    keys = image_keys(seed, indices, experiment.depth, candidate)
-    drawn = experiment.sample(read, {**experiment.draw(read, keys, indices), **given}, keys)
-    finite = jnp.ones(len(indices), bool)
+  def finish(read: Read, start: Given, keys: SampleKeys) -> tuple[dict[str, jax.Array], jax.Array]:
+    drawn, finite = experiment.sample(read, start, keys), jnp.ones(len(keys.noise), bool)
     for image in drawn.values():
       finite &= jnp.isfinite(image).all(axis=tuple(range(1, image.ndim)))
     return {name: stored(name, value) for name, value in drawn.items()}, finite
 
-  return run
+  return finish
 
 
 def make_observe(experiment: Experiment, mesh: Mesh) -> Callable[..., HostArrays]:
@@ -104,8 +118,9 @@ def make_draw(
 
   Where what a sample starts from comes from: what is `given`, with one row per index, by the caller or by the
   stages that feed this one (`run.trained`); else what the stage draws; else what it observes of the images of
-  `source`, in order. One compiled program serves every call of the same size, whatever the seed. It raises
-  NotFinite where an image is not.
+  `source`, in order. One compiled program of the networks serves every call of the same size, whatever the
+  seed, and whatever of it is given and what is drawn: a small one before it draws. It raises NotFinite where
+  an image is not.
 
   Args:
     experiment: that draws.
@@ -116,8 +131,9 @@ def make_draw(
     about: the stage and how it draws, for messages.
   """
   where = sharding.batch_sharding(mesh)
+  begin = jax.jit(starter(experiment), out_shardings=where)
   # every process gets all images: they are small beside what made them
-  compiled = jax.jit(sampler(experiment), out_shardings=sharding.replicated(mesh))
+  finish = jax.jit(finisher(experiment), out_shardings=sharding.replicated(mesh))
   observe, needed = make_observe(experiment, mesh), None
 
   def draw(
@@ -146,7 +162,7 @@ def make_draw(
     chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
     numbers = [np.int32(number) for number in (seed, candidate) if number is not None]
     numbers = jax.device_put(numbers, sharding.replicated(mesh))
-    result, finite = jax.device_get(compiled(read, chosen, given, *numbers))
+    result, finite = jax.device_get(finish(read, *begin(read, chosen, given, *numbers)))
     distributed.beat('a batch of images')
     check_finite(finite[:count], indices, seed, about)
     # jit sorts the names; what an image was made from comes before it

@@ -231,7 +231,7 @@ def train_with(
         board.scalars(step, values)
         last.update(values)
         last_step = step
-      stopping = preemption.reached(step)
+      stopping = preemption.reached()
       if step % section.train.save_every_steps == 0 or is_last or stopping:
         watch.drain()  # never save a state that is not finite
         board.flush()

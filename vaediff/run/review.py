@@ -107,7 +107,10 @@ class Reviewer:
   def wait(self) -> None:
     """Waits for the save of the best under way, and says where it failed."""
     if self._keeper:
-      self._keeper.kept()
+      try:
+        self._keeper.wait()
+      except UserError as error:
+        log.say(str(error))
 
   def close(self) -> None:
     """Waits for the save of the best."""
