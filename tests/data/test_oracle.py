@@ -55,10 +55,10 @@ def test_noise_is_borne(noise, least):
 
 def test_what_is_no_shape_is_not_valid():
   random = np.random.RandomState(0)
-  two = np.concatenate([shapes.render(shapes.Scene(attributes=(1, 0, 2, 4, 1)), 32)[:, 8:24]] * 2, axis=1)
-  gradient = np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None], (32, 32, 3)[:2])
-  images = [random.randint(256, size=(32, 32, 3)), two, np.stack([gradient] * 3, axis=-1)]
-  assert not reader(32, mini=False).read(np.stack(images).astype(np.uint8)).valid.any()
+  two = np.concatenate([shapes.render(shapes.Scene(attributes=(1, 0, 2, 4, 1)), 16)[:, 4:12]] * 2, axis=1)
+  gradient = np.broadcast_to(np.linspace(0, 255, 16).astype(np.uint8)[:, None], (16, 16, 3)[:2])
+  images = [random.randint(256, size=(16, 16, 3)), two, np.stack([gradient] * 3, axis=-1)]
+  assert not reader(16, mini=False).read(np.stack(images).astype(np.uint8)).valid.any()
 
 
 def test_the_fit_is_the_least_squares_solution():

@@ -1,6 +1,7 @@
 """Pairs of images of one condition and two noises, and the temperature that both sides start with."""
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from vaediff.evaluation import against_teacher
@@ -9,6 +10,8 @@ from vaediff.run.trained import Trained
 
 class Stub(Trained):
   """Draws numbers that say what they were made of: condition, noise and seed."""
+
+  amplitude = 5  # of the noise in its pictures
 
   def __init__(self, log=None, **sample):
     self.stage, self.log = 'refiner', [] if log is None else log
@@ -26,7 +29,7 @@ class Stub(Trained):
   def draw(self, indices, given=None, seed=None):
     given = {**self.drawn(indices, seed), **(given or {})}
     self.log.append((indices, given, seed, self.settings.temperature))
-    value = 100 + 20 * given['z'] + 5 * self.settings.temperature * given['noise']
+    value = 100 + 20 * given['z'] + self.amplitude * self.settings.temperature * given['noise']
     return {'x0': np.clip(value, 0, 255).astype(np.uint8)[:, None, None, None]}
 
 
@@ -49,3 +52,17 @@ def test_the_teacher_starts_with_the_temperature_of_the_student():
   student = Stub()
   assert teacher.compare(student) == {'rmse to teacher': 0.0, 'diversity ratio': 1.0}
   assert {temperature for *_, temperature in root.log} == {1.0}
+
+
+class Quiet(Stub):
+  """Half of the noise of the others."""
+
+  amplitude = 2.5
+
+
+def test_a_student_that_leaves_noise_out_has_less_diversity_than_its_teacher():
+  """Squares of half as much: a quarter, of the student over the teacher."""
+  found = against_teacher.Teacher(Stub(), 4, 60).compare(Quiet())
+  assert found['diversity ratio'] == pytest.approx(0.25, rel=0.1)
+  noise = Stub().drawn(np.arange(60), 5)['noise']
+  assert found['rmse to teacher'] == pytest.approx(2.5 * np.sqrt(np.mean(noise**2)) / 255, rel=0.1)

@@ -1,6 +1,7 @@
 """Rows of samples that follow control images: identical ones, none, others, and what captions ask for."""
 
 import dataclasses
+import functools
 import types
 
 import jax.numpy as jnp
@@ -33,6 +34,16 @@ class Following(Experiment):
     return CONTROL.followed(image, hint)
 
 
+@functools.cache
+def scenes():
+  """The images that are drawn, with their captions."""
+  return sources.ArraySource(
+    images=shapes.images('test', range(COUNT), SIZE, mini=True), labels=np.zeros(COUNT, np.int32),
+    label_names=(), num_classes=3,
+    captions=tuple(shapes.scene('test', i, mini=True).caption for i in range(COUNT)),
+  )  # fmt: skip
+
+
 class Stage(opened_stages.Trained):
   """Draws the very image whose control is given; at strength 0 a grey one."""
 
@@ -43,11 +54,7 @@ class Stage(opened_stages.Trained):
     self.config = ConfigDict({'data': {'source': 'tfds', 'name': name}, 'evaluate': {'num_controls': COUNT}})
     self.experiment, self.strength = experiment or Following(), strength
     self.captioned = self if shapes.is_named(self.config.data) else None
-    scenes = [shapes.scene('test', i, mini=True) for i in range(COUNT)]
-    self.eval_source = sources.ArraySource(
-      images=shapes.images('test', range(COUNT), SIZE, mini=True), labels=np.zeros(COUNT, np.int32),
-      label_names=(), num_classes=3, captions=tuple(scene.caption for scene in scenes),
-    )  # fmt: skip
+    self.eval_source = scenes()
 
   captions = property(lambda self: self.eval_source.captions)
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import as_trained
 import jax
 import jax.numpy as jnp
 
@@ -19,16 +20,7 @@ def made(model, seed):
 
 @functools.cache
 def _made(module, structs, treedef, seed):
-  model = Model(module=module, inputs=treedef.unflatten(structs))
-  return randomised(jax.jit(model.init)(jax.random.key(seed)), jax.random.key(seed + 100))
-
-
-def randomised(params, key):
-  leaves, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(key, len(leaves))
-  return treedef.unflatten(
-    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  )
+  return as_trained.params_of(Model(module=module, inputs=treedef.unflatten(structs)).init, seed)
 
 
 def frozen_of(experiment):
@@ -49,7 +41,12 @@ def frozen_of(experiment):
 def values_of(diffusion, read, count, seed=4):
   """The values of random codes, of which the rest is drawn or follows; {} where there is no VAE."""
   conditions = diffusion.conditions
-  given = conditions.draw(read, jax.random.split(jax.random.key(seed + 1), count), jnp.arange(count))
-  if 'z' in given:
-    given['z'] = jax.random.normal(jax.random.key(seed), given['z'].shape)
-  return conditions.values(read, conditions.complete(read, given))
+
+  @jax.jit
+  def values(read):
+    given = conditions.draw(read, jax.random.split(jax.random.key(seed + 1), count), jnp.arange(count))
+    if 'z' in given:
+      given['z'] = jax.random.normal(jax.random.key(seed), given['z'].shape)
+    return conditions.values(read, conditions.complete(read, given))
+
+  return values(read)

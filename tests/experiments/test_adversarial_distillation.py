@@ -36,7 +36,7 @@ def build(variant='adversarial,debug', **changes):
 
 
 def started(experiment, frozen):
-  return jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), frozen)
+  return jax.jit(lambda frozen: experiment.start(experiment.init(jax.random.key(0)), frozen))(frozen)
 
 
 def images(count=8, seed=0):

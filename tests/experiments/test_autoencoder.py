@@ -22,7 +22,8 @@ from vaediff.run import frozen as frozen_networks
 from vaediff.run import guard, measurements
 from vaediff.spaces import encoders
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent))
+sys.path[:0] = [str(pathlib.Path(__file__).parent.parent.parent), str(pathlib.Path(__file__).parent)]
+from random_parameters import made  # noqa: E402
 
 
 def digits(variant='latent', **changes):
@@ -228,6 +229,28 @@ def test_the_last_kernel_is_the_decoders(vq):
     float(jnp.abs(experiment.autoencoder.apply(doubled, x) - experiment.autoencoder.apply(params, x)).max())
     > 0
   )
+
+
+def test_each_player_has_its_own_side_of_the_hinge_loss():
+  """The decoder is to raise the logits of reconstructions, the discriminator those of images alone."""
+  experiment = experiments.build(digits(), 'autoencoder')
+  judge = made(experiment.discriminator, 4)
+  x, x_hat = np.random.default_rng(0).uniform(-2, 2, (2, 4, 8, 8, 1)).astype(np.float32)
+
+  @jax.jit
+  def both(judge, x, x_hat):
+    logits = experiment.discriminator.apply(judge, x), experiment.discriminator.apply(judge, x_hat)
+    return experiment.deception(judge, x_hat), experiment.discriminator_loss(judge, x, x_hat), logits
+
+  deception, (loss, metrics), logits = jax.device_get(both(judge, x, x_hat))
+  real, fake = logits
+  assert abs(real.mean() - fake.mean()) > 1e-2 and abs(fake.mean()) > 1e-2
+  assert deception == pytest.approx(-fake.mean(), rel=1e-4)
+  expected = 0.5 * (np.maximum(1 - real, 0) + np.maximum(1 + fake, 0)).mean()
+  swapped = 0.5 * (np.maximum(1 - fake, 0) + np.maximum(1 + real, 0)).mean()
+  assert loss == pytest.approx(expected, rel=1e-4) and abs(expected - swapped) > 1e-2
+  assert metrics['logits/real'] == pytest.approx(real.mean(), rel=1e-4)
+  assert metrics['logits/fake'] == pytest.approx(fake.mean(), rel=1e-4)
 
 
 def test_statistics_are_those_of_all_images():

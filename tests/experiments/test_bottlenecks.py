@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from some_slow import some_slow
 
 from vaediff import experiments
 from vaediff.data import pixels
 from vaediff.errors import UserError
-from vaediff.experiments import base
+from vaediff.experiments import base, bottlenecks
 from vaediff.models import codebook
+from vaediff.models.functional import Model
 from vaediff.run import config as configs
 from vaediff.run import earlier, same_run, usage
 from vaediff.spaces import encoders, tokenizers
@@ -94,6 +96,23 @@ def test_normalised_codes_do_not_depend_on_their_lengths():
   np.testing.assert_allclose(first[2].terms['commitment'], second[2].terms['commitment'], rtol=1e-4)
 
 
+# What a posterior costs -------------------------------------------------------------------------------
+
+
+def test_a_normal_bottleneck_has_its_divergence_per_dimension_of_the_image_and_its_deviation():
+  """Mean 1 and variance 4: 8 latents of 0.5 (1 + 3 - ln 4) nats each, over the 16 numbers of an image."""
+  kl = bottlenecks.Kl(model=Model(module=nn.Dense(1), inputs=()), loss={'kl_weight': 1e-6})
+  encoded = lambda *shape: (jnp.ones(shape), jnp.full(shape, np.log(4.0), jnp.float32))
+  for count in (1, 3):
+    passed = kl.pass_on({}, encoded(count, 2, 2, 2), jnp.zeros((count, 4, 4, 1)), None, None)
+    assert float(passed.terms['kl']) == pytest.approx(0.65343, abs=1e-5)
+    np.testing.assert_array_equal(passed.z, np.ones((count, 2, 2, 2)))
+  x, key = jnp.zeros((1, 128, 128, 1)), jax.random.key(0)
+  z = np.asarray(kl.pass_on({}, encoded(1, 64, 64, 4), x, key, jnp.int32(0)).z)
+  assert z.mean() == pytest.approx(1, abs=0.08) and z.std() == pytest.approx(2, abs=0.05)
+  assert kl.factors(None) == {'kl': 1e-6}
+
+
 # What is in use ---------------------------------------------------------------------------------------
 
 
@@ -130,19 +149,23 @@ def test_dead_codes_start_anew_with_their_averages(kind):
   """With 'gradient' there were no counts, and `restart_below` said nothing."""
   experiment = build(**{'loss.codebook': kind, 'optim.ema_decay': 0.9})
   x = pixels.to_unit_range(images(4))
-  state = jax.jit(experiment.init)(jax.random.key(0))
-  network = state.networks['autoencoder']
-  params = in_use(experiment.autoencoder, network.params, x, 8)
+  state = jax.eval_shape(experiment.init, jax.random.key(0))
+  network = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.networks['autoencoder'])
+  params = in_use(experiment.autoencoder, made(experiment.autoencoder, 3), x, 8)
   params[encoders.CODES] = params[encoders.CODES].at[5].set(100.0)  # far from every vector
-  average = jax.tree.map(lambda leaf: leaf + 1.0, params)
+  average = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, params)
   network = network.replace(params=params, ema_params=average)
   book = {'counts': jnp.full(8, 1.005), 'sums': params[encoders.CODES] * 1.005, 'started': jnp.bool_(True)}
   book['counts'] = book['counts'] + jnp.arange(8) * 10.0 * (jnp.arange(8) != 5)
   book['sums'] = params[encoders.CODES] * book['counts'][:, None]
-  after, extra, metrics = experiment.bottleneck.before_update(
-    network, {'codebook': book}, x, jax.random.key(1)
-  )
-  z = encoders.encode(experiment.autoencoder, params, x, None).reshape(-1, 2)
+
+  @jax.jit
+  def moved(network, book):
+    after = experiment.bottleneck.before_update(network, {'codebook': book}, x, jax.random.key(1))
+    return after, encoders.encode(experiment.autoencoder, network.params, x, None)
+
+  (after, extra, metrics), z = moved(network, book)
+  z = z.reshape(-1, 2)
   codes = np.asarray(after.params[encoders.CODES])
   hits = np.bincount(np.asarray(codebook.nearest(z, params[encoders.CODES])), minlength=8)
   counts = 0.99 * np.asarray(book['counts']) + 0.01 * hits

@@ -94,10 +94,11 @@ def test_a_consistency_model_of_gaussian_data_maps_noise_to_data():
 
     return jax.lax.scan(body, state, jnp.arange(6000))[0]
 
-  state = experiment.start(experiment.init(jax.random.key(0)), frozen)
+  state = jax.jit(lambda: experiment.start(experiment.init(jax.random.key(0)), frozen))()
   params = train(state).networks['denoiser'].params
   y, keys = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jax.random.split(jax.random.key(0), 4)
 
+  @jax.jit
   def one_step(params):
     denoise = student.denoiser.denoise({'denoiser': params}, {})
     return samplers.sample_renoise(denoise, schedule, y, keys, num_steps=1)

@@ -56,8 +56,8 @@ def read_of(experiment, *, begun=False):
   frozen = {name: one(name, source) for name, source in sources.items()}
   if not begun:
     return {**frozen, **{name: made(model, 30) for name, model in experiment.networks.items()}}
-  state = jax.jit(lambda: experiment.init(jax.random.key(0)))()
-  return {**frozen, **experiment.start(state, frozen).eval_params}
+  begin = jax.jit(lambda frozen: experiment.start(experiment.init(jax.random.key(0)), frozen).eval_params)
+  return {**frozen, **begin(frozen)}
 
 
 def batch_of(count=COUNT, seed=0):

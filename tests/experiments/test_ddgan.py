@@ -5,6 +5,7 @@ import importlib
 import pathlib
 import sys
 
+import as_trained
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,18 +89,77 @@ def test_losses_are_what_they_are_called():
     assert metrics['loss'] == pytest.approx(total, rel=1e-5)
 
 
+class Nothing(nn.Module):
+  """A generator that draws zero."""
+
+  @nn.compact
+  def __call__(self, x_next, t, z, condition=None, *, deterministic=True):
+    return jnp.zeros_like(x_next)
+
+
+class Mean(nn.Module):
+  """A discriminator whose logit is the mean of its first argument."""
+
+  @nn.compact
+  def __call__(self, x_t, t, x_next, condition=None, *, deterministic=True):
+    return jnp.mean(x_t, axis=(1, 2, 3))
+
+
+def simple(num_steps):
+  """The stage of such players; x0 is to be 2."""
+  known = toy_gan.make(num_steps)
+  judge = Model(module=Mean(), inputs=known.discriminator.inputs)
+  generator = Model(module=Nothing(), inputs=known.generator.inputs)
+  return toy_gan.make(num_steps, generator=generator, discriminator=judge, discriminator_float32=judge)
+
+
+TWO = np.full((8, 1, 1, 2), 2, np.float32)
+
+
+def test_the_discriminator_is_to_say_more_of_real_than_of_fake_with_a_small_slope():
+  """At t = 0 real is x0, of logit 2, and fake is 0; gamma is 0.05, and |grad D|^2 of a mean of two 1/2."""
+  experiment = simple(1)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(regularised, rows):
+    return experiment.discriminator_loss({}, {}, rows, jax.random.key(3), regularised=regularised)
+
+  apart = np.log1p(np.exp(-2)) + np.log(2)
+  for regularised, added in ((False, 0), (True, 0.5 * 0.05 * 0.5)):
+    loss, metrics = run(regularised, {'x0': TWO})
+    assert metrics['loss/discriminator'] == pytest.approx(apart, abs=1e-3)
+    assert loss - metrics['loss/discriminator'] == pytest.approx(added, abs=1e-5)
+    assert metrics['logits/real'] == pytest.approx(2, abs=1e-2) and metrics['logits/fake'] == 0
+  assert metrics['r1'] == pytest.approx(0.5)
+
+
+def test_the_generators_state_is_judged_and_its_image_compared():
+  experiment = simple(2)
+
+  @jax.jit
+  def run(rows, weight):
+    loss, metrics = experiment.generator_loss({}, {}, weight, rows, jax.random.key(3))
+    return loss, metrics, experiment.fake({}, rows, jax.random.key(3))
+
+  loss, metrics, drawn = jax.device_get(run({'x0': TWO}, 0.25))
+  assert set(drawn['t']) == {0, 1} and not np.any(drawn['x0_hat'])
+  logits = np.mean(drawn['x_t_hat'], axis=(1, 2, 3))
+  deception = np.mean(np.log1p(np.exp(-logits)))
+  assert abs(deception - np.log(2)) > 0.02  # what an image of zeros would get
+  assert metrics['loss/adversarial'] == pytest.approx(deception, rel=1e-5)
+  assert metrics['loss/reconstruction'] == 2
+  assert loss == pytest.approx(deception + 0.25 * 2, rel=1e-5)
+
+
 def test_the_generator_is_held_in_the_discriminators_loss():
   experiment = toy_gan.make(2)
   rows = {'x0': jnp.asarray(toy_gan.data(0, 8), jnp.float32) / 100}
-  params, judge = (
-    experiment.generator.init(jax.random.key(1)),
-    experiment.discriminator.init(jax.random.key(2)),
-  )
+  params, judge = map(as_trained.params_of, (experiment.generator.init, experiment.discriminator.init))
 
   def loss(params):
     return experiment.discriminator_loss(judge, params, rows, jax.random.key(3), regularised=False)[0]
 
-  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
 
 
 @pytest.mark.slow

@@ -66,10 +66,10 @@ def test_formulations_are_one_model_in_two_coordinates(sampler):
   read = read_of(second)
   converted = {**read, 'denoiser': convert_formulation(read['denoiser'], to=1, image_channels=1)}
   z = jax.random.normal(jax.random.key(1), (4, 16))
-  a = sample(second, read, {'z': z}, keys(4))['x0']
-  b = sample(first, converted, {'z': z}, keys(4))['x0']
-  np.testing.assert_allclose(a, b, atol=1e-4)
-  assert float(jnp.max(jnp.abs(a - sample(first, read, {'z': z}, keys(4))['x0']))) > 1e-2
+  run = jax.jit(lambda read: sample(first, read, {'z': z}, keys(4))['x0'])
+  a = jax.jit(lambda read: sample(second, read, {'z': z}, keys(4))['x0'])(read)
+  np.testing.assert_allclose(a, run(converted), atol=1e-4)
+  assert float(np.max(np.abs(a - run(read)))) > 1e-2
 
 
 @pytest.mark.slow
@@ -296,9 +296,14 @@ def test_guidance_is_a_sum_of_terms(guided, sample_settings, weight, calls):
   assert denoiser.calls_per_step == calls
   assert experiment.num_function_evaluations == calls * experiment.settings['num_steps']
   y, t = noise(3), jnp.array([0.2, 0.5, 0.9])
-  x0_hat, null = denoiser.x0_hat(read, values)(y, t), denoiser.x0_hat(read, values, ('vae',))(y, t)
-  expected = (1 + weight) * x0_hat - weight * null
-  np.testing.assert_allclose(denoiser.denoise(read, values)(y, t), expected, atol=1e-6, rtol=1e-6)
+
+  @jax.jit
+  def all_of(read, values):
+    predicted, dropped = denoiser.x0_hat(read, values), denoiser.x0_hat(read, values, ('vae',))
+    return predicted(y, t), dropped(y, t), denoiser.denoise(read, values)(y, t)
+
+  x0_hat, null, found = all_of(read, values)
+  np.testing.assert_allclose(found, (1 + weight) * x0_hat - weight * null, atol=1e-6, rtol=1e-6)
   assert float(jnp.abs(x0_hat - null).max()) > 1e-3
 
 
@@ -307,9 +312,14 @@ def test_a_weight_among_the_values_takes_the_place_of_the_configured_one(guided)
   assert experiment.settings['guidance_weight'] > 0
   denoiser, values = experiment.denoiser, values_of(experiment, read, 3)
   y, t, w = noise(3), jnp.array([0.2, 0.5, 0.9]), jnp.array([0.0, 1.0, 3.0])
-  x0_hat, null = denoiser.x0_hat(read, values)(y, t), denoiser.x0_hat(read, values, ('vae',))(y, t)
+
+  @jax.jit
+  def all_of(read, values, w):
+    predicted, dropped = denoiser.x0_hat(read, values), denoiser.x0_hat(read, values, ('vae',))
+    return predicted(y, t), dropped(y, t), denoiser.denoise(read, {**values, 'guidance': w})(y, t)
+
+  x0_hat, null, got = all_of(read, values, w)
   weights = w[:, None, None, None]
-  got = denoiser.denoise(read, {**values, 'guidance': w})(y, t)
   np.testing.assert_allclose(got, (1 + weights) * x0_hat - weights * null, atol=1e-6, rtol=1e-6)
 
 
@@ -374,10 +384,8 @@ def test_what_is_stored_of_an_image_is_its_mean_code_and_that_decoded():
 def test_x0_vae_is_fresh_or_fixed_at_each_step(source):
   experiment = build(**{'refiner.diffusion.x0_vae_source': source})
   read = frozen_of(experiment)
-  draws = [
-    experiment.examples(read, {'image': images()}, jax.random.key(k), training=False)[1]['x0_vae']
-    for k in (0, 1)
-  ]
+  seen = jax.jit(lambda *args: experiment.examples(*args, training=False)[1]['x0_vae'])
+  draws = [seen(read, {'image': images()}, jax.random.key(k)) for k in (0, 1)]
   assert bool(jnp.all(draws[0] == draws[1])) == (source == 'mean')
 
 
@@ -399,7 +407,8 @@ def test_every_prediction_weight_and_schedule_gives_a_finite_loss(prediction, we
   )
   read = read_of(experiment)
   x0, values = experiment.examples(read, {'image': images()}, jax.random.key(1), training=False)
-  losses = experiment.denoiser.losses(read, x0, values, jax.random.key(2), training=True)
+  lossy = jax.jit(lambda *args: experiment.denoiser.losses(*args, jax.random.key(2), training=True))
+  losses = lossy(read, x0, values)
   assert losses.shape == (6,) and bool(jnp.all(jnp.isfinite(losses)))
 
 

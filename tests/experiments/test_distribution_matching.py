@@ -17,6 +17,7 @@ from vaediff import experiments, optim
 from vaediff.diffusion import samplers, schedules
 from vaediff.errors import UserError
 from vaediff.experiments.denoiser import Denoiser
+from vaediff.experiments.distribution_matching import DistributionMatching
 from vaediff.machine import sharding
 from vaediff.run import students
 
@@ -115,7 +116,8 @@ def test_the_states_are_those_of_its_own_samples():
   student = dataclasses.replace(experiment.student, denoiser=denoiser)
   experiment = dataclasses.replace(experiment, student=student)
   like = jnp.zeros((512, 8, 8, 1))
-  y, s = map(np.asarray, experiment.own_states({}, {}, like, jax.random.key(0)))
+  drawn = jax.jit(lambda key: experiment.own_states({}, {}, like, key))
+  y, s = map(np.asarray, drawn(jax.random.key(0)))
   second = s == experiment.start_times[1]
   assert second.mean() == pytest.approx(0.75, abs=0.07)
   assert y[~second].mean() == pytest.approx(0.0, abs=0.05)  # pure noise
@@ -124,6 +126,70 @@ def test_the_states_are_those_of_its_own_samples():
   alpha, sigma = (float(of(np.array(0.5))) for of in (schedule.alpha, schedule.sigma))
   assert y[second].mean() == pytest.approx(0.7 * alpha, abs=0.03)
   assert y[second].std() == pytest.approx(sigma, rel=0.03)
+
+
+class ByMean(DistributionMatching):
+  """Its head says the mean of the noised image, times a weight."""
+
+  def judge(self, read, y, t, values):
+    return read['discriminator']['w'] * jnp.mean(y, axis=(1, 2, 3))[:, None]
+
+
+def remade(known, kind, **changes):
+  """Returns an object of a subclass with the same fields but for some."""
+  fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+  return kind(**{**fields, **changes})
+
+
+@pytest.fixture(scope='module')
+def by_mean():
+  """The stage with that head and networks of slopes, and what it reads: the fake denoiser is the teacher."""
+  known = build(
+    'unconditional,matching,debug',
+    **{'matching.loss.adversarial_weight': 0.5, 'matching.loss.fake_adversarial_weight': 0.125},
+  )
+  schedule = schedules.make_schedule('cosine')
+  student, teacher = toy_denoiser.diffusion(known.student, schedule, known.student.optimizer)
+  slopes = {name: toy_denoiser.exact(schedule, 0.5) for name in ('teacher', 'denoiser', 'fake_denoiser')}
+  read = {**slopes, 'discriminator': {'w': np.float32(1)}}
+  return remade(known, ByMean, student=student, teacher=teacher), read
+
+
+def test_the_head_is_to_say_more_of_the_data_than_of_the_student(by_mean):
+  """The data are darker than the student's grey here: before it has learned the head is wrong on both."""
+  experiment, read = by_mean
+  grey = dataclasses.replace(experiment.student, denoiser=remade(experiment.student.denoiser, Constant))
+  experiment = dataclasses.replace(experiment, student=grey)
+  rows = {'x0': np.full((64, 8, 8, 1), -0.7, np.float32), 'values': {}}
+  run = jax.jit(lambda read, rows: experiment.fake_loss(read, rows, jax.random.key(2)))
+  loss, metrics = jax.device_get(run(read, rows))
+  assert metrics['logits/real'] < -0.2 and metrics['logits/fake'] > 0.2
+  assert metrics['loss/discriminator'] > 2 * np.log(2)
+  total = metrics['loss/fake'] + 0.125 * metrics['loss/discriminator']
+  assert loss == metrics['loss'] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_head_alone_reaches_the_student_through_the_noised_image(by_mean):
+  experiment, read = by_mean
+  rows = {'x0': np.zeros((8, 8, 8, 1), np.float32), 'values': {}}
+
+  def loss(params, read, rows):
+    return experiment.student_loss({**read, 'denoiser': params}, rows, jax.random.key(1))
+
+  slope = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (value, metrics), grads = slope(read['denoiser'], read, rows)
+  assert metrics['loss/distribution'] == 0 and all(np.any(leaf) for leaf in jax.tree.leaves(grads))
+  assert value == pytest.approx(0.5 * metrics['loss/adversarial'], rel=1e-5)
+  # a head that says nothing teaches nothing
+  _, grads = slope(read['denoiser'], {**read, 'discriminator': {'w': np.float32(0)}}, rows)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_times_of_comparison_are_between_the_two_of_the_config(by_mean):
+  experiment = dataclasses.replace(by_mean[0], min_time=0.3, max_time=0.6)
+  t = np.asarray(jax.jit(lambda: experiment.matching_time(jax.random.key(0), 4096))())
+  assert 0.3 - 1e-3 <= t.min() < 0.305 and 0.595 < t.max() <= 0.6 + 1e-3
+  assert t.mean() == pytest.approx(0.45, abs=0.01)
 
 
 # Updates ----------------------------------------------------------------------------------------------
@@ -184,23 +250,26 @@ def test_samples_get_the_deviation_of_gaussian_data(count):
 
   @jax.jit
   def train(state):
+    def update(state, number, kind):
+      images, key = toy_denoiser.batch(std, number), jax.random.fold_in(jax.random.key(3), number)
+      return experiment.train_step(state, frozen, images, key, kind)[0]
+
     def body(state, k):
-      for j in range(5):
-        images = toy_denoiser.batch(std, 5 * k + j)
-        key = jax.random.fold_in(jax.random.key(3), 5 * k + j)
-        state, _ = experiment.train_step(state, frozen, images, key, experiment.kind_of(j))
-      return state, None
+      state = jax.lax.fori_loop(0, 4, lambda j, state: update(state, 5 * k + j, ''), state)
+      return update(state, 5 * k + 4, 'student'), None
 
     return jax.lax.scan(body, state, jnp.arange(300))[0]
 
-  state = experiment.start(experiment.init(jax.random.key(0)), frozen)
+  assert [experiment.kind_of(j) for j in range(5)] == [*4 * [''], 'student']
+  state = jax.jit(lambda: experiment.start(experiment.init(jax.random.key(0)), frozen))()
   y, keys = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jax.random.split(jax.random.key(0), 64)
 
+  @jax.jit
   def deviation(params):
     denoise = student.denoiser.denoise({'denoiser': params}, {})
-    return float(samplers.sample_renoise(denoise, schedule, y, keys, num_steps=count).std())
+    return samplers.sample_renoise(denoise, schedule, y, keys, num_steps=count).std()
 
-  after = deviation(train(state).networks['denoiser'].params)
+  after = float(deviation(train(state).networks['denoiser'].params))
   assert deviation(frozen['teacher']) < 0.8 * std
   assert after == pytest.approx(std, rel=0.1)
 

@@ -7,6 +7,7 @@ import math
 import pathlib
 import sys
 
+import as_trained
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,10 +43,10 @@ def images(count, seed=0):
 
 @pytest.fixture(scope='module')
 def opened():
-  """A stage at its first step, with the logits of a network that has learned something: not near zero."""
-  experiment = built(**{'model.logits_scale': 2.0})
-  state = jax.jit(experiment.init)(jax.random.key(0))
-  return experiment, state.networks['autoencoder'].params
+  """A stage, with the logits of a network that has learned something: not near zero."""
+  experiment = built()
+  params = as_trained.params_of(experiment.autoencoder.init)
+  return experiment, {**params, 'codes': 10 * params['codes']}  # they start at a deviation of 1
 
 
 # Training -------------------------------------------------------------------------------------------
@@ -144,11 +145,15 @@ def test_a_tokenizer_has_the_ids_and_they_are_the_image_that_is_reconstructed(op
   found = tokenizers.tokenizer_of(made(), 'dvae', '', 'tokenizer.stage')
   assert (found.grids, found.sizes, found.embedded) == (((4, 4),), (16,), (4, 4, 4))
   x = pixels.to_unit_range(jnp.asarray(images(4)))
-  ids = found.codes(params, x)
-  logits = experiment.autoencoder.apply(params, x, method='logits')
+
+  @jax.jit
+  def seen(params, x):
+    logits = experiment.autoencoder.apply(params, x, method='logits')
+    return found.codes(params, x), logits, experiment.observe({'autoencoder': params}, {}, x)
+
+  ids, logits, given = seen(params, x)
   np.testing.assert_array_equal(ids[0], np.argmax(logits, -1))
   assert len(np.unique(ids[0])) > 2 and ids[0].dtype == jnp.int32
-  given = experiment.observe({'autoencoder': params}, {}, x)
   keys = base.sampling_keys(jax.random.split(jax.random.key(1), 4))
   again = experiment.sample({'autoencoder': params}, given, keys)['x0']
   np.testing.assert_array_equal(jnp.clip(found.decode(params, ids), -1, 1), again)

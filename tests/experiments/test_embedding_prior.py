@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 from vaediff import experiments, reads
+from vaediff.conditions.base import Conditions
 from vaediff.data import words
 from vaediff.errors import UserError
 from vaediff.experiments.base import sampling_keys
@@ -129,6 +130,38 @@ def test_the_best_of_several_has_the_cosine_of_order_statistics(read):
     assert cosines.mean() == pytest.approx(expected, abs=0.06)
     assert (cosines > before - 1e-4).all()  # more candidates are the same ones, and others
     before = cosines
+
+
+class Same(nn.Module):
+  """x0_hat is the state: a sample is what it starts from."""
+
+  def __call__(self, x_t, t, values={}, drop={}, *, deterministic=True):  # noqa: B006
+    return x_t
+
+
+class Told(Conditions):
+  """The vector of the caption is given."""
+
+  def values(self, read, given):
+    return {'clip_caption': given['clip_caption']}
+
+
+def test_a_sample_starts_from_noise_of_the_temperature():
+  """With statistics that are not neutral: else a vector of unit length is the same at every temperature."""
+  changes = {'sample.candidates': 1, 'sample.num_steps': 1, 'sample.sampler': 'ddim'}
+  experiment = build(**changes, **{'sample.temperature': 0.5})
+  model = Model(module=Same(), inputs=())
+  denoiser = dataclasses.replace(experiment.denoiser, model=model, conditions=Told())
+  experiment = dataclasses.replace(experiment, denoiser=denoiser)
+  rng = np.random.default_rng(0)
+  noise, mean = rng.standard_normal((COUNT, SIZE), np.float32), rng.standard_normal(SIZE, np.float32)
+  std = rng.uniform(0.5, 2, SIZE).astype(np.float32)
+  read = {'denoiser': {}, 'embedding': {'mean': mean, 'std': std}}
+  given = {'noise': noise, 'clip_caption': np.ones((COUNT, SIZE), np.float32)}
+  run = jax.jit(lambda given, keys: experiment.sample(read, given, sampling_keys(keys))['embedding'])
+  found = run(given, jax.random.split(jax.random.key(0), COUNT))
+  z = 0.5 * noise * std + mean
+  np.testing.assert_allclose(found, z / np.linalg.norm(z, axis=1, keepdims=True), atol=1e-4)
 
 
 def test_the_best_of_two_is_never_worse_than_the_first(read):

@@ -33,7 +33,8 @@ def test_training_begins_with_the_parameters_of_the_other_run():
   assert (source.stage, source.workdir, source.section) == ('refiner', 'elsewhere', 'refiner')
   assert source.model == experiment.denoiser.model
   trained = made(source.model, 3)
-  state = jax.jit(experiment.start)(jax.jit(experiment.init)(jax.random.key(0)), {extended.FIRST: trained})
+  begin = jax.jit(lambda frozen: experiment.start(experiment.init(jax.random.key(0)), frozen))
+  state = begin({extended.FIRST: trained})
   for params in (state.networks['denoiser'].params, state.eval_params['denoiser']):
     jax.tree.map(np.testing.assert_array_equal, params, trained)
   assert extended.FIRST not in experiment.frozen

@@ -46,9 +46,13 @@ def images(count, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 1), np.uint8)
 
 
+STEPS = {}
+"""By the number of a stage: its compiled update, which holds the stage."""
+
+
 def updates(experiment, count, state=None, first=0, mesh=None):
   state = jax.jit(experiment.init)(jax.random.key(0)) if state is None else state
-  step, history = jax.jit(experiment.train_step), []
+  step, history = STEPS.setdefault(id(experiment), jax.jit(experiment.train_step)), []
   for k in range(first, count):
     batch = {'image': images(8, k)}
     if mesh is not None:

@@ -149,8 +149,8 @@ def test_the_student_starts_as_its_teacher(variant):
   for stage in config.stages[2:]:
     experiment = experiments.build(config, stage)
     frozen = frozen_of(experiment)
-    state = experiment.start(jax.jit(experiment.init)(jax.random.key(0)), frozen)
-    params = state.networks['denoiser'].params
+    begin = jax.jit(lambda frozen, e=experiment: e.start(e.init(jax.random.key(0)), frozen))
+    params = begin(frozen).networks['denoiser'].params
     for name, tree in frozen['teacher'].items():
       jax.tree.map(np.testing.assert_array_equal, params[name], tree)
     new = set(params) - set(frozen['teacher'])

@@ -1,5 +1,6 @@
 """Towers of images and words: their sizes, and where a text is read."""
 
+import as_trained
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def test_the_published_sizes_have_the_published_number_of_parameters():
 
 def test_a_text_is_read_where_it_ends_and_padding_nowhere():
   model = build()
-  params = jax.jit(model.init)(jax.random.key(0))
+  params = as_trained.params_of(model.init)
   run = jax.jit(lambda params, ids: model.apply(params, ids, method='texts'))
   # 8 is the largest id and stands before the end: causal, its own place does not see what follows it
   found = np.asarray(run(params, jnp.array([[2, 8, 4, 3, 0], [2, 8, 5, 3, 0], [2, 8, 4, 5, 3]])))

@@ -1,5 +1,6 @@
 """The transformer of a prior of vectors: who sees whom, what a dropped caption is, its published size."""
 
+import as_trained
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +33,7 @@ def random(shape, seed):
 def network():
   """The network with parameters of which none is zero, and what it reads; the third has no words."""
   model = build()
-  leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  params = tree.unflatten(
-    [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  )
+  params = as_trained.params_of(model.init, deviation=0.3)
   values = {
     'words': random((3, WORDS, WIDTH), 2), 'caption': random((3, SIZE), 3),
     'read': jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], jnp.float32),

@@ -67,8 +67,8 @@ def unet(**changes):
   return Model(module=module, inputs=(struct(8, 8, 1), struct()))
 
 
-def filled(params, seed=1):
-  leaves, tree = jax.tree.flatten(params)
+def filled(model, seed=1):
+  leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
   random = np.random.default_rng(seed)
   return tree.unflatten([jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
 
@@ -108,7 +108,7 @@ def test_two_halves_with_zero_points_are_what_numpy_gives(stride, arithmetic):
   (layer,) = whole.layers
   assert layer.split == 3 and layer.slices == (slice(0, 3), slice(3, 6))
   random = np.random.default_rng(0)
-  params = filled(model.init(jax.random.key(0)))
+  params = filled(model)
   x, t = random.normal(size=(3, 6, 6, 3)).astype(np.float32), np.array([0.2, 0.9, 0.5], np.float32)
   ranges = np.array([[[0.0, 2.0], [-2.0, 1.5]], [[0.0, 1.0], [-1.0, 3.0]]], np.float32)
   tree = whole.quantize(params, ranges={'block/conv_1': ranges}, times=[0.5])
@@ -140,7 +140,7 @@ def test_two_halves_with_zero_points_are_what_numpy_gives(stride, arithmetic):
 @pytest.mark.parametrize('bits', integers.BITS)
 def test_floats_made_of_the_kernels_are_the_network_with_rounded_kernels(bits):
   model = joined()
-  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 6, 6, 3)), jnp.array([0.3, 0.7])
+  params, x, t = filled(model), jnp.ones((2, 6, 6, 3)), jnp.array([0.3, 0.7])
   whole = quantized(model, bits, inputs=False)
   tree = whole.quantize(params)
   found = whole.apply(tree, x, t)
@@ -153,7 +153,7 @@ def test_floats_made_of_the_kernels_are_the_network_with_rounded_kernels(bits):
 
 def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats_of():
   model = joined()
-  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 6, 6, 3)), jnp.array([0.3, 0.7])
+  params, x, t = filled(model), jnp.ones((2, 6, 6, 3)), jnp.array([0.3, 0.7])
   whole = quantized(model, buckets=2, arithmetic=FLOATS)
   ranges = {layer.path: np.tile(np.float32([-1, 1]), (2, layer.parts, 1)) for layer in whole.layers}
   tree = whole.quantize(params, ranges=ranges, times=[0.5])
@@ -167,7 +167,7 @@ def test_where_there_are_no_fast_products_the_same_stored_network_is_made_floats
 
 def test_a_wide_layer_is_computed_as_products_and_a_narrow_one_in_floats(monkeypatch):
   model = joined()
-  params, t = filled(model.init(jax.random.key(0))), jnp.array([0.3, 0.7])
+  params, t = filled(model), jnp.array([0.3, 0.7])
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 3)), jnp.float32)
   whole, products = (quantized(model, arithmetic=arithmetic) for arithmetic in (WIDE, PRODUCTS))
   tree = whole.quantize(params, ranges={'block/conv_1': np.tile(np.float32([-1, 1]), (1, 2, 1))})
@@ -185,7 +185,7 @@ def test_a_wide_layer_is_computed_as_products_and_a_narrow_one_in_floats(monkeyp
 @pytest.mark.slow
 def test_cpus_compute_narrow_layers_in_floats_and_wide_ones_as_products(monkeypatch):
   model = unet()
-  params, t = filled(model.init(jax.random.key(0))), jnp.array([0.3, 0.7])
+  params, t = filled(model), jnp.array([0.3, 0.7])
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
   whole = quantized(model, buckets=2, arithmetic=WIDE)
   ranges = {layer.path: np.tile(np.float32([-1, 1]), (2, layer.parts, 1)) for layer in whole.layers}
@@ -228,7 +228,7 @@ def test_a_sampler_makes_floats_of_the_kernels_once_before_its_steps():
 @pytest.mark.slow
 def test_eight_bits_come_near_to_floats_within_the_ranges_that_were_seen():
   model = unet()
-  params, x = filled(model.init(jax.random.key(0))), jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+  params, x = filled(model), jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
   t = jnp.array([0.1, 0.4, 0.6, 0.9])
   whole = quantized(model)
   seen = observed.ranges_of(model, params, x, t, layers=whole.layers)
@@ -244,7 +244,7 @@ def test_eight_bits_come_near_to_floats_within_the_ranges_that_were_seen():
 def test_the_correction_of_the_output_is_that_of_the_nearest_time():
   model = joined()
   whole = quantized(model, inputs=False)
-  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((2, 6, 6, 3)), jnp.array([0.2, 0.9])
+  params, x, t = filled(model), jnp.ones((2, 6, 6, 3)), jnp.array([0.2, 0.9])
   plain = whole.apply(whole.quantize(params), x, t)
   one = np.ones((1, 4))
   correction = {
@@ -271,7 +271,7 @@ def test_a_wide_network_is_a_quarter_in_bytes_and_an_eighth_with_four_bits():
 @pytest.mark.slow
 def test_a_block_runs_alone_as_it_does_in_the_network():
   model = unet()
-  params, x, t = filled(model.init(jax.random.key(0))), jnp.ones((1, 8, 8, 1)), jnp.array([0.3])
+  params, x, t = filled(model), jnp.ones((1, 8, 8, 1)), jnp.array([0.3])
   blocks = observed.blocks_of(model)
   paths = [block.path for block in blocks]
   assert paths[2:6] == ['conv_in', 'down_0/res_0', 'down_0/down', 'down_1/res_0'] and paths[-1] == 'conv_out'

@@ -231,7 +231,7 @@ def test_rotation_is_of_differences_of_rows_and_columns_and_leaves_the_prefix():
 
 
 def test_the_head_of_llama_is_zero_at_first_and_dropout_is_of_training():
-  module = Decoder(**TINY, style='llama', source_size=3, dropout=0.5)
+  module = Decoder(**{**TINY, 'num_layers': 1}, style='llama', source_size=3, dropout=0.5)
   codes, source = ids(GRID), jnp.zeros((1, 1), jnp.int32)
   params = jax.jit(module.init)(jax.random.key(0), codes, source)
   assert not np.any(jax.jit(module.apply)(params, codes, source))

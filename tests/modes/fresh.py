@@ -3,6 +3,7 @@
 import importlib
 import types
 
+import as_trained
 import jax
 import numpy as np
 from sklearn import datasets
@@ -20,13 +21,6 @@ def images(count, channels=1):
   data = np.round(digits.images[:count, ..., None] * 255 / 16).astype(np.uint8)
   tint = 0.3 + 0.7 * np.random.default_rng(0).random((count, 1, 1, channels))
   return (data * (tint if channels > 1 else 1)).astype(np.uint8), digits.target[:count]
-
-
-def params_of(model, seed):
-  """Returns parameters with noise: at initialisation a U-Net's output is zero."""
-  leaves, treedef = jax.tree.flatten(jax.jit(model.init)(jax.random.key(seed)))
-  rng = np.random.default_rng(seed)
-  return treedef.unflatten([x + 0.05 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
 
 
 class Fresh(opened.Trained):
@@ -48,7 +42,9 @@ class Fresh(opened.Trained):
         networks[name] = source.model
       elif isinstance(source, reads.Measured):
         frozen[name] = source.neutral()
-    self.params = {name: params_of(model, seed) for seed, (name, model) in enumerate(networks.items())}
+    self.params = {
+      name: as_trained.params_of(networks[name].init, seed, 0.05) for seed, name in enumerate(networks)
+    }
     self.read = jax.device_put({**frozen, **self.params}, sharding.replicated(self.mesh))
     self._sources = {}
     data, labels = images(32, self.config.data.channels)

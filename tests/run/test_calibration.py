@@ -5,6 +5,7 @@ import importlib
 import pathlib
 import sys
 
+import as_trained
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,13 +72,8 @@ def stage(tmp_path_factory):
   config = importlib.import_module('configs.digits').get_config('formulation2,z,debug')
   config.refiner.sample.update({'sampler': 'ddim', 'num_steps': 5, 'grid': 'quadratic'})
   experiment = experiments.build(config, 'refiner')
-  key_denoiser, key_vae = jax.random.split(jax.random.key(0))
-  rng = np.random.default_rng(0)  # at initialisation the U-Net's output is zero
-  denoiser = jax.tree.map(
-    lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32),
-    jax.jit(experiment.denoiser.model.init)(key_denoiser),
-  )
-  vae = jax.jit(experiment.frozen['vae'].model.init)(key_vae)
+  denoiser = as_trained.params_of(experiment.denoiser.model.init)
+  vae = as_trained.params_of(experiment.frozen['vae'].model.init, 1, deviation=0.0)
   read = {'denoiser': denoiser, 'vae': vae, 'prior': {}}
   ids = {"the stage 'refiner'": 'aa', 'the settings': 'bb'}
   return Stage(experiment, read, tmp_path_factory.mktemp('run'), ids)

@@ -7,6 +7,7 @@ import importlib
 import pathlib
 import sys
 
+import as_trained
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,13 +39,9 @@ def parts():
   config = importlib.import_module('configs.digits').get_config('formulation2,z,debug')
   config.refiner.sample.sampler = 'ddpm'  # noise at every step
   experiment = experiments.build(config, 'refiner')
-  key_denoiser, key_vae = jax.random.split(jax.random.key(0))
-  denoiser = jax.jit(experiment.denoiser.model.init)(key_denoiser)
-  leaves, treedef = jax.tree.flatten(denoiser)
-  rng = np.random.default_rng(0)  # at initialisation the U-Net's output is zero
-  noisy = [x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
-  vae = jax.jit(experiment.frozen['vae'].model.init)(key_vae)
-  return experiment, {'denoiser': treedef.unflatten(noisy), 'vae': vae, 'prior': {}}
+  denoiser = as_trained.params_of(experiment.denoiser.model.init)
+  vae = as_trained.params_of(experiment.frozen['vae'].model.init, 1, deviation=0.0)
+  return experiment, {'denoiser': denoiser, 'vae': vae, 'prior': {}}
 
 
 MADE = {}
@@ -167,6 +164,26 @@ def test_given_else_drawn_else_observed(devices):
   given = {'a': np.array([0.5, -0.5], np.float32)}
   images = {name: value.ravel().tolist() for name, value in run({}, np.array([0, 1]), given).items()}
   assert images['a'] == bytes_of(0.5, -0.5) and images['b'] == [255, 204]
+
+
+class Traced(Sources):
+  """Keeps how often its sampler is traced."""
+
+  def sample(self, read, given, keys):
+    self.times.append(1)
+    return super().sample(read, given, keys)
+
+
+def test_one_program_draws_whatever_is_given():
+  experiment = Traced()
+  object.__setattr__(experiment, 'times', [])
+  run = draw.make_draw(experiment, mesh_of(8), 0, (2, 2, 1), opened()[0])
+  half = np.full(4, 0.5, np.float32)
+  for given in ({}, {'a': half}, {'b': half}, {'a': half, 'b': half}):
+    found = run({}, np.arange(4), given)
+    assert all(found[name].ravel().tolist() == [191] * 4 for name in given)
+  run({}, np.arange(4) + 7, seed=5)
+  assert len(experiment.times) == 1
 
 
 def test_images_are_not_opened_where_all_can_be_drawn():

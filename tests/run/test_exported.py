@@ -1,5 +1,6 @@
 """A stage as one function: it draws what the stage draws; a stage that is none is refused by name."""
 
+import functools
 import importlib
 
 import jax
@@ -14,15 +15,22 @@ from vaediff.run import exported, students
 from vaediff.run.trained import Trained
 
 
+@pytest.fixture(scope='module')
+def whole(trained):
+  """Returns whole(stage): a stage of the digits' run as it is, loaded once."""
+  run = trained('digits').run
+  config = configs.read(run)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  return functools.cache(lambda stage: Trained(config, run, stage, mesh))
+
+
 @pytest.fixture
-def opened(trained, one_device):
+def opened(whole):
   """Returns opened(stage='refiner', **settings): a stage of the digits' run, deterministic."""
-  config = configs.read(trained('digits').run)
 
   def opened(stage='refiner', **settings):
-    whole = Trained(config, trained('digits').run, stage, sharding.make_mesh(config.mesh))
     default = {'sampler': 'ddim', 'num_steps': 2} if stage == 'refiner' else {}
-    return whole.with_settings(**{**default, **settings})
+    return whole(stage).with_settings(**{**default, **settings})
 
   return opened
 

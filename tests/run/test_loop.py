@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import presets
 from vaediff import experiments, modes
 from vaediff.data import sources
 from vaediff.errors import UserError
@@ -237,6 +238,7 @@ def test_training_longer_goes_on_from_the_checkpoint(tmp_path, one_device, train
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, one_device):
   workdir = tmp_path / 'run'
   config = synthetic(tmp_path, **{'vae.optim.learning_rate': 1e30, 'vae.train.num_steps': 30})
+  config.vae.model.update(presets.vae('16x1,16d16,16t1,1x1', '1x1,1u16,1t16,16x1', '16:8,1:16', 16))
   with pytest.raises(UserError, match=r'stage vae, step \d+: .*loss.* = (nan|inf) is not finite'):
     train.run_stages(config, workdir, ('vae',))
   step = checkpoint.latest_step(workdir / 'vae')

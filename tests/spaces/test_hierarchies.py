@@ -2,6 +2,7 @@
 
 import importlib
 
+import as_trained
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,8 @@ def made():
   model = tokenizer.source.model
   x = jax.random.uniform(jax.random.key(1), (6, 16, 16, 1), minval=-1.0)
   # larger than they start, so that what a level says is not lost on the way
-  params, books = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(model.init)(jax.random.key(0))), []
+  started = as_trained.params_of(model.init, deviation=0.0)
+  params, books = jax.tree.map(lambda leaf: 3 * np.asarray(leaf), started), []
 
   def spread(level, z):
     books.append(codebook.data_init(z, jax.random.key(2), 8).codes)
