@@ -7,11 +7,15 @@ import sys
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.data import sources
+from vaediff.errors import UserError
+from vaediff.experiments import kinds
 from vaediff.machine import sharding
 from vaediff.modes import benchmark
+from vaediff.run import config as configs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
@@ -71,7 +75,22 @@ def test_the_state_lies_by_the_rules_of_the_config(monkeypatch):
   assert specs == {jax.sharding.PartitionSpec()}
 
 
+def test_several_processes_are_refused_before_anything_is_measured(monkeypatch, tmp_path):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(benchmark, 'benchmark', lambda *args: pytest.fail('measured'))
+  with pytest.raises(UserError, match='--mode=benchmark runs in one process, and this job has 2.*alone'):
+    benchmark.mode(configs.Run(ConfigDict(), tmp_path, ('vae',)))
+
+
 def test_kinds_of_updates_are_weighed_by_how_often_they_come():
   config = importlib.import_module('configs.digits').get_config('ddgan')
   config.ddgan.loss.r1_every_steps = 5
-  assert benchmark.kinds_of(experiments.build(config, 'ddgan'), 1000) == {'': 0.8, 'r1': 0.2}
+  assert kinds.kinds_of(experiments.build(config, 'ddgan'), 1000) == {'': 0.8, 'r1': 0.2}
+
+
+def test_a_kind_that_begins_late_is_one_too():
+  config = importlib.import_module('configs.digits').get_config('vqgan')
+  config.vqgan.loss.update({'discriminator_start_step': 100, 'adversarial_start_step': 90_000})
+  config.vqgan.train.num_steps = 100_000
+  found = kinds.kinds_of(experiments.build(config, 'vqgan'), 100_000)
+  assert found == {'judged': 0.8, 'adversarial': 0.2}

@@ -6,12 +6,11 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from vaediff import experiments
 from vaediff.errors import UserError
-from vaediff.machine import chips, cost, hlo, sharding
+from vaediff.machine import chips, hlo, sharding
 from vaediff.modes import compile as aot
 from vaediff.modes import compile_tables
 
@@ -222,111 +221,11 @@ def test_sizes_in_the_compilers_refusal(message, sizes):
   assert aot.out_of_memory(f'INTERNAL: {message}') is None
 
 
-# Programs of a stage ------------------------------------------------------------------------------
+# Compiled -----------------------------------------------------------------------------------------
 
 
 def mesh_of(config, count):
   return sharding.make_mesh(config.mesh, jax.devices()[:count])
-
-
-def test_fsdp_of_four_leaves_a_quarter_of_the_state_on_each_device():
-  sizes = {}
-  for fsdp in (1, 4):
-    config = get_config('digits', '')
-    config.mesh.fsdp = fsdp
-    experiment = experiments.build(config, 'refiner')
-    sizes[fsdp] = aot.train_program(config, 'refiner', experiment, mesh_of(config, 4)).sizes
-  params = jax.eval_shape(experiment.networks['denoiser'].init, jax.random.key(0))
-  assert sizes[1]['parameter_bytes'] == sizes[1]['ema_bytes'] == cost.num_bytes(params)
-  for name in ('parameter_bytes', 'optimizer_bytes', 'ema_bytes'):
-    assert sizes[4][name] == pytest.approx(sizes[1][name] / 4, rel=0.01)
-  assert sizes[4]['frozen_bytes'] == sizes[1]['frozen_bytes'] > 0
-
-
-def test_a_batch_smaller_than_the_slice_is_raised_and_noted_one_that_cannot_be_split_is_refused():
-  config = get_config()
-  experiment = experiments.build(config, 'vae')
-  config.vae.train.batch_size = 3
-  program = aot.train_program(config, 'vae', experiment, mesh_of(config, 8))
-  assert program.batch_size == 8 and 'train.batch_size 3 -> 8' in program.note
-  config.vae.train.batch_size = 12
-  with pytest.raises(UserError, match='config.vae.train.batch_size must be a multiple of the 8 devices'):
-    aot.train_program(config, 'vae', experiment, mesh_of(config, 8))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('sampler', ['ddim', 'heun'])
-def test_the_samplers_loop_is_told_from_its_setup(sampler):
-  config = get_config()
-  config.refiner.sample.update({'sampler': sampler, 'num_steps': 10})
-  experiment, mesh = experiments.build(config, 'refiner'), mesh_of(config, 2)
-  program = aot.sample_program(config, 'refiner', experiment, mesh)
-  model, vae = experiment.networks['denoiser'], experiment.frozen['vae'].model
-  params = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(vae.init, jax.random.key(0))
-  args = jax.tree.map(lambda shape: jnp.zeros((4, *shape.shape[1:])), model.inputs)
-  body = cost.macs(model.apply, params[0], *args)
-  z = jnp.zeros((4, *experiment.inputs['z'].shape))
-  setup = cost.macs(lambda params, z: vae.apply(params, z, method='decode'), params[1], z)
-  assert program.macs_once == pytest.approx(setup + body)
-  assert program.macs == pytest.approx(setup + experiment.num_function_evaluations * body)
-
-
-def test_rules_of_the_config_say_where_the_state_lies():
-  sizes = {}
-  for spec in ('fsdp', 'replicated'):
-    config = get_config()
-    config.mesh.update({'fsdp': 4, 'rules': (('vae/.*', spec),)})
-    experiment = experiments.build(config, 'vae')
-    sizes[spec] = aot.train_program(config, 'vae', experiment, mesh_of(config, 4)).sizes
-  params = jax.eval_shape(experiment.networks['vae'].init, jax.random.key(0))
-  assert sizes['replicated']['parameter_bytes'] == cost.num_bytes(params)
-  for name in ('parameter_bytes', 'optimizer_bytes'):
-    assert sizes['fsdp'][name] < sizes['replicated'][name] / 2
-
-
-@pytest.mark.parametrize(
-  ('variant', 'stage', 'programs'),
-  [
-    ('clip', 'clip', ['train']),
-    ('unconditional,label,classifier_guided', 'noisy_classifier', ['train']),
-    ('unclip', 'embedding_prior', ['train', 'sample']),  # draws vectors, which it hands on
-    ('divae_joint,prior', 'prior', ['train', 'sample']),  # draws ids: this tokenizer has no decoder
-  ],
-)
-def test_only_what_draws_has_a_sampler(variant, stage, programs, monkeypatch):
-  def built(program, stage, *rest):
-    del rest
-    return {'stage': stage, 'program': program.name, 'counted': program.macs > 0}
-
-  monkeypatch.setattr(chips, 'devices', lambda slice_: jax.devices()[:4])
-  monkeypatch.setattr(aot, 'compile_program', built)
-  config = get_config(variant=f'debug,{variant}')
-  rows = aot.compile_for(config, (stage,), 'v5e:2x2', LEAST)
-  assert rows == [{'stage': stage, 'program': program, 'counted': True} for program in programs]
-
-
-@pytest.mark.parametrize('count', [0, 8])
-def test_a_program_without_products_has_figures(count):
-  """XLA names no FLOPs of what only moves numbers, and no bytes of what does nothing."""
-  mesh, where = mesh_of(get_config(), 1), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  program = aot.Program(
-    name='sample', function=jax.jit(lambda x: x[::-1]), batch_size=1, dtype='float32', gradient_bytes=0,
-    args=(jax.ShapeDtypeStruct((count,), jnp.float32, sharding=where),), macs=0, macs_once=0, note='',
-    sizes=dict.fromkeys(('parameter_bytes', 'optimizer_bytes', 'ema_bytes', 'frozen_bytes'), 0),
-  )  # fmt: skip
-  row = aot.compile_program(program, 'any', chips.parse('v5e:1x1'), mesh, LEAST)
-  assert row['fits'] and row['flops'] == 0
-  assert row['images_per_second'] == (1 / row['seconds'] if count else float('inf'))
-  assert (row['accessed_bytes'] > 0) == (count > 0)
-  assert 'estimate, images/s' in compile_tables.table([row])
-
-
-def test_effort_outside_its_range_is_refused():
-  with pytest.raises(UserError, match=r'config.compile.effort must be in \[-1, 1\].*2'):
-    aot.compile_for(get_config(), ('vae',), 'v5e:2x2', 2.0)
-
-
-# Compiled -----------------------------------------------------------------------------------------
 
 
 @needs_libtpu

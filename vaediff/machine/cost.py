@@ -11,11 +11,20 @@ from jax.extend import core
 def macs(function: Callable[..., Any], *args: Any) -> int:
   """Returns the multiply-accumulates of all convolutions and matrix products in one call.
 
+  The zeros that a transposed convolution, and the gradient of one with strides, has between its pixels are
+  no factors; those of padding are.
+
   Args:
     function: anything traceable.
     *args: arrays or ShapeDtypeStructs.
   """
   return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def macs_and_once(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
+  """Returns `macs`, and the same with the body of every loop counted once, which is how XLA counts."""
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return _count(jaxpr), _count(jaxpr, once=True)
 
 
 def num_bytes(tree: Any) -> int:
@@ -35,7 +44,7 @@ def num_parameters(tree: Any) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
+def _count(jaxpr: core.Jaxpr, *, once: bool = False) -> int:
   total = 0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
@@ -44,14 +53,29 @@ def _count(jaxpr: core.Jaxpr) -> int:
       shape = equation.invars[0].aval.shape
       total += math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contract)
     elif name == 'conv_general_dilated':
-      kernel = equation.invars[1].aval.shape
-      out_axis = params['dimension_numbers'].rhs_spec[0]
-      per_output = math.prod(kernel) // kernel[out_axis]
-      total += math.prod(equation.outvars[0].aval.shape) * per_output
+      total += _of_convolution(equation.invars[1].aval.shape, equation.outvars[0].aval.shape, params)
     else:
-      times = params['length'] if name == 'scan' else 1
-      inner = [_count(sub) for value in params.values() for sub in _jaxprs(value)]
+      times = params['length'] if name == 'scan' and not once else 1
+      inner = [_count(sub, once=once) for value in params.values() for sub in _jaxprs(value)]
       total += times * (max(inner) if name == 'cond' and inner else sum(inner))
+  return total
+
+
+def _of_convolution(kernel: tuple[int, ...], out: tuple[int, ...], params: dict[str, Any]) -> int:
+  """Returns the products of a convolution without those of zeros that `lhs_dilation` puts between pixels."""
+  numbers = params['dimension_numbers']
+  total = out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
+  for axis, (out_axis, kernel_axis) in enumerate(
+    zip(numbers.out_spec[2:], numbers.rhs_spec[2:], strict=True)
+  ):
+    stride, spread, dilation, (before, _) = (
+      params[name][axis] for name in ('window_strides', 'rhs_dilation', 'lhs_dilation', 'padding')
+    )
+    total *= sum(  # pixels are at the multiples of `dilation`, also those that padding stands for
+      (place * stride + tap * spread - before) % dilation == 0
+      for place in range(out[out_axis])
+      for tap in range(kernel[kernel_axis])
+    )
   return total
 
 

@@ -1,6 +1,5 @@
 """Speed of this device: train steps, samplers, data loading, beside its measured matmul peak."""
 
-import collections
 import functools
 import json
 import statistics
@@ -16,9 +15,11 @@ from ml_collections import ConfigDict
 
 from vaediff import experiments
 from vaediff.data import loader, sources, words
+from vaediff.errors import UserError
 from vaediff.experiments import quantized
 from vaediff.experiments.base import NOISE, Experiment, InSpace, SampleKeys, sampling_keys
 from vaediff.experiments.denoiser import DENOISER
+from vaediff.experiments.kinds import kinds_of
 from vaediff.machine import cost, sharding
 from vaediff.modes import paired
 from vaediff.run import captions, draw, guard, log
@@ -29,7 +30,16 @@ from vaediff.types import Read
 
 
 def mode(run: Run) -> None:
-  """Measures the stages."""
+  """Measures the stages.
+
+  Raises:
+    UserError: where the job has several processes.
+  """
+  if jax.process_count() > 1:
+    raise UserError(
+      f'--mode=benchmark runs in one process, and this job has {jax.process_count()}: it measures the '
+      'devices of one host. Start it on that host alone, with --distributed=off'
+    )
   benchmark(run.config, run.stages)
 
 
@@ -151,13 +161,6 @@ def step_bytes(compiled: Any) -> int:
   found = compiled.memory_analysis()
   results = found.output_size_in_bytes - found.alias_size_in_bytes
   return found.argument_size_in_bytes + results + found.temp_size_in_bytes
-
-
-def kinds_of(experiment: Experiment, num_steps: int) -> dict[str, float]:
-  """Returns the kinds of updates in the second half of training, most frequent first, and their shares."""
-  steps = range(num_steps // 2, num_steps // 2 + min(1000, num_steps - num_steps // 2))
-  counts = collections.Counter(experiment.kind_of(step) for step in steps)
-  return {kind: count / len(steps) for kind, count in counts.most_common()}
 
 
 def measure_decoding(experiment: Experiment, read: Read, mesh: Mesh, settings: ConfigDict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`--mode=compile`: compiles train step and sampler for hardware that is not here, and says whether they fit.
+"""`--mode=compile`: compiles train steps and sampler for hardware that is not here: do they fit, how fast?
 
 The compiler for the target (libtpu, or JAX's CUDA plugin) runs on the CPU of this machine. What it reports is
 for one device of the mesh. Times are estimates from the chip's peaks, never measured: the longer of compute
@@ -12,6 +12,7 @@ unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -27,6 +28,7 @@ from vaediff import experiments
 from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
+from vaediff.experiments.kinds import kinds_of
 from vaediff.machine import chips, cost, hlo, sharding
 from vaediff.modes import compile_tables as tables
 from vaediff.run import captions, checkpoint, draw, log
@@ -86,10 +88,11 @@ def compile_mode(config: ConfigDict, stages: tuple[str, ...], topology: str, eff
 def compile_for(
   config: ConfigDict, stages: tuple[str, ...], topology: str, effort: float
 ) -> list[dict[str, Any]]:
-  """Compiles every stage's train step and sampler for a slice; returns one row per program.
+  """Compiles every stage's train steps and sampler for a slice; returns one row per program.
 
-  The train step is the one that `train` runs, the sampler the one of `--mode=sample` (parameters on every
-  device), with `sample.batch_size` rounded up to the devices. A stage that draws nothing, as CLIP, has none.
+  The train steps are those that `train` runs, one for each of `kinds_of` updates; the sampler is the one of
+  `--mode=sample` (parameters on every device), with `sample.batch_size` rounded up to the devices. A stage
+  that draws nothing, as CLIP, has none.
   Where `train.batch_size` is smaller than the number of devices, it is taken to be that number, and the row's
   `note` says so.
 
@@ -101,7 +104,7 @@ def compile_for(
       default, at which memory is what a real run would need.
 
   Returns:
-    Dicts with: `topology`, `devices`, `stage`, `program` ('train' | 'sample'), `batch_size` (images over all
+    Dicts with: `topology`, `devices`, `stage`, `program` (see `Program.name`), `batch_size` (images over all
     devices), `note`, `compile_seconds`, `fits`, `hbm_bytes` (of a device). Bytes per device:
     `parameter_bytes`, `optimizer_bytes`, `ema_bytes`, `frozen_bytes` (from shapes and shardings, without
     padding); `argument_bytes` (of those that the program reads), `temp_bytes`, `code_bytes`, `total_bytes`
@@ -124,7 +127,7 @@ def compile_for(
   rows = []
   for stage in stages:
     experiment = experiments.build(config, stage)
-    for make in programs_of(experiment):
+    for make in programs_of(experiment, config[stage].train.num_steps):
       rows.append(compile_program(make(config, stage, experiment, mesh), stage, slice_, mesh, effort))
   return rows
 
@@ -134,7 +137,7 @@ class Program:
   """A function to compile, with all that its figures need.
 
   Attributes:
-    name: 'train' or 'sample'.
+    name: 'train', 'train (<kind>)' for updates of a kind that has a name, as 'train (r1)', or 'sample'.
     function: jitted.
     args: ShapeDtypeStructs with shardings.
     batch_size: images over all devices.
@@ -142,7 +145,8 @@ class Program:
     sizes: bytes per device by name.
     gradient_bytes: per device, of one set of gradients; 0 where there are none.
     macs: multiply-accumulates of the whole program on all devices.
-    macs_once: the same with the sampler's loop run once, as XLA counts.
+    macs_once: the same with every loop run once, as XLA counts: the sampler's, and that over microbatches.
+      Bytes are scaled by the same ratio, so that those of the optimizer, outside of it, count too often.
     note: what differs from the config; '' = nothing.
   """
 
@@ -158,14 +162,16 @@ class Program:
   note: str
 
 
-def programs_of(experiment: Experiment) -> tuple[Callable[..., Program], ...]:
+def programs_of(experiment: Experiment, num_steps: int) -> tuple[Callable[..., Program], ...]:
   """Returns what makes the programs of a stage: no sampler where it draws nothing, for itself or others."""
-  draws = experiment.draws_images or experiment.handed
-  return (train_program, sample_program) if draws else (train_program,)
+  updates = tuple(functools.partial(train_program, kind=kind) for kind in kinds_of(experiment, num_steps))
+  return (*updates, sample_program) if experiment.draws_images or experiment.handed else updates
 
 
-def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: Mesh) -> Program:
-  """Returns the train step of a stage, for abstract arguments.
+def train_program(
+  config: ConfigDict, stage: str, experiment: Experiment, mesh: Mesh, kind: str = ''
+) -> Program:
+  """Returns the train step of a stage for updates of a kind, for abstract arguments.
 
   Raises:
     UserError: when the batch is larger than the number of devices and no multiple of it.
@@ -188,10 +194,10 @@ def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: 
   args = (state, frozen, batch, _abstract(key.shape, key.dtype, replicated))
   networks = state.networks.values()
   parameter_bytes = bytes_per_device([network.params for network in networks])
-  macs = cost.macs(experiment.train_step, *args)
+  macs, macs_once = cost.macs_and_once(functools.partial(experiment.train_step, kind=kind), *args)
   return Program(
-    name='train',
-    function=training.make_step(experiment, section.train, where, replicated),
+    name=f'train ({kind})' if kind else 'train',
+    function=training.make_step(experiment, section.train, where, replicated, kind),
     args=args,
     batch_size=batch_size,
     dtype=section.model.dtype,
@@ -203,7 +209,7 @@ def train_program(config: ConfigDict, stage: str, experiment: Experiment, mesh: 
     },
     gradient_bytes=parameter_bytes,
     macs=macs,
-    macs_once=macs,
+    macs_once=macs_once,
     note=note,
   )
 
@@ -221,11 +227,7 @@ def sample_program(config: ConfigDict, stage: str, experiment: Experiment, mesh:
   seen = {name: experiment.inputs[name] for name in draw.observed_alone(experiment, frozen | params, shape)}
   given = {name: _abstract((batch_size, *each.shape), each.dtype, where) for name, each in seen.items()}
   args = ({**frozen, **params}, indices, given, seed)
-  macs = macs_once = cost.macs(draw.sampler(experiment), *args)
-  if 'num_steps' in section.sample:
-    once = config.copy_and_resolve_references()
-    once[stage].sample.num_steps = 1
-    macs_once = cost.macs(draw.sampler(experiments.build(once, stage)), *args)
+  macs, macs_once = cost.macs_and_once(draw.sampler(experiment), *args)
   return Program(
     name='sample',
     function=jax.jit(draw.sampler(experiment)),

@@ -209,7 +209,8 @@ def train_with(
 
   try:
     if start_step:
-      reviewer(start_step, state, meta)  # where the run was ended between the save and this
+      with clock.paused():
+        reviewer(start_step, state, meta)  # where the run was ended between the save and this
     for step in range(start_step + 1, num_steps + 1):
       profile.before(step)
       with clock.waiting('input'):
