@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 from some_slow import some_slow
@@ -295,5 +296,14 @@ def test_one_device_equals_eight():
   for name, value in one[1].items():
     np.testing.assert_allclose(eight[1][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
   for name in NAMES:
-    a, b = (x[0].networks[name].params for x in (one, eight))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-5), a, b)
+    a, b = (x[0].networks[name] for x in (one, eight))
+    mean, other = (optax.tree_utils.tree_get(x.opt_state, 'mu') for x in (a, b))
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3 * abs(y).max()), other, mean
+    )
+
+    def same(x, y, mean):  # Adam makes a whole step of a gradient of nothing, and of its rounding
+      sure = np.asarray(abs(mean) >= 0.01 * abs(mean).max())
+      np.testing.assert_allclose(np.asarray(x)[sure], np.asarray(y)[sure], atol=3e-5)
+
+    jax.tree.map(same, b.params, a.params, mean)
