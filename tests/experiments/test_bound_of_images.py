@@ -49,3 +49,36 @@ def test_a_bound_is_of_the_clipped_prediction_without_guidance():
   steps = np.sum((x0 - x0_hat) ** 2, axis=(1, 2, 3)) * np.sum(g0**2 / (2 * variance))
   np.testing.assert_allclose(found['steps'], steps, rtol=1e-3)
   np.testing.assert_allclose(found['label'], np.log(10), rtol=1e-5)
+
+
+class Learned(nn.Module):
+  """`Far`, and a fraction of the log variance of 0 on the left and 1 on the right, as numbers in [-1, 1]."""
+
+  def __call__(self, x_t, t, values={}, drop={}, *, deterministic=True):  # noqa: B006
+    left = jnp.arange(8).reshape(1, 1, 8, 1) < 4
+    says = [jnp.where(left, *ends) for ends in ((3.0, 0.25), (-1.0, 1.0))]
+    return jnp.concatenate([jnp.broadcast_to(one, x_t.shape) for one in says], axis=-1)
+
+
+def test_the_bound_of_a_learned_variance_takes_each_pixels_own_and_the_clipped_prediction():
+  config = importlib.import_module('configs.digits').get_config('unconditional,learned_variance,debug')
+  built = experiments.build(config, 'refiner')
+  assert built.settings['variance'] == 'learned'
+  denoiser = dataclasses.replace(
+    built.denoiser, model=Model(module=Learned(), inputs=()), schedule=SCHEDULE, prediction='x0'
+  )
+  experiment = dataclasses.replace(built, denoiser=denoiser, settings={**built.settings, 'bound_steps': 0})
+  image = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+  bound = jax.jit(lambda batch, keys: experiment.bound({'denoiser': {}}, batch, keys, 9))
+  found = bound({'image': image}, jax.random.split(jax.random.key(0), 3))
+  i = np.arange(2, 11)
+  g0, _, variance = (
+    part.reshape(-1, 1, 1, 1, 1)
+    for part in gaussian.posterior_coefficients((i - 1) / 10, i / 10, SCHEDULE)
+  )
+  beta = SCHEDULE.beta((i - 1) / 10, i / 10).reshape(-1, 1, 1, 1, 1)
+  left = (np.arange(8) < 4).reshape(1, 1, 8, 1)
+  error = image / 127.5 - 1 - np.where(left, 1.0, 0.25)
+  own = np.where(left, variance, beta)  # KL(N(m, variance) || N(m', own)), eq. 15 of arXiv:2102.09672 at its ends
+  steps = 0.5 * (np.log(own / variance) + (variance + (g0 * error) ** 2) / own - 1)
+  np.testing.assert_allclose(found['steps'], steps.sum(axis=(0, 2, 3, 4)), rtol=1e-3)

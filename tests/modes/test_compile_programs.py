@@ -48,6 +48,10 @@ def test_a_batch_smaller_than_the_slice_is_raised_and_noted_one_that_cannot_be_s
   config.vae.train.batch_size = 3
   program = aot.train_program(config, 'vae', experiment, mesh_of(config, 8))
   assert program.batch_size == 8 and 'train.batch_size 3 -> 8' in program.note
+  config.vae.train.microbatches = 2  # each is split over the devices
+  parts = aot.train_program(config, 'vae', experiments.build(config, 'vae'), mesh_of(config, 8))
+  assert parts.batch_size == 16 and 'train.batch_size 3 -> 16' in parts.note
+  config.vae.train.microbatches = 1
   config.vae.train.batch_size = 12
   with pytest.raises(UserError, match='config.vae.train.batch_size must be a multiple of the 8 devices'):
     aot.train_program(config, 'vae', experiment, mesh_of(config, 8))

@@ -93,8 +93,8 @@ def compile_for(
   The train steps are those that `train` runs, one for each of `kinds_of` updates; the sampler is the one of
   `--mode=sample` (parameters on every device), with `sample.batch_size` rounded up to the devices. A stage
   that draws nothing, as CLIP, has none.
-  Where `train.batch_size` is smaller than the number of devices, it is taken to be that number, and the row's
-  `note` says so.
+  Where `train.batch_size` is smaller than the number of devices, it is taken to be that number, times
+  `train.microbatches`, and the row's `note` says so.
 
   Args:
     config: of the run; `config.mesh` says how the devices are used.
@@ -179,8 +179,10 @@ def train_program(
   section, note = config[stage], ''
   batch_size = section.train.batch_size
   if batch_size < mesh.size:
-    note = f'train.batch_size {batch_size} -> {mesh.size}, one image per device'
-    batch_size = mesh.size
+    parts = section.train.microbatches
+    per_part = f' and each of {parts} microbatches' if parts > 1 else ''
+    note = f'train.batch_size {batch_size} -> {mesh.size * parts}, one image per device{per_part}'
+    batch_size = mesh.size * parts
   else:
     training.check_batch_size(section, stage, mesh)
   state = training.abstract_state(experiment, mesh, sharding.rules_of(config.mesh))
