@@ -79,6 +79,6 @@ def test_the_bound_of_a_learned_variance_takes_each_pixels_own_and_the_clipped_p
   beta = SCHEDULE.beta((i - 1) / 10, i / 10).reshape(-1, 1, 1, 1, 1)
   left = (np.arange(8) < 4).reshape(1, 1, 8, 1)
   error = image / 127.5 - 1 - np.where(left, 1.0, 0.25)
-  own = np.where(left, variance, beta)  # KL(N(m, variance) || N(m', own)), eq. 15 of arXiv:2102.09672 at its ends
+  own = np.where(left, variance, beta)  # the ends of eq. 15, arXiv:2102.09672
   steps = 0.5 * (np.log(own / variance) + (variance + (g0 * error) ** 2) / own - 1)
   np.testing.assert_allclose(found['steps'], steps.sum(axis=(0, 2, 3, 4)), rtol=1e-3)
