@@ -20,7 +20,7 @@ Caption to image as DALL-E 2, by a CLIP stage and a prior of its vectors (docs/u
     python -m vaediff.main --config=configs/emoji64.py:unclip
 
 Three levels of codes at half the width: docs/codes.md; captions to codes: docs/text.md. In latents of 16x16,
-for a core or two, DiffuseVAE (docs/results.md), a class as condition, and LDDGAN:
+for a core or two, DiffuseVAE (docs/results_emoji.md), a class as condition, and LDDGAN:
 
     python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion,gmm
     python -m vaediff.main --config=configs/emoji64.py:small,latent_diffusion,unconditional,label,guided

@@ -7,7 +7,7 @@ installs them) with `:idx` and, for another folder, `--config.data.path=...`.
 Networks: a quarter of the width of the CIFAR-10 ones.
 
 On one core: GANs of 4 steps (`latent`, `wavelet`, `ddgan`) in 5 minutes each; VAE, U-Net and six halvings
-(`small,distill`) in an hour: docs/results.md. The full sizes: not yet measured.
+(`small,distill`) in an hour: docs/results_fashion_mnist.md. The full sizes: not yet measured.
 
 Codes, 8x8 of 256 (`vqvae2`: 8x8 and 4x4 of 64):
 
