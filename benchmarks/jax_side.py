@@ -1,7 +1,7 @@
 """What the JAX worker runs: this project's networks, train steps and samplers, as `vaediff` runs them.
 
 - forward: `jit(model.apply)`, without dropout.
-- train: the step of `vaediff.run.loop.make_step`, that is the whole update of the experiment as its config
+- train: the step of `vaediff.run.steps.make_step`, that is the whole update of the experiment as its config
   describes it, on a batch that is on the device: for the U-Net bytes to floats, flips, time and noise, loss,
   gradient, clipping to norm 1, Adam, parameter average, and the guard against bad steps; for the VAE the same
   with its own loss and without flips, clipping and average.
@@ -24,7 +24,7 @@ from vaediff import experiments
 from vaediff.experiments.base import Experiment, sampling_keys
 from vaediff.machine import cost, sharding
 from vaediff.models.functional import Model
-from vaediff.run import guard
+from vaediff.run import guard, steps
 from vaediff.run import loop as training
 
 
@@ -127,7 +127,7 @@ def _train(case: Case, experiment: Experiment, model: Model, count: int, config:
   batch = {'image': image, **stored, **({'x0_vae': image[::-1].copy()} if 'x0_vae' in stored else {})}
   batch = sharding.put_batch(batch, sharding.batch_sharding(mesh))
   key = jax.device_put(jax.random.key(1), replicated)
-  step = training.make_step(experiment, config[case.stage].train, where, replicated)
+  step = steps.make_step(experiment, config[case.stage].train, where, replicated)
 
   def run():
     nonlocal state

@@ -55,7 +55,7 @@ def sample(**more) -> ConfigDict:
   """How many images are drawn, and where they go; `more` are the keys of one experiment."""
   return ConfigDict(
     {
-      'checkpoint': 'latest',  # 'latest' | 'best'
+      'checkpoint': 'latest',  # 'latest' | 'best' | a step that is kept, as '8000'
       'num_images': 64,
       'batch_size': 64,  # images in memory at a time, over all devices
       'seed': 0,

@@ -80,7 +80,7 @@ NUMBERS = [
   ('reconstruct.num_images', -2, 'config.reconstruct.num_images must be >= 1, got -2'),
   ('interpolate.from_label', -1, 'config.interpolate.from_label must be >= 0, got -1'),
   ('interpolate.num_points', 2**40, r'config.interpolate.num_points must be below 2\^31, got 1099511627776'),
-  ('refiner.sample.checkpoint', 'last', "config.refiner.sample.checkpoint is 'last'; valid: latest, best"),
+  ('refiner.sample.checkpoint', 'last', "config.refiner.sample.checkpoint is 'last'; valid: latest, best, or a step that is kept"),
   ('refiner.sample.eta', 1.5, r'config.refiner: sample.eta must be in \[0, 1\], got 1.5'),
   ('vae.sample.seed', 2**31, r'config.vae.sample.seed must be in \[0, 2\^31\)'),
   (

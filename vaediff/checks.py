@@ -41,6 +41,19 @@ def one_of(names: Collection[Any]) -> Bound:
   return Bound(lambda value: value in names, lambda field, value: f'{field} is {value!r}; valid: {shown}')
 
 
+def checkpoint() -> Bound:
+  """Returns the bound of a choice among the checkpoints of a stage: 'latest', 'best' or a step."""
+  return Bound(
+    lambda value: value in ('latest', 'best') or step_of(value) > 0,
+    lambda field, value: f'{field} is {value!r}; valid: latest, best, or a step that is kept, as 8000',
+  )
+
+
+def step_of(choice: str) -> int:
+  """Returns the step that a choice of a checkpoint names; 0 where it names none."""
+  return int(choice) if choice.isascii() and choice.isdecimal() and len(choice) < 10 else 0
+
+
 def count(least: int) -> Bound:
   """Returns the bound of a whole number in [least, 2^31): what is counted in steps, images or rows."""
   return Bound(

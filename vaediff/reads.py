@@ -4,6 +4,8 @@ These are declarations; `vaediff.run.frozen` loads what they name into the dict 
 """
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +14,9 @@ from ml_collections import ConfigDict
 
 from vaediff.data import words
 from vaediff.errors import UserError
+from vaediff.machine import digests
 from vaediff.models.functional import Model
+from vaediff.storage import identity, places
 from vaediff.types import Params
 
 
@@ -60,13 +64,23 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-  """Arrays that no stage has trained, such as published weights: `read[name]` holds what `load` returns.
+  """Arrays that no stage has trained, such as published weights: `read[name]` holds its `value`.
 
   Attributes:
     load: returns them; raises UserError, saying how to get them, when they are not there.
   """
 
   load: Callable[[], Params]
+
+  @functools.cached_property
+  def value(self) -> Params:
+    """What `load` returns; it is called once, at the first access, and raises as `load` does."""
+    return self.load()
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """The id of the arrays, made once; all processes must ask for it, and it raises as `load` does."""
+    return identity.digest(digests.of_parts(self.value))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +129,20 @@ class Captions:
 
 
 Reads = FromStage | Measured | Published | Captions
+
+
+def workdir_of(source: Any, workdir: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of the run that holds what `source` names.
+
+  Args:
+    source: a declaration of this file, or a section of a config, with a `workdir`: a path that may begin with
+      ~ or lie in a bucket, or '' = that of the run that asks.
+    workdir: of the run that asks.
+
+  Raises:
+    UserError: when there is no such home folder, or the store of the bucket is not known.
+  """
+  return places.anywhere(source.workdir) if source.workdir else workdir
 
 
 def is_stage(config: ConfigDict, name: str, experiment: str) -> bool:

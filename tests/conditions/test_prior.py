@@ -66,6 +66,21 @@ def test_normal_prior_is_standard():
 def test_too_few_latents():
   with pytest.raises(UserError, match='all more than the 8 latents'):
     prior.fit(mixture(10), settings(num_components=(50,)), seed=0)
+  with pytest.raises(UserError, match='1 of 10 latents is left to fit a mixture to, and at least 2'):
+    prior.fit(mixture(10), settings(num_components=(1,), holdout_fraction=0.9), seed=0)
+
+
+@pytest.mark.parametrize(('fraction', 'components'), [(0.9, (10,)), (0.95, (1,))])
+def test_a_class_of_which_too_few_codes_are_left_has_the_components_of_all(fraction, components):
+  """It has enough codes, but most are held out: 20 of 9 in 10 leave two, to which ten cannot be fitted."""
+  whole, _ = prior.fit(mixture(), settings(), seed=0)
+  z, section = mixture(20), settings(num_components=components, holdout_fraction=fraction)
+  found = prior.fit_classes(whole, z, np.zeros(20, np.int64), 1, section, seed=0)
+  np.testing.assert_array_equal(found['means'], whole['means'])
+  np.testing.assert_array_equal(found['class_weights'], prior.of_classes(whole, z, np.zeros(20, np.int64), 1))
+  more = settings(num_components=components, holdout_fraction=0.5)  # half of 20 is enough for either
+  own = prior.fit_classes(whole, z, np.zeros(20, np.int64), 1, more, seed=0)
+  assert own['means'].shape == (components[0], 2)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_simulation_with_enough_calls_takes_the_grids_own_steps(num_calls):
   index = jnp.arange(4)
   got = distillation.simulate(teacher, noise, index, grid, num_calls, COSINE)
   keys = jax.random.split(jax.random.key(0), 4)
-  _, trajectory = samplers.sample_ddim(teacher, COSINE, noise, keys, num_steps=4, trajectory=True)
+  _, trajectory = samplers.SAMPLERS['ddim'](teacher, COSINE, noise, keys, num_steps=4, trajectory=True)
   for i in range(4):
     np.testing.assert_allclose(got[i], trajectory[i, i], atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_simulation_in_few_calls_ends_at_the_right_time():
   np.testing.assert_allclose(got, gaussian.q_sample(x0, noise, grid[index], LINEAR), atol=2e-5)
 
 
-@pytest.mark.parametrize('sampler', [samplers.sample_renoise, samplers.sample_there_and_back])
+@pytest.mark.parametrize('sampler', ['renoise', 'there_and_back'])
 def test_samplers_of_students_keep_the_marginals_of_gaussian_data(sampler):
   """With x0 ~ N(0, s^2) and a denoiser that draws from p(x0 | y), every state has its exact variance.
 
@@ -132,9 +132,9 @@ def test_samplers_of_students_keep_the_marginals_of_gaussian_data(sampler):
     return alpha * std**2 / total * y + spread * jax.random.normal(seed, y.shape)
 
   y = jax.random.normal(jax.random.key(6), (count, 1))
-  x0, trajectory = sampler(denoise, COSINE, y, keys, num_steps=4, trajectory=True)
+  x0, trajectory = samplers.SAMPLERS[sampler](denoise, COSINE, y, keys, num_steps=4, trajectory=True)
   np.testing.assert_allclose(float(x0.std()), std, rtol=0.02)
-  if sampler is samplers.sample_renoise:
+  if sampler == 'renoise':
     times = samplers.time_grid(COSINE, 'uniform', 4)
     expected = np.sqrt(COSINE.alpha(times) ** 2 * std**2 + COSINE.sigma(times) ** 2)
     np.testing.assert_allclose(np.asarray(trajectory).std(axis=(1, 2)), expected, rtol=0.02)
@@ -145,7 +145,7 @@ def test_there_and_back_by_hand():
   count, x0 = 40_000, 0.7
   keys = jax.random.split(jax.random.key(7), count)
   y = COSINE.alpha(np.array(1.0)) * x0 + COSINE.sigma(np.array(1.0)) * np.ones((count, 1), np.float32)
-  _, trajectory = samplers.sample_there_and_back(
+  _, trajectory = samplers.SAMPLERS['there_and_back'](
     lambda y, t: jnp.full_like(y, x0), COSINE, jnp.asarray(y), keys, num_steps=4, trajectory=True
   )
   times = samplers.time_grid(COSINE, 'uniform', 4)

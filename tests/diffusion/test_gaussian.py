@@ -1,6 +1,8 @@
 """Marginals, posteriors (against Bayes' rule on the joint Gaussian) and conversions."""
 
 import itertools
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,9 @@ import pytest
 
 from vaediff.diffusion import gaussian, schedules
 from vaediff.errors import UserError
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import formulation2  # noqa: E402
 
 LINEAR = schedules.LinearBeta()
 COSINE = schedules.Cosine()
@@ -47,7 +52,7 @@ def test_posterior_is_bayes_rule(pair, x0_vae):
 
   arrays = [jnp.full((2, 3), value) for value in (x0, x_t, x0_vae)]
   s, t = jnp.full(2, first / 1000), jnp.full(2, last / 1000)
-  mean2, variance2 = gaussian.posterior_formulation2(*arrays, s, t, LINEAR)
+  mean2, variance2 = formulation2.posterior(*arrays, s, t, LINEAR)
   np.testing.assert_allclose(mean2, expected_mean, atol=2e-5)
   np.testing.assert_allclose(variance2, expected_variance, rtol=2e-4)
   mean1, variance1 = gaussian.posterior(arrays[0], arrays[1] - arrays[2], s, t, LINEAR)
@@ -62,7 +67,7 @@ def test_posterior_at_the_first_step_is_a_point_mass():
   mean, variance = gaussian.posterior(x0, x_t - x0_vae, s, t, LINEAR)
   np.testing.assert_allclose(mean, 0.25, rtol=1e-6)
   np.testing.assert_array_equal(variance, 0)
-  mean, variance = gaussian.posterior_formulation2(x0, x_t, x0_vae, s, t, LINEAR)
+  mean, variance = formulation2.posterior(x0, x_t, x0_vae, s, t, LINEAR)
   np.testing.assert_allclose(mean, 0.25 - 0.5, rtol=1e-6)
   np.testing.assert_array_equal(variance, 0)
 
@@ -77,7 +82,7 @@ def test_kappa_of_formulation2(i, kappa, tolerance):
   assert abs(1 - g1 - kappa) <= tolerance
   zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
   s, t = jnp.full(1, (i - 1) / 1000), jnp.full(1, i / 1000)
-  mean, _ = gaussian.posterior_formulation2(zero, zero, one, s, t, LINEAR)
+  mean, _ = formulation2.posterior(zero, zero, one, s, t, LINEAR)
   assert float(mean[0, 0]) == pytest.approx(kappa, abs=5e-6)
 
 

@@ -62,7 +62,7 @@ def test_finishing_is_the_ddim_sampler_from_each_examples_time(schedule, num_cal
   keys = jax.random.split(jax.random.key(1), 1)
   for k, t in enumerate(times):
     row = y[k : k + 1]
-    expected = samplers.sample_ddim(teacher, schedule, row, keys, num_steps=num_calls, t_start=t)
+    expected = samplers.SAMPLERS['ddim'](teacher, schedule, row, keys, num_steps=num_calls, t_start=t)
     np.testing.assert_allclose(x0[k : k + 1], expected, atol=2e-5)
 
 

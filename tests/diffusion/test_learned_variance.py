@@ -226,8 +226,8 @@ def test_the_ends_of_a_learned_variance_are_the_fixed_ones(fraction, fixed):
 
   y = jax.random.normal(jax.random.key(0), (2, 3, 3, 1))
   options = {'num_steps': 6, 'grid': 'both_ends'}
-  learned = samplers.sample_ddpm(both, LINEAR, y, keys_of(2), variance='learned', **options)
-  same = samplers.sample_ddpm(denoise, LINEAR, y, keys_of(2), variance=fixed, **options)
+  learned = samplers.SAMPLERS['ddpm'](both, LINEAR, y, keys_of(2), variance='learned', **options)
+  same = samplers.SAMPLERS['ddpm'](denoise, LINEAR, y, keys_of(2), variance=fixed, **options)
   np.testing.assert_allclose(learned, same, atol=1e-5)
 
 
@@ -238,7 +238,7 @@ def test_the_variance_is_that_of_each_pixel():
   def both(y, t):
     return jnp.zeros_like(y), fraction
 
-  y = samplers.sample_ddpm(
+  y = samplers.SAMPLERS['ddpm'](
     both, LINEAR, jnp.zeros((4000, 3)), keys_of(4000), num_steps=1, t_start=0.5, t_end=0.1, variance='learned'
   )
   low, high = gaussian.log_variances(LINEAR, np.array([0.5, 0.1]))
@@ -249,10 +249,12 @@ def test_the_variance_is_that_of_each_pixel():
 
 def test_what_a_sampler_reads_beside_x0_hat():
   settings = {'variance': 'learned', 'recompute_eps': False}
-  assert samplers.beside('ddpm', settings) == samplers.FRACTION
-  assert samplers.beside('ddim', settings) == samplers.UNCLIPPED
-  assert samplers.beside('heun', settings) == ''
+  assert samplers.second_output('ddpm', settings) == samplers.FRACTION
+  assert samplers.second_output('ddim', settings) == samplers.UNCLIPPED
+  assert samplers.second_output('heun', settings) == ''
   settings = {'variance': 'large', 'recompute_eps': True}
-  assert samplers.beside('ddpm', settings) == samplers.beside('ddim', settings) == ''
+  assert samplers.second_output('ddpm', settings) == samplers.second_output('ddim', settings) == ''
   with pytest.raises(UserError, match=r"sample\.variance must be one of .*'learned'.* got 'none'"):
-    samplers.sample_ddpm(lambda y, t: y, LINEAR, jnp.zeros((1, 1)), keys_of(1), num_steps=2, variance='none')
+    samplers.SAMPLERS['ddpm'](
+      lambda y, t: y, LINEAR, jnp.zeros((1, 1)), keys_of(1), num_steps=2, variance='none'
+    )

@@ -74,7 +74,7 @@ def columns_of(sampler, times, **options):
 
 def test_the_variance_of_ddim_is_that_of_the_paper():
   times, std = np.linspace(1, 0, 6), 0.004
-  columns = columns_of(samplers.sample_ddim, times, eta=0.7)
+  columns = columns_of(samplers.SAMPLERS['ddim'], times, eta=0.7)
   t, s = times[:-1], times[1:]
   noise = columns['noise']
   alpha_bar_t, alpha_bar_s = LINEAR.alpha(t) ** 2, LINEAR.alpha(s) ** 2
@@ -104,7 +104,7 @@ def test_ddim_with_the_eps_of_the_network_is_corrected_as_that_with_the_implied_
   times, found = np.linspace(1, 0, 51), {}
   change = noise_correction.less_noise(LINEAR, lambda t: jnp.full(len(t), 0.05), direction=direction)
   for recompute_eps in (True, False):
-    table = samplers.sample_ddim.table(LINEAR, times, eta=eta, recompute_eps=recompute_eps)
+    table = samplers.SAMPLERS['ddim'].table(LINEAR, times, eta=eta, recompute_eps=recompute_eps)
     of_eps = 'current' if recompute_eps else 'unclipped'
     columns = {name: getattr(table, name) for name in {'time', 'keep', 'current', 'noise', of_eps}}
     changed = change(columns)
@@ -126,7 +126,7 @@ def test_both_ddims_draw_the_same_with_a_correction(direction):
   y = jax.random.normal(jax.random.key(0), (4, 3))
   keys = lambda: jax.random.split(jax.random.key(1), 4)
   change = noise_correction.less_noise(LINEAR, lambda t: jnp.full(len(t), 0.05), direction=direction)
-  run = functools.partial(samplers.sample_ddim, schedule=LINEAR, y=y, num_steps=50, eta=1.0)
+  run = functools.partial(samplers.SAMPLERS['ddim'], schedule=LINEAR, y=y, num_steps=50, eta=1.0)
   implied = run(lambda y, t: 0.4 * y, keys=keys(), change=change)
   own = run(lambda y, t: (0.4 * y, 0.4 * y), keys=keys(), change=change, recompute_eps=False)
   np.testing.assert_allclose(own, implied, atol=1e-5)
@@ -140,10 +140,10 @@ def test_no_error_changes_no_bit():
   denoise = lambda y, t: 0.9 * jnp.tanh(y)
   options = {'num_steps': 7, 'grid': 'quadratic'}
   for sampler in (
-    samplers.sample_ddpm,
-    functools.partial(samplers.sample_ddpm, variance='large'),
-    functools.partial(samplers.sample_ddim, eta=0.5),
-    samplers.sample_there_and_back,
+    samplers.SAMPLERS['ddpm'],
+    functools.partial(samplers.SAMPLERS['ddpm'], variance='large'),
+    functools.partial(samplers.SAMPLERS['ddim'], eta=0.5),
+    samplers.SAMPLERS['there_and_back'],
   ):
     plain = jax.jit(lambda: sampler(denoise, LINEAR, y, keys, **options))()  # noqa: B023
     for direction in (False, True):
@@ -163,7 +163,7 @@ def test_samples_of_a_noisy_network_have_the_variance_of_a_clean_one():
     return 0.5 * y + size * jax.random.normal(key, y.shape)
 
   def std(size, change=None):
-    run = functools.partial(samplers.sample_ddpm, num_steps=5, t_end=0.3, change=change)
+    run = functools.partial(samplers.SAMPLERS['ddpm'], num_steps=5, t_end=0.3, change=change)
     return float(jnp.std(run(lambda y, t: denoise(y, t, size), LINEAR, y, keys)))
 
   of_error = lambda times: jnp.full(len(times), error)

@@ -47,7 +47,7 @@ def test_ddim_keeps_the_eps_of_the_network(kind, form):
   np.testing.assert_allclose(times[:-1][::-1] * 1000 - 1, data[f'indices_{kind}'], atol=1e-9)
   eps, wanted = data[f'ddim_{kind}_form{form}_eps'], data[f'ddim_{kind}_form{form}']
   run = functools.partial(
-    samplers.sample_ddim, schedule=LINEAR, y=jnp.asarray(data['noise']),
+    samplers.SAMPLERS['ddim'], schedule=LINEAR, y=jnp.asarray(data['noise']),
     keys=jax.random.split(jax.random.key(0), 1), num_steps=10, grid=GRIDS[kind],
   )  # fmt: skip
   got = run(replay(eps, times, both=True), recompute_eps=False)
@@ -66,7 +66,7 @@ def test_ddpm_on_the_published_times(variance, form, monkeypatch):
   monkeypatch.setattr(samplers, 'jax', types.SimpleNamespace(vmap=jax.vmap, lax=jax.lax, random=given))
   times = grids.time_grid(LINEAR, 'published_uniform', 20)
   np.testing.assert_allclose(times[:-1][::-1] * 1000 - 1, data['indices_ddpm'], atol=1e-9)
-  got = samplers.sample_ddpm(
+  got = samplers.SAMPLERS['ddpm'](
     replay(data[f'ddpm_fixed{variance}_form{form}_eps'], times, both=False), LINEAR,
     jnp.asarray(data['noise']), keys, num_steps=20, grid='published_uniform', variance=variance,
   )  # fmt: skip
@@ -82,8 +82,8 @@ def test_without_clipping_both_eps_are_the_same(eta):
     return jax.random.split(jax.random.key(1), 3)
 
   y = jax.random.normal(jax.random.key(0), (3, 5))
-  once = samplers.sample_ddim(denoise, LINEAR, y, keys(), num_steps=7, eta=eta)
-  kept = samplers.sample_ddim(
+  once = samplers.SAMPLERS['ddim'](denoise, LINEAR, y, keys(), num_steps=7, eta=eta)
+  kept = samplers.SAMPLERS['ddim'](
     lambda y, t: (denoise(y, t), denoise(y, t)), LINEAR, y, keys(), num_steps=7, eta=eta, recompute_eps=False
   )
   np.testing.assert_allclose(kept, once, atol=1e-5)

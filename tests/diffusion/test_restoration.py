@@ -160,7 +160,7 @@ def test_holding_in_every_step_moves_the_rest_too():
   agree = lambda x: one.agree(x, measured, known)
   y = jax.random.normal(jax.random.key(3), x0.shape)
   run = jax.jit(
-    lambda d, y: samplers.sample_ddim(d, LINEAR, y, keys_of(count), num_steps=50), static_argnums=0
+    lambda d, y: samplers.SAMPLERS['ddim'](d, LINEAR, y, keys_of(count), num_steps=50), static_argnums=0
   )
   error = lambda x: float(jnp.sqrt(jnp.sum((agree(x) - x0) ** 2) / jnp.sum(1 - known)))
   held, pasted = error(run(restoration.consistent(denoise, agree), y)), error(run(denoise, y))

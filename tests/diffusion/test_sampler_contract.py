@@ -16,7 +16,7 @@ COSINE = schedules.Cosine()
 SCHEDULES = [LINEAR, COSINE]
 DETERMINISTIC = ['ddim', 'heun', 'dpmpp_2m']
 STOCHASTIC = ['ddpm', 'ddim_half']
-VARIANTS = samplers.SAMPLERS | {'ddim_half': functools.partial(samplers.sample_ddim, eta=0.5)}
+VARIANTS = samplers.SAMPLERS | {'ddim_half': functools.partial(samplers.SAMPLERS['ddim'], eta=0.5)}
 
 
 def gaussian_denoiser(schedule, s):
@@ -57,7 +57,7 @@ def test_example_i_is_the_same_for_every_batch_size(name):
 def test_eight_devices_draw_what_one_device_draws():
   denoise = gaussian_denoiser(LINEAR, 0.5)
   y, keys = noise_of(16, (3, 3, 2)), keys_of(16)
-  run = jax.jit(lambda y, keys: samplers.sample_ddpm(denoise, LINEAR, y, keys, num_steps=5))
+  run = jax.jit(lambda y, keys: samplers.SAMPLERS['ddpm'](denoise, LINEAR, y, keys, num_steps=5))
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   over_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   sharded = run(jax.device_put(y, over_data), jax.device_put(keys, over_data))
@@ -124,7 +124,9 @@ def test_number_of_function_evaluations(name, num_steps, t_end):
   y, keys = jnp.ones((1, 1)), keys_of(1)
   samplers.get_sampler(name)(denoise, LINEAR, y, keys, num_steps=num_steps, t_end=t_end)
   jax.effects_barrier()
-  assert len(calls) == samplers.num_function_evaluations(name, num_steps, t_end)
+  times = samplers.evaluation_times(name, LINEAR, num_steps=num_steps, t_end=t_end)
+  expected = {'heun': 2 * num_steps - (t_end == 0)}.get(name, num_steps)
+  assert len(calls) == len(times) == expected
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -159,13 +161,13 @@ def test_errors():
     with pytest.raises(UserError, match=r'sample\.num_steps must be >= 1, got 0'):
       sample(denoise, LINEAR, y, keys, num_steps=0)
   with pytest.raises(UserError, match=r"sample\.variance must be one of .*'small'.*got 'middle'"):
-    samplers.sample_ddpm(denoise, LINEAR, y, keys, num_steps=2, variance='middle')
+    samplers.SAMPLERS['ddpm'](denoise, LINEAR, y, keys, num_steps=2, variance='middle')
   for eta in (-0.1, 1.5):
     with pytest.raises(UserError, match=rf'sample\.eta must be in \[0, 1\], got {eta}'):
-      samplers.sample_ddim(denoise, LINEAR, y, keys, num_steps=2, eta=eta)
+      samplers.SAMPLERS['ddim'](denoise, LINEAR, y, keys, num_steps=2, eta=eta)
   with pytest.raises(UserError, match=r"sample\.sampler must be one of .*'ddim'.*got 'unipc'"):
     samplers.get_sampler('unipc')
   with pytest.raises(UserError, match=r"got 'unipc'"):
-    samplers.num_function_evaluations('unipc', 2)
+    samplers.evaluation_times('unipc', LINEAR, num_steps=2)
   with pytest.raises(UserError, match=r'sample\.num_steps must be >= 1, got 0'):
-    samplers.num_function_evaluations('ddim', 0)
+    samplers.evaluation_times('ddim', LINEAR, num_steps=0)

@@ -17,25 +17,20 @@ from some_slow import some_slow
 from vaediff.diffusion import gaussian, guidance, samplers, schedules
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import formulation2  # noqa: E402
 import known_network  # noqa: E402
 
 LINEAR = schedules.LinearBeta()
 COSINE = schedules.Cosine()
 SCHEDULES = [LINEAR, COSINE]
 VARIANTS = {
-  'ddpm': samplers.sample_ddpm,
-  'ddpm_large': functools.partial(samplers.sample_ddpm, variance='large'),
-  'ddim': samplers.sample_ddim,
-  'ddim_half': functools.partial(samplers.sample_ddim, eta=0.5),
-  'ddim_one': functools.partial(samplers.sample_ddim, eta=1.0),
-  'heun': samplers.sample_heun,
-  'dpmpp_2m': samplers.sample_dpmpp_2m,
+  'ddpm_large': functools.partial(samplers.SAMPLERS['ddpm'], variance='large'),
+  'ddim_half': functools.partial(samplers.SAMPLERS['ddim'], eta=0.5),
+  'ddim_one': functools.partial(samplers.SAMPLERS['ddim'], eta=1.0),
+  **{name: samplers.SAMPLERS[name] for name in ('ddpm', 'ddim', 'heun', 'dpmpp_2m')},
 }
-ALL = {  # these two are exact where x0_hat is a sample, not a mean
-  **VARIANTS,
-  'renoise': samplers.sample_renoise,
-  'there_and_back': samplers.sample_there_and_back,
-}
+# these two are exact where x0_hat is a sample, not a mean
+ALL = {**VARIANTS, **{name: samplers.SAMPLERS[name] for name in ('renoise', 'there_and_back')}}
 DETERMINISTIC = ['ddim', 'heun', 'dpmpp_2m']
 
 
@@ -140,7 +135,7 @@ def test_point_data_gives_the_exact_marginal_for_any_number_of_steps(name):
 def test_ddpm_large_is_exact_for_unit_variance_data(schedule, num_steps):
   """For s = 1 the reverse transition has variance beta_{t|s} and every marginal is N(0, 1)."""
   y = noise_of(1, (40_000,))
-  result = samplers.sample_ddpm(
+  result = samplers.SAMPLERS['ddpm'](
     gaussian_denoiser(schedule, 1.0),
     schedule,
     y,
@@ -170,7 +165,7 @@ def test_ddpm_variance_in_closed_form(variance):
     gain = np.sqrt(ab_t) * s**2 / (ab_t * s**2 + 1 - ab_t)
     slope = posterior_variance * (np.sqrt(ab_s) * gain / (1 - ab_s) + np.sqrt(a) / b)
     expected = slope**2 * expected + (posterior_variance if variance == 'small' else b)
-  _, states = samplers.sample_ddpm(
+  _, states = samplers.SAMPLERS['ddpm'](
     gaussian_denoiser(LINEAR, s),
     LINEAR,
     noise_of(1, (pixels,)),
@@ -242,7 +237,7 @@ def test_second_order_beats_first_order_from_noise_to_data(name):
     result = VARIANTS[name](denoise, LINEAR, y, keys_of(1), num_steps=num_steps, grid='quadratic')
     return abs(result.item() / (0.5 / marginal_std(LINEAR, 1.0, 0.5)) - 1)
 
-  cost = samplers.num_function_evaluations(name, 20)
+  cost = len(samplers.evaluation_times(name, LINEAR, num_steps=20))
   assert error(name, 20) < 0.5 * error('ddim', cost)
 
 
@@ -258,8 +253,8 @@ def test_ddim_with_eta_one_is_ddpm_step_by_step(schedule, grid, bound):
     denoise = guidance.clip(denoise, -bound, bound)
   y, keys = noise_of(2, (4, 4, 1)), keys_of(2)
   run = {'num_steps': 12, 'grid': grid, 'trajectory': True}
-  _, ddim = samplers.sample_ddim(denoise, schedule, y, keys, eta=1.0, **run)
-  _, ddpm = samplers.sample_ddpm(denoise, schedule, y, keys, variance='small', **run)
+  _, ddim = samplers.SAMPLERS['ddim'](denoise, schedule, y, keys, eta=1.0, **run)
+  _, ddpm = samplers.SAMPLERS['ddpm'](denoise, schedule, y, keys, variance='small', **run)
   np.testing.assert_allclose(ddim, ddpm, atol=2e-6)
   if bound is not None:
     assert np.max(abs(ddpm[-1])) <= bound
@@ -271,7 +266,7 @@ def test_ddim_step_under_clipping_recomputes_eps():
   ab_t, ab_s, y = alpha_bar[699], alpha_bar[698], 0.4
   eps = (y - np.sqrt(ab_t)) / np.sqrt(1 - ab_t)
   expected = np.sqrt(ab_s) + np.sqrt(1 - ab_s) * eps
-  result = samplers.sample_ddim(
+  result = samplers.SAMPLERS['ddim'](
     guidance.clip(point_denoiser(jnp.float32(1.8))),
     LINEAR,
     jnp.full((1, 1), y),
@@ -290,7 +285,7 @@ def test_ddim_eta_scales_the_posterior_standard_deviation():
   w = 0.6 * np.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
   y = jnp.full((1, pixels), 1.5 * np.sqrt(1 - ab_t), jnp.float32)
   run = {'num_steps': 1, 't_start': 0.8, 't_end': 0.4, 'eta': 0.6}
-  result = samplers.sample_ddim(point_denoiser(jnp.float32(0)), LINEAR, y, keys_of(1), **run)
+  result = samplers.SAMPLERS['ddim'](point_denoiser(jnp.float32(0)), LINEAR, y, keys_of(1), **run)
   assert abs(np.mean(result) - 1.5 * np.sqrt(1 - ab_s - w**2)) < 5 * w / np.sqrt(pixels)
   assert abs(np.std(result) / w - 1) < 5 / np.sqrt(2 * pixels)
 
@@ -301,12 +296,12 @@ def test_first_heun_and_dpm_step_without_history_is_ddim():
   denoise = gaussian_denoiser(COSINE, 0.5)
   ends = {'num_steps': 1, 't_start': 0.8, 't_end': 0.3}
   np.testing.assert_array_equal(
-    samplers.sample_dpmpp_2m(denoise, COSINE, y, keys, **ends),
-    samplers.sample_ddim(denoise, COSINE, y, keys, **ends),
+    samplers.SAMPLERS['dpmpp_2m'](denoise, COSINE, y, keys, **ends),
+    samplers.SAMPLERS['ddim'](denoise, COSINE, y, keys, **ends),
   )
   np.testing.assert_array_equal(
-    samplers.sample_heun(denoise, COSINE, y, keys, num_steps=1),
-    samplers.sample_ddim(denoise, COSINE, y, keys, num_steps=1),
+    samplers.SAMPLERS['heun'](denoise, COSINE, y, keys, num_steps=1),
+    samplers.SAMPLERS['ddim'](denoise, COSINE, y, keys, num_steps=1),
   )
 
 
@@ -324,18 +319,18 @@ def test_formulations_are_the_same_chain(name):
 
 
 def test_formulation2_chain_written_out_in_x_t():
-  """The DDPM chain in y plus x0_vae is the chain of `posterior_formulation2` in x_t, same noise."""
+  """The DDPM chain in y plus x0_vae is the chain of `formulation2.posterior` in x_t, same noise."""
   x0_vae, num_steps = jnp.full((2, 3), 0.7), 6
   network = lambda x_t: jnp.clip(0.3 * x_t - 0.1 * x0_vae, -1, 1)
   y, keys = noise_of(2, (3,)), keys_of(2)
-  _, states = samplers.sample_ddpm(
+  _, states = samplers.SAMPLERS['ddpm'](
     lambda y, t: network(y + x0_vae), LINEAR, y, keys, num_steps=num_steps, trajectory=True
   )
   times = samplers.time_grid(LINEAR, 'uniform', num_steps)
   x_t = y + x0_vae
   for k in range(num_steps):
     s, t = jnp.full(2, times[k + 1]), jnp.full(2, times[k])
-    mean, variance = gaussian.posterior_formulation2(network(x_t), x_t, x0_vae, s, t, LINEAR)
+    mean, variance = formulation2.posterior(network(x_t), x_t, x0_vae, s, t, LINEAR)
     noise = jax.vmap(lambda key, k=k: jax.random.normal(jax.random.fold_in(key, k), (3,)))(keys)
     x_t = mean + jnp.sqrt(variance)[:, None] * noise
     np.testing.assert_allclose(x_t - x0_vae, states[k + 1], atol=2e-5)

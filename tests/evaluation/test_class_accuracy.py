@@ -12,7 +12,18 @@ from ml_collections import ConfigDict
 
 from vaediff import modes
 from vaediff.data import sources
-from vaediff.evaluation import frechet, measures, networks, reconstructions, references, report, sets, sweep
+from vaediff.evaluation import (
+  asked_classes,
+  frechet,
+  measures,
+  networks,
+  quality,
+  reconstructions,
+  references,
+  report,
+  sets,
+  sweep,
+)
 from vaediff.evaluation.measures import Figure
 from vaediff.modes import train
 from vaediff.run import config as configs
@@ -40,7 +51,7 @@ class Trained(opened_stages.Trained):
     self.experiment = types.SimpleNamespace(classes=classes, classes_of=classes_of, makers=())
 
 
-class Classifier(networks.Features):
+class Classifier(networks.FeatureNetwork):
   def __init__(self):
     self.accuracy = 0.99
 
@@ -55,17 +66,17 @@ def seen(*logits):
 
 
 def test_mean_and_spread_over_seeds_with_the_classifiers_own_accuracy_as_floor():
-  found = sets.class_accuracy(Trained(), opened(), seen(LOGITS, np.eye(3)[ASKED]), 4)
+  found = asked_classes.class_accuracy(Trained(), opened(), seen(LOGITS, np.eye(3)[ASKED]), 4)
   spread = float(np.std([0.75, 1.0], ddof=1))
   assert found == {'class_accuracy': Figure(value=0.875, spread=spread, floor=0.99, floor_n=297)}
-  assert sets.class_accuracy(Trained(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.75
+  assert asked_classes.class_accuracy(Trained(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.75
   cell = report.cell(found['class_accuracy'])
   assert cell == '0.875 ± 0.1768 (floor 0.99 at N = 297)'
 
 
 def test_samples_that_are_asked_for_nothing_have_none():
-  assert sets.class_accuracy(Trained(()), opened(), seen(LOGITS), 4) == {}
-  assert sets.class_accuracy(Trained(), opened(), [], 4) == {}  # a VAE's, which are shown before
+  assert asked_classes.class_accuracy(Trained(()), opened(), seen(LOGITS), 4) == {}
+  assert asked_classes.class_accuracy(Trained(), opened(), [], 4) == {}  # a VAE's, which are shown before
 
 
 class Told(Trained):
@@ -84,9 +95,9 @@ class Told(Trained):
 
 
 def test_captions_of_evaluation_images_ask_for_their_classes():
-  np.testing.assert_array_equal(sets.classes_asked(Told(), 5), [2, 0, 1, 2, 0])
-  assert sets.class_accuracy(Told(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.5
-  assert sets.classes_asked(Told(chosen=('a',)), 5) is None
+  np.testing.assert_array_equal(asked_classes.classes_asked(Told(), 5), [2, 0, 1, 2, 0])
+  assert asked_classes.class_accuracy(Told(), opened(), seen(LOGITS), 4)['class_accuracy'].value == 0.5
+  assert asked_classes.classes_asked(Told(chosen=('a',)), 5) is None
 
 
 @pytest.mark.parametrize(
@@ -98,11 +109,11 @@ def test_captions_of_evaluation_images_ask_for_their_classes():
   ],
 )  # fmt: skip
 def test_a_reason_takes_the_place_of_the_figure(missing, logits, reason):
-  (figure,) = sets.class_accuracy(Trained(), opened(missing), seen(logits), 4).values()
+  (figure,) = asked_classes.class_accuracy(Trained(), opened(missing), seen(logits), 4).values()
   assert figure.value is None and figure.missing.startswith(reason)
 
 
-class Seeing(networks.Features):
+class Seeing(networks.FeatureNetwork):
   """Takes an image for the class that its bytes say."""
 
   def __init__(self):
@@ -120,22 +131,59 @@ def test_reconstructions_are_asked_to_be_of_the_class_of_their_image(shift, shar
     images=np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (7, 8, 8, 1)).copy(),
     labels=labels, label_names=('a', 'b', 'c'), num_classes=3,
   )  # fmt: skip
-  settings = {'num_reconstructions': 7, 'max_features': 7, 'batch_size': 3, 'lpips': ''}
+  settings = {'num_reconstructions': 7, 'max_features': 7, 'batch_size': 5, 'lpips': ''}
   settings['extractors'] = extractors
   trained = types.SimpleNamespace(
     experiment=types.SimpleNamespace(reconstructs=True, titles={'x0': 'VAE'}),
     config=ConfigDict({'evaluate': settings}),
     eval_source=source,
     observe=lambda image, label: image,
-    draw_all=lambda image, first: {'x0': (image + shift) % 3},
+    settings=types.SimpleNamespace(batch_size=3),
+    draw=lambda indices, image: {'x0': (image + shift) % 3},
   )
-  for name, stands_for in (('distances_of', {}), ('of_first', None), ('title_of', 'VAE')):
+  for name, stands_for in (('distance_figures', {}), ('of_first', None), ('title_of', 'VAE')):
     monkeypatch.setattr(reconstructions, name, lambda *_, stands_for=stands_for: stands_for)
   real = types.SimpleNamespace(held_out=dict.fromkeys(extractors))
   known = networks.Networks(features={name: Seeing() for name in extractors}, lpips=None, missing={})
   (row,) = reconstructions.reconstruction_rows.__wrapped__(trained, known, real)
   expected = {'class_accuracy': Figure(value=share, floor=0.99, floor_n=7)} if extractors else {}
   assert {name: value for name, value in row.items() if name == 'class_accuracy'} == expected
+
+
+@pytest.mark.parametrize('count', [7, 6, 2])
+def test_reconstructions_are_drawn_in_whole_batches_of_the_sampler(count, monkeypatch):
+  """Whatever the batch size of the networks is; every image counts once, beside its own reconstruction."""
+  image = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 1), np.uint8)
+  source = sources.ArraySource(
+    images=image, labels=np.zeros(9, np.int32), label_names=(), num_classes=0
+  )  # fmt: skip
+  observed, drawn = [], []
+  settings = {'num_reconstructions': count, 'max_features': 9, 'batch_size': 5, 'lpips': '', 'extractors': ()}
+
+  def observe(image, label):
+    observed.append((image.shape, label.shape))
+    return {'z': image.astype(np.float32)}
+
+  def draw(indices, given):
+    np.testing.assert_array_equal(given['z'], image[indices])
+    drawn.append(indices.tolist())
+    return {'x0': np.where(given['z'] < 255, given['z'] + 1, 254).astype(np.uint8)}
+
+  trained = types.SimpleNamespace(
+    experiment=types.SimpleNamespace(reconstructs=True, titles={'x0': 'VAE'}),
+    config=ConfigDict({'evaluate': settings}), settings=types.SimpleNamespace(batch_size=3),
+    eval_source=source, observe=observe, draw=draw,
+  )  # fmt: skip
+  monkeypatch.setattr(reconstructions, 'title_of', lambda *_: 'VAE')
+  opened, real = networks.Networks(features={}, lpips=None, missing={}), types.SimpleNamespace(held_out={})
+  (row,) = reconstructions.reconstruction_rows.__wrapped__(trained, opened, real)
+  size = min(3, count)
+  assert observed == [((size, 4, 4, 1), (size,))] * -(-count // 3)
+  assert drawn == {7: [[0, 1, 2], [3, 4, 5], [6, 6, 6]], 6: [[0, 1, 2], [3, 4, 5]], 2: [[0, 1]]}[count]
+  assert row['N'] == count and row['mse'].value == pytest.approx(1 / 255**2)
+  real = image[:count]
+  changed = np.where(real < 255, real + 1.0, 254).astype(np.uint8)
+  assert row['sharpness'].value == pytest.approx(quality.sharpness(changed) / quality.sharpness(real))
 
 
 def test_distances_of_reconstructions_have_no_floor(tmp_path, monkeypatch):
@@ -152,7 +200,8 @@ def test_distances_of_reconstructions_have_no_floor(tmp_path, monkeypatch):
     config=ConfigDict({'evaluate': settings}),
     eval_source=source,
     observe=lambda image, label: image,
-    draw_all=lambda image, first: {'x0': image},
+    settings=types.SimpleNamespace(batch_size=5),
+    draw=lambda indices, image: {'x0': image},
   )
   features = lambda image: image.reshape(len(image), -1)[:, :3].astype(np.float32)
   stream = lambda: networks.Stream(lambda image: {'features': features(image)}, 12)

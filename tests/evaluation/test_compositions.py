@@ -42,7 +42,7 @@ class Stage(opened_stages.Trained):
     return image
 
 
-class Classifier(networks.Features):
+class Classifier(networks.FeatureNetwork):
   """Is wrong about the background of the first image alone."""
 
   def __init__(self, name):
@@ -88,7 +88,7 @@ def test_samples_that_show_what_is_asked(name):
     # of one-hot draws, within four deviations
     spread = 4 * np.sqrt((1 - 1 / number) / number / COUNT)
     assert abs(chance[f'accuracy_{attribute}'] - 1 / number) <= spread
-  assert 'compositions held out' in report.table(report.turned(rows, 'set'))
+  assert 'compositions held out' in report.table(report.transpose(rows, 'set'))
 
 
 def test_one_attribute_that_is_ignored_costs_itself_and_the_joint():

@@ -43,7 +43,7 @@ def test_samples_that_are_all_alike_miss_the_law():
 def test_the_same_class_is_of_two_samples_of_the_same_codes():
   """A classifier of one pixel: of four pairs three agree, whatever the third sample of each is."""
 
-  class Classifier(networks.Features):
+  class Classifier(networks.FeatureNetwork):
     def __init__(self):
       pass
 
@@ -101,9 +101,9 @@ def test_sharpness_is_the_variance_of_the_laplacian():
 def test_sharpness_is_over_that_of_the_data_and_none_where_they_have_no_edges():
   real = images(0, 3, 8, 8, 1)
   edges = [reconstructions.mean_of([quality.sharpness_of_each(each)]) for each in (real // 2, real)]
-  assert reconstructions.over(*edges).value == pytest.approx(0.25, abs=0.01)
+  assert reconstructions.ratio_figure(*edges).value == pytest.approx(0.25, abs=0.01)
   flat = reconstructions.mean_of([quality.sharpness_of_each(np.full((2, 8, 8, 1), 9, np.uint8))])
-  found = reconstructions.over(edges[0], flat)
+  found = reconstructions.ratio_figure(edges[0], flat)
   assert found.value is None and 'no edges' in found.missing
 
 

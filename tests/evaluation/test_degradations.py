@@ -43,7 +43,7 @@ def network():
   except UserError as error:
     pytest.skip(str(error))
   mesh = jax.make_mesh((1, 1), ('data', 'fsdp'), devices=jax.devices()[:1])
-  return networks.Features(extractor, sharding.Mesh(mesh.devices, mesh.axis_names), 50)
+  return networks.FeatureNetwork(extractor, sharding.Mesh(mesh.devices, mesh.axis_names), 50)
 
 
 def blurred(image, std):

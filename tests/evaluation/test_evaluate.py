@@ -102,7 +102,7 @@ def test_figures_do_not_depend_on_batch_sizes(run):
       batch_size=changes.get('draw', 4)
     )
     networks_opened = networks.open_networks(trained.config, trained.mesh)
-    drawn = sets.draw_sets(trained, networks_opened, 3, 12, keep=5)
+    drawn = sets.draw_sets(trained, networks_opened, 3, 12, keep=5, compiled=False)
     return drawn['x0'].seen['classifier']['features'], drawn['x0'].first
 
   features, first = figures(batch_size=16)
@@ -213,7 +213,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(run):
 def test_best_needs_a_checkpoint_and_a_known_name(run):
   config = configs.read(run)
   config.refiner.sample.checkpoint = 'first'
-  with pytest.raises(UserError, match="must be 'latest' or 'best', got 'first'"):
+  with pytest.raises(UserError, match="must be 'latest', 'best' or a step that is kept, got 'first'"):
     Trained(config, run, 'refiner', sharding.make_mesh(config.mesh))
   config.refiner.sample.checkpoint = 'best'
   (run / 'refiner' / 'best').rename(run / 'refiner' / 'away')

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vaediff.data import sources
 from vaediff.evaluation import id_counts
 from vaediff.evaluation.evaluate import evaluate
-from vaediff.evaluation.id_counts import TABLES, of_images, of_tables
+from vaediff.evaluation.id_counts import SMOOTHING, TABLES, of_tables
 from vaediff.machine import sharding
 from vaediff.modes import train
 from vaediff.run.trained import Trained
@@ -64,15 +64,28 @@ def test_tables_order_ids_that_have_what_they_count():
   assert found[OF_CLASS] < 0.02 < found[POSITION] < found[UNIGRAM] < math.log(6)
 
 
-def test_means_over_images():
-  figure = of_images(np.array([1.0, 3.0]))
-  assert (figure.value, figure.n) == (2.0, 2) and figure.spread == pytest.approx(1.0)
-  assert of_images(np.array([1.0, np.nan])).missing == 'it is not finite for 1 of 2 evaluation images'
-  assert of_images(np.array([1.0])).spread is None
-  assert id_counts.SMOOTHING == 0.1
+def test_what_is_added_to_every_count():
+  assert SMOOTHING == 0.1
 
 
-def test_one_image_has_no_caption_of_another(monkeypatch):
+def test_labels_of_a_split_are_read_in_chunks():
+  read = []
+
+  class Counted(sources.ArraySource):
+    def read(self, indices):
+      read.append(len(indices))
+      return super().read(indices)
+
+  labels = np.arange(2500, dtype=np.int32) % 3
+  source = Counted(
+    images=np.zeros((2500, 1, 1, 1), np.uint8), labels=labels, label_names=(), num_classes=3
+  )  # fmt: skip
+  np.testing.assert_array_equal(id_counts.labels_of(source), labels)
+  assert sum(read) == 2500 and max(read) <= 1250
+
+
+def prior(monkeypatch, num_classes):
+  """A stage of one image with one level of ids, which are all 0."""
   ids, one = np.zeros((1, 2, 2), np.int32), np.zeros(1, np.int32)
   monkeypatch.setattr(id_counts, 'precomputed', lambda *_: {'codes': ids})
   source = sources.ArraySource(
@@ -81,10 +94,24 @@ def test_one_image_has_no_caption_of_another(monkeypatch):
   experiment = types.SimpleNamespace(
     handed={'codes': jax.ShapeDtypeStruct((2, 2), np.int32)}, id_sizes={'codes': 3}
   )
-  trained = types.SimpleNamespace(
+  return types.SimpleNamespace(
     experiment=experiment, mesh=None, eval_source=source, images=lambda split: source, workdir=None,
-    config=ConfigDict({'data': {'num_classes': 1}}), stage='prior', read={},
+    config=ConfigDict({'data': {'num_classes': num_classes}}), stage='prior', read={},
   )  # fmt: skip
+
+
+def test_images_without_classes_are_not_read_for_their_labels(monkeypatch):
+  monkeypatch.setattr(id_counts, 'labels_of', lambda source: pytest.fail('they were read'))
+  trained, ids, label = prior(monkeypatch, 0), np.zeros((1, 2, 2), np.int32), np.zeros(1, np.int32)
+  measured = {'codes': np.full(1, 8.0)}, {'codes': ids}, label, None
+  monkeypatch.setattr(id_counts, 'measured', lambda _: measured)
+  found = id_counts.figures.__wrapped__(trained)
+  prefix = 'nats_per_token of counts: '
+  assert [name for name in found if name.startswith(prefix)] == [prefix + name for name in TABLES[:-1]]
+
+
+def test_one_image_has_no_caption_of_another(monkeypatch):
+  trained = prior(monkeypatch, 1)
 
   def figures(count):
     nats = {'codes': np.full(count, 8.0)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vaediff.errors import UserError
-from vaediff.evaluation import frechet, measures, networks, references, report
+from vaediff.evaluation import frechet, measures, networks, precision_recall, references, report, sets
 from vaediff.evaluation.frechet import Moments
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.references import Reference
@@ -72,20 +72,20 @@ def test_what_is_better():
 @pytest.mark.parametrize('kept', [None, 50])
 def test_the_distance_uses_all_real_images_even_where_few_features_are_kept(kept):
   real, fake = normal(0, 200), normal(1, 80) + 0.5
-  got = measures.distances('classifier', fake, make_reference(real, kept), settings())['fd_classifier']
+  got = measures.distances('classifier', fake, make_reference(real, kept), settings(), {})['fd_classifier']
   assert got == pytest.approx(frechet.frechet_distance(Moments.of(fake), Moments.of(real)), rel=1e-9)
 
 
 def test_figures_of_a_set():
   real = normal(0, 100)
   seen = {'features': normal(1, 60), 'logits': np.tile(1e4 * np.eye(3), (20, 1))}
-  values = measures.of_features('inception', seen, make_reference(real), settings())
+  values = measures.of_features('inception', seen, make_reference(real), settings(), {})
   assert tuple(sorted(values)) == tuple(sorted(measures.names_of('inception')))
   assert values['is'] == pytest.approx(3, rel=0.05)
   few = {'features': normal(1, 3)}
-  assert 'precision_classifier' not in measures.of_features(
-    'classifier', few, make_reference(real), settings()
-  )
+  absent = measures.missing('classifier', few['features'], real, settings())
+  found = measures.of_features('classifier', few, make_reference(real), settings(), absent)
+  assert 'precision_classifier' not in found and 'fd_classifier' in found
 
 
 def test_the_floor_is_taken_from_held_out_images_where_there_are_enough():
@@ -102,6 +102,43 @@ def test_else_both_splits_are_pooled_and_at_most_halved():
   assert n == 30 and values['fd_classifier'] > 0
   _, n = measures.floor('classifier', 500, held_out, make_reference(real), settings())
   assert n == 40
+
+
+def test_mean_with_error():
+  figure = measures.mean_with_error(np.array([1.0, 3.0]))
+  assert (figure.value, figure.n) == (2.0, 2) and figure.spread == pytest.approx(1.0)
+  wanted = 'it is not finite for 1 of 2 evaluation images'
+  assert measures.mean_with_error(np.array([1.0, np.nan])) == Figure(missing=wanted)
+  assert measures.mean_with_error(np.array([1.0])) == Figure(value=1.0, n=1)
+
+
+def test_radii_of_a_reference_are_computed_once(monkeypatch):
+  """For each number of vectors and of neighbours; a reference of other vectors has others."""
+  computed, whole = [], precision_recall.radii_squared
+  monkeypatch.setattr(
+    precision_recall, 'radii_squared', lambda x, k: computed.append((len(x), k)) or whole(x, k)
+  )
+  real = make_reference(normal(0, 100))
+  for most, k in ((60, 3), (60, 3), (60, 5), (40, 3), (60, 3)):
+    np.testing.assert_array_equal(real.radii_squared(most, k), whole(real.features[:most], k))
+  assert computed == [(60, 3), (60, 5), (40, 3)]
+  other = dataclasses.replace(real, features=real.features + real.features[0])
+  np.testing.assert_array_equal(other.radii_squared(60, 3), whole(other.features[:60], 3))
+  near = precision_recall.precision_recall(real.features[:60], normal(1, 50), 3)
+  assert precision_recall.precision_recall(
+    real.features[:60], normal(1, 50), 3, real.radii_squared(60, 3)
+  ) == near
+
+
+def test_what_is_missing_is_looked_for_once_per_set(monkeypatch):
+  seen, whole = [], measures.missing
+  monkeypatch.setattr(measures, 'missing', lambda *of: seen.append(len(of[1])) or whole(*of))
+  sampled = [{'features': normal(k, 20 + k)} for k in range(2)]
+  sets.network_figures('classifier', sampled, make_reference(normal(9, 60)), settings())
+  assert seen == [20, 21]
+  seen.clear()
+  sets.distance_figures('classifier', [normal(0, 30)], make_reference(normal(9, 60)), settings())
+  assert seen == [30]
 
 
 def test_over_seeds():
@@ -160,7 +197,7 @@ def test_cells():
 def test_tables():
   rows = [{'set': 'a', 'N': 2, 'fd': Figure(value=1.0)}, {'set': 'b', 'kd': 5}]
   assert report.table(rows).splitlines()[1:] == ['a    2  1   -', 'b    -  -   5']
-  lines = report.table(report.turned(rows, 'set'), markdown=True).splitlines()
+  lines = report.table(report.transpose(rows, 'set'), markdown=True).splitlines()
   assert lines[0] == '|    | a | b |' and lines[1] == '| -- | - | - |' and '| kd | - | 5 |' in lines
 
 

@@ -12,6 +12,7 @@ import pytest
 from vaediff.errors import UserError
 from vaediff.evaluation import frechet, measures, networks
 from vaediff.evaluation.frechet import Moments
+from vaediff.features import vgg
 from vaediff.features.extractor import Extractor
 from vaediff.machine import sharding
 
@@ -48,22 +49,65 @@ def expected(image):
 @pytest.mark.parametrize('batch_size', [1, 7, 16, 100])
 def test_any_batch_size_and_device_count(devices, batch_size):
   mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:devices])
-  got = networks.Features(projection(), mesh, batch_size)(pictures(37))
+  got = networks.FeatureNetwork(projection(), mesh, batch_size)(pictures(37))
   np.testing.assert_allclose(got['features'], expected(pictures(37)), rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize('cuts', [(1,), (5, 20), (16, 32), (1, 2, 3, 36)])
 def test_images_may_come_in_any_pieces(cuts):
   mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
-  stream = networks.Features(projection(), mesh, 16).stream()
+  stream = networks.FeatureNetwork(projection(), mesh, 16).stream()
   for piece in np.split(pictures(37), cuts):
     stream.add(piece)
   np.testing.assert_allclose(stream.finish()['features'], expected(pictures(37)), rtol=1e-4, atol=1e-2)
 
 
+PIECES = ((1,) * 37, (5, 15, 17), (16, 16, 5), (37,), (32, 0, 5), (3, 34), (16, 16))
+
+
+@pytest.mark.parametrize('pieces', PIECES)
+def test_a_stream_runs_whole_batches_and_copies_what_is_left_of_a_piece_alone(pieces):
+  """Every image once and in order, in batches of 16 but for the last; no piece is changed or held."""
+  ran = []
+
+  def run(image):
+    ran.append(len(image))
+    return {'features': image.astype(np.float32)}
+
+  stream, image, start = networks.Stream(run, 16), np.arange(sum(pieces), dtype=np.uint8), 0
+  for size in pieces:
+    piece = image[start : start + size].copy()
+    stream.add(piece)
+    piece[:] = 255  # it is the caller's again
+    start += size
+  np.testing.assert_array_equal(stream.finish()['features'], image)
+  assert ran == [16] * (len(image) // 16) + [len(image) % 16] * (len(image) % 16 > 0)
+
+
+def test_a_stream_of_no_image_has_no_features():
+  stream = networks.Stream(lambda image: {'features': image}, 4)
+  stream.add(np.zeros((0, 2), np.uint8))
+  with pytest.raises(ValueError, match='no image was added'):
+    stream.finish()
+
+
+def test_distances_of_pairs_may_come_in_any_pieces():
+  """A perceptual distance that is the mean difference: a stream of pairs gives what a call gives."""
+  apply = lambda params, a, b: jnp.abs(a.astype(jnp.float32) - b).mean(axis=(1, 2, 3))
+  mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
+  lpips = vgg.Lpips(name='lpips_vgg16', resize='none', fingerprint='0', params={}, apply=apply)
+  distance = networks.PairDistance(lpips, mesh, 16)
+  a, b = pictures(37), pictures(37)[::-1]
+  stream = distance.stream()
+  for piece in np.split(np.stack([a, b], axis=1), (5, 20)):
+    stream.add(piece)
+  np.testing.assert_array_equal(stream.finish()['distance'], distance(a, b))
+  np.testing.assert_allclose(distance(a, b), np.abs(a.astype(float) - b).mean(axis=(1, 2, 3)), rtol=1e-5)
+
+
 def test_the_distance_does_not_depend_on_how_the_images_were_split():
   mesh = sharding.make_mesh(get_config().mesh)
-  network, image = networks.Features(projection(), mesh, 8), pictures(60)
+  network, image = networks.FeatureNetwork(projection(), mesh, 8), pictures(60)
   other = Moments.of(expected(pictures(90)[60:]))
   whole = frechet.frechet_distance(Moments.of(network(image)['features']), other)
   parts = [Moments.of(network(part)['features']) for part in np.split(image[::-1], (7, 8, 41))]

@@ -67,7 +67,7 @@ def source(seed, count, constant=False):
 def opened_networks(*names, broken=False, missing=None):
   config = importlib.import_module('configs.digits').get_config('debug')
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  features = {name: networks.Features(extractor(name, broken), mesh, 64) for name in names}
+  features = {name: networks.FeatureNetwork(extractor(name, broken), mesh, 64) for name in names}
   return networks.Networks(features=features, lpips=None, missing=missing or {})
 
 

@@ -283,9 +283,9 @@ def test_an_image_cannot_be_told_from_itself():
 
 def test_the_batch_is_laid_out_pair_by_pair():
   a, b = noise(4, 0), noise(4, 1)
-  both = grid_student.beside(a, b)
+  both = grid_student.interleave(a, b)
   np.testing.assert_array_equal(both[2:4], jnp.stack([a[1], b[1]]))
-  for got, expected in zip(grid_student.apart(both, 2), (a, b), strict=True):
+  for got, expected in zip(grid_student.deinterleave(both, 2), (a, b), strict=True):
     np.testing.assert_array_equal(got, expected)
 
 
@@ -415,7 +415,7 @@ def test_the_target_is_the_teachers_sample():
   got = jax.jit(lambda y: experiment.target(frozen, y, jnp.ones(4), values))(noise())
   teacher = experiment.teacher.denoise(frozen, values)
   keys = jax.random.split(jax.random.key(9), 4)
-  expected = samplers.sample_ddim(teacher, experiment.teacher.schedule, noise(), keys, num_steps=3)
+  expected = samplers.SAMPLERS['ddim'](teacher, experiment.teacher.schedule, noise(), keys, num_steps=3)
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

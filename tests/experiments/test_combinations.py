@@ -12,7 +12,7 @@ from configs import base as base_config
 from vaediff import experiments
 from vaediff.data import words
 from vaediff.machine import sharding
-from vaediff.run import draw, guard, loop, students
+from vaediff.run import draw, guard, loop, steps, students
 from vaediff.run import frozen as frozen_networks
 
 CASES = {
@@ -108,7 +108,7 @@ def test_it_trains_and_draws(case, one_device):
   before = jax.tree.map(np.asarray, state.networks)
   for step in range(2):
     kind = experiment.kind_of(step)
-    update = loop.make_step(experiment, section.train, where, sharding.replicated(mesh), kind)
+    update = steps.make_step(experiment, section.train, where, sharding.replicated(mesh), kind)
     state, metrics, healthy = update(state, frozen, batch, jax.random.key(1))
     assert bool(healthy) and all(np.isfinite(value) for value in metrics.values())
   for name, network in state.networks.items():

@@ -101,7 +101,7 @@ def test_a_consistency_model_of_gaussian_data_maps_noise_to_data():
   @jax.jit
   def one_step(params):
     denoise = student.denoiser.denoise({'denoiser': params}, {})
-    return samplers.sample_renoise(denoise, schedule, y, keys, num_steps=1)
+    return samplers.SAMPLERS['renoise'](denoise, schedule, y, keys, num_steps=1)
 
   before, after = (float(jnp.abs(one_step(p) / (std * y) - 1).max()) for p in (frozen['teacher'], params))
   assert before > 0.9  # E[x0 | pure noise] = 0

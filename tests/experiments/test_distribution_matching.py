@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from some_slow import some_slow
 
 from vaediff import experiments, optim
-from vaediff.diffusion import samplers, schedules
+from vaediff.diffusion import gaussian, samplers, schedules
 from vaediff.errors import UserError
 from vaediff.experiments.denoiser import Denoiser
 from vaediff.experiments.distribution_matching import DistributionMatching
@@ -127,6 +127,41 @@ def test_the_states_are_those_of_its_own_samples():
   alpha, sigma = (float(of(np.array(0.5))) for of in (schedule.alpha, schedule.sigma))
   assert y[second].mean() == pytest.approx(0.7 * alpha, abs=0.03)
   assert y[second].std() == pytest.approx(sigma, rel=0.03)
+
+
+def unrolled(experiment, read, values, like, key):
+  """Returns what `own_states` does, one step after the other and with the same keys."""
+  key_s, key_eps = jax.random.split(key)
+  times, denoiser, count = experiment.start_times, experiment.student.denoiser, like.shape[0]
+  denoise = denoiser.denoise(read, values)
+  noises = [jax.random.normal(key, like.shape) for key in jax.random.split(key_eps, len(times))]
+  states = [noises[0]]
+  for before, s, noise in zip(times[:-1], times[1:], noises[1:], strict=True):
+    x0_hat = denoise(states[-1], jnp.full(count, before))
+    states.append(gaussian.q_sample(x0_hat, noise, jnp.full(count, s), denoiser.schedule))
+  drawn = jax.random.choice(key_s, len(times), (count,), p=jnp.asarray(experiment.start_probabilities))
+  return jnp.stack(states)[drawn, jnp.arange(count)], jnp.asarray(times)[drawn]
+
+
+@pytest.mark.parametrize('count', [1, 5])
+def test_the_states_are_those_of_its_steps_one_after_the_other_and_have_no_slope(count):
+  known = build('unconditional,matching,debug', **{'matching.sample.num_steps': count})
+  schedule = schedules.make_schedule('cosine')
+  student, teacher = toy_denoiser.diffusion(known.student, schedule, known.student.optimizer)
+  experiment = dataclasses.replace(known, student=student, teacher=teacher)
+  read, like = {'denoiser': toy_denoiser.exact(schedule, 0.5)}, jnp.zeros((32, 8, 8, 1))
+  got, s = jax.jit(lambda read: experiment.own_states(read, {}, like, jax.random.key(4)))(read)
+  expected, expected_s = jax.jit(lambda read: unrolled(experiment, read, {}, like, jax.random.key(4)))(read)
+  np.testing.assert_array_equal(s, expected_s)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  assert len(np.unique(s)) == count
+
+  def total(read):
+    return jnp.sum(experiment.own_states(read, {}, like, jax.random.key(4))[0])
+
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(read)))
+  # what is linearised of it is nothing: no step stores anything for a backward pass
+  assert 'scan' not in str(jax.make_jaxpr(jax.linearize(total, read)[1])(read))
 
 
 class ByMean(DistributionMatching):
@@ -268,7 +303,7 @@ def test_samples_get_the_deviation_of_gaussian_data(count):
   @jax.jit
   def deviation(params):
     denoise = student.denoiser.denoise({'denoiser': params}, {})
-    return samplers.sample_renoise(denoise, schedule, y, keys, num_steps=count).std()
+    return samplers.SAMPLERS['renoise'](denoise, schedule, y, keys, num_steps=count).std()
 
   after = float(deviation(train(state).networks['denoiser'].params))
   assert deviation(frozen['teacher']) < 0.8 * std

@@ -9,7 +9,6 @@ import pytest
 from configs import digits
 from vaediff import experiments
 from vaediff.experiments import inspected
-from vaediff.experiments.base import NOISE
 from vaediff.run import students
 
 
@@ -39,9 +38,3 @@ def test_a_weight_becomes_an_input_that_no_network_reads():
 def test_what_cannot_be_guided_stays_as_it_is(variant, stage):
   before = build(variant, stage) if variant else experiments.build(digits.get_config('debug'), stage)
   assert inspected.with_free_weight(before) is before
-
-
-def test_the_noise_of_an_image_is_handed_over_as_it_is():
-  diffusion = build('unconditional')
-  found = inspected.noise_of(diffusion)
-  assert found.handed[NOISE].shape == diffusion.space.shape and found.settings == diffusion.settings

@@ -177,7 +177,7 @@ def test_one_step_of_the_target_is_two_of_the_teachers_sampler(variant):
   wanted = jax.jit(lambda: experiment.target(frozen, y, values, jnp.zeros(6, jnp.int32), jnp.ones(6)))()
   teacher = experiment.teacher.denoise(frozen, values)
   keys = jax.random.split(jax.random.key(9), 6)
-  drawn = samplers.sample_ddim(teacher, experiment.teacher.schedule, y, keys, num_steps=2)
+  drawn = samplers.SAMPLERS['ddim'](teacher, experiment.teacher.schedule, y, keys, num_steps=2)
   np.testing.assert_allclose(wanted, drawn, atol=1e-5)
 
 
@@ -257,7 +257,7 @@ def test_examples_free_of_data_come_from_the_student_itself():
   key_noise = jax.random.split(jax.random.key(2), 5)[4]
   start = jax.random.normal(key_noise, (3, 8, 8, 1))
   first = jax.tree.map(lambda rows: rows[:3], mixed)
-  _, trajectory = samplers.sample_ddim(
+  _, trajectory = samplers.SAMPLERS['ddim'](
     experiment.student.denoiser.denoise(read, first),
     experiment.student.denoiser.schedule,
     start,
@@ -287,7 +287,7 @@ def test_a_one_step_student_of_gaussian_data_has_its_teachers_map():
 
   def drawn(params, num_steps):
     denoise = student.denoiser.denoise({'denoiser': params}, {})
-    return samplers.sample_ddim(denoise, schedule, y, keys, num_steps=num_steps)
+    return samplers.SAMPLERS['ddim'](denoise, schedule, y, keys, num_steps=num_steps)
 
   many = drawn(exact, 16)
   params = exact

@@ -16,6 +16,7 @@ from vaediff.modes.explore_wishes import DRAWN, UPLOAD, Choice, End
 from vaediff.run import adopting, checkpoint, loop, measurements
 from vaediff.run import config as configs
 from vaediff.run.config import Run
+from vaediff.run.opened import Opened
 from vaediff.run.published import exported
 from vaediff.run.trained import Trained
 from vaediff.weights import tensors
@@ -116,13 +117,13 @@ def test_latents_are_divided_by_a_constant_as_if_it_had_been_measured(tmp_path, 
   plan.scales['autoencoder'] = 105.0
   adopting.write(plan, tmp_path / 'run')
   folder = tmp_path / 'run' / 'autoencoder'
-  of = measurements.Of(
+  target = measurements.Target(
     config=plan.config,
     stage='autoencoder',
     folder=folder,
-    checkpoints=folder,
+    opened=Opened('autoencoder', folder),
     mesh=sharding.make_mesh(plan.config.mesh),
   )
-  found = measurements.latents(of)
+  found = measurements.latents(target)
   np.testing.assert_array_equal(found['max'], np.full(3, 105, np.float32))
   np.testing.assert_array_equal(found['min'], np.full(3, -105, np.float32))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vaediff.conditions.base import Condition, Conditions
 from vaediff.errors import UserError
@@ -70,12 +71,12 @@ class ToyTrained(Trained):
   settings = types.SimpleNamespace(guidance_weight=0.0, aug_level=0.0)
 
   def __init__(self):
-    data = types.SimpleNamespace(image_size=8, channels=1, num_classes=10)
+    data = ConfigDict({'image_size': 8, 'channels': 1, 'num_classes': 10})
     self.experiment, self.read, self.config = Toy(), {}, types.SimpleNamespace(data=data)
 
 
 def test_a_new_condition_has_its_controls_by_itself():
-  found, notes = controls.of(ToyTrained())
+  found, notes = controls.controls_for(ToyTrained())
   kinds = {one.name: one.kind for one in found}
   assert kinds == {
     'sky': controls.CODE, 'warmth': controls.NUMBER, 'map': controls.SEEN, 'satellite': controls.PICTURE,
@@ -96,7 +97,7 @@ def test_without_the_data_classes_have_numbers_alone():
   class Away(ToyTrained):
     eval_source = Lost()
 
-  assert {one.name for one in controls.of(Away())[0]} >= {'mood', 'sky'}
+  assert {one.name for one in controls.controls_for(Away())[0]} >= {'mood', 'sky'}
 
 
 def test_directions_move_their_code_alone():
@@ -116,7 +117,7 @@ def test_directions_are_those_of_the_vae_and_of_classes(tmp_path, one_device, mo
     'deviation': np.float32([2, 0.5]),
   }
   monkeypatch.setattr(directions, 'leading', lambda trained, number: arrays)
-  found, notes = controls.directions_of(trained, controls.of(trained)[0], 2, 3.0, 32)
+  found, notes = controls.directions_of(trained, controls.controls_for(trained)[0], 2, 3.0, 32)
   groups = {group: [one for one in found if one.group == group] for group in {one.group for one in found}}
   np.testing.assert_allclose([one.vector[:2] for one in groups[controls.PRINCIPAL]], [[2, 0], [0, 0.5]])
   assert [one.most for one in groups[controls.PRINCIPAL]] == [3.0, 3.0] and notes == ()
@@ -135,7 +136,7 @@ def test_where_nothing_is_known_of_a_code_its_numbers_move(monkeypatch):
   monkeypatch.setattr(directions, 'leading', unknown)
   trained = ToyTrained()
   trained.eval_images = lambda count: (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int32))
-  found, notes = controls.directions_of(trained, controls.of(trained)[0], 2, 3.0, 32)
+  found, notes = controls.directions_of(trained, controls.controls_for(trained)[0], 2, 3.0, 32)
   assert [one.name for one in found] == [f'sky/{k}' for k in range(5)]
   np.testing.assert_array_equal(np.stack([one.vector for one in found]), np.eye(5))
   assert notes == ('starts from no code of a VAE',)
@@ -160,5 +161,5 @@ def test_where_nothing_is_known_of_a_code_its_numbers_move(monkeypatch):
 def test_stages_of_every_kind_have_controls(variant, stage, wanted, tmp_path, one_device):
   changes = {'refiner.conditions.degraded.task': 'inpaint'} if variant == 'restoration' else {}
   trained = fresh.Fresh(variant, tmp_path, stage, **changes)
-  found, notes = controls.of(trained)
+  found, notes = controls.controls_for(trained)
   assert {one.name: one.kind for one in found} == wanted and notes == ()

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vaediff.errors import UserError
+from vaediff.experiments import restored
 from vaediff.machine import sharding
 from vaediff.modes import explore_controls as controls
 from vaediff.modes import explore_restored
@@ -229,6 +230,31 @@ def test_the_noise_of_a_picture_makes_it_again(tmp_path):
   assert apart[True] < 0.5 * apart[False]
   quick = explorer.quick(Choice(stage='refiner', num_steps=50).wish())
   assert quick.what == 'refiner, ddim, 4 steps'
+
+
+@pytest.mark.slow
+def test_the_noise_of_a_picture_is_found_on_the_images_of_the_stages_before(tmp_path, monkeypatch):
+  """Those that samples are drawn on, and none that is observed of the evaluation split."""
+  settings = {'sr_8.sample.num_steps': 4, 'sr_8.sample.sampler': 'ddim', 'sr_8.sample.clip': 'none'}
+  explorer, trained = explorer_of('cascade', tmp_path, **settings)
+  end = End(kind=UPLOAD, image=trained.eval_images(1)[0][0])
+  wish = Choice(stage='sr_8', ends=[end, End()]).wish()
+  given = {name: value for name, value in explorer.given(wish).items() if name != 'low'}
+  monkeypatch.setattr(explorer, 'given', lambda wish: given)  # as where a stage before it is trained
+  found, asked = [], []
+  for grey in (0.5, -0.5):
+    low = np.full((1, 4, 4, 1), grey, np.float32)
+    fed = lambda self, indices, given, seed, low=low: asked.append((len(indices), seed)) or {'low': low}
+    monkeypatch.setattr(type(trained), 'fed', fed)
+    program = explorer.program(wish)
+    explorer._kept.clear()
+    found.append(explorer._noise_of(wish, end, end.image))
+    finder = program.with_experiment(restored.inverted(program.experiment, program.settings.num_steps))
+    original = {restored.ORIGINAL: end.image[None].astype(np.float32) / 127.5 - 1}
+    expected = finder.draw(np.arange(1), {**given, 'low': low, **original}, handed=True)['noise']
+    np.testing.assert_allclose(found[-1], expected, rtol=1e-4, atol=1e-5)
+  assert np.abs(found[0] - found[1]).max() > 1e-3
+  assert asked[0] == (1, trained.settings.seed)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from vaediff.machine import integers, sharding
 from vaediff.models.quantized import PRODUCTS, Quantized
 from vaediff.modes import benchmark, describe, evaluate, quantize
 from vaediff.modes import train as training
-from vaediff.run import checkpoint, quantization
+from vaediff.run import checkpoint, quantize_stage
 from vaediff.run import config as configs
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
@@ -55,7 +55,7 @@ def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_e
   for name in ('refiner_int8', 'refiner'):
     params = {'denoiser': Trained(stored, run.workdir, name, one).params['denoiser']}
     saves = [tmp_path / f'{name}-{number}' for number in range(3)]
-    least[name] = min(quantization.write(folder, params, 1, {}) for folder in saves)
+    least[name] = min(quantize_stage.write(folder, params, 1, {}) for folder in saves)
   assert least['refiner_int8'] < least['refiner'], least
   assert sizes['disk'] >= least['refiner_int8'] // 2  # what is said is of files that are there
   kernel = checkpoint.stored_shapes(checkpoint.latest_folder(run.workdir / 'refiner_int8'))

@@ -4,11 +4,14 @@ import json
 import pathlib
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from vaediff.diffusion import inversion
 from vaediff.errors import UserError
+from vaediff.experiments.denoiser import Denoiser
 from vaediff.modes import reconstruct
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -32,6 +35,20 @@ def test_more_steps_bring_an_image_closer(variant, tmp_path, one_device, monkeyp
   assert 'deviation of x_T' in '\n'.join(lines)
   with Image.open(tmp_path / 'reconstructions-noise.png') as picture:
     assert np.asarray(picture).std() > 10
+
+
+def test_noise_far_from_that_of_samples_is_reported_as_it_is(tmp_path, one_device, monkeypatch):
+  """A network that says 0 leaves the image of t_low, scaled: x_T = x0 sigma_1 / sigma_low, far beyond 4."""
+  changes = {'reconstruct.num_steps': (4,), 'refiner.sample.batch_size': 3}  # and a batch that is filled up
+  trained = fresh.Fresh('unconditional', tmp_path, **SMOOTH, **changes)
+  monkeypatch.setattr(Denoiser, 'denoise', lambda self, read, values: lambda y, t: jnp.zeros_like(y))
+  figures = reconstruct.through_noise(trained)
+  schedule = trained.experiment.denoiser.schedule
+  low, end = (schedule.sigma(np.array(t)) for t in (inversion.lowest_time(schedule), 1.0))
+  x0 = trained.eval_images(4)[0] / 127.5 - 1
+  assert float(end / low) * np.abs(x0).max() > 8
+  assert figures['deviation of x_T/4'] == pytest.approx(float(end / low) * x0.std(), rel=1e-3)
+  assert figures['mean of x_T/4'] == pytest.approx(float(end / low) * x0.mean(), rel=1e-3)
 
 
 def test_a_stage_without_noise_is_refused(tmp_path, one_device):

@@ -111,7 +111,7 @@ def test_state_and_time_of_a_record_are_of_the_same_step(stage):
     y, values = jax.tree.map(jnp.asarray, (records.y, records.values))
     return diffusion.denoiser.denoise(stage.read, values)(y, t)
 
-  table = samplers.sample_ddim.table(diffusion.denoiser.schedule, np.append(times, 0.0))
+  table = samplers.SAMPLERS['ddim'].table(diffusion.denoiser.schedule, np.append(times, 0.0))
 
   def error(t):
     keep, current = (np.tile(x, 2)[:, None, None, None] for x in (table.keep, table.current))

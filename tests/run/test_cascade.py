@@ -185,7 +185,7 @@ def test_a_sweep_of_levels_has_the_distance_of_reconstructions_beside_that_of_sa
   real = sets.Real(train={}, held_out={})
   real.train['classifier'] = 'real'
   figure = {'fd_classifier': Figure(value=1.5)}
-  monkeypatch.setattr(sweep, 'distances_of', lambda *of: compared.append(of[:3]) or figure)
+  monkeypatch.setattr(sweep, 'distance_figures', lambda *of: compared.append(of[:3]) or figure)
   found = sweep.of_reconstructions(trained, known, real)
   assert found == {'fd_classifier of reconstructions': Figure(value=1.5)}
   assert compared == [('classifier', ['seen'], 'real')]

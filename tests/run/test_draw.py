@@ -240,3 +240,16 @@ def test_observe_takes_bytes_and_floats_and_any_number_of_images():
 def test_batches_cover_every_index_once_and_pad_the_last():
   got = list(draw.batches(7, 3))
   assert [chunk.tolist() for chunk in got] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+
+
+def test_padded_batches_say_how_many_indices_are_no_padding():
+  for count, size, wanted in ((7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 2, [2]), (2, 5, [2])):
+    found = list(draw.padded_batches(count, size))
+    assert [number for _, number in found] == wanted
+    for (indices, _), expected in zip(found, draw.batches(count, size), strict=True):
+      np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_array_equal(np.concatenate([rows[:number] for rows, number in found]), np.arange(count))
+
+
+def test_the_own_image_is_the_last_of_what_is_drawn():
+  assert draw.own_image({'x0_vae': 1, 'x0': 2}) == 2 and draw.own_image({'x0': 1}) == 1

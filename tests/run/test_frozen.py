@@ -3,10 +3,14 @@
 import pathlib
 import types
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from vaediff import reads
+from vaediff.experiments import base
+from vaediff.machine import digests, sharding
 from vaediff.models.functional import Model
 from vaediff.models.unet_blocks import Mlp
 from vaediff.run import captions, checkpoint, frozen
@@ -59,3 +63,32 @@ def test_of_two_fields_with_one_run_the_one_that_names_the_stage_is_said(stage, 
   sections = {name: {'stage': name, 'workdir': 'elsewhere'} for name in ('autoencoder', 'vae')}
   config = ConfigDict({'refiner': {'start': {'stage': 'vae', 'workdir': ''}, **sections}})
   assert frozen.field_of(config, source(stage, workdir)) == field
+
+
+class Reads(base.Experiment):
+  networks, init, train_step, eval_step, sample = {}, None, None, None, None  # it does nothing else
+
+
+def test_what_is_published_is_loaded_and_has_its_digest_made_once(monkeypatch, one_device):
+  """Whatever opens a stage, or trains one, asks for the arrays and their id as often as it likes."""
+  loaded, hashed, of_parts = [], [], digests.of_parts
+  weights = {'kernel': np.arange(6, dtype=np.float32).reshape(2, 3)}
+  monkeypatch.setattr(digests, 'of_parts', lambda tree: hashed.append(1) or of_parts(tree))
+  published = reads.Published(load=lambda: loaded.append(1) or weights)
+  monkeypatch.setattr(Reads, 'frozen', {'lpips': published})
+  experiment = Reads()
+  config = ConfigDict({'mesh': {'data': -1, 'fsdp': 1}})
+  mesh, workdir, expected = sharding.make_mesh(config.mesh), pathlib.Path('run'), of_parts(weights)
+  stored = {checkpoint.ID: 'its id', 'frozen': {'lpips': identity.digest(expected)}}
+  monkeypatch.setattr(checkpoint, 'load_meta', lambda folder, step=0: stored)
+  frozen.check_ids(experiment, workdir, workdir / 'vae')
+  for training in ('', 'vae'):
+    read = frozen.load(experiment, config, workdir, mesh, training=training)
+    np.testing.assert_array_equal(read['lpips']['kernel'], weights['kernel'])
+  assert frozen.ids(experiment, workdir, sampling=True) == {'lpips': identity.digest(expected)}
+  assert jax.tree.map(np.shape, frozen.abstract(experiment, mesh)['lpips']) == {'kernel': (2, 3)}
+  frozen.fresh(experiment, mesh)
+  assert loaded == [1] and hashed == [1]
+  stored['frozen'] = {'lpips': 'that of others'}
+  with pytest.raises(identity.Stale, match="network 'lpips' that of others"):
+    frozen.check_ids(experiment, workdir, workdir / 'vae')

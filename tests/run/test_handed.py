@@ -13,6 +13,7 @@ from vaediff.evaluation import sweep
 from vaediff.experiments import base
 from vaediff.machine import sharding
 from vaediff.reads import Sampled
+from vaediff.run import checkpoint
 from vaediff.run.trained import Trained
 
 IDS = jax.ShapeDtypeStruct((2, 2), jnp.int32)
@@ -167,6 +168,50 @@ def test_ids_of_another_grid_are_refused():
   reader, _ = opened(Reader(), OtherGrid())
   with pytest.raises(UserError, match=r"'reader' reads codes_1 of shape \(2, 2\).* stage 'maker'.*\(4, 4\)"):
     reader.fed(np.array([3]), {}, 4)
+
+
+class Uneven(Maker):
+  """Draws numbers that rounding makes differ where a program is not compiled as a whole; hands them over."""
+
+  handed = {'start': jax.ShapeDtypeStruct((64,), jnp.float32)}
+  traced = []
+
+  def draw(self, read, keys, indices):
+    self.traced.append(len(indices))
+    noise = jax.vmap(lambda key: jax.random.normal(key, (64,)))(keys.noise)
+    return {'start': jnp.sin(3 * noise) * jnp.exp(noise) / 7 + noise}
+
+  def sample(self, read, given, keys):
+    return {'start': given['start'], 'x0': jnp.zeros((len(given['start']), 2, 2, 1))}
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_what_is_drawn_has_the_bits_that_samples_are_made_of(count):
+  _, maker = opened(Reader(), Uneven())
+  indices, Uneven.traced[:] = np.arange(5, 5 + count), []
+  for candidate in (None, 0, 1):
+    samples = maker.draw(indices, seed=7, handed=True, candidate=candidate)['start']
+    np.testing.assert_array_equal(maker.drawn(indices, 7, candidate)['start'], samples)
+  traced = len(Uneven.traced)
+  for seed in range(8, 12):  # another seed or candidate is no other program
+    maker.drawn(indices, seed)
+    maker.drawn(indices, seed, seed)
+  assert len(Uneven.traced) == traced
+
+
+def test_what_images_are_made_of_is_found_out_once(monkeypatch):
+  reader, maker = opened(Reader(), Maker())
+  asked = []
+  for trained in (reader, maker):
+    trained.folder, trained._ids = pathlib.Path(trained.stage), {'vae': 'an id'}
+  monkeypatch.setattr(checkpoint, 'identity_of', lambda folder, step=0: asked.append(folder.name) or 'its id')
+  found = reader.made_of
+  assert found["the stage 'reader'"] == 'its id' and found["the network 'vae'"] == 'an id'
+  found.clear()  # a copy: what a caller does with it is his own
+  assert set(reader.made_of) > {"the samples of 'maker'", 'the settings'} and asked == ['maker', 'reader']
+  assert maker.made_of and asked == ['maker', 'reader']
+  other = reader.with_experiment(Reader())  # of which it is found out anew
+  assert "the samples of 'maker'" in other.made_of and asked == ['maker', 'reader', 'reader']
 
 
 class Multiplies(Reader):

@@ -24,6 +24,7 @@ from vaediff.machine import sharding
 from vaediff.run import checkpoint, draw, guard, loop, measurements, review
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
+from vaediff.run.opened import Opened
 from vaediff.run.trained import Trained
 from vaediff.spaces import tokenizers
 
@@ -68,6 +69,11 @@ def untrained(tmp_path_factory):
 @pytest.fixture
 def run(untrained, tmp_path):
   return pathlib.Path(shutil.copytree(untrained / 'run', tmp_path / 'run'))
+
+
+def target_of(config, folder, mesh):
+  own = Opened(folder.name, folder)
+  return measurements.Target(config=config, stage=folder.name, folder=folder, opened=own, mesh=mesh)
 
 
 def source_of(config, stage, name):
@@ -118,12 +124,11 @@ def test_what_is_measured_of_other_images_is_not_read_as_that_of_the_first(untra
   config, there = digits(untrained), {'fingerprint': 'first'}
   monkeypatch.setattr(checkpoint, 'load_meta', lambda *_: {'data': {'train': 'first'}})
   monkeypatch.setattr(sources, 'open_source', lambda data, split: types.SimpleNamespace(**there))
-  folder = run / 'vae'
-  of = measurements.Of(config=config, stage='vae', folder=folder, checkpoints=folder, mesh=mesh_of(config))
+  target = target_of(config, run / 'vae', mesh_of(config))
 
   def measured():
     made = lambda: {'mean': np.array(list(there['fingerprint'].encode()))}
-    found = measurements.stored_or_made(of, 'test', {}, ('mean',), made)
+    found = measurements.stored_or_made(target, 'test', {}, ('mean',), made)
     return bytes(found['mean'].tolist()).decode()
 
   assert measured() == 'first' and measured() == 'first'
@@ -133,7 +138,7 @@ def test_what_is_measured_of_other_images_is_not_read_as_that_of_the_first(untra
   assert measured() == 'other'
   there['fingerprint'] = 'first'
   config.data.check_fingerprint = True
-  assert measured() == 'first' and len(files(folder, 'test-*.npz')) == 2
+  assert measured() == 'first' and len(files(run / 'vae', 'test-*.npz')) == 2
 
   def lost(data, split):
     raise UserError('no images are there')
@@ -165,6 +170,33 @@ def test_a_prior_is_fitted_when_it_is_missing_and_anew_for_other_settings(untrai
   assert len(files(run / 'vae')) == 2
 
 
+def test_images_are_encoded_and_read_once_for_the_prior_and_those_of_classes(untrained, run, monkeypatch):
+  """What is fitted to is the same as where the prior has been stored before."""
+  config = digits(untrained, 'debug', **{'vae.prior.num_components': (1,)})
+  target, stored = target_of(config, run / 'vae', mesh_of(config)), measurements.stored_or_made
+  monkeypatch.setattr(measurements, 'stored_or_made', lambda *args: args[-1]())  # as in a folder that is full
+  encoded, read = [], []
+  posteriors, read_images = measurements.posteriors, sources.ArraySource.read
+  monkeypatch.setattr(measurements, 'posteriors', lambda *args: encoded.append(1) or posteriors(*args))
+  counted = lambda self, indices: read.append(len(indices)) or read_images(self, indices)
+  monkeypatch.setattr(sources.ArraySource, 'read', counted)
+  alone = measurements.prior_of_classes(target)
+  assert encoded == [1] and read == [64]
+  monkeypatch.setattr(measurements, 'stored_or_made', stored)
+  measurements.fitted_prior(target)
+  for name, value in measurements.prior_of_classes(target).items():
+    np.testing.assert_array_equal(value, alone[name])
+
+
+def test_statistics_are_of_one_compiled_program(untrained, run, monkeypatch):
+  config, made, jit = digits(untrained, 'latent,debug'), [], jax.jit
+  experiment, read = measurements.opened(target_of(config, run / 'autoencoder', mesh_of(config)))
+  source = sources.open_source(config.data, 'train')
+  monkeypatch.setattr(jax, 'jit', lambda *args, **named: made.append(jit(*args, **named)) or made[-1])
+  measurements.moments_of_latents(experiment, read, source, 750, mesh_of(config), 0)
+  assert [one._cache_size() for one in made if one.__name__ == 'moments'] == [1]
+
+
 @pytest.mark.slow
 def test_the_pca_of_codes_is_that_of_all_means_and_is_measured_once(untrained, run, capsys):
   config = digits(untrained, 'pca,debug', **{'refiner.diffusion.pca.num_directions': 4})
@@ -173,8 +205,7 @@ def test_the_pca_of_codes_is_that_of_all_means_and_is_measured_once(untrained, r
   said = capsys.readouterr().out
   assert 'vae: measuring the directions of the codes of 1500 training images' in said
   assert 'the PCA of the code has 4 of 16 directions, with signal fractions from ' in said
-  vae = measurements.Of(config=config, stage='vae', folder=run / 'vae', checkpoints=run / 'vae', mesh=mesh)
-  experiment, read = measurements.opened(vae)
+  experiment, read = measurements.opened(target_of(config, run / 'vae', mesh))
   image = sources.open_source(config.data, 'train').read(np.arange(1500))['image']
   mean, logvar = jax.jit(experiment.posterior)(read, pixels.to_unit_range(jnp.asarray(image)))
   mean, noise = np.float64(mean), np.exp(np.float64(logvar)).mean(axis=0)
@@ -206,9 +237,7 @@ def test_how_often_codes_are_used_is_counted_when_it_is_missing(untrained, run, 
   assert {name: value.shape for name, value in made.items()} == {'level_0': (8,), 'level_1': (8,)}
   said = capsys.readouterr().out
   assert 'vqvae2: counting the codes of 1500 training images' in said and '1x1: ' in said
-  _, read = measurements.opened(
-    measurements.Of(config=config, stage='vqvae2', folder=folder, checkpoints=folder, mesh=mesh)
-  )
+  _, read = measurements.opened(target_of(config, folder, mesh))
   image = sources.open_source(config.data, 'train').read(np.arange(1500))['image']
   ids = jax.jit(tokenizer.codes)(read['hierarchy'], pixels.to_unit_range(jnp.asarray(image)))
   for level, rows in enumerate(ids):
@@ -227,9 +256,10 @@ def test_codes_to_fit_to_do_not_depend_on_batches_and_devices(untrained, run):
   codes = []
   for devices, size in ((1, 16), (1, 5), (8, 16)):
     mesh = mesh_of(config, devices)
-    vae = measurements.Of(config=config, stage='vae', folder=run / 'vae', checkpoints=run / 'vae', mesh=mesh)
-    experiment, read = measurements.opened(vae)
-    codes.append(measurements.drawn_codes(experiment, read, source, 20, size, mesh, 3))
+    experiment, read = measurements.opened(target_of(config, run / 'vae', mesh))
+    found, labels = measurements.drawn_codes(experiment, read, source, 20, size, mesh, 3)
+    np.testing.assert_array_equal(labels, source.read(np.arange(20))['label'])
+    codes.append(found)
   assert codes[0].shape == (20, 16) and codes[0].std() > 0.1
   for other in codes[1:]:
     np.testing.assert_allclose(other, codes[0], rtol=1e-4, atol=1e-4)
@@ -385,7 +415,7 @@ def test_the_best_measure_is_of_images_that_the_opened_stage_draws(readable, mon
   extractor = types.SimpleNamespace(fingerprint='0f')
   monkeypatch.setattr(during_training.networks, 'load', lambda *arguments: (extractor, None))
   features = types.SimpleNamespace(stream=lambda: stream)
-  monkeypatch.setattr(during_training.networks, 'Features', lambda *arguments: features)
+  monkeypatch.setattr(during_training.networks, 'FeatureNetwork', lambda *arguments: features)
   real = types.SimpleNamespace(provenance={'images_sha256': '1e'}, features=np.zeros((6, 2)))
   monkeypatch.setattr(during_training, 'reference', lambda *arguments: real)
   monkeypatch.setattr(during_training.measures, 'missing', lambda *arguments: {})

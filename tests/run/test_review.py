@@ -1,5 +1,6 @@
 """With which settings of samples a run goes on whose best checkpoint is kept."""
 
+import functools
 import importlib
 import json
 import sys
@@ -75,6 +76,60 @@ def test_the_best_by_a_figure_of_samples_is_of_their_settings(begin, tmp_path, m
   assert begin(measure, 1)[1].value == begin(measure, 1, batch_size=2)[1].value == 0.5
   with pytest.raises(identity.Stale, match='was made of the settings of its samples'):
     begin(measure, 1, guidance_weight=1.0)
+
+
+class Board(log.StageLog):
+  """Nothing of an earlier run is logged; what comes is thrown away."""
+
+  logged = {}
+
+  def __init__(self):
+    pass
+
+  def scalars(self, step, values):
+    pass
+
+
+class Counted:
+  """The evaluation split by steps: the loss is the step. Counts how often it is evaluated."""
+
+  def __init__(self, calls, stage, key):
+    self._calls = calls
+
+  figure = review.Evaluator.figure
+
+  def __call__(self, state):
+    self._calls.append(int(state.step))
+    return {'loss': float(state.step)}
+
+  def warnings(self, metrics):
+    return ()
+
+
+@pytest.mark.parametrize(
+  ('eval_every', 'best_every', 'evaluated', 'compared'),
+  [(2, 2, [2, 4], [2, 4]), (4, 2, [2, 4], [2, 4]), (2, 4, [2, 4], [4])],
+)
+def test_a_step_is_evaluated_once_where_the_best_is_kept_by_a_validation_metric(
+  tmp_path, monkeypatch, eval_every, best_every, evaluated, compared
+):
+  calls, kept = [], []
+  monkeypatch.setattr(review, 'Evaluator', functools.partial(Counted, calls))
+  keeper = types.SimpleNamespace(measure='val/loss')
+  keeper.consider = lambda step, state, meta, value: kept.append((step, value))
+  monkeypatch.setattr(best, 'Best', lambda *arguments, **named: keeper)
+  config = importlib.import_module('configs.digits').get_config('debug')
+  config.refiner.train.update(
+    {'best_measure': 'val/loss', 'eval_every_steps': eval_every, 'best_every_steps': best_every}
+  )
+  config.refiner.train.update({'grid_every_steps': 0, 'num_steps': 4})
+  stage = types.SimpleNamespace(config=config, name='refiner', folder=tmp_path, measured_with={})
+  last = {}
+  reviewer = review.Reviewer(stage, jax.random.key(0), Board(), 0, last)
+  for step in range(1, 5):
+    reviewer(step, types.SimpleNamespace(step=step), lambda step: {})
+  assert calls == evaluated and kept == [(step, float(step)) for step in compared]
+  assert last == {'val/loss': 4.0}
 
 
 def test_a_best_checkpoint_that_cannot_be_saved_is_said_also_where_the_run_is_stopped(

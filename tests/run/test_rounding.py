@@ -12,7 +12,7 @@ from vaediff import experiments
 from vaediff.models.observed import layers_of, quantizable, subtree
 from vaediff.models.quantized import Quantized
 from vaediff.modes import checked
-from vaediff.run import quantizing, rounding, subjects
+from vaediff.run import quantize_calibration, rounding, subjects
 
 SECTION = ConfigDict(
   {
@@ -53,9 +53,9 @@ def test_blocks_of_a_prior_of_tokens_are_rounded_on_ids(tmp_path):
   assert own == layers and len(alone) == 6
   np.testing.assert_allclose(alone, seen.output, atol=1e-5)
 
-  scales = quantizing.kernel_scales(params, layers, 4, 'adaround')
-  edges = quantizing.time_edges(subject.t, 1)
-  bounds = quantizing.input_ranges(subject, whole, edges, SECTION)
+  scales = quantize_calibration.kernel_scales(params, layers, 4, 'adaround')
+  edges = quantize_calibration.time_edges(subject.t, 1)
+  bounds = quantize_calibration.input_ranges(subject, whole, edges, SECTION)
   found = {'kernel_scales': scales, 'ranges': bounds, 'times': edges}
   made = rounding.learned(subject, tmp_path, whole, found, SECTION)
   assert made['kernels'].keys() == made['ranges'].keys() == {layer.path for layer in layers}

@@ -153,8 +153,8 @@ def test_images_of_another_run_are_looked_for_where_those_of_this_one_lie():
   own, other = digits(), digits()
   own.data.update({'data_dir': '/here', 'path': '/mine', 'check_fingerprint': False})
   other.data.update({'data_dir': '/gone', 'path': '/elsewhere', 'caption_feature': 'caption'})
-  found = same_run.beside(other, own)
+  found = same_run.with_own_data_places(other, own)
   assert (found.data.data_dir, found.data.path, found.data.check_fingerprint) == ('/here', '/mine', False)
   assert found.data.caption_feature == 'caption' and other.data.path == '/elsewhere' and found.is_locked
   other.data.name = 'cifar10'
-  assert same_run.beside(other, own) is other
+  assert same_run.with_own_data_places(other, own) is other

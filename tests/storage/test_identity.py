@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vaediff.run import digests
+from vaediff.machine import digests
 from vaediff.storage import identity
 
 RNG = np.random.default_rng(0)

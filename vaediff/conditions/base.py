@@ -59,9 +59,9 @@ class Condition(abc.ABC):
     trained: networks that the stage trains beside its own, by their names in `read`.
     limits: of its inputs, the least and the largest number of those that have them.
     ranges: of its inputs, what the numbers of those are that have no limits and are no image in [-1, 1].
-    seen: of its inputs, those that an image shows, or another stage makes, and `draw` cannot.
-    borrowed: of these, those that samples have of the images of the evaluation split, in turn: what they
-      follow, which says less than the image.
+    seen: inputs that only an image or another stage can supply, because `draw` cannot.
+    borrowed: the subset of `seen` that samples take from evaluation images, in order, when nothing is given:
+      what they follow, which says less than the image.
     added_to: (stage, run) of a trained network, the stage's own but for this condition, which training begins
       as; None = it begins fresh.
     losses: of the values of training, those that are terms of the loss, a number per example: their weights.
@@ -231,12 +231,12 @@ class Conditions:
 
   @property
   def seen(self) -> tuple[str, ...]:
-    """What cannot be drawn of nothing."""
+    """Inputs that only an image or another stage can supply, because `draw` cannot."""
     return tuple(name for one in self.each for name in one.seen)
 
   @property
   def borrowed(self) -> tuple[str, ...]:
-    """What samples have of images of the evaluation split."""
+    """The subset of `seen` that samples take from evaluation images, in order, when nothing is given."""
     return tuple(name for one in self.each for name in one.borrowed)
 
   @property
@@ -251,7 +251,10 @@ class Conditions:
 
   @property
   def max_level(self) -> float:
-    """The largest that all who add noise have in training."""
+    """Largest noise level that every noised condition was trained with (the minimum of their maxima).
+
+    0 without any.
+    """
     return min((one.max_level for one in self.each if one.max_level), default=0.0)
 
   @property

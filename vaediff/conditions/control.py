@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from vaediff import checks, reads
 from vaediff.conditions.base import Condition
-from vaediff.data import edges, folder
+from vaediff.data import edges, folder, resize
 from vaediff.errors import UserError
 from vaediff.models import layers
 from vaediff.models.ports import Port
@@ -240,7 +240,7 @@ def control_of(config: ConfigDict, stage: str, space: Space, name: str = CONTROL
     )
   return Control(
     kind=section.kind,
-    image_shape=(data.image_size, data.image_size, data.channels),
+    image_shape=resize.image_shape(data),
     space=space,
     least=section.least,
     factor=section.factor,

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vaediff import checks
 from vaediff.conditions.base import Condition, Conditions
-from vaediff.data import pixels
+from vaediff.data import pixels, resize
 from vaediff.diffusion import restoration
 from vaediff.diffusion.restoration import Degradation
 from vaediff.errors import UserError
@@ -157,6 +157,6 @@ def degraded_condition(config: ConfigDict, stage: str, space: Space) -> Degraded
   return Degraded(
     degradation=degradation,
     space=space,
-    image_shape=(data.image_size, data.image_size, data.channels),
+    image_shape=resize.image_shape(data),
     dropout=section.dropout,
   )

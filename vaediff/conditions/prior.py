@@ -31,6 +31,8 @@ RANGE = 'numbers; see the prior of the stage'
 """What those of z are, in words."""
 FEWEST = 20
 """Codes of a class that has a mixture of its own; at least two for each of its components."""
+FEWEST_TO_FIT = 2
+"""Latents that a mixture is fitted to, however few components it has."""
 KINDS = ('normal', 'gmm')
 COVARIANCES = ('full', 'diag', 'tied')
 Prior = dict[str, jax.Array | np.ndarray]
@@ -65,7 +67,8 @@ def fit_classes(
   """Returns a mixture with the components of all classes, and `CLASS_WEIGHTS`.
 
   The components of a class are fitted to its codes as those of all are to all, `num_components` divided by
-  the number of classes.
+  the number of classes. A class has the components of the mixture of all instead where it has fewer than
+  `FEWEST` codes, fewer than two for each component, or too few besides those that are held out.
 
   Args:
     prior: the mixture of all codes.
@@ -77,8 +80,13 @@ def fit_classes(
   """
   config = ConfigDict(config.to_dict())
   config.num_components = tuple(sorted({max(1, k // num_classes) for k in config.num_components}))
-  fewest, counts = max(FEWEST, 2 * min(config.num_components)), np.bincount(labels, minlength=num_classes)
-  own = {k: fit(z[labels == k], config, seed)[0] for k in range(num_classes) if counts[k] >= fewest}
+  counts, smallest = np.bincount(labels, minlength=num_classes), min(config.num_components)
+
+  def enough(count: int) -> bool:
+    left = count - num_held_out(count, config)
+    return count >= max(FEWEST, 2 * smallest) and left >= max(FEWEST_TO_FIT, smallest)
+
+  own = {k: fit(z[labels == k], config, seed)[0] for k in range(num_classes) if enough(int(counts[k]))}
   rare = [k for k in range(num_classes) if k not in own]
   mixtures = [with_own_factors(one) for one in (*own.values(), *([prior] if rare else []))]
   starts = np.cumsum([0, *(len(one['weights']) for one in mixtures)])
@@ -181,6 +189,11 @@ def arrays_of_classes(section: ConfigDict) -> tuple[str, ...]:
   return 'weights', 'means', 'full' if section.covariance == 'tied' else section.covariance, CLASS_WEIGHTS
 
 
+def num_held_out(count: int, config: ConfigDict) -> int:
+  """Returns how many of `count` latents the number of components is chosen by, and not fitted to: >= 1."""
+  return max(1, round(count * config.holdout_fraction))
+
+
 def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndarray], dict[int, float]]:
   """Fits the mixture to latents [n, d].
 
@@ -188,7 +201,7 @@ def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndar
     The prior's arrays, and the mean held-out log-likelihood (nats per latent) by number of components.
 
   Raises:
-    UserError: when there are fewer latents than the smallest candidate needs.
+    UserError: when fewer latents are left beside those that are held out than the fewest components need.
   """
   from sklearn.mixture import GaussianMixture  # imported late: a second that N(0, I) does not need
 
@@ -196,12 +209,17 @@ def fit(z: np.ndarray, config: ConfigDict, seed: int) -> tuple[dict[str, np.ndar
     return GaussianMixture(k, covariance_type=config.covariance, reg_covar=1e-6, random_state=seed)
 
   order = np.random.default_rng(seed).permutation(len(z))
-  num_held_out = max(1, round(len(z) * config.holdout_fraction))
-  held_out, rest = z[order[:num_held_out]], z[order[num_held_out:]]
+  first = num_held_out(len(z), config)
+  held_out, rest = z[order[:first]], z[order[first:]]
   candidates = [k for k in config.num_components if k <= len(rest)]
   if not candidates:
     raise UserError(
       f'prior.num_components {config.num_components} are all more than the {len(rest)} latents to fit to'
+    )
+  if len(rest) < FEWEST_TO_FIT:
+    raise UserError(
+      f'{len(rest)} of {len(z)} latents is left to fit a mixture to, and at least {FEWEST_TO_FIT} are '
+      'needed: lower prior.holdout_fraction, or raise prior.num_encoded'
     )
   scores = {k: float(mixture(k).fit(rest).score(held_out)) for k in candidates}
   best = mixture(max(scores, key=scores.get)).fit(z)

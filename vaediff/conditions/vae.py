@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from vaediff import checks, reads
 from vaediff.conditions import augmentation, pca, prior
 from vaediff.conditions.base import Condition
+from vaediff.data import resize
 from vaediff.diffusion import losses
 from vaediff.errors import UserError
 from vaediff.models.functional import Model
@@ -238,7 +239,7 @@ def vae_condition(
     source=source,
     prior=prior.measured(named.stage, named.workdir),
     space=space,
-    image_shape=(data.image_size, data.image_size, data.channels),
+    image_shape=resize.image_shape(data),
     latent_dim=latent_dim,
     reads_image=formulation != 'none',
     reads_code=reads_code is True,

@@ -26,7 +26,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from vaediff.data import arrays, paths
+from vaediff.data import arrays, paths, resize
 from vaediff.data.readers import Reader, check_readers, read_fitted
 from vaediff.errors import UserError
 from vaediff.storage import files, identity, places
@@ -225,7 +225,7 @@ def _build_split(
   folder: pathlib.Path, split: str, data: ml_collections.ConfigDict, reader: Reader
 ) -> tuple[dict[str, Any], list[str]]:
   """Writes what is stored of one split; returns what meta.json says of it, and what was wrong, in order."""
-  shape = (len(reader), data.image_size, data.image_size, data.channels)
+  shape = (len(reader), *resize.image_shape(data))
   labels, captions = np.zeros(len(reader), np.int32), [''] * len(reader)
   if data.materialize:
     with arrays.Writer(images_file(folder, split), shape, np.uint8) as writer:

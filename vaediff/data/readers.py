@@ -90,10 +90,15 @@ def read_fitted(reader: Reader, data: ml_collections.ConfigDict, index: int) -> 
 
 
 def check_readers(readers: Mapping[str, Reader], data: ml_collections.ConfigDict) -> None:
-  """Does nothing where the splits share no image and have a sane number of classes.
+  """Raises UserError when splits share images, or what they hold does not fit the section `data`.
+
+  Args:
+    readers: of the data set, by split.
+    data: the section of the config.
 
   Raises:
-    UserError: naming the config fields.
+    UserError: for captions or classes that are not as `data` says, for more than `MAX_CLASSES` classes, or
+      for an image that is in two splits; names the fields of the config.
   """
   for reader in readers.values():
     check_captions(reader, data)

@@ -25,6 +25,11 @@ RESIZES = ('none', 'pad', *FILTERS, *SQUASHES)
 CHANNELS = (1, 3)
 
 
+def image_shape(data: ml_collections.ConfigDict) -> tuple[int, int, int]:
+  """Returns (height, width, channels) of the images of a section `data`; they are square."""
+  return data.image_size, data.image_size, data.channels
+
+
 def fit(
   image: UInt8[np.ndarray, 'height width channels'], data: ml_collections.ConfigDict
 ) -> UInt8[np.ndarray, 'size size channels']:

@@ -25,7 +25,7 @@ from vaediff.data.idx import IdxReader
 from vaediff.data.npz import NpzReader
 from vaediff.data.parquet import ParquetReader
 from vaediff.data.readers import MAX_CLASSES, Reader, check_classes, read_fitted
-from vaediff.data.resize import CHANNELS, CROPS, RESIZES
+from vaediff.data.resize import CHANNELS, CROPS, RESIZES, image_shape
 from vaediff.data.synthetic import COUNTS, NUM_CLASSES, synthetic_arrays, synthetic_caption
 from vaediff.errors import UserError
 from vaediff.storage import places
@@ -138,7 +138,7 @@ class DecodedSource:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """See `Source`."""
-    return (self.data.image_size, self.data.image_size, self.data.channels)
+    return image_shape(self.data)
 
   @property
   def label_names(self) -> tuple[str, ...]:

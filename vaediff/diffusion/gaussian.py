@@ -100,27 +100,6 @@ def posterior(
   return per_example(g0, x0) * x0 + per_example(g1, x0) * y_t, variance
 
 
-def posterior_formulation2(
-  x0: Float[Array, 'batch *shape'],
-  x_t: Float[Array, 'batch *shape'],
-  x0_vae: Float[Array, 'batch *shape'],
-  s: Time,
-  t: Time,
-  schedule: Schedule,
-) -> tuple[Float[Array, 'batch *shape'], Float[Array, ' batch']]:
-  """Returns mean and per-example variance of q(x_s | x_t, x0, x0_vae) in Formulation 2, for s < t.
-
-  mean = g0 x0 + g1 x_t + (1 - g1) x0_vae with g0, g1 and the variance of `posterior_coefficients`:
-  the exact Gaussian posterior of x_t = alpha_t x0 + x0_vae + sigma_t eps (DiffuseVAE,
-  arXiv:2201.00308, whose formula has sqrt(alpha_bar_t) in the coefficient of x_t where Bayes' rule
-  gives sqrt(alpha_t), as here). The samplers work in y_t and do not need it; it is the reference
-  for what they do to x_t.
-  """
-  g0, g1, variance = posterior_coefficients(s, t, schedule)
-  g0, g1 = per_example(g0, x0), per_example(g1, x0)
-  return g0 * x0 + g1 * x_t + (1 - g1) * x0_vae, variance
-
-
 def target(
   prediction: str,
   x0: Float[Array, 'batch *shape'],

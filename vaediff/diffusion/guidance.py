@@ -37,7 +37,7 @@ def inside(interval: Interval, schedule: Schedule, t: TimeLike) -> Bool[Array, '
   A level within a relative `SAME_LEVEL` of an end counts as the end, so that float32 and float64 agree.
   """
   if not interval:
-    return t == t
+    return (jnp if isinstance(t, jax.Array) else np).ones(np.shape(t), bool)
   low, high = (math.log(level) + SAME_LEVEL if level > 0 else -math.inf for level in interval)
   level = -0.5 * schedule.logsnr(t)
   return (low < level) & (level <= high)

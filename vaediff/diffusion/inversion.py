@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from vaediff.diffusion.flows import ode_coefficients
 from vaediff.diffusion.gaussian import Denoise
 from vaediff.diffusion.restoration import time_of_level
-from vaediff.diffusion.samplers import sample_ddim, time_grid
+from vaediff.diffusion.samplers import SAMPLERS, time_grid
 from vaediff.diffusion.schedules import Schedule
 from vaediff.types import Keys
 
@@ -65,5 +65,5 @@ def round_trip(
   """Returns (x_T, x0 again): inverted, and back by DDIM over the same grid; `keys` are not used for noise."""
   x_T = invert(denoise, schedule, x0, num_steps=num_steps, grid=grid)
   low = lowest_time(schedule)
-  back = sample_ddim(denoise, schedule, x_T, keys, num_steps=num_steps, grid=grid, t_end=low)
+  back = SAMPLERS['ddim'](denoise, schedule, x_T, keys, num_steps=num_steps, grid=grid, t_end=low)
   return x_T, back

@@ -7,8 +7,9 @@ Every sampler here is linear in what it has seen: each network evaluation is fol
 with n ~ N(0, I), so a sampler is a table of these numbers, computed on the host in float64 from the
 time grid, and one `lax.scan` runs them all. The noise estimate is thereby always the one implied by
 y and x0_hat, so clipping inside `denoise` stays consistent. The step onto t = 0 returns x0_hat
-itself, without noise or arithmetic. Two options need a second map of the network beside x0_hat (`beside`):
-then `denoise` returns both, and the equation has one term more, or a noise that differs between pixels.
+itself, without noise or arithmetic. Two options need a second map of the network beside x0_hat
+(`second_output`): then `denoise` returns both, and the equation has one term more, or a noise that differs
+between pixels.
 
 All take `(denoise, schedule, y, keys, *, num_steps, grid, t_start, t_end, trajectory, change)` and
 their own options:
@@ -146,13 +147,23 @@ def _steps(
   )
 
 
-def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State, Trajectory]]:
-  """Returns the sampler with the module's arguments whose steps are `table(schedule, times, **options)`.
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """A sampler with the module's arguments, whose steps are the rows of a table.
 
-  It raises UserError for a bad grid.
+  Attributes:
+    table: (schedule, times, **options) -> the coefficients of its steps.
   """
 
-  def sample(
+  table: Callable[..., _Table]
+
+  @property
+  def options(self) -> tuple[str, ...]:
+    """Names of what it takes beside what all samplers do."""
+    return tuple(inspect.signature(self.table).parameters)[2:]
+
+  def __call__(
+    self,
     denoise: Denoise | DenoiseBoth,
     schedule: Schedule,
     y: State,
@@ -166,23 +177,23 @@ def _sampler(table: Callable[..., _Table]) -> Callable[..., State | tuple[State,
     change: Change | None = None,
     **options: Any,
   ) -> State | tuple[State, Trajectory]:
-    times = time_grid(schedule, grid, num_steps, t_start, t_end)
-    return _run(denoise, y, keys, table(schedule, times, **options), trajectory, change)
+    """Returns x0, or y at `t_end`, and with `trajectory` all states; see the module.
 
-  sample.__name__, sample.__qualname__, sample.__doc__ = table.__name__, table.__qualname__, table.__doc__
-  sample.options, sample.table = tuple(inspect.signature(table).parameters)[2:], table
-  return sample
+    Raises:
+      UserError: for a bad grid or option.
+    """
+    times = time_grid(schedule, grid, num_steps, t_start, t_end)
+    return _run(denoise, y, keys, self.table(schedule, times, **options), trajectory, change)
 
 
 VARIANCES = ('small', 'large', 'learned')
-"""Of the steps of `sample_ddpm`."""
+"""Of the steps of DDPM."""
 
 
-@_sampler
-def sample_ddpm(schedule: Schedule, times: Times, variance: str = 'small') -> _Table:
-  """Returns a DDPM ancestral sample (Ho et al. 2020, algorithm 2, arXiv:2006.11239), over any grid.
+def ddpm_table(schedule: Schedule, times: Times, variance: str = 'small') -> _Table:
+  """Returns the coefficients of DDPM ancestral sampling (Ho et al. 2020, algorithm 2) over any grid.
 
-  y_s is drawn from q(y_s | y_t, x0_hat), with its variance for `variance` 'small' and with
+  arXiv:2006.11239. y_s is drawn from q(y_s | y_t, x0_hat), with its variance for `variance` 'small' and with
   beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s for 'large'; no noise in the step onto t = 0. 'small'
   is exact for data at a point and 'large' for data of unit variance. With 'learned' `denoise` returns
   (x0_hat, fraction), and the variance is that of `gaussian.log_variances`, pixel by pixel.
@@ -204,12 +215,11 @@ def sample_ddpm(schedule: Schedule, times: Times, variance: str = 'small') -> _T
   return _steps(times, keep, current, noise=np.sqrt(noise), **second)
 
 
-@_sampler
-def sample_ddim(schedule: Schedule, times: Times, eta: float = 0.0, recompute_eps: bool = True) -> _Table:
-  """Returns a DDIM sample, first order (Song et al. 2020, eqs. 12 and 16, arXiv:2010.02502).
+def ddim_table(schedule: Schedule, times: Times, eta: float = 0.0, recompute_eps: bool = True) -> _Table:
+  """Returns the coefficients of DDIM, first order (Song et al. 2020, eqs. 12 and 16, arXiv:2010.02502).
 
   y_s = alpha_s x0_hat + sqrt(sigma_s^2 - w^2) eps_hat + w n, with w = eta times the posterior
-  standard deviation of q(y_s | y_t, x0): `eta` 0 is deterministic, 1 is `sample_ddpm` with the
+  standard deviation of q(y_s | y_t, x0): `eta` 0 is deterministic, 1 is DDPM with the
   small variance. eps_hat is that of the clipped x0_hat, or, without `recompute_eps`, the network's own: then
   `denoise` returns (x0_hat clipped, x0_hat as it was), as DiffuseVAE's code does.
 
@@ -234,9 +244,8 @@ def sample_ddim(schedule: Schedule, times: Times, eta: float = 0.0, recompute_ep
   return _steps(times, keep, current, noise=np.sqrt(variance), **second)
 
 
-@_sampler
-def sample_heun(schedule: Schedule, times: Times) -> _Table:
-  """Returns a sample of the probability-flow ODE by Heun's second-order method.
+def heun_table(schedule: Schedule, times: Times) -> _Table:
+  """Returns the coefficients of Heun's second-order method for the probability-flow ODE.
 
   The trapezoidal rule on d(y / sigma) / d(alpha / sigma) = x0_hat, after Karras et al. 2022,
   algorithm 1 (arXiv:2206.00364): a DDIM step, then the same step again with the mean of x0_hat at
@@ -258,9 +267,8 @@ def sample_heun(schedule: Schedule, times: Times) -> _Table:
   return _Table(time, keep, previous, current, np.zeros_like(keep), advance)
 
 
-@_sampler
-def sample_dpmpp_2m(schedule: Schedule, times: Times) -> _Table:
-  """Returns a DPM-Solver++(2M) sample, second order (Lu et al. 2022, arXiv:2211.01095, alg. 2).
+def dpmpp_2m_table(schedule: Schedule, times: Times) -> _Table:
+  """Returns the coefficients of DPM-Solver++(2M), second order (Lu et al. 2022, arXiv:2211.01095, alg. 2).
 
   Two-step in the log SNR: with h the steps of log(alpha / sigma), the DDIM step is taken with
   x0_hat + (h_k / 2 h_{k-1}) (x0_hat - x0_hat_previous). First order in the first step, which has no
@@ -274,9 +282,8 @@ def sample_dpmpp_2m(schedule: Schedule, times: Times) -> _Table:
   return _steps(times, keep, step * (1 + extrapolation), previous=-step * extrapolation)
 
 
-@_sampler
-def sample_renoise(schedule: Schedule, times: Times) -> _Table:
-  """Returns a sample of multistep consistency sampling (Song et al. 2023, alg. 1, arXiv:2303.01469).
+def renoise_table(schedule: Schedule, times: Times) -> _Table:
+  """Returns the coefficients of multistep consistency sampling (Song et al. 2023, alg. 1, arXiv:2303.01469).
 
   After each x0_hat new noise is drawn: y_s = alpha_s x0_hat + sigma_s n. For networks whose x0_hat is itself
   a sample: consistency models and adversarial students.
@@ -287,12 +294,11 @@ def sample_renoise(schedule: Schedule, times: Times) -> _Table:
   return _steps(times, np.zeros_like(current), current, noise=noise)
 
 
-@_sampler
-def sample_there_and_back(schedule: Schedule, times: Times) -> _Table:
-  """Returns a sample of the stochastic sampler for distilled networks (Meng et al. 2023, arXiv:2210.03142).
+def there_and_back_table(schedule: Schedule, times: Times) -> _Table:
+  """Returns the coefficients of the stochastic sampler for distilled networks (Meng et al. 2023).
 
-  Each DDIM step is of twice the length, over two intervals of the grid, and noise takes it one interval back:
-  y_s ~ q(y_s | y_r) with r < s. The last interval is a plain DDIM step.
+  arXiv:2210.03142. Each DDIM step is of twice the length, over two intervals of the grid, and noise takes it
+  one interval back: y_s ~ q(y_s | y_r) with r < s. The last interval is a plain DDIM step.
   """
   keep, current = ode_coefficients(schedule, times)
   noise = np.zeros_like(keep)
@@ -308,25 +314,24 @@ def sample_there_and_back(schedule: Schedule, times: Times) -> _Table:
   return _steps(times, keep, current, noise=noise)
 
 
-@_sampler
-def sample_euler_maruyama(schedule: Schedule, times: Times) -> _Table:
-  """Returns a sample of the reverse SDE by the Euler-Maruyama method; see `flows.sde_coefficients`."""
+def euler_maruyama_table(schedule: Schedule, times: Times) -> _Table:
+  """Returns the coefficients of Euler-Maruyama for the reverse SDE; see `flows.sde_coefficients`."""
   keep, current, noise = sde_coefficients(schedule, times)
   return _steps(times, keep, current, noise=noise)
 
 
 SAMPLERS = {
-  'ddpm': sample_ddpm,
-  'ddim': sample_ddim,
-  'heun': sample_heun,
-  'dpmpp_2m': sample_dpmpp_2m,
-  'renoise': sample_renoise,
-  'there_and_back': sample_there_and_back,
-  'euler_maruyama': sample_euler_maruyama,
+  'ddpm': Sampler(ddpm_table),
+  'ddim': Sampler(ddim_table),
+  'heun': Sampler(heun_table),
+  'dpmpp_2m': Sampler(dpmpp_2m_table),
+  'renoise': Sampler(renoise_table),
+  'there_and_back': Sampler(there_and_back_table),
+  'euler_maruyama': Sampler(euler_maruyama_table),
 }
 
 
-def get_sampler(name: str) -> Callable[..., State | tuple[State, Trajectory]]:
+def get_sampler(name: str) -> Sampler:
   """Returns the sampler called `name`.
 
   Raises:
@@ -342,26 +347,12 @@ def options(name: str) -> tuple[str, ...]:
   return get_sampler(name).options
 
 
-def beside(name: str, options: Mapping[str, Any]) -> str:
+def second_output(name: str, options: Mapping[str, Any]) -> str:
   """Returns the name of what a sampler with these options takes beside x0_hat; '' = nothing."""
   own = get_sampler(name).options
   if 'variance' in own and options['variance'] == 'learned':
     return FRACTION
   return UNCLIPPED if 'recompute_eps' in own and not options['recompute_eps'] else ''
-
-
-def num_function_evaluations(name: str, num_steps: int, t_end: float = 0.0) -> int:
-  """Returns how many times the sampler called `name` calls `denoise`.
-
-  Raises:
-    UserError: for an unknown name or fewer than one step.
-  """
-  get_sampler(name)
-  if num_steps < 1:
-    raise UserError(f'sample.num_steps must be >= 1, got {num_steps}')
-  if name != 'heun':
-    return num_steps
-  return 2 * num_steps if t_end > 0 else 2 * num_steps - 1
 
 
 def evaluation_times(
@@ -371,12 +362,13 @@ def evaluation_times(
   num_steps: int,
   grid: str = 'uniform',
   t_start: float = 1.0,
+  t_end: float = 0.0,
   **options: Any,
 ) -> Times:
-  """Returns the times at which the sampler called `name` calls `denoise` on its way to t = 0, in order.
+  """Returns the times at which the sampler called `name` calls `denoise` on its way to `t_end`, in order.
 
   Raises:
     UserError: for an unknown name, or a bad grid or option.
   """
-  times = time_grid(schedule, grid, num_steps, t_start)
-  return get_sampler(name).table(schedule, times, **options).time
+  sampler, times = get_sampler(name), time_grid(schedule, grid, num_steps, t_start, t_end)
+  return sampler.table(schedule, times, **options).time

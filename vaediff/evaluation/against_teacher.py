@@ -30,7 +30,7 @@ def chain(trained: Trained) -> list[Trained]:
     workdir, config = student.workdir, student.config
     if named.workdir:
       workdir = places.anywhere(named.workdir)
-      config = same_run.beside(configs.read(workdir), student.config)
+      config = same_run.with_own_data_places(configs.read(workdir), student.config)
       with config.unlocked():
         config.evaluate = student.config.evaluate
     stages.insert(0, Trained(config, workdir, named.stage, student.mesh))
@@ -102,12 +102,11 @@ def pairs(trained: Trained, count: int, seed: int) -> tuple[np.ndarray, np.ndarr
   """Returns two sets of images, pixels in [0, 1]: images i have the same conditions, and another noise."""
   size = min(trained.settings.batch_size, count)
   sets = ([], [])
-  for indices in draw.batches(count, size):
-    fresh = min(size, count - int(indices[0]))
+  for indices, num_real in draw.padded_batches(count, size):
     given = trained.drawn(indices, seed)
     for k, images in enumerate(sets):
       of_noise = (seed + k * SECOND_SEED) % 2**31
       noise = trained.drawn(indices, of_noise)[NOISE]
       drawn = trained.draw(indices, {**given, NOISE: noise}, seed=of_noise)
-      images.append(drawn[list(drawn)[-1]][:fresh].astype(np.float64) / 255)
+      images.append(draw.own_image(drawn)[:num_real].astype(np.float64) / 255)
   return np.concatenate(sets[0]), np.concatenate(sets[1])

@@ -26,9 +26,9 @@ def counted(trained: Trained) -> tuple[dict[str, np.ndarray], int]:
   where = sharding.batch_sharding(trained.mesh)
   count = jax.jit(trained.experiment.counts, out_shardings=sharding.replicated(trained.mesh))
   totals = {}
-  for indices in draw.batches(number, size):
+  for indices, num_real in draw.padded_batches(number, size):
     batch = source.read(indices)
-    mask = np.arange(size) < number - int(indices[0])
+    mask = np.arange(size) < num_real
     batch = jax.device_put({**batch, 'mask': mask.astype(np.float32)}, where)
     found = jax.device_get(count(trained.read, batch))
     if not found:

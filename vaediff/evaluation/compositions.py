@@ -18,7 +18,7 @@ import numpy as np
 from vaediff.data import oracle, shapes, sources
 from vaediff.evaluation.measures import CLASSIFIER, Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.run import log
+from vaediff.run import draw, log
 from vaediff.run.trained import Trained
 
 TEST, REORDERED, HELD_OUT = 'captions of test', 'in an order never read', 'compositions held out'
@@ -51,7 +51,7 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
     other = [scene.reordered(data.caption_feature) for scene in scenes]
     given = trained.told(other if title == REORDERED else texts)
     drawn = trained.draw_all({**given, **followed_by(trained, split, count)})
-    image = drawn[list(drawn)[-1]]
+    image = draw.own_image(drawn)
     reader = reader or oracle.Oracle(image.shape[1], mini=mini)
     asked = asked_by(texts)
     reading = reader.read(image)

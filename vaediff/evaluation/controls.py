@@ -19,7 +19,7 @@ import numpy as np
 from vaediff.data import oracle, shapes
 from vaediff.evaluation import compositions
 from vaediff.evaluation.measures import Figure
-from vaediff.run import clips, log, scoring
+from vaediff.run import clips, draw, log, scoring
 from vaediff.run.trained import Trained
 
 SAMPLES = 'samples with their control'
@@ -52,22 +52,17 @@ def control_rows(trained: Trained) -> list[dict[str, Any]]:
   none = clips.no_words(trained, len(data))
   log.say(f'drawing {len(data)} samples that follow control images, and as many without')
   base, data = trained.with_settings(strength=0.0, controls=()), trained.as_drawn(data)
-  drawn = last(trained.draw_all(given))
-  sets = [(SAMPLES, drawn, hint), (ALONE, last(base.draw_all(given)), hint)]
+  drawn = draw.own_image(trained.draw_all(given))
+  sets = [(SAMPLES, drawn, hint), (ALONE, draw.own_image(base.draw_all(given)), hint)]
   if none:
     log.say(f'drawing {len(data)} samples without captions that follow control images, and as many without')
     for title, one in ((WORDLESS, trained), (NEITHER, base)):
       one = scoring.unranked(one)  # there is no caption to rank by
-      sets.append((title, last(one.draw_all({**given, **none})), hint))
+      sets.append((title, draw.own_image(one.draw_all({**given, **none})), hint))
   sets.append((OTHERS, drawn, np.roll(hint, 1, axis=0)))
   rows = [row_of(trained, title, image, wanted) for title, image, wanted in sets]
   rows.append(row_of(trained, DATA, data, hint, is_data=True))
   return rows
-
-
-def last(images: dict[str, np.ndarray]) -> np.ndarray:
-  """Returns the stage's own images of what it draws."""
-  return images[list(images)[-1]]
 
 
 def row_of(

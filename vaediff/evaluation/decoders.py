@@ -16,7 +16,6 @@ Samples are drawn without `sample.rerank`: the best of several by a CLIP stage i
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,11 +24,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vaediff.data import pixels
-from vaediff.evaluation import against_teacher, measures, quality
+from vaediff.evaluation import against_teacher, measures, quality, timing
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
-from vaediff.evaluation.reconstructions import mean_of, missing_pair_figures, of_first, over, pair_figures
-from vaediff.evaluation.sets import Real, distances_of, title_of
+from vaediff.evaluation.reconstructions import (
+  mean_of,
+  missing_pair_figures,
+  of_first,
+  pair_figures,
+  ratio_figure,
+)
+from vaediff.evaluation.sets import Real, distance_figures, title_of
 from vaediff.run import checkpoint, draw, log, scoring
 from vaediff.run.trained import Trained
 from vaediff.storage import identity
@@ -84,7 +89,7 @@ def decoders(
       images, each = in_batches(
         run.settings.batch_size, given, functools.partial(drawn, run, seed), compiled=k > 0
       )
-      sets.append(images[list(images)[-1]])
+      sets.append(draw.own_image(images))
       seconds.append(each)
     cost = {'NFE': run.experiment.num_function_evaluations, 'seconds per 100 images': 100 * min(seconds)}
     yield f'{run.stage}, {columns.sampler} {columns.steps}', np.stack(sets), cost
@@ -133,19 +138,14 @@ def drawn(run: Trained, seed: int, indices: np.ndarray, rows: draw.HostArrays) -
 def in_batches(
   size: int, given: draw.HostArrays, make: Callable[..., draw.HostArrays], *, compiled: bool
 ) -> tuple[draw.HostArrays, float]:
-  """Returns what is made of all rows, by name, and the seconds per image, compilation left out."""
+  """Returns what is made of all rows, by name, and the seconds per image; see `timing.timed_batches`."""
   count = len(next(iter(given.values())))
-  size, parts, seconds = min(size, count), {}, []
-  batches = list(draw.batches(count, size))
-  if not compiled:
-    make(batches[0], {name: value[batches[0]] for name, value in given.items()})
-  for indices in batches:
-    started = time.monotonic()
-    made = make(indices, {name: value[indices] for name, value in given.items()})
-    seconds.append((time.monotonic() - started) / size)
-    fresh = min(size, count - int(indices[0]))
+  parts, seconds = {}, []
+  make_of = lambda indices: make(indices, {name: value[indices] for name, value in given.items()})
+  for made, num_real, each in timing.timed_batches(count, min(size, count), make_of, compiled=compiled):
+    seconds += [] if each is None else [each]
     for name, value in made.items():
-      parts.setdefault(name, []).append(np.asarray(value)[:fresh])
+      parts.setdefault(name, []).append(np.asarray(value)[:num_real])
   return {name: np.concatenate(part) for name, part in parts.items()}, float(np.median(seconds))
 
 
@@ -160,7 +160,7 @@ def figures_of(image: np.ndarray, sets: Sets, opened: Networks) -> dict[str, Fig
     figures['mse of the mean'] = Figure(value=mean, n=len(sets))
     figures['by the law'] = Figure(value=one * (1 + 1 / len(sets)) / 2)
   edges = [mean_of([quality.sharpness_of_each(each)]) for each in (sets[0], image)]
-  return {**figures, 'sharpness': over(*edges)}
+  return {**figures, 'sharpness': ratio_figure(*edges)}
 
 
 def same_class(sets: Sets, opened: Networks) -> dict[str, Figure]:
@@ -193,6 +193,6 @@ def distances(
     stream = opened.features[network].stream()
     stream.add(images)
     held_out = of_first(real.held_out[network], len(images), total)
-    found = distances_of(network, [stream.finish()['features']], held_out, settings)
+    found = distance_figures(network, [stream.finish()['features']], held_out, settings)
     figures |= {f'r{name}': figure for name, figure in found.items()}
   return figures

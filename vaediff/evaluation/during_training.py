@@ -41,7 +41,7 @@ def make_measure(
       f'{train.best_measure!r}, got {train.best_images}'
     )
   extractor, accuracy = networks.load(name, config, mesh)
-  network = networks.Features(extractor, mesh, config.evaluate.batch_size, accuracy)
+  network = networks.FeatureNetwork(extractor, mesh, config.evaluate.batch_size, accuracy)
   known = reference(config, 'train', network)
   run = draw.make_draw(
     experiment, mesh, config[stage].sample.seed, source.image_shape, lambda: source
@@ -50,17 +50,16 @@ def make_measure(
 
   def measure(params: dict[str, Params]) -> float:
     stream = network.stream()
-    for indices in draw.batches(train.best_images, size):
+    for indices, num_real in draw.padded_batches(train.best_images, size):
       images = run({**frozen, **params}, indices)
-      fresh = min(size, train.best_images - int(indices[0]))
-      stream.add(images[list(images)[-1]][:fresh])
+      stream.add(draw.own_image(images)[:num_real])
     seen = stream.finish()
     missing = measures.missing(name, seen['features'], known.features, config.evaluate)
     if train.best_measure in missing:
       raise UserError(
         f'config.{stage}.train.best_measure = {train.best_measure!r}: {missing[train.best_measure]}'
       )
-    return measures.of_features(name, seen, known, config.evaluate)[train.best_measure]
+    return measures.of_features(name, seen, known, config.evaluate, missing)[train.best_measure]
 
   made_of = {
     'the real images': str(known.provenance['images_sha256']),

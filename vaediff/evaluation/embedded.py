@@ -77,10 +77,9 @@ def scenes_of(trained: Trained, count: int) -> list[shapes.Scene]:
 def vectors(prior: Trained, tokens: np.ndarray) -> np.ndarray:
   """Returns what a prior draws of captions, row by row."""
   size, parts = min(prior.settings.batch_size, len(tokens)), []
-  for indices in draw.batches(len(tokens), size):
-    fresh = min(size, len(tokens) - int(indices[0]))
+  for indices, num_real in draw.padded_batches(len(tokens), size):
     drawn = prior.draw(indices, {words.TOKENS: tokens[indices]}, handed=True)
-    parts.append(drawn[clips.EMBEDDING][:fresh])
+    parts.append(drawn[clips.EMBEDDING][:num_real])
   return np.concatenate(parts)
 
 
@@ -109,7 +108,6 @@ def decoded(trained: Trained, title: str, asked: np.ndarray, given: np.ndarray) 
   """Returns the row of samples that are given vectors, row by row of what they should show."""
   log.say(f'drawing {len(given)} samples of {title}')
   whole: HostArrays = {clips.EMBEDDING: given, **clips.no_words(trained, len(given))}
-  drawn = trained.draw_all(whole)
-  image = drawn[list(drawn)[-1]]
+  image = draw.own_image(trained.draw_all(whole))
   reader = oracle.Oracle(image.shape[1], mini=shapes.is_mini(trained.config.data))
   return row_of(title, asked, reader.read(image))

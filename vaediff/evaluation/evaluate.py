@@ -27,7 +27,7 @@ from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.reconstructions import reconstruction_rows
 from vaediff.evaluation.sets import DATA, FOLDER, Real, name_of, real_images, sample_rows
-from vaediff.run import checkpoint, log
+from vaediff.run import log
 from vaediff.run.trained import Trained
 from vaediff.storage import files
 
@@ -121,7 +121,7 @@ def check_any(settings: ConfigDict, rows: Sequence[Mapping[str, Any]], table: st
 
 
 def notes(opened: Networks, real: Real, settings: ConfigDict) -> list[str]:
-  """Returns what makes figures others than the settings say."""
+  """Returns a warning for each figure computed on fewer images than configured."""
   found = []
   for name in opened.features:
     have = min(settings.num_images, settings.max_features, len(real.train[name].features))
@@ -139,7 +139,7 @@ def header(trained: Trained) -> dict[str, Any]:
     'config': trained.config.name,
     'stage': trained.stage,
     'checkpoint': trained.settings.checkpoint,
-    'step': checkpoint.latest_step(trained.folder),
+    'step': trained.step,
     'seed': trained.settings.seed,
     'device': f'{jax.devices()[0].device_kind} x {trained.mesh.size}',
     'jax': jax.__version__,
@@ -181,29 +181,29 @@ def as_text(result: dict[str, Any], *, markdown: bool = False) -> str:
   if networks_shown:
     parts.append(shown(networks_shown))
   about = f'± is the standard deviation over {result["num_seeds"]} seeds.' if result['num_seeds'] > 1 else ''
-  parts.append(shown(report.turned(result['samples'], 'set')))
+  parts.append(shown(report.transpose(result['samples'], 'set')))
   parts.append(
     f'Samples are compared with the training split. {about} The floor is what real images get.'.replace(
       '  ', ' '
     )
   )
   if result['reconstructions']:
-    parts.append(shown(report.turned(result['reconstructions'], 'set')))
+    parts.append(shown(report.transpose(result['reconstructions'], 'set')))
     parts.append('Reconstructions are of the evaluation split and are compared with it.')
   if result['decoders']:
-    parts.append(shown(report.turned(result['decoders'], 'decoder')))
+    parts.append(shown(report.transpose(result['decoders'], 'decoder')))
     parts.append(
       'Decoders draw the same codes, of the first N images of the evaluation split. A sample of the '
       "posterior has twice the squared error of the posterior's mean: vaediff/evaluation/decoders.py."
     )
   if result['compositions']:
-    parts.append(shown(report.turned(result['compositions'], 'set')))
+    parts.append(shown(report.transpose(result['compositions'], 'set')))
     parts.append(compositions.ABOUT)
   if result['controls']:
-    parts.append(shown(report.turned(result['controls'], 'set')))
+    parts.append(shown(report.transpose(result['controls'], 'set')))
     parts.append(controls.ABOUT)
   if len(result['model']) > 1:
-    parts.append(shown(report.turned([result['model']], '')))
+    parts.append(shown(report.transpose([result['model']], '')))
     parts.append(
       'Bounds and losses are over the first N images of the evaluation split; ± is the standard error over '
       'images. elbo is in nats. Codes are counted in the first N images.'

@@ -12,9 +12,9 @@ import math
 import jax
 import numpy as np
 
-from vaediff.data import pixels, sources, words
+from vaediff.data import pixels, sources
 from vaediff.diffusion.likelihood import bits_per_dimension
-from vaediff.evaluation.measures import Figure
+from vaediff.evaluation.measures import Figure, mean_with_error
 from vaediff.experiments.base import IDS
 from vaediff.machine import sharding
 from vaediff.run import draw
@@ -41,20 +41,19 @@ def figures(trained: Trained) -> dict[str, Figure]:
   total, tokens = sum(nats.values()), sum(sizes.values())
   dimensions = int(np.prod(trained.eval_source.image_shape))
   found = {
-    'nats_per_token': of_images(total / tokens),
-    f'bits_per_dimension ({IDS})': of_images(bits_per_dimension(total, dimensions)),
+    'nats_per_token': mean_with_error(total / tokens),
+    f'bits_per_dimension ({IDS})': mean_with_error(bits_per_dimension(total, dimensions)),
   }
   if len(sizes) > 1:
-    found |= {f'nats_per_token/{name}': of_images(nats[name] / sizes[name]) for name in sizes}
+    found |= {f'nats_per_token/{name}': mean_with_error(nats[name] / sizes[name]) for name in sizes}
   if of_others is not None and len(of_others) < 2:  # they are its own
     found[f'nats_per_token/{OF_OTHERS}'] = Figure(missing='there is no other caption: it needs at least 2')
   elif of_others is not None:
-    found[f'nats_per_token/{OF_OTHERS}'] = of_images(of_others / tokens)
-    found[f'nats_per_token/rise by {OF_OTHERS}'] = of_images((of_others - total) / tokens)
+    found[f'nats_per_token/{OF_OTHERS}'] = mean_with_error(of_others / tokens)
+    found[f'nats_per_token/rise by {OF_OTHERS}'] = mean_with_error((of_others - total) / tokens)
   source, classes = trained.images('train'), trained.config.data.num_classes
   stored = precomputed(trained.config, trained.workdir, trained.stage, experiment, trained.read, source, mesh)
-  chunks = np.array_split(np.arange(len(source)), max(1, len(source) // CHUNK))
-  known = np.concatenate([source.read(rows)[sources.LABEL] for rows in chunks])
+  known = labels_of(source) if classes else np.zeros(len(source), np.int32)  # of no classes no table reads it
   spent = {}
   for name, struct in experiment.handed.items():
     views = stored[name].reshape(len(source), -1, *struct.shape)  # with flips two of each image
@@ -67,13 +66,10 @@ def figures(trained: Trained) -> dict[str, Figure]:
   return found | {f'nats_per_token of counts: {name}': Figure(value=value) for name, value in spent.items()}
 
 
-def of_images(values: np.ndarray) -> Figure:
-  """Returns the mean over images and its standard error; says of how many images it is not finite."""
-  bad = int(np.sum(~np.isfinite(values)))
-  if bad:
-    return Figure(missing=f'it is not finite for {bad} of {len(values)} evaluation images')
-  error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-  return Figure(value=float(values.mean()), spread=error, n=len(values))
+def labels_of(source: sources.Source) -> np.ndarray:
+  """Returns the labels of all images of a split, int32 [n]; the images are read for them."""
+  chunks = np.array_split(np.arange(len(source)), max(1, len(source) // CHUNK))
+  return np.concatenate([source.read(rows)[sources.LABEL] for rows in chunks])
 
 
 def measured(
@@ -96,21 +92,20 @@ def measured(
   count = len(source)
   size = sharding.round_up(min(trained.settings.batch_size, count), mesh)
   nats, ids, labels, of_others = {}, {}, [], []
-  for rows in draw.batches(count, size):
-    batch, fresh = source.read(rows), min(size, count - int(rows[0]))
-    other = {}
-    if words.TOKENS in batch:
-      other[words.TOKENS] = source.read((rows + count // 2) % count)[words.TOKENS]
+  told = trained.told(source.captions) if trained.captioned is trained else {}
+  for rows, num_real in draw.padded_batches(count, size):
+    batch = source.read(rows)
+    other = {name: tokens[(rows + count // 2) % count] for name, tokens in told.items()}
     placed = [jax.device_put(part, where) for part in (batch, other)]
     terms, seen, more = jax.device_get(run(trained.read, *placed))
     for name, value in terms.items():
-      nats.setdefault(name, []).append(np.asarray(value[:fresh], np.float64))
+      nats.setdefault(name, []).append(np.asarray(value[:num_real], np.float64))
     for name, value in seen.items():
       shape = experiment.handed[name].shape
-      ids.setdefault(name, []).append(value.reshape(len(value), -1, *shape)[:fresh, 0])
+      ids.setdefault(name, []).append(value.reshape(len(value), -1, *shape)[:num_real, 0])
     if more:
-      of_others.append(sum(np.asarray(value[:fresh], np.float64) for value in more.values()))
-    labels.append(batch[sources.LABEL][:fresh])
+      of_others.append(sum(np.asarray(value[:num_real], np.float64) for value in more.values()))
+    labels.append(batch[sources.LABEL][:num_real])
   whole = lambda parts: {name: np.concatenate(part) for name, part in parts.items()}
   by_others = np.concatenate(of_others) if of_others else None
   return whole(nats), whole(ids), np.concatenate(labels), by_others

@@ -17,16 +17,6 @@ def polynomial_kernel(x: Features, y: Features) -> Float[np.ndarray, 'rows colum
   return values * values * values  # a general power is many times slower
 
 
-def mmd_squared(x: Features, y: Features) -> float:
-  """Returns the unbiased estimate of the squared maximum mean discrepancy; it may be below 0.
-
-  Gretton et al. 2012, eq. 3: the diagonals of the two inner sums are left out.
-  """
-  if min(len(x), len(y)) < 2:
-    raise ValueError(f'the unbiased estimate needs at least 2 vectors a side, got {len(x)} and {len(y)}')
-  return float(within(x) + within(y) - 2 * polynomial_kernel(x, y).mean())
-
-
 def within(x: Features) -> float:
   """Returns the mean of the kernel over pairs of different vectors of one set."""
   values = polynomial_kernel(x, x)
@@ -39,9 +29,15 @@ def kernel_distance(
   """Returns mean and standard error of the squared MMD over random subsets of both sets.
 
   The KID of Bińkowski et al. 2018 (arXiv:1801.01401) with the Inception network: unbiased, so small N
-  does not raise it. Subsets are drawn without replacement; their size is at most that of a set.
+  does not raise it, and it may be below 0 (Gretton et al. 2012, eq. 3: the diagonals of the two inner sums
+  are left out). Subsets are drawn without replacement; their size is at most that of a set.
+
+  Raises:
+    ValueError: for subsets of fewer than 2 vectors, which have no such estimate.
   """
   size = min(subset_size, len(x), len(y))
+  if size < 2:
+    raise ValueError(f'the unbiased estimate needs at least 2 vectors a side, got {size}')
   if len(x) == len(y) == size:
     num_subsets = 1  # every subset is the whole
   rng, values = np.random.default_rng(seed), []

@@ -1,5 +1,6 @@
 """Figures of a model rather than of its samples: bounds, what of z is in use, nats of a prior of ids."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from vaediff.data import sources
 from vaediff.diffusion.likelihood import bits_per_dimension
 from vaediff.errors import UserError
 from vaediff.evaluation import id_counts
-from vaediff.evaluation.measures import Figure
+from vaediff.evaluation.measures import Figure, mean_with_error
 from vaediff.experiments.base import BYTES, IDS, Experiment
 from vaediff.machine import sharding
 from vaediff.run import draw
@@ -70,12 +71,11 @@ def of_terms(name: str, terms: dict[str, np.ndarray], unit: Callable[[float], fl
   Where one is not finite there is no mean, and the figures say of how many images that is.
   """
   total = sum(terms.values())
-  bad = int(np.sum(~np.isfinite(total)))
-  if bad:
-    return {name: Figure(missing=f'it is not finite for {bad} of {len(total)} evaluation images')}
-  error = float(total.std(ddof=1) / np.sqrt(len(total))) if len(total) > 1 else None
-  spread = None if error is None else abs(unit(error))
-  found = {name: Figure(value=unit(float(total.mean())), spread=spread, n=len(total))}
+  whole = mean_with_error(total)
+  if whole.value is None:
+    return {name: whole}
+  spread = None if whole.spread is None else abs(unit(whole.spread))
+  found = {name: dataclasses.replace(whole, value=unit(whole.value), spread=spread)}
   for term, values in terms.items():
     found[f'{name}/{term}'] = Figure(value=unit(float(values.mean())), n=len(total))
   return found
@@ -114,11 +114,10 @@ def bound(
 
   parts = []
   size = sharding.round_up(min(batch_size, count), mesh)
-  for indices in draw.batches(count, size):
+  for indices, num_real in draw.padded_batches(count, size):
     batch = jax.device_put(source.read(indices), where)
     terms = run(read, batch, jax.device_put(indices, where))
-    fresh = min(size, count - int(indices[0]))
-    parts.append({k: np.asarray(v[:fresh], np.float64) for k, v in jax.device_get(terms).items()})
+    parts.append({k: np.asarray(v[:num_real], np.float64) for k, v in jax.device_get(terms).items()})
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -8,7 +8,7 @@ class_accuracy                  share that the data set's own classifier takes f
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -118,35 +118,51 @@ def missing(network: str, features: Features, others: Features, settings: Config
 
 
 def of_features(
-  network: str, seen: dict[str, np.ndarray], reference: Reference, settings: ConfigDict
+  network: str,
+  seen: dict[str, np.ndarray],
+  reference: Reference,
+  settings: ConfigDict,
+  absent: Mapping[str, str],
 ) -> dict[str, float]:
-  """Returns the figures of a set of images from what a network saw in them, but for those `missing`.
+  """Returns the figures of a set of images from what a network saw in them, but for those that are absent.
 
   Args:
     network: its name.
     seen: 'features' [n, d] and, of Inception, 'logits' [n, 1008].
     reference: the real images.
     settings: `config.evaluate`.
+    absent: what `missing` returns of these features.
   """
   features, most = seen['features'], settings.max_features
-  values = distances(network, features, reference, settings)
-  names = set(names_of(network)) - missing(network, features, reference.features, settings).keys()
+  values = distances(network, features, reference, settings, absent)
+  names = set(names_of(network)) - absent.keys()
   if 'is' in names:
     values['is'], _ = kernel.inception_score(seen['logits'])
   if f'precision_{network}' in names:
     near = precision_recall.precision_recall(
-      reference.features[:most], features[:most], settings.num_neighbours
+      reference.features[:most],
+      features[:most],
+      settings.num_neighbours,
+      reference.radii_squared(most, settings.num_neighbours),
     )
     values |= {f'{name}_{network}': value for name, value in near.items()}
   return values
 
 
 def distances(
-  network: str, features: Features, reference: Reference, settings: ConfigDict
+  network: str, features: Features, reference: Reference, settings: ConfigDict, absent: Mapping[str, str]
 ) -> dict[str, float]:
-  """Returns Fréchet and kernel distance of feature vectors [n, d] to the reference, unless `missing`."""
+  """Returns Fréchet and kernel distance of feature vectors [n, d] to the reference; {} where they are absent.
+
+  Args:
+    network: its name.
+    features: of the images.
+    reference: the real images.
+    settings: `config.evaluate`.
+    absent: what `missing` returns of these features.
+  """
   fd, kd = distance_names(network)
-  if fd in missing(network, features, reference.features, settings):
+  if fd in absent:
     return {}
   return {
     fd: frechet_to(features, reference),
@@ -182,13 +198,18 @@ def floor(
   `count` held-out images against the training split. Where there are fewer, both are pooled, and `count`
   images (at most half) drawn at random are compared with the others. {} where that is too few.
   """
+
+  def compared(features: Features, others: Reference) -> dict[str, float]:
+    absent = missing(network, features, others.features, settings)
+    return distances(network, features, others, settings, absent)
+
   if len(held_out) >= count:
-    return distances(network, held_out[:count], reference, settings), count
+    return compared(held_out[:count], reference), count
   pool = np.concatenate([reference.features, held_out])
   pool = pool[np.random.default_rng(0).permutation(len(pool))]
   count = min(count, len(pool) // 2)
   rest = dataclasses.replace(reference, moments=Moments.of(pool[count:]), features=pool[count:])
-  return distances(network, pool[:count], rest, settings), count
+  return compared(pool[:count], rest), count
 
 
 def class_accuracy(logits: np.ndarray, asked: np.ndarray) -> float:
@@ -204,3 +225,19 @@ def over_seeds(values: list[dict[str, float]]) -> dict[str, Figure]:
     spread = float(column.std(ddof=1)) if len(column) > 1 else None
     figures[name] = Figure(value=float(column.mean()), spread=spread)
   return figures
+
+
+def mean_with_error(values: np.ndarray) -> Figure:
+  """Returns the mean over images and its standard error (ddof 1), none of a single image.
+
+  Args:
+    values: [n], one of each image, n >= 1.
+
+  Returns:
+    A figure of n images; where values are not finite one that says of how many images, and has no value.
+  """
+  bad = int(np.sum(~np.isfinite(values)))
+  if bad:
+    return Figure(missing=f'it is not finite for {bad} of {len(values)} evaluation images')
+  error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+  return Figure(value=float(values.mean()), spread=error, n=len(values))

@@ -69,7 +69,7 @@ BOUNDS = {
 """Of the section `evaluate`."""
 
 
-class Features:
+class FeatureNetwork:
   """A feature network on the devices.
 
   Args:
@@ -124,18 +124,29 @@ class Stream:
     self._waiting, self._done = [], []
 
   def add(self, image: np.ndarray) -> None:
-    """Takes more uint8 images [n, h, w, c]."""
-    self._waiting.append(image)
-    while sum(map(len, self._waiting)) >= self._size:
-      image = np.concatenate(self._waiting)
-      self._done.append(self._run(image[: self._size]))
-      self._waiting = [image[self._size :]]
+    """Takes more uint8 images [n, h, w, c]; what is left of them for a later batch is copied."""
+    held, start = sum(map(len, self._waiting)), 0
+    if held and held + len(image) >= self._size:
+      start = self._size - held
+      self._done.append(self._run(np.concatenate([*self._waiting, image[:start]])))
+      self._waiting = []
+    while len(image) - start >= self._size:
+      self._done.append(self._run(image[start : start + self._size]))
+      start += self._size
+    if start < len(image):
+      self._waiting.append(image[start:].copy())
 
   def finish(self) -> dict[str, np.ndarray]:
-    """Returns the features of all images, in the order in which they came."""
-    rest = np.concatenate(self._waiting)
-    if len(rest):
-      self._done.append(self._run(rest))
+    """Returns the features of all images, in the order in which they came.
+
+    Raises:
+      ValueError: when no image came.
+    """
+    if self._waiting:
+      self._done.append(self._run(np.concatenate(self._waiting)))
+      self._waiting = []
+    if not self._done:
+      raise ValueError('no image was added')
     return {name: np.concatenate([part[name] for part in self._done]) for name in self._done[0]}
 
 
@@ -149,7 +160,7 @@ class Networks:
     missing: why a network is not there, by its name.
   """
 
-  features: dict[str, Features]
+  features: dict[str, FeatureNetwork]
   lpips: 'PairDistance | None'
   missing: dict[str, str]
 
@@ -164,6 +175,10 @@ class PairDistance:
     everywhere = sharding.replicated(mesh)
     self._params = sharding.replicate(lpips.params, mesh)
     self._run = jax.jit(lpips.apply, out_shardings=everywhere)
+
+  def stream(self) -> Stream:
+    """Returns a collector of pairs, uint8 [n, 2, h, w, c] in pieces; it finishes with 'distance' [n]."""
+    return Stream(lambda pairs: {'distance': self(pairs[:, 0], pairs[:, 1])}, self._size)
 
   def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns the distance of every pair."""
@@ -189,7 +204,7 @@ def open_networks(config: ConfigDict, mesh: Mesh) -> Networks:
   for name in settings.extractors:
     try:
       extractor, accuracy = load(name, config, mesh)
-      features[name] = Features(extractor, mesh, settings.batch_size, accuracy)
+      features[name] = FeatureNetwork(extractor, mesh, settings.batch_size, accuracy)
     except UserError as error:
       missing[name] = str(error)
   lpips = None

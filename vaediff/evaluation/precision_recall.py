@@ -30,7 +30,9 @@ def radii_squared(x: Features, k: int) -> Float[np.ndarray, ' examples']:
   return np.concatenate(parts)
 
 
-def precision_recall(real: Features, fake: Features, k: int = 3) -> dict[str, float]:
+def precision_recall(
+  real: Features, fake: Features, k: int = 3, real_radii: Float[np.ndarray, ' examples'] | None = None
+) -> dict[str, float]:
   """Returns precision, recall, density and coverage.
 
   With a ball around every vector that reaches to its k-th neighbour in its own set:
@@ -41,8 +43,19 @@ def precision_recall(real: Features, fake: Features, k: int = 3) -> dict[str, fl
     coverage   share of real balls that hold a fake vector
 
   All but density are in [0, 1]; density may exceed 1.
+
+  Args:
+    real: feature vectors [n, d] of real images.
+    fake: feature vectors [m, d].
+    k: which neighbour the balls reach to; there are more vectors than that on either side.
+    real_radii: `radii_squared(real, k)`, where it is known; None = it is computed.
+
+  Raises:
+    ValueError: for sets of at most k vectors.
   """
-  real_radii, fake_radii = radii_squared(real, k), radii_squared(fake, k)
+  if real_radii is None:
+    real_radii = radii_squared(real, k)
+  fake_radii = radii_squared(fake, k)
   inside_real = np.zeros(len(fake), np.int64)
   covered, recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
   for start in range(0, len(fake), CHUNK):

@@ -1,19 +1,21 @@
 """Statistics of real images: computed once, cached in pytorch-fid's npz layout with their provenance."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from vaediff.data import cache, sources
 from vaediff.errors import UserError
-from vaediff.evaluation import frechet
+from vaediff.evaluation import frechet, precision_recall
 from vaediff.evaluation.frechet import Features, Moments
-from vaediff.evaluation.networks import Features as Network
+from vaediff.evaluation.networks import FeatureNetwork
 from vaediff.machine import distributed
 from vaediff.run import log
 from vaediff.storage import files
@@ -38,8 +40,24 @@ class Reference:
   split: str
   provenance: dict[str, str | int]
 
+  def radii_squared(self, most: int, k: int) -> Float[np.ndarray, ' examples']:
+    """Returns the squared distance of each of the first `most` vectors to its k-th nearest other, float64.
 
-def reference(config: ConfigDict, split: str, network: Network) -> Reference:
+    It is kept, since one reference is compared with many sets.
+
+    Raises:
+      ValueError: where there are at most k vectors.
+    """
+    if (most, k) not in self._radii:
+      self._radii[most, k] = precision_recall.radii_squared(self.features[:most], k)
+    return self._radii[most, k]
+
+  @functools.cached_property
+  def _radii(self) -> dict[tuple[int, int], Float[np.ndarray, ' examples']]:
+    return {}
+
+
+def reference(config: ConfigDict, split: str, network: FeatureNetwork) -> Reference:
   """Returns the statistics of a split; from the cache if they are of these very images and weights.
 
   The file has `mu` and `sigma` (ddof 1) as pytorch-fid has them, `features`, and `provenance` as JSON.

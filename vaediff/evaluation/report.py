@@ -50,7 +50,7 @@ def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def turned(rows: Sequence[Row], first: str) -> list[Row]:
+def transpose(rows: Sequence[Row], first: str) -> list[Row]:
   """Returns the table with rows and columns exchanged; the column `first` names the new columns."""
   names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != first]
   return [{'': name, **{str(row[first]): row.get(name) for row in rows}} for name in names]

@@ -51,11 +51,9 @@ def of_samples(trained: Trained, scorer: scoring.Scorer, count: int) -> dict[str
   """Returns the mean cosine of the first samples and their captions."""
   log.say(f'drawing {count} samples to be compared with their captions')
   size, images, texts = min(trained.settings.batch_size, count), [], []
-  for indices in draw.batches(count, size):
-    fresh = min(size, count - int(indices[0]))
-    drawn = trained.draw(indices)
-    images.append(scorer.images(drawn[list(drawn)[-1]])[:fresh])
-    texts.append(scorer.texts(scoring.tokens_of(trained, indices, {}))[:fresh])
+  for indices, num_real in draw.padded_batches(count, size):
+    images.append(scorer.images(draw.own_image(trained.draw(indices)))[:num_real])
+    texts.append(scorer.texts(scoring.tokens_of(trained, indices, {}))[:num_real])
   seen, told = np.concatenate(images), np.concatenate(texts)
   source = trained.captioned.eval_source
   real = source.read(np.arange(min(count, len(source))))

@@ -5,8 +5,7 @@ Only features and the first images of a seed are held. Samples are compared with
 
 import dataclasses
 import pathlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,13 +14,13 @@ from ml_collections import ConfigDict
 
 from vaediff.data import sources
 from vaediff.errors import UserError
-from vaediff.evaluation import measures, plots, precision_recall
+from vaediff.evaluation import measures, plots, precision_recall, timing
+from vaediff.evaluation.asked_classes import class_accuracy
 from vaediff.evaluation.frechet import Features, Moments
 from vaediff.evaluation.measures import Figure
-from vaediff.evaluation.networks import Features as Network
-from vaediff.evaluation.networks import Networks
+from vaediff.evaluation.networks import FeatureNetwork, Networks
 from vaediff.evaluation.references import Reference, reference
-from vaediff.run import draw, log, scoring
+from vaediff.run import log, scoring
 from vaediff.run.trained import Trained
 
 FOLDER = 'evaluation'
@@ -63,7 +62,7 @@ def real_images(config: ConfigDict, opened: Networks) -> Real:
   )
 
 
-def statistics(config: ConfigDict, split: str, network: Network) -> Reference:
+def statistics(config: ConfigDict, split: str, network: FeatureNetwork) -> Reference:
   """Returns the statistics of a split; of a single image, which has no covariance to keep, its features."""
   source = sources.open_source(config.data, split)
   if len(source) > 1:
@@ -96,32 +95,37 @@ def name_of(trained: Trained) -> str:
   return '-'.join(parts)
 
 
-def draw_sets(trained: Trained, opened: Networks, seed: int, count: int, keep: int) -> dict[str, Drawn]:
-  """Returns the sets of samples of one seed by name: what a stage draws, such as 'x0_vae' and 'x0'."""
+def draw_sets(
+  trained: Trained, opened: Networks, seed: int, count: int, keep: int, *, compiled: bool
+) -> dict[str, Drawn]:
+  """Returns the sets of samples of one seed by name: what a stage draws, such as 'x0_vae' and 'x0'.
+
+  Args:
+    trained: the stage.
+    opened: the networks that see the samples.
+    seed: of the samples.
+    count: of samples.
+    keep: how many images of each set are kept, the first.
+    compiled: whether as many were drawn before, with any seed: then every batch is timed.
+  """
   size = min(trained.settings.batch_size, count)
-  streams, first, seconds, timed = {}, {}, 0.0, 0
-  batches = list(draw.batches(count, size))
-  for indices in batches[:1] if len(batches) == 1 else []:
-    trained.draw(indices, seed=seed)  # compiles, so that the one batch can be timed
-  for number, indices in enumerate(batches):
-    started = time.monotonic()
-    images = trained.draw(indices, seed=seed)
-    if number or len(batches) == 1:
-      seconds, timed = seconds + time.monotonic() - started, timed + size
-    fresh = min(size, count - int(indices[0]))
+  streams, first, seconds = {}, {}, []
+  make = lambda indices: trained.draw(indices, seed=seed)
+  for images, num_real, each in timing.timed_batches(count, size, make, compiled=compiled):
+    seconds += [] if each is None else [each]
     for name, value in images.items():
       if name not in streams:
         streams[name] = {network: features.stream() for network, features in opened.features.items()}
         first[name] = []
       for stream in streams[name].values():
-        stream.add(value[:fresh])
+        stream.add(value[:num_real])
       if sum(map(len, first[name])) < keep:
-        first[name].append(value[:fresh])
+        first[name].append(value[:num_real])
   return {
     name: Drawn(
       seen={network: stream.finish() for network, stream in by_network.items()},
       first=np.concatenate(first[name])[:keep],
-      seconds_per_image=seconds / timed,
+      seconds_per_image=float(np.mean(seconds)),
     )
     for name, by_network in streams.items()
   }
@@ -137,12 +141,14 @@ def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.
   keep = min(count, max(settings.num_memorisation, 2 * settings.num_diversity_pairs, SHOWN))
   by_seed = []
   for k in range(settings.num_seeds if trained.draws_alone else 0):
-    log.say(f'drawing {count} samples with seed {trained.settings.seed + k}')
-    by_seed.append(draw_sets(trained, opened, trained.settings.seed + k, count, keep))
+    seed = trained.settings.seed + k
+    log.say(f'drawing {count} samples with seed {seed}')
+    by_seed.append(draw_sets(trained, opened, seed, count, keep, compiled=k > 0))
   floors = floors_at(count, real, settings)
   rows = []
   for name, first in (by_seed[0] if by_seed else {}).items():
     figures = figures_of([sets[name] for sets in by_seed], opened, real.train, settings)
+    seconds = [sets[name].seconds_per_image for sets in by_seed]
     label = title_of(trained, name)
     shown_before = name != list(by_seed[0])[-1]
     seen = [] if shown_before else [sets[name].seen for sets in by_seed]
@@ -155,10 +161,10 @@ def sample_rows(trained: Trained, opened: Networks, real: Real, folder: pathlib.
         'NFE': 0 if shown_before else function_evaluations(trained),
         'seconds per image': Figure(missing='drawn together with the refined samples')
         if shown_before
-        else over(by_seed, name),
+        else Figure(value=timing.median_seconds_per_image(seconds)),
         **class_accuracy(trained, opened, seen, count),
         **with_floors(figures, floors),
-        **of_images(trained, opened, first.first, count),
+        **lpips_diversity(trained, opened, first.first, count),
       }
     )
   rows.append(data_row(trained, opened, real, count, keep))
@@ -172,75 +178,10 @@ def function_evaluations(trained: Trained) -> int:
   return trained.experiment.num_function_evaluations * scoring.candidates_of(trained.settings)
 
 
-def class_accuracy(
-  trained: Trained, opened: Networks, seen: Sequence[Mapping[str, Mapping[str, np.ndarray]]], count: int
-) -> dict[str, Figure]:
-  """Returns the share of samples that are of the class they were asked to be of, says the own classifier.
-
-  Samples of the captions of evaluation images are asked to be of the classes of these images. Its floor is
-  that of real images: the classifier's accuracy on the evaluation split.
-
-  Args:
-    trained: the stage.
-    opened: the networks.
-    seen: by seed, what each network saw in `count` samples; () = of images that were asked for nothing.
-    count: of samples.
-
-  Returns:
-    {} where samples are asked to be of no class.
-  """
-  asked = classes_asked(trained, count) if seen else None
-  if asked is None:
-    return {}
-  if measures.CLASSIFIER not in {*opened.features, *opened.missing}:
-    reason = f'it is of the network {measures.CLASSIFIER!r}, which config.evaluate.extractors does not name'
-    return {measures.CLASS_ACCURACY: Figure(missing=reason)}
-  return taken_for(asked, opened, seen, len(trained.eval_source))
-
-
-def taken_for(
-  asked: np.ndarray, opened: Networks, seen: Sequence[Mapping[str, Mapping[str, np.ndarray]]], real: int
-) -> dict[str, Figure]:
-  """Returns the share of images that the own classifier takes for the classes `asked`, or why there is none.
-
-  Args:
-    asked: class of each image.
-    opened: the networks; the classifier is among them, or among those that are missing.
-    seen: by seed, what each network saw in the images.
-    real: of how many real images its floor is, the classifier's own accuracy.
-  """
-  name, network = measures.CLASS_ACCURACY, measures.CLASSIFIER
-  if network in opened.missing:
-    return {name: Figure(missing=opened.missing[network])}
-  logits = [each[network]['logits'] for each in seen]
-  if not all(np.isfinite(each).all() for each in logits):
-    return {name: Figure(missing=f'what {network} sees in the images is not finite')}
-  figure = measures.over_seeds([{name: measures.class_accuracy(each, asked)} for each in logits])[name]
-  return {name: dataclasses.replace(figure, floor=opened.features[network].accuracy, floor_n=real)}
-
-
-def classes_asked(trained: Trained, count: int) -> np.ndarray | None:
-  """Returns the class that each of the first samples is asked to be of; None where it is asked for none."""
-  asked = trained.asked.classes_of(np.arange(count))
-  reader = trained.captioned
-  if asked is not None or reader is None or reader.config[reader.stage].sample.captions:
-    return asked
-  source = trained.eval_source
-  if not source.num_classes:
-    return None
-  told = min(len(trained.captions), len(source))  # the captions of the first images, in turn
-  return source.read(np.arange(told))[sources.LABEL][np.arange(count) % told]
-
-
 def title_of(trained: Trained, name: str) -> str:
   """Returns what the images of a name are called in a table."""
   titles = trained.experiment.titles
   return titles[name] if name in titles else trained.stage
-
-
-def over(by_seed: list[dict[str, Drawn]], name: str) -> Figure:
-  """Returns the median over seeds of the seconds per image."""
-  return Figure(value=float(np.median([sets[name].seconds_per_image for sets in by_seed])))
 
 
 def figures_of(
@@ -252,46 +193,70 @@ def figures_of(
     if network in opened.missing:
       figures |= {name: Figure(missing=opened.missing[network]) for name in measures.names_of(network)}
       continue
-    figures |= of_network(network, [drawn.seen[network] for drawn in sets], references[network], settings)
+    seen = [drawn.seen[network] for drawn in sets]
+    figures |= network_figures(network, seen, references[network], settings)
   return figures
 
 
-def of_network(
+def network_figures(
   network: str, seen: list[dict[str, np.ndarray]], reference: Reference, settings: ConfigDict
 ) -> dict[str, Figure]:
-  """Returns all figures of a network over sets of one size, in the order of the table; see `said`."""
-  values = [measures.of_features(network, each, reference, settings) for each in seen]
-  features = [each['features'] for each in seen]
-  return said(network, values, features, reference, settings, measures.names_of(network))
+  """Returns all figures of a network over sets of one size, in the order of the table.
+
+  Args:
+    network: its name.
+    seen: by set, what it saw: see `measures.of_features`.
+    reference: the real images.
+    settings: `config.evaluate`.
+  """
+  features, names = [each['features'] for each in seen], measures.names_of(network)
+  absent = [measures.missing(network, each, reference.features, settings) for each in features]
+  values = [
+    measures.of_features(network, each, reference, settings, reasons)
+    for each, reasons in zip(seen, absent, strict=True)
+  ]
+  return aggregate_figures(network, values, absent, len(features[0]), settings, names)
 
 
-def distances_of(
+def distance_figures(
   network: str, features: list[Features], reference: Reference, settings: ConfigDict
 ) -> dict[str, Figure]:
-  """Returns the distances of a network over sets of one size; see `said`."""
-  values = [measures.distances(network, each, reference, settings) for each in features]
-  return said(network, values, features, reference, settings, measures.distance_names(network))
+  """Returns the distances of a network over sets of one size; see `network_figures`."""
+  absent = [measures.missing(network, each, reference.features, settings) for each in features]
+  values = [
+    measures.distances(network, each, reference, settings, reasons)
+    for each, reasons in zip(features, absent, strict=True)
+  ]
+  names = measures.distance_names(network)
+  return aggregate_figures(network, values, absent, len(features[0]), settings, names)
 
 
-def said(
+def aggregate_figures(
   network: str,
   values: list[dict[str, float]],
-  features: list[Features],
-  reference: Reference,
+  absent: list[dict[str, str]],
+  count: int,
   settings: ConfigDict,
   names: Sequence[str],
 ) -> dict[str, Figure]:
-  """Returns figures over sets; one that cannot be computed says why, one of fewer images of how many."""
-  count, missing = len(features[0]), {}
-  for each in features:
-    missing |= measures.missing(network, each, reference.features, settings)
+  """Returns figures over sets; one that cannot be computed says why, one of fewer images of how many.
+
+  Args:
+    network: its name.
+    values: by set, its figures.
+    absent: by set, why it has no others: see `measures.missing`.
+    count: of the images of a set.
+    settings: `config.evaluate`.
+    names: of the figures that are returned, in their order.
+  """
+  missing = {name: reason for reasons in absent for name, reason in reasons.items()}
   kept = [{name: value[name] for name in value if name not in missing} for value in values]
   figures = measures.over_seeds(kept) | {name: Figure(missing=reason) for name, reason in missing.items()}
   counts = measures.counts_of(network, count, settings)
-  return {name: of_fewer(figures[name], counts[name], count) for name in names}
+  return {name: with_image_count(figures[name], counts[name], count) for name in names}
 
 
-def of_fewer(figure: Figure, n: int, row_n: int) -> Figure:
+def with_image_count(figure: Figure, n: int, row_n: int) -> Figure:
   """Returns a figure that says of how many images it is, where those are not as many as its row says."""
   return figure if n == row_n or figure.value is None else dataclasses.replace(figure, n=n)
 
@@ -326,18 +291,18 @@ def data_row(trained: Trained, opened: Networks, real: Real, count: int, keep: i
   figures = {}
   if trained.asked.classes and measures.CLASSIFIER in opened.features:
     accuracy = Figure(value=opened.features[measures.CLASSIFIER].accuracy)
-    figures[measures.CLASS_ACCURACY] = of_fewer(accuracy, len(trained.eval_source), count)
+    figures[measures.CLASS_ACCURACY] = with_image_count(accuracy, len(trained.eval_source), count)
   for network, held_out in real.held_out.items():
     seen = {'features': held_out.features[:count]}
     if network == 'inception':
       parts = opened.features[network].of_source(trained.eval_source, count)
       seen['logits'] = np.concatenate([part['logits'] for part in parts])
-    figures |= of_network(network, [seen], real.train[network], settings)
+    figures |= network_figures(network, [seen], real.train[network], settings)
   image = trained.eval_source.read(np.arange(min(keep, count)))['image']
-  return {'set': DATA, 'N': count, **figures, **of_images(trained, opened, image, count)}
+  return {'set': DATA, 'N': count, **figures, **lpips_diversity(trained, opened, image, count)}
 
 
-def of_images(trained: Trained, opened: Networks, image: np.ndarray, count: int) -> dict[str, Figure]:
+def lpips_diversity(trained: Trained, opened: Networks, image: np.ndarray, count: int) -> dict[str, Figure]:
   """Returns the LPIPS diversity: the mean LPIPS of disjoint pairs of the first images of a set of `count`."""
   settings = trained.config.evaluate
   if not settings.lpips:
@@ -349,7 +314,7 @@ def of_images(trained: Trained, opened: Networks, image: np.ndarray, count: int)
   if pairs < 1:
     return {name: Figure(missing='needs at least two images')}
   distances = opened.lpips(image[: 2 * pairs : 2], image[1 : 2 * pairs : 2])
-  return {name: of_fewer(Figure(value=float(distances.mean())), 2 * pairs, count)}
+  return {name: with_image_count(Figure(value=float(distances.mean())), 2 * pairs, count)}
 
 
 def add_memorisation(
@@ -378,7 +343,8 @@ def add_memorisation(
   rmse = np.sqrt(nearest.squared / flat(sets[0]).shape[1])
   parts = np.split(np.arange(len(rmse)), np.cumsum([len(value) for value in sets])[:-1])
   for row, part in zip(rows, parts, strict=True):
-    row['nearest_training_rmse'] = of_fewer(Figure(value=float(rmse[part].mean())), len(part), row['N'])
+    mean = Figure(value=float(rmse[part].mean()))
+    row['nearest_training_rmse'] = with_image_count(mean, len(part), row['N'])
   shown = parts[-2][:SHOWN]
   path = folder / f'{name_of(trained)}-nearest.png'
   if jax.process_index() == 0:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff.evaluation.measures import Figure
+from vaediff.evaluation.measures import Figure, mean_with_error
 from vaediff.machine import distributed, sharding
 from vaediff.run import draw
 from vaediff.run.trained import Trained
@@ -41,20 +41,11 @@ def figures(trained: Trained) -> dict[str, Figure]:
     missing = 'there is no other image: it needs at least 2'
     return {f'{LOSS}/{name} of others': Figure(missing=missing) for name in names}
   losses = losses_of(trained, names, count, settings.num_bound_times, settings.batch_size)
-  found = {LOSS: figure(losses[''])}
+  found = {LOSS: mean_with_error(losses[''])}
   for name in names:
-    found[f'{LOSS}/{name} of others'] = figure(losses[name])
-    found[f'{LOSS}/rise by {name} of others'] = figure(losses[name] - losses[''])
+    found[f'{LOSS}/{name} of others'] = mean_with_error(losses[name])
+    found[f'{LOSS}/rise by {name} of others'] = mean_with_error(losses[name] - losses[''])
   return found
-
-
-def figure(values: np.ndarray) -> Figure:
-  """Returns the mean of values of images, with its standard error."""
-  bad = int(np.sum(~np.isfinite(values)))
-  if bad:
-    return Figure(missing=f'it is not finite for {bad} of {len(values)} evaluation images')
-  error = float(values.std(ddof=1) / np.sqrt(len(values)))
-  return Figure(value=float(values.mean()), spread=error, n=len(values))
 
 
 def losses_of(
@@ -83,10 +74,9 @@ def losses_of(
 
   run = jax.jit(jax.vmap(of_one, in_axes=(None, 0, 0, 0)), out_shardings=sharding.replicated(mesh))
   parts, size = [], sharding.round_up(min(batch_size, count), mesh)
-  for rows in draw.batches(count, size):
+  for rows, num_real in draw.padded_batches(count, size):
     own, other = (jax.device_put(source.read(each), where) for each in (rows, (rows + 1) % count))
-    fresh = min(size, count - int(rows[0]))
     found = jax.device_get(run(trained.read, own, other, jax.device_put(rows, where)))
-    parts.append(np.asarray(found[:fresh], np.float64))
-    distributed.beat(f'the losses of {int(rows[0]) + fresh} images')
+    parts.append(np.asarray(found[:num_real], np.float64))
+    distributed.beat(f'the losses of {int(rows[0]) + num_real} images')
   return dict(zip(cases, np.concatenate(parts).T, strict=True))

@@ -18,21 +18,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vaediff.data import cache, sources
+from vaediff.data import cache, resize, sources
 from vaediff.errors import UserError
-from vaediff.evaluation import against_teacher, measures, networks, plots, report
+from vaediff.evaluation import against_teacher, measures, networks, plots, report, timing
+from vaediff.evaluation.asked_classes import class_accuracy
 from vaediff.evaluation.evaluate import check_any
 from vaediff.evaluation.measures import Figure
 from vaediff.evaluation.networks import Networks
 from vaediff.evaluation.sets import (
   FOLDER,
   Real,
-  class_accuracy,
-  distances_of,
+  distance_figures,
   draw_sets,
   floors_at,
   function_evaluations,
-  of_network,
+  network_figures,
   real_images,
   with_floors,
 )
@@ -127,7 +127,7 @@ def open_run(path: str, trained: Trained) -> Trained:
         f'config.evaluate.sweep.workdirs: {workdir} was trained with data.{field} = {config.data[field]!r}, '
         f'{trained.workdir} with {trained.config.data[field]!r}; figures of other images do not compare'
       )
-  config = same_run.beside(config, trained.config)
+  config = same_run.with_own_data_places(config, trained.config)
   with config.unlocked():
     config.evaluate = trained.config.evaluate
   return Trained(config, workdir, configs.stages_of(config)[-1], trained.mesh)
@@ -250,8 +250,7 @@ def giga_macs(chosen: Trained, *, ranked: bool = True) -> float:
     ranked: False where its samples are parts of candidates, or handed over as ids: see `Trained.draw`.
   """
   row, seed = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((), np.int32)
-  data, inputs = chosen.config.data, chosen.experiment.inputs
-  shape = (data.image_size, data.image_size, data.channels)
+  shape, inputs = resize.image_shape(chosen.config.data), chosen.experiment.inputs
   fed = {  # by stages before it: of several grids of ids all
     name: jax.ShapeDtypeStruct((1, *inputs[name].shape), inputs[name].dtype)
     for name in draw.observed_alone(chosen.experiment, chosen.read, shape)
@@ -269,15 +268,15 @@ def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
   settings = chosen.config.evaluate
   seen, seconds = [], []
   for k in range(settings.num_seeds):
-    sets = draw_sets(chosen, opened, chosen.settings.seed + k, settings.num_images, keep=1)
-    drawn = sets[list(sets)[-1]]
+    seed, compiled = chosen.settings.seed + k, k > 0
+    drawn = draw.own_image(draw_sets(chosen, opened, seed, settings.num_images, keep=1, compiled=compiled))
     seconds.append(drawn.seconds_per_image)
     seen.append(drawn.seen)
   figures = {
     'N': settings.num_images,
     'NFE': function_evaluations(chosen),
     **({'GMACs per image': giga_macs(chosen)} if chosen.draws_alone else {}),
-    'seconds per image': sorted(seconds)[len(seconds) // 2],
+    'seconds per image': timing.median_seconds_per_image(seconds),
     **class_accuracy(chosen, opened, seen, settings.num_images),
   }
   for network in settings.extractors:
@@ -285,7 +284,7 @@ def measure(chosen: Trained, opened: Networks, real: Real) -> dict[str, Any]:
       reason = Figure(missing=opened.missing[network])
       figures |= dict.fromkeys(names_of(network), reason)
     else:
-      found = of_network(network, [each[network] for each in seen], real.train[network], settings)
+      found = network_figures(network, [each[network] for each in seen], real.train[network], settings)
       figures |= {name: found[name] for name in names_of(network)}
   if repeats_images(chosen):
     figures |= of_reconstructions(chosen, opened, real)
@@ -302,16 +301,16 @@ def of_reconstructions(chosen: Trained, opened: Networks, real: Real) -> dict[st
   image, label = chosen.eval_images(settings.num_images)
   given = chosen.observe(image, label)
   streams = {name: features.stream() for name, features in opened.features.items()}
-  for indices in draw.batches(settings.num_images, min(chosen.settings.batch_size, settings.num_images)):
+  size = min(chosen.settings.batch_size, settings.num_images)
+  for indices, num_real in draw.padded_batches(settings.num_images, size):
     drawn = chosen.draw(indices, {name: value[indices % len(image)] for name, value in given.items()})
-    fresh = min(len(indices), settings.num_images - int(indices[0]))
     for stream in streams.values():
-      stream.add(drawn[list(drawn)[-1]][:fresh])
+      stream.add(draw.own_image(drawn)[:num_real])
   figures = {}
   for network in settings.extractors:
     if network in streams:
       seen = streams[network].finish()['features']
-      found = distances_of(network, [seen], real.train[network], settings)
+      found = distance_figures(network, [seen], real.train[network], settings)
       figures |= {f'{name} of reconstructions': figure for name, figure in found.items()}
   return figures
 

@@ -37,10 +37,10 @@ from vaediff.experiments import base, bounds
 from vaediff.experiments.grid_student import BOUNDS as BOUNDS_OF_GRID_STUDENT
 from vaediff.experiments.grid_student import (
   GridStudent,
-  apart,
-  beside,
   check_probabilities,
+  deinterleave,
   grid_parts,
+  interleave,
 )
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
@@ -175,9 +175,9 @@ class AdversarialDistillation(GridStudent):
     x0_hat = self.student.denoiser.x0_hat(read, values)(y, s)
     t, eps = self.renoising(key_noise, x0)
     t_twice, eps_twice, values = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (t, eps, values))
-    maps = self.feature_maps(read, beside(x0, x0_hat), values, t_twice, eps_twice)
+    maps = self.feature_maps(read, interleave(x0, x0_hat), values, t_twice, eps_twice)
     maps = jax.lax.stop_gradient(maps)
-    real, fake = zip(*(apart(logits, 2) for logits in self.judge(params, t_twice, maps)), strict=True)
+    real, fake = zip(*(deinterleave(logits, 2) for logits in self.judge(params, t_twice, maps)), strict=True)
     loss = jnp.mean(ladd.discriminator_loss(real, fake))
     metrics = {
       'loss/discriminator': loss,
@@ -185,7 +185,7 @@ class AdversarialDistillation(GridStudent):
       'logits/fake': jnp.mean(ladd.over_heads(fake)),
     }
     if self.r1_gamma:
-      of_real = [apart(x, 2)[0] for x in maps]
+      of_real = [deinterleave(x, 2)[0] for x in maps]
       metrics['r1'] = jnp.mean(ladd.r1_of_heads(lambda maps: self.judge(params, t, maps), of_real))
       loss += self.r1_gamma * metrics['r1']
     return loss, metrics

@@ -139,12 +139,12 @@ class Autoencoder(base.Experiment):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Latents, before quantisation."""
+    """Shapes of the latents before quantisation, which a sample decodes."""
     return {LATENTS: jax.ShapeDtypeStruct(self.latent_shape, jnp.float32)}
 
   @property
   def ranges(self) -> Mapping[str, str]:
-    """Of latents."""
+    """What the numbers of latents are."""
     return {LATENTS: RANGE}
 
   @property

@@ -282,7 +282,7 @@ class InSpace(Experiment):
 
   @property
   def ranges(self) -> Mapping[str, str]:
-    """Of what the conditions can be given, and of the noise."""
+    """What the numbers of the conditions' inputs, and of the noise, are."""
     return {**self.conditions.ranges, NOISE: UNIT_NOISE}
 
   @property
@@ -297,13 +297,13 @@ class InSpace(Experiment):
 
   @property
   def titles(self) -> Mapping[str, str]:
-    """Of what is shown before a sample; the sample then is 'refined'."""
+    """Titles of what is shown before a sample; the sample then is 'refined'."""
     before = self.conditions.titles
     return {**before, 'x0': 'refined'} if before else {}
 
   @property
   def image_factor(self) -> int:
-    """Of the space."""
+    """The sides of the data over those of the images of the space."""
     return self.space.factor
 
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None = None) -> Given:

@@ -182,7 +182,7 @@ class ControlNet(Diffusion):
     quick = {'sampler': 'ddim', 'num_steps': self.score_steps, 'grid': 'uniform', 'eta': 0.0}
     few = dataclasses.replace(self, settings={**self.settings, **quick})
     noise = jax.random.normal(key_noise, (count, *self.space.shape))
-    y = few.steps(few.reading(read, values), noise, jax.random.split(key_steps, count), 1.0)
+    y = few.steps(few.sampler_denoiser(read, values), noise, jax.random.split(key_steps, count), 1.0)
     image, hint = self.space.decode(read, y)['x0'], given[CONTROL]
     figures = self.followed(image, hint)
     figures[RANGE] = jnp.max(hint, axis=(1, 2, 3)) - jnp.min(hint, axis=(1, 2, 3))

@@ -154,12 +154,12 @@ class Ddgan(base.InSpace):
 
   @property
   def networks(self) -> Mapping[str, Model]:
-    """Both players."""
+    """The generator and the discriminator."""
     return {'generator': self.generator, 'discriminator': self.discriminator}
 
   @property
   def num_function_evaluations(self) -> int:
-    """T calls of the generator."""
+    """Calls of the generator per sampled image, T of them."""
     return self.steps.num_steps
 
   def kind_of(self, step: int) -> str:
@@ -193,7 +193,7 @@ class Ddgan(base.InSpace):
 
   # The condition ----------------------------------------------------------------------------------
 
-  def beside(self, read: Read, given: Given) -> Array | None:
+  def concat_conditions(self, read: Read, given: Given) -> Array | None:
     """Returns the maps that the networks read beside the state, joined; None without conditions."""
     maps = list(self.conditions.values(read, given).values())
     return jnp.concatenate(maps, axis=-1) if len(maps) > 1 else maps[0] if maps else None
@@ -204,7 +204,7 @@ class Ddgan(base.InSpace):
     x = batch['image']
     rows = {'x0': self.space.encode(read, x, key_map)}
     given = self.conditions.observe(read, batch, x, key_given, training=True)
-    beside = self.beside(read, self.conditions.complete(read, given))
+    beside = self.concat_conditions(read, self.conditions.complete(read, given))
     return rows if beside is None else {**rows, 'condition': beside}
 
   # Training ---------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ class Ddgan(base.InSpace):
 
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps of the space after T steps from the given x_T."""
-    beside = self.beside(read, given)
+    beside = self.concat_conditions(read, given)
 
     def generate(x_next: Array, t: Time, z: Latent) -> Array:
       return self.generate(read['generator'], x_next, t, z, beside, None)

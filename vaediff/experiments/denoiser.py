@@ -140,7 +140,7 @@ class Denoiser:
   def num_calls(self, times: Float[np.ndarray, ' times']) -> int:
     """Returns the forward passes for one guided x0_hat at each of these times."""
     guided_at = np.count_nonzero(guidance.inside(self.interval, self.schedule, times))
-    return len(times) + len(self.guiding_terms()) * int(guided_at)
+    return len(times) + (self.calls_per_step - 1) * int(guided_at)
 
   def guiding_terms(self) -> tuple[Term, ...]:
     """Returns the terms of a weight that is not 0; none where the weight is an input."""
@@ -237,7 +237,7 @@ class Denoiser:
       )
     return denoise
 
-  def clipping(self, denoise: Denoise) -> Denoise:
+  def clip_for_sampling(self, denoise: Denoise) -> Denoise:
     """Returns the denoiser with x0_hat clipped as the samplers want it."""
     if self.clip == 'static' and self.bound is not None:
       return guidance.clip(denoise, -self.bound, self.bound)
@@ -247,7 +247,7 @@ class Denoiser:
 
   def denoise(self, read: Read, values: Values) -> Denoise:
     """Returns (y, t) -> x0_hat, guided and clipped, for the samplers."""
-    return self.clipping(self.guided(read, values))
+    return self.clip_for_sampling(self.guided(read, values))
 
   def with_unclipped(self, read: Read, values: Values) -> DenoiseBoth:
     """Returns (y, t) -> (x0_hat guided and clipped, the same before it was clipped)."""
@@ -255,7 +255,7 @@ class Denoiser:
 
     def both(y: State, t: Time) -> tuple[State, State]:
       x0_hat = guided(y, t)
-      return self.clipping(lambda y, t: x0_hat)(y, t), x0_hat
+      return self.clip_for_sampling(lambda y, t: x0_hat)(y, t), x0_hat
 
     return both
 
@@ -267,7 +267,7 @@ class Denoiser:
 
     def both(y: State, t: Time) -> tuple[State, State]:
       x0_hat, fraction = self.x0_hat_and_fraction(read, values)(y, t)
-      return self.clipping(self.guided(read, values, lambda y, t: x0_hat))(y, t), fraction
+      return self.clip_for_sampling(self.guided(read, values, lambda y, t: x0_hat))(y, t), fraction
 
     return both
 
@@ -280,13 +280,13 @@ class Denoiser:
 
     return both
 
-  def reading(self, network: str) -> 'Denoiser':
+  def renamed(self, network: str) -> 'Denoiser':
     """Returns the same denoiser whose network has another name in `read`.
 
     What guides it is read by its own name behind that one, as '<network>_guide'.
     """
     terms = tuple(
-      dataclasses.replace(term, guide=term.guide and term.guide.reading(f'{network}_{term.guide.network}'))
+      dataclasses.replace(term, guide=term.guide and term.guide.renamed(f'{network}_{term.guide.network}'))
       for term in self.terms
     )
     classifier = self.classifier and dataclasses.replace(
@@ -294,7 +294,7 @@ class Denoiser:
     )
     return dataclasses.replace(self, network=network, terms=terms, classifier=classifier)
 
-  def clipped(self, denoise: Denoise) -> Denoise:
+  def clip_to_data(self, denoise: Denoise) -> Denoise:
     """Returns the denoiser with x0_hat clipped to the bound of the data, if they have one."""
     return denoise if self.bound is None else guidance.clip(denoise, -self.bound, self.bound)
 
@@ -304,7 +304,7 @@ class Denoiser:
 
     def both(y: State, t: Time) -> tuple[State, State]:
       x0_hat, fraction = network(y, t)
-      return self.clipped(lambda y, t: x0_hat)(y, t), fraction
+      return self.clip_to_data(lambda y, t: x0_hat)(y, t), fraction
 
     return both
 

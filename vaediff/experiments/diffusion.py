@@ -143,7 +143,7 @@ class Diffusion(base.InSpace):
 
   @property
   def diffusion(self) -> 'Diffusion':
-    """Itself."""
+    """The stage itself, which draws its own samples."""
     return self
 
   @property
@@ -154,17 +154,11 @@ class Diffusion(base.InSpace):
   @property
   def num_function_evaluations(self) -> int:
     """Forward passes of the network per sampled image."""
-    settings, sampler = self.settings, self.settings['sampler']
-    if self.denoiser.interval:
-      shared = ('num_steps', 'grid', 't_start', *samplers.options(sampler))
-      times = samplers.evaluation_times(
-        sampler, self.denoiser.schedule, **{name: settings[name] for name in shared}
-      )
-      return self.denoiser.num_calls(times)
-    num_steps = settings['num_steps']
-    if settings['grid'] in grids.PUBLISHED_GRIDS:  # of some there are fewer
-      num_steps = len(grids.time_grid(self.denoiser.schedule, settings['grid'], num_steps)) - 1
-    return samplers.num_function_evaluations(sampler, num_steps) * self.denoiser.calls_per_step
+    sampler = self.settings['sampler']
+    shared = {name: self.settings[name] for name in ('num_steps', 'grid', 't_start')}
+    options = {name: self.settings[name] for name in samplers.options(sampler)}
+    times = samplers.evaluation_times(sampler, self.denoiser.schedule, **shared, **options)
+    return self.denoiser.num_calls(times)
 
   def alone(self) -> 'Diffusion':
     """Returns the stage sampled without networks of other checkpoints; terms of its own network stay."""
@@ -174,7 +168,7 @@ class Diffusion(base.InSpace):
 
   @property
   def can_be_guided(self) -> bool:
-    """Whether training drops conditions."""
+    """Whether training drops conditions, so that there is a weaker branch."""
     return bool(self.conditions.droppable)
 
   @property
@@ -289,21 +283,21 @@ class Diffusion(base.InSpace):
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps of the space after the sampler's steps from the given noise."""
     values = self.conditions.values(read, given)
-    denoise, y = self.reading(read, values), self.initial(read, given)
+    denoise, y = self.sampler_denoiser(read, values), self.initial(read, given)
     return self.steps(denoise, y, keys.sampler, self.settings['t_start'], change=self.change(read))
 
   def change(self, read: Read) -> samplers.Change | None:
     """Returns what the sampler's table becomes by the error of the network; None = it stays as it is."""
     return self.noise_correction.change(read, self.denoiser) if self.noise_correction else None
 
-  def reading(self, read: Read, values: Values) -> gaussian.Denoise:
+  def sampler_denoiser(self, read: Read, values: Values) -> gaussian.Denoise:
     """Returns the denoiser that the sampler calls, with what it asks for beside x0_hat."""
-    reading = {
+    denoise = {
       '': self.denoiser.denoise,
       samplers.FRACTION: self.denoiser.with_fraction,
       samplers.UNCLIPPED: self.denoiser.with_unclipped,
-    }[samplers.beside(self.settings['sampler'], self.settings)]
-    return reading(read, values)
+    }[samplers.second_output(self.settings['sampler'], self.settings)]
+    return denoise(read, values)
 
   def initial(self, read: Read, given: Given) -> LatentMap:
     """Returns the state at `sample.t_start`: the given noise, or a clean image with that of its time."""
@@ -352,7 +346,7 @@ class Diffusion(base.InSpace):
     if settings['variance'] == LEARNED:
       denoise = self.denoiser.bounded_with_fraction(read, values)
     else:
-      denoise = self.denoiser.clipped(self.denoiser.x0_hat(read, values))
+      denoise = self.denoiser.clip_to_data(self.denoiser.x0_hat(read, values))
     terms = likelihood.bound_terms(denoise, schedule, x0, keys[:, 1], num_times, settings['variance'], times)
     return {**self.conditions.nats(read, x0), **terms}
 

@@ -30,7 +30,7 @@ from vaediff.errors import UserError
 from vaediff.experiments import base, bounds
 from vaediff.experiments.denoiser import DENOISER, Denoiser
 from vaediff.experiments.grid_student import BOUNDS as BOUNDS_OF_GRID_STUDENT
-from vaediff.experiments.grid_student import GridStudent, apart, beside, grid_parts
+from vaediff.experiments.grid_student import GridStudent, deinterleave, grid_parts, interleave
 from vaediff.experiments.student import SAME, TEACHER
 from vaediff.models.functional import Model
 from vaediff.models.heads import Heads
@@ -38,7 +38,7 @@ from vaediff.optim import Optimizer, global_norm, make_optimizer
 from vaediff.types import Batch, Image, Metrics, Params, Read, Rows, Time, Values
 
 MAX_STEPS = 64
-"""Of the student: all of them are part of the program of one update."""
+"""Of the student: every update calls it at all of its times but the last, to reach its own states."""
 BOUNDS = {
   **BOUNDS_OF_GRID_STUDENT,
   'sample.num_steps': bounds.whole(1, MAX_STEPS),
@@ -152,17 +152,23 @@ class DistributionMatching(GridStudent):
   ) -> tuple[Image, Time]:
     """Returns y_s and s of each example: states on the way of its own samples, not differentiated."""
     key_s, key_eps = jax.random.split(key)
-    count, times = like.shape[0], self.start_times
-    denoiser = self.student.denoiser
-    denoise, schedule = denoiser.denoise(read, values), denoiser.schedule
-    noises = [jax.random.normal(key, like.shape) for key in jax.random.split(key_eps, len(times))]
-    states = [noises[0]]
-    for k, s in enumerate(times[1:], start=1):
-      x0_hat = denoise(states[-1], jnp.full(count, times[k - 1]))
-      states.append(gaussian.q_sample(x0_hat, noises[k], jnp.full(count, s), schedule))
+    count, times, denoiser = like.shape[0], jnp.asarray(self.start_times), self.student.denoiser
+    # of constants, so that no tangent goes through the scan and nothing is stored for one
+    denoise = denoiser.denoise(*jax.lax.stop_gradient((read, values)))
+    keys = jax.random.split(key_eps, len(times))
+    noises = jax.vmap(lambda key: jax.random.normal(key, like.shape))(keys)
+
+    def step(y: Image, row: tuple[Array, Array, Image]) -> tuple[Image, Image]:
+      t, s, noise = row
+      x0_hat = denoise(y, jnp.full(count, t))
+      y = gaussian.q_sample(x0_hat, noise, jnp.full(count, s), denoiser.schedule)
+      return y, y
+
+    _, reached = jax.lax.scan(step, noises[0], (times[:-1], times[1:], noises[1:]))
+    states = jnp.concatenate([noises[:1], reached])
     drawn = jax.random.choice(key_s, len(times), (count,), p=jnp.asarray(self.start_probabilities))
-    y = jnp.take_along_axis(jnp.stack(states), drawn.reshape(1, count, *[1] * (like.ndim - 1)), axis=0)[0]
-    return jax.lax.stop_gradient(y), jnp.asarray(times)[drawn]
+    y = jnp.take_along_axis(states, drawn.reshape(1, count, *[1] * (like.ndim - 1)), axis=0)[0]
+    return jax.lax.stop_gradient(y), times[drawn]
 
   def matching_time(self, key: jax.Array, count: int) -> Time:
     """Returns t', uniform in [min_time, max_time], on the times that the schedule trains on."""
@@ -197,8 +203,8 @@ class DistributionMatching(GridStudent):
       key_t, key_eps = jax.random.split(key_judge)
       twice = (self.matching_time(key_t, x0.shape[0]), jax.random.normal(key_eps, x0.shape), values)
       t, eps, values = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), twice)
-      y = gaussian.q_sample(beside(x0, x0_hat), eps, t, self.teacher.schedule)
-      real, fake = apart(self.judge(read, y, t, values), 2)
+      y = gaussian.q_sample(interleave(x0, x0_hat), eps, t, self.teacher.schedule)
+      real, fake = deinterleave(self.judge(read, y, t, values), 2)
       metrics['loss/discriminator'] = jnp.mean(adversarial.discriminator_loss(real, fake))
       metrics |= {'logits/real': jnp.mean(real), 'logits/fake': jnp.mean(fake)}
       loss += self.fake_adversarial_weight * metrics['loss/discriminator']
@@ -213,7 +219,7 @@ class DistributionMatching(GridStudent):
     t, eps = self.matching_time(key_t, x0.shape[0]), jax.random.normal(key_eps, x0.shape)
     noised = gaussian.q_sample(x0_hat, eps, t, self.teacher.schedule)
     of_data, of_student = (
-      self.teacher.clipped(denoise)(jax.lax.stop_gradient(noised), t)
+      self.teacher.clip_to_data(denoise)(jax.lax.stop_gradient(noised), t)
       for denoise in (self.teacher.denoise(read, values), self.fake.x0_hat(read, values))
     )
     direction = distribution_matching.direction(jax.lax.stop_gradient(x0_hat), of_data, of_student)

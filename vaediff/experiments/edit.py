@@ -148,13 +148,13 @@ class EditEmbedding(Edit):
 
   @classmethod
   def networks_read(cls, denoiser: reads.FromStage, vectors: Model) -> dict[str, reads.Reads]:
-    """Returns the denoiser."""
+    """Returns the denoiser, which is frozen."""
     del vectors
     return {DENOISER: denoiser}
 
   @property
   def networks(self) -> Mapping[str, Model]:
-    """The vectors."""
+    """The vectors of the caption."""
     return {EMBEDDING: embedding_of(self.conditions).model}
 
   def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:
@@ -177,7 +177,7 @@ class EditFinetune(Edit):
 
   @property
   def networks(self) -> Mapping[str, Model]:
-    """The denoiser."""
+    """The denoiser that is fine-tuned."""
     return {DENOISER: self.denoiser.model}
 
   def start(self, state: base.TrainState, frozen: Read) -> base.TrainState:

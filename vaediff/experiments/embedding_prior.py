@@ -113,7 +113,7 @@ class EmbeddingPrior(Diffusion):
 
   @property
   def handed(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The vectors."""
+    """The vectors that the stages which read them are given."""
     return {EMBEDDING: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
 
   @property
@@ -152,7 +152,7 @@ class EmbeddingPrior(Diffusion):
       noise = jnp.concatenate([noise, others], axis=1)
     y = self.settings['temperature'] * noise.reshape(-1, *self.space.shape)
     in_turn = {name: jnp.repeat(value, count, axis=0) for name, value in values.items()}
-    denoise = self.reading(read, in_turn)
+    denoise = self.sampler_denoiser(read, in_turn)
     y = self.steps(denoise, y, own[:, :, 0].reshape(-1), 1.0)
     z = self.space.decode(read, y)[EMBEDDING].reshape(noise.shape)
     fits = jnp.einsum('bcd,bd->bc', z, self.text.vectors(values), precision=jax.lax.Precision.HIGHEST)

@@ -95,18 +95,18 @@ class GridStudent(Student):
     """Returns the student's x0_hat and the teacher's x0* at each state: the first is y_s, others y_1."""
     count = len(states)
     values = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), values)
-    y, t = beside(*states), beside(s, *[jnp.ones_like(s)] * (count - 1))
+    y, t = interleave(*states), interleave(s, *[jnp.ones_like(s)] * (count - 1))
     x0_hat = self.student.denoiser.denoise(read, values)(y, t)
-    return apart(x0_hat, count), apart(self.target(read, y, t, values), count)
+    return deinterleave(x0_hat, count), deinterleave(self.target(read, y, t, values), count)
 
 
-def beside(*arrays: Array) -> Array:
+def interleave(*arrays: Array) -> Array:
   """Returns the rows of all arrays, those of one example next to each other: no device is sent any."""
   return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
-def apart(x: Array, count: int) -> list[Array]:
-  """Returns the `count` arrays that `beside` has joined."""
+def deinterleave(x: Array, count: int) -> list[Array]:
+  """Returns the `count` arrays that `interleave` has joined."""
   x = x.reshape(-1, count, *x.shape[1:])
   return [x[:, k] for k in range(count)]
 

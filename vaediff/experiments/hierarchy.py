@@ -106,7 +106,7 @@ class Hierarchy(base.Experiment):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Of the levels, coarse first."""
+    """Names of the levels, coarse first."""
     return self.hierarchy.module.names
 
   @property

@@ -12,16 +12,16 @@ ROWS = 2**16
 
 
 def check(name: str, ids: np.ndarray, size: int, stage: str) -> None:
-  """Does nothing where the ids of a level can be learned.
+  """Raises UserError when the ids of a level of a tokenizer cannot be learned.
 
   Args:
     name: of the ids.
-    ids: of all training images.
-    size: how many codes there are.
+    ids: of all training images, [images, ...].
+    size: how many codes there are: ids are in 0 ... `size` - 1.
     stage: the tokenizer.
 
   Raises:
-    UserError: for ids that are no codes, or nearly all the same.
+    UserError: for an id that is no code, or ids with a perplexity below `LEAST_PERPLEXITY`.
   """
   counts = counts_of(name, ids, size)
   found = tokenizers.perplexity(counts / counts.sum())

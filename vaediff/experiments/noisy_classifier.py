@@ -91,7 +91,7 @@ class NoisyClassifier(base.Experiment):
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
-    """What the space reads."""
+    """Networks and measurements that the space reads."""
     return self.space.frozen
 
   def init(self, key: jax.Array) -> base.TrainState:

@@ -77,7 +77,7 @@ BOUNDS = {
 
 
 class FromConfig:
-  """What the name of the experiment stands for: it builds those of `of`."""
+  """What the name of the experiment stands for: it builds those of `quantize_experiment`."""
 
   bounds: checks.Bounds = {
     name: bound for kind in (*SOURCES.values(), *STUDENTS) for name, bound in kind.bounds.items()
@@ -96,7 +96,7 @@ class FromConfig:
     if made.experiment not in SOURCES:
       raise UserError(f'{SECTION}.experiment is {made.experiment!r}; can be quantized: {", ".join(SOURCES)}')
     inner = SOURCES[made.experiment].from_config(config, stage)
-    return of(inner, made.to_dict(), f'config.{stage}.{SECTION}.keep_float')
+    return quantize_experiment(inner, made.to_dict(), f'config.{stage}.{SECTION}.keep_float')
 
 
 class OfWholeNumbers:
@@ -113,7 +113,7 @@ class OfWholeNumbers:
 
   @property
   def networks(self) -> Mapping[str, Model]:
-    """Those that samples need."""
+    """The networks that samples need."""
     return {name: model for name, model in super().networks.items() if name not in FOR_TRAINING}
 
   @property
@@ -162,7 +162,7 @@ def state_of(params: Mapping[str, Params], step: int) -> base.TrainState:
   return base.TrainState(step=jnp.int32(step), networks=networks, extra={})
 
 
-def of(experiment: base.Experiment, made: Mapping[str, Any], field: str) -> base.Experiment:
+def quantize_experiment(experiment: base.Experiment, made: Mapping[str, Any], field: str) -> base.Experiment:
   """Returns an experiment whose networks are of whole numbers, but for encoders; without discriminators.
 
   Args:

@@ -55,7 +55,7 @@ class Recorded(Diffusion):
     given = self.conditions.complete(read, given)
     values = self.conditions.values(read, given)
     _, states = self.steps(
-      self.reading(read, values),
+      self.sampler_denoiser(read, values),
       self.initial(read, given),
       keys.sampler,
       self.settings['t_start'],

@@ -26,10 +26,6 @@ MEASURED = 'measured'
 """Name of A+ y, the part of an image that the degraded one gives."""
 ORIGINAL = 'original'
 """Name of the image whose noise is looked for."""
-LATENT_NOISE = 'x_T'
-"""Name of that noise among what is drawn."""
-NOISE_BOUND = 4.0
-"""Deviations of it that are black and white in a picture."""
 
 
 def fields_of(diffusion: Diffusion) -> dict[str, Any]:
@@ -97,7 +93,7 @@ class Restored(Diffusion):
   def maps(self, read: Read, given: Given, keys: base.SampleKeys) -> LatentMap:
     """Returns maps whose images agree with the data; noise is removed from where the noisy image is."""
     values = self.conditions.values(read, given)
-    denoise, t_start = self.reading(read, values), self.settings['t_start']
+    denoise, t_start = self.sampler_denoiser(read, values), self.settings['t_start']
     # a table is of all pixels: those that are held, and have no error of the network, get less noise too
     steps = functools.partial(self.steps, change=self.change(read))
     if not self.is_held:
@@ -163,15 +159,20 @@ class ThroughNoise(Diffusion):
 
   num_steps: int
 
-  def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Image]:
-    """Returns {'x_T': the noise over `NOISE_BOUND`, 'x0': the images again}; samplers' noise has no part."""
+  @property
+  def handed(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The noise x_T, as floats of any size."""
+    return {base.NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
+
+  def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:
+    """Returns {'noise': x_T, 'x0': the images again}; the noise of samplers has no part in either."""
     given = self.conditions.complete(read, given)
     denoise = self.denoiser.denoise(read, self.conditions.values(read, given))
     y0 = self.space.encode(read, given[ORIGINAL], None)
     noise, back = inversion.round_trip(
       denoise, self.denoiser.schedule, y0, keys.sampler, num_steps=self.num_steps, grid=self.settings['grid']
     )
-    return {LATENT_NOISE: noise / NOISE_BOUND, **self.space.decode(read, back)}
+    return {base.NOISE: noise, **self.space.decode(read, back)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,7 @@ class Inverted(Diffusion):
 
   @property
   def handed(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The noise."""
+    """The noise that samples start from, as floats of any size."""
     return {base.NOISE: jax.ShapeDtypeStruct(self.space.shape, jnp.float32)}
 
   def sample(self, read: Read, given: Given, keys: base.SampleKeys) -> dict[str, Array]:

@@ -62,7 +62,7 @@ class Student(base.InSpace):
 
   @property
   def diffusion(self) -> Diffusion:
-    """The student."""
+    """The student, which draws the samples."""
     return self.student
 
   @property
@@ -77,7 +77,7 @@ class Student(base.InSpace):
 
   @property
   def for_sampling(self) -> Mapping[str, reads.Reads]:
-    """The student's."""
+    """Networks of other checkpoints that guide the samples of the student."""
     return self.student.for_sampling
 
   def alone(self) -> 'Student':
@@ -86,12 +86,12 @@ class Student(base.InSpace):
 
   @property
   def space(self) -> Space:
-    """The student's."""
+    """Space of the student."""
     return self.student.space
 
   @property
   def conditions(self) -> Conditions:
-    """The student's."""
+    """Conditions of the student."""
     return self.student.conditions
 
   @property
@@ -101,7 +101,7 @@ class Student(base.InSpace):
 
   @property
   def can_be_guided(self) -> bool:
-    """The student's."""
+    """Whether the training of the student drops conditions."""
     return self.student.can_be_guided
 
   def columns(self) -> base.Columns:
@@ -236,7 +236,7 @@ def parts(config: ConfigDict, stage: str) -> dict[str, Any]:
   }
   return {
     'student': student,
-    'teacher': teacher.denoiser.reading(TEACHER),
+    'teacher': teacher.denoiser.renamed(TEACHER),
     'teacher_source': source,
     'teacher_guides': guides,
     'method': section.experiment,

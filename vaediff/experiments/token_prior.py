@@ -117,17 +117,17 @@ class TokenPrior(base.Experiment):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Of the ids, coarse first."""
+    """Names of the ids, coarse first."""
     return tokenizers.names_of(len(self.models))
 
   @property
   def network_names(self) -> tuple[str, ...]:
-    """Of the networks, coarse first."""
+    """Names of the networks, coarse first."""
     return tuple(name.replace(tokenizers.CODES, NETWORK) for name in self.names)
 
   @property
   def networks(self) -> Mapping[str, Model]:
-    """One for each level."""
+    """One transformer for each level."""
     return dict(zip(self.network_names, self.models, strict=True))
 
   @property
@@ -142,13 +142,13 @@ class TokenPrior(base.Experiment):
 
   @property
   def handed(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The ids."""
+    """The ids of each level, for the stages that read them."""
     grids = zip(self.names, self.tokenizer.grids, strict=True)
     return {name: jax.ShapeDtypeStruct(grid, jnp.int32) for name, grid in grids}
 
   @property
   def id_sizes(self) -> Mapping[str, int]:
-    """The codes of each level."""
+    """Number of codes of each level."""
     return dict(zip(self.names, self.tokenizer.sizes, strict=True))
 
   @property
@@ -164,12 +164,12 @@ class TokenPrior(base.Experiment):
 
   @property
   def classes(self) -> tuple[int, ...]:
-    """Of the label."""
+    """Classes that samples are asked to be of, in turn: those of the label."""
     return self.conditions.classes
 
   @property
   def num_groups(self) -> int:
-    """Of the label."""
+    """Number of kinds that samples come in, in turn: those of the label."""
     return self.conditions.num_groups
 
   @property
@@ -179,7 +179,7 @@ class TokenPrior(base.Experiment):
 
   @property
   def num_tokens(self) -> int:
-    """Of all levels of an image."""
+    """Number of tokens of an image, those of all levels."""
     return sum(math.prod(grid) for grid in self.tokenizer.grids)
 
   def init(self, key: jax.Array) -> base.TrainState:

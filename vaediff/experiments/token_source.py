@@ -59,7 +59,7 @@ class Source:
 
   @property
   def size(self) -> int:
-    """Rows of the table."""
+    """Number of rows of the table."""
     return self.num_classes + 1 + (self.vocab_size if self.num_words else 0)
 
   @property

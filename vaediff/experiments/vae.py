@@ -89,12 +89,12 @@ class Vae(base.Experiment):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Z."""
+    """Shape of z, which a sample decodes."""
     return {CODE: jax.ShapeDtypeStruct((self.latent_dim,), jnp.float32)}
 
   @property
   def ranges(self) -> Mapping[str, str]:
-    """Of z."""
+    """What the numbers of z are."""
     return {CODE: prior.RANGE}
 
   @property

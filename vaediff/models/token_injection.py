@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
 Entering = tuple[Tokens, ...]
 
 
-def beside(x: Array, entering: Entering) -> Array:
+def concatenated(x: Array, entering: Entering) -> Array:
   """Returns the map with those behind it that are concatenated."""
   maps = [tokens.map.astype(x.dtype) for tokens in entering if tokens.how == 'concat']
   return jnp.concatenate([x, *maps], axis=-1) if maps else x

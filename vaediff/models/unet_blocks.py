@@ -243,7 +243,7 @@ def block_with(
 ) -> Array:
   """Returns what a residual block makes of a map, and of the maps of tokens that enter there."""
   added = token_injection.added(features, name, entering, options.dtype)
-  inputs = (token_injection.beside(x, entering), emb)
+  inputs = (token_injection.concatenated(x, entering), emb)
   h = residual_block(features, options, name)(*inputs, *([] if added is None else [added]))
   for tokens in entering:
     if tokens.how == 'attention':

@@ -4,7 +4,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from vaediff.experiments.denoiser import DENOISER
 from vaediff.experiments.kinds import kinds_of
 from vaediff.machine import cost, sharding
 from vaediff.modes import paired
-from vaediff.run import captions, draw, guard, log
+from vaediff.run import captions, draw, guard, log, steps
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -90,44 +90,55 @@ def dtype_of(section: ConfigDict) -> str:
 def measure_stage(
   config: ConfigDict, stage: str, source: sources.Source, mesh: Mesh, peak: float
 ) -> dict[str, Any]:
-  """Returns the figures of one stage: its train step and, where it samples by steps, its sampler."""
-  experiment, section, repeats = (
-    experiments.build(config, stage),
-    config[stage],
-    config.benchmark.num_repeats,
-  )
+  """Returns the figures of one stage: its train step and, where it samples by steps, its sampler.
+
+  Raises:
+    UserError: when the batch cannot be split over the devices.
+  """
+  experiment, section, repeats = experiments.build(config, stage), config[stage], config.benchmark.num_repeats
+  figures, read = measure_training(config, stage, experiment, source, mesh, peak)
+  return {
+    **figures,
+    **measure_sampler(config, experiment, section, read, mesh, repeats),
+    **measure_decoding(experiment, read, mesh, config.benchmark),
+  }
+
+
+def measure_training(
+  config: ConfigDict,
+  stage: str,
+  experiment: Experiment,
+  source: sources.Source,
+  mesh: Mesh,
+  peak: float,
+) -> tuple[dict[str, Any], Read]:
+  """Returns the figures of a stage's train step, and the parameters that its samples read after the steps.
+
+  Args:
+    config: of the run.
+    stage: its name.
+    experiment: of the stage.
+    source: images to train on.
+    mesh: the devices.
+    peak: FLOP/s of all of them in products of the type that the network computes in.
+
+  Raises:
+    UserError: when the batch cannot be split over the devices.
+  """
+  section, repeats = config[stage], config.benchmark.num_repeats
   abstract = training.abstract_state(experiment, mesh, sharding.rules_of(config.mesh))
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  replicated = sharding.replicated(mesh)
   frozen = frozen_networks.fresh(experiment, mesh)
   state = jax.jit(guard.with_counts(experiment.init), out_shardings=where)(jax.random.key(0))
   training.check_batch_size(section, stage, mesh)
-  rows = np.arange(section.train.batch_size) % len(source)
-  batch = sharding.put_batch(source.read(rows), sharding.batch_sharding(mesh))
-  split = sharding.batch_sharding(mesh)
-  for name, struct in experiment.stored.items():
-    batch[name] = jax.device_put(jnp.zeros((len(rows), *struct.shape), struct.dtype), split)
-  if length := captions.length_of(config, stage):
-    batch[words.TOKENS] = jax.device_put(jnp.full((len(rows), length), words.BOS, jnp.int32), split)
-  key = jax.device_put(jax.random.key(2), replicated)
-
+  batch = fixed_batch(config, stage, experiment, source, mesh)
+  key = jax.device_put(jax.random.key(2), sharding.replicated(mesh))
   kinds = kinds_of(experiment, section.train.num_steps)
-  started = time.monotonic()
-  lowered = {
-    kind: training.make_step(experiment, section.train, where, replicated, kind).lower(
-      state, frozen, batch, key
-    )
-    for kind in kinds
-  }
-  traced = time.monotonic()
-  by_kind = {kind: program.compile() for kind, program in lowered.items()}
-  compiled = time.monotonic()
-  log.say(f'  train step: traced in {traced - started:.1f} s, compiled in {compiled - traced:.1f} s')
-  memory = max(map(step_bytes, by_kind.values()))
-  flops = 2 * sum(
-    share * cost.macs(functools.partial(experiment.train_step, kind=kind), abstract, frozen, batch, key)
-    for kind, share in kinds.items()
+  by_kind, trace_seconds, compile_seconds = compiled_steps(
+    experiment, section, where, mesh, kinds, (state, frozen, batch, key)
   )
+  memory = max(map(step_bytes, by_kind.values()))
+  flops = step_flops(experiment, kinds, (abstract, frozen, batch, key))
 
   def one_step(kind: str = next(iter(kinds))):
     nonlocal state
@@ -140,20 +151,68 @@ def measure_stage(
   size = section.train.batch_size
   rate = f'{size / seconds:.4g} images/s, {flops / seconds / 1e12:.4g} TFLOP/s, {flops / seconds / peak:.2f}'
   log.say(f'  train step: {seconds:.4g} s, {rate} of the matmul peak, {memory / 1e9:.3g} GB')
-  waiting = input_wait(config, section.train.batch_size, source, one_step, repeats)
-  return {
-    'trace_seconds': traced - started,
-    'compile_seconds': compiled - traced,
+  figures = {
+    'trace_seconds': trace_seconds,
+    'compile_seconds': compile_seconds,
     'step_seconds': seconds,
-    'input_wait_fraction': waiting,
-    'batch_size': section.train.batch_size,
-    'images_per_second': section.train.batch_size / seconds,
+    'input_wait_fraction': input_wait(config, size, source, one_step, repeats),
+    'batch_size': size,
+    'images_per_second': size / seconds,
     'flops_per_second': flops / seconds,
     'fraction_of_matmul_peak': flops / seconds / peak,
     'memory_bytes': memory,
-    **measure_sampler(config, experiment, section, {**frozen, **state.eval_params}, mesh, repeats),
-    **measure_decoding(experiment, {**frozen, **state.eval_params}, mesh, config.benchmark),
   }
+  return figures, {**frozen, **state.eval_params}
+
+
+def fixed_batch(
+  config: ConfigDict, stage: str, experiment: Experiment, source: sources.Source, mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Returns the first images as a batch of the stage, and zeros for what is stored beside them.
+
+  Captions are of their full length, of one token throughout. All of it is split over the devices.
+  """
+  split, section = sharding.batch_sharding(mesh), config[stage]
+  rows = np.arange(section.train.batch_size) % len(source)
+  batch = sharding.put_batch(source.read(rows), split)
+  for name, struct in experiment.stored.items():
+    batch[name] = jax.device_put(jnp.zeros((len(rows), *struct.shape), struct.dtype), split)
+  if length := captions.length_of(config, stage):
+    batch[words.TOKENS] = jax.device_put(jnp.full((len(rows), length), words.BOS, jnp.int32), split)
+  return batch
+
+
+def step_flops(experiment: Experiment, kinds: Mapping[str, float], args: tuple) -> float:
+  """Returns twice the multiply-accumulates of an update, the mean of its kinds by their shares."""
+  return 2 * sum(
+    share * cost.macs(functools.partial(experiment.train_step, kind=kind), *args)
+    for kind, share in kinds.items()
+  )
+
+
+def compiled_steps(
+  experiment: Experiment, section: ConfigDict, where: Any, mesh: Mesh, kinds: Mapping[str, float], args: tuple
+) -> tuple[dict[str, Any], float, float]:
+  """Returns the compiled train step of each kind of update, and the seconds of tracing and of compiling.
+
+  Args:
+    experiment: of the stage.
+    section: of the stage in the config.
+    where: shardings of the state.
+    mesh: the devices.
+    kinds: of the updates; only their names count.
+    args: state, frozen parameters, batch and key, on the devices.
+  """
+  replicated = sharding.replicated(mesh)
+  started = time.monotonic()
+  lowered = {
+    kind: steps.make_step(experiment, section.train, where, replicated, kind).lower(*args) for kind in kinds
+  }
+  traced = time.monotonic()
+  by_kind = {kind: program.compile() for kind, program in lowered.items()}
+  compiled = time.monotonic()
+  log.say(f'  train step: traced in {traced - started:.1f} s, compiled in {compiled - traced:.1f} s')
+  return by_kind, traced - started, compiled - traced
 
 
 def step_bytes(compiled: Any) -> int:

@@ -19,7 +19,6 @@ from vaediff.run import captions, checkpoint, classes, guides, students, values,
 from vaediff.run import config as configs
 from vaediff.run import loop as training
 from vaediff.run.config import Run
-from vaediff.storage import places
 from vaediff.weights import published, tensors
 
 SEEDS = 2**31
@@ -197,7 +196,7 @@ def check_order(
     for source in built[stage].frozen.values():
       if not isinstance(source, reads.FromStage):
         continue
-      folder = places.anywhere(source.workdir) if source.workdir else workdir
+      folder = reads.workdir_of(source, workdir)
       reading = f'stage {stage!r} reads stage {source.stage!r} of {folder}'
       if source.stage in chosen[:number] and not source.workdir:
         continue

@@ -25,13 +25,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff import experiments
-from vaediff.data import sources
+from vaediff.data import resize, sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.experiments.kinds import kinds_of
 from vaediff.machine import chips, cost, hlo, sharding
 from vaediff.modes import compile_tables as tables
-from vaediff.run import captions, checkpoint, draw, log
+from vaediff.run import captions, checkpoint, draw, log, steps
 from vaediff.run import frozen as frozen_networks
 from vaediff.run import loop as training
 from vaediff.run.config import Run
@@ -199,7 +199,7 @@ def train_program(
   macs, macs_once = cost.macs_and_once(functools.partial(experiment.train_step, kind=kind), *args)
   return Program(
     name=f'train ({kind})' if kind else 'train',
-    function=training.make_step(experiment, section.train, where, replicated, kind),
+    function=steps.make_step(experiment, section.train, where, replicated, kind),
     args=args,
     batch_size=batch_size,
     dtype=section.model.dtype,
@@ -224,8 +224,7 @@ def sample_program(config: ConfigDict, stage: str, experiment: Experiment, mesh:
   params = {name: checkpoint.abstract_params(model, mesh) for name, model in experiment.networks.items()}
   frozen = frozen_networks.abstract(experiment, mesh)
   indices, seed = _abstract((batch_size,), jnp.int32, where), _abstract((), jnp.int32, replicated)
-  data = config.data
-  shape = (data.image_size, data.image_size, data.channels)
+  shape = resize.image_shape(config.data)
   seen = {name: experiment.inputs[name] for name in draw.observed_alone(experiment, frozen | params, shape)}
   given = {name: _abstract((batch_size, *each.shape), each.dtype, where) for name, each in seen.items()}
   args = ({**frozen, **params}, indices, given, seed)

@@ -101,5 +101,5 @@ def need(row: dict[str, Any]) -> str:
 
 
 def gib(count: int | float) -> str:
-  """Returns bytes in GiB."""
+  """Returns a number of bytes in GiB, with three decimals."""
   return f'{count / GIB:,.3f}'

@@ -15,7 +15,7 @@ from vaediff.experiments import quantized
 from vaediff.machine import cost
 from vaediff.models import quantized as quantized_models
 from vaediff.models.functional import Model
-from vaediff.run import checkpoint, log, quantization
+from vaediff.run import checkpoint, log, quantize_stage
 from vaediff.run.config import Run
 from vaediff.types import Params
 
@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def mode(run: Run) -> None:
-  """Describes the stages."""
+  """Prints what the stages of a run are."""
   describe(run.config, run.stages)
   for stage in run.stages:
     if run.config[stage].experiment == quantized.SECTION:
@@ -53,8 +53,8 @@ def describe_quantized(config: ConfigDict, workdir: pathlib.Path, stage: str) ->
     bytes_of[name] = cost.device_bytes(shapes)
   lines = [('device memory', bytes_of['memory'], bytes_of['memory_float32'])]
   if checkpoint.latest_step(workdir / stage) is not None:
-    bytes_of['disk'] = quantization.on_disk(workdir / stage)
-    bytes_of['disk_float32'] = checkpoint.load_meta(workdir / stage)[quantization.BYTES]['float32']
+    bytes_of['disk'] = quantize_stage.on_disk(workdir / stage)
+    bytes_of['disk_float32'] = checkpoint.load_meta(workdir / stage)[quantize_stage.BYTES]['float32']
     lines.append(('the checkpoint', bytes_of['disk'], bytes_of['disk_float32']))
   for what, own, floats in lines:
     log.say(

@@ -29,7 +29,7 @@ from vaediff.experiments.extended import FIRST
 from vaediff.machine import sharding
 from vaediff.modes import edit_training, pictures
 from vaediff.modes.edit_training import Picture
-from vaediff.run import captions, checkpoint, images, log, scoring
+from vaediff.run import captions, checkpoint, draw, images, log, scoring
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
 from vaediff.storage import files
@@ -247,7 +247,7 @@ def strip_of(trained: Trained, image: Picture, etas: Sequence[int | float], numb
   seen = {**trained.observe(image[None], np.zeros(1, np.int32)), NOISE: noise}
   given = {name: np.repeat(value, count, axis=0) for name, value in seen.items()}
   drawn = trained.draw(np.full(count, number), {**given, ETA: np.asarray(etas, np.float32)})
-  return drawn[list(drawn)[-1]]
+  return draw.own_image(drawn)
 
 
 def best_strip(

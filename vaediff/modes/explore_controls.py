@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vaediff.conditions.weight import WEIGHT
-from vaediff.data import sources, words
+from vaediff.data import resize, sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, InSpace
 from vaediff.run import classes, directions, draw
@@ -97,7 +97,7 @@ class Direction:
   most: float
 
 
-def of(trained: Trained) -> tuple[tuple[Control, ...], tuple[str, ...]]:
+def controls_for(trained: Trained) -> tuple[tuple[Control, ...], tuple[str, ...]]:
   """Returns a control for each input of a stage's samples, and what is said of inputs that have none.
 
   Classes, numbers and captions of the stages that feed it too: they are asked there for what is chosen here.
@@ -112,7 +112,7 @@ def of(trained: Trained) -> tuple[tuple[Control, ...], tuple[str, ...]]:
       found.append(control(trained, name, kind, drawn=name in drawn, seen=name in seen))
   for source in filter(trained.has_maker, trained.experiment.makers):
     known = {one.name for one in found}
-    others, _ = of(trained.maker(source))
+    others, _ = controls_for(trained.maker(source))
     found += [one for one in others if one.kind in (CLASS, NUMBER, CAPTION) and one.name not in known]
   return tuple(found), tuple(notes)
 
@@ -162,8 +162,8 @@ def made_of_nothing(trained: Trained) -> frozenset[str]:
 
 def seen_in_images(trained: Trained) -> frozenset[str]:
   """Returns the names of the inputs that the stage sees in images; numbers, as labels are, are not."""
-  data, numbers = trained.config.data, jax.ShapeDtypeStruct((1,), jnp.int32)
-  x = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32)
+  numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
+  x = jax.ShapeDtypeStruct((1, *resize.image_shape(trained.config.data)), jnp.float32)
   observe = lambda *args: trained.experiment.observe(*args)
   found = jax.eval_shape(observe, trained.read, {sources.LABEL: numbers}, x)
   return frozenset(name for name in found if len(found[name].shape) > 1)

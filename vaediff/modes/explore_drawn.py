@@ -25,11 +25,10 @@ from vaediff.conditions.weight import WEIGHT
 from vaediff.data import pixels, sources, uploads
 from vaediff.diffusion import samplers
 from vaediff.errors import UserError
-from vaediff.experiments import inspected
+from vaediff.experiments import inspected, restored
 from vaediff.experiments.base import NOISE, Experiment, InSpace
-from vaediff.experiments.restored import ORIGINAL
 from vaediff.modes import explore_controls as controls
-from vaediff.modes import explore_restored as restored
+from vaediff.modes import explore_restored
 from vaediff.modes.explore_wishes import DATA, DRAWN, UPLOAD, End, Offer, Shown, Wish, between, whole_picture
 from vaediff.run import draw, images
 from vaediff.run.draw import HostArrays
@@ -86,13 +85,13 @@ class Explorer:
       return self._offers[stage]
     trained, settings = self.trained(stage), self.settings
     experiment = trained.experiment
-    found, notes = controls.of(trained)
+    found, notes = controls.controls_for(trained)
     ways, more = controls.directions_of(
       trained, found, settings.num_directions, settings.deviations, settings.num_encoded
     )
     has_data, why = self._data_of(trained)
     is_free, own = experiment.diffusion is experiment, trained.settings
-    tasks, why_not = restored.tasks_of(trained)
+    tasks, why_not = explore_restored.tasks_of(trained)
     sees = is_free or bool(tasks) or any(one.seen or one.kind == controls.PICTURE for one in found)
     needs_image = any(one.kind == controls.SEEN for one in found) and not trained.draws_alone
     kinds = [*([] if needs_image else [DRAWN]), *([DATA] if sees and has_data else []), *([UPLOAD] * sees)]
@@ -229,13 +228,18 @@ class Explorer:
       if not self.offer(wish.stage).finds_noise:
         raise UserError(f'stage {wish.stage!r} is no diffusion whose noise could be found in an image')
       program = self.program(wish)
-      found = inspected.noise_of(program.experiment)
+      found = restored.inverted(program.experiment, program.settings.num_steps)
       self._programs[key] = program.with_experiment(found)
     original = np.asarray(pixels.to_unit_range(jnp.asarray(image[None])))
     of_one = dataclasses.replace(wish, weights=(0.0,), ends=(dataclasses.replace(end, finds_noise=False),))
     given = self.given(dataclasses.replace(of_one, amounts={}, replaced=()))
     seen = tuple((name, value.tobytes()) for name, value in given.items() if name != NOISE)
-    find = lambda: self._programs[key].draw(np.arange(1), {**given, ORIGINAL: original}, handed=True)
+
+    def find() -> HostArrays:
+      one, program = np.arange(1), self.program(wish)
+      whole = {**program.fed(one, given, program.settings.seed), **given, restored.ORIGINAL: original}
+      return self._programs[key].draw(one, whole, handed=True)
+
     return self._keep((*key, *end.key, seen), find)[NOISE]
 
   def _keep(self, key: tuple, make: Callable[[], HostArrays]) -> HostArrays:
@@ -276,7 +280,7 @@ class Explorer:
     if experiment.num_function_evaluations > AT_ONCE:
       found = self._student_of(wish.stage, experiment)
       if found is None and isinstance(experiment, InSpace) and experiment.titles and experiment.diffusion:
-        found = program.with_experiment(inspected.beside(experiment.diffusion))
+        found = program.with_experiment(inspected.conditions_only(experiment.diffusion))
       if found is None and experiment.diffusion is experiment:
         found = self.program(dataclasses.replace(wish, sampler='ddim', num_steps=AT_ONCE))
     self._programs[key] = found
@@ -301,11 +305,11 @@ class Explorer:
     drawn = program.draw(rows, self.given(wish), self.seed_of(wish))
     looked_at = self._looked_at(wish)
     titles = {**program.experiment.titles, **{name: name for name in looked_at}}
-    beside = isinstance(program.experiment, inspected.Beside)
+    is_alone = isinstance(program.experiment, inspected.ConditionsOnly)
     return Shown(
       images={**looked_at, **drawn},
       titles={name: titles[name] if name in titles else 'sample' for name in (*looked_at, *drawn)},
-      what=f'{", ".join(titles[name] for name in drawn)} alone' if beside else about(program),
+      what=f'{", ".join(titles[name] for name in drawn)} alone' if is_alone else about(program),
       seconds=time.perf_counter() - started,
       is_new=self._is_new(program, count),
       is_quick=is_quick,
@@ -331,7 +335,7 @@ class Explorer:
     seeds = wish.ends[0].seeds
     return seeds[NOISE] if NOISE in seeds else self.trained(wish.stage).settings.seed
 
-  def restore(self, wish: Wish, damage: restored.Damage) -> Shown:
+  def restore(self, wish: Wish, damage: explore_restored.Damage) -> Shown:
     """Returns the image of the first end of a wish, what is left of it, and that restored.
 
     Raises:
@@ -341,7 +345,7 @@ class Explorer:
     image, _ = self.image_of(wish.stage, wish.ends[0])
     numbers = [one.name for one in self.offer(wish.stage).controls if one.kind == controls.CLASS]
     label = wish.chosen[numbers[0]] if numbers and numbers[0] in wish.chosen else 0
-    found = restored.restored(
+    found = explore_restored.restored(
       program, damage, image, int(label), self.seed_of(wish), self._programs, self._told(wish)
     )
     return Shown(

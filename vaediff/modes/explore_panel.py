@@ -35,7 +35,7 @@ class Visit(Protocol):
     """Asks for pictures of what is chosen now."""
 
   def say(self, text: str) -> None:
-    """Shows a message."""
+    """Shows a message to the visitor."""
 
   async def in_worker(self, call: Callable[..., Any], *args: Any) -> Any:
     """Returns what a call returns in the thread that draws."""

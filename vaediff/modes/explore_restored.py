@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff.data import pixels, words
+from vaediff.data import pixels, resize, words
 from vaediff.diffusion.restoration import TASKS, Degradation
 from vaediff.errors import UserError
 from vaediff.modes import restore
-from vaediff.run.draw import HostArrays
+from vaediff.run.draw import HostArrays, own_image
 from vaediff.run.trained import Trained
 
 PICTURE = 'the picture'
@@ -86,9 +86,8 @@ def tasks_of(trained: Trained) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def check(trained: Trained, damage: Damage) -> None:
   """Raises UserError where a stage cannot restore; nothing is drawn."""
-  data = trained.config.data
-  size = (1, data.image_size, data.image_size)
-  nothing = (np.zeros((*size, data.channels), np.float32),) * 2 + (np.ones((*size, 1), np.float32),)
+  shape = (1, *resize.image_shape(trained.config.data))
+  nothing = (np.zeros(shape, np.float32),) * 2 + (np.ones((*shape[:-1], 1), np.float32),)
   inputs = trained.experiment.inputs
   told = {name: np.zeros((1, *inputs[name].shape), np.int32) for name in (words.TOKENS,) if name in inputs}
   restore.by_method(trained, damage.degradation, nothing, np.zeros(1, np.int32), told)
@@ -125,8 +124,7 @@ def restored(
   labels = np.full(1, label, np.int32)
   drawn, given = restore.by_method(trained, degradation, observed, labels, told)
   drawn = programs.setdefault(('restored', id(trained), degradation), drawn)
-  value = drawn.draw(np.arange(1), given, seed)
-  value = value[list(value)[-1]]
+  value = own_image(drawn.draw(np.arange(1), given, seed))
   if degradation.task == 'inpaint':  # to the byte: the sample holds it but for rounding
     value = np.where(observed[2] > 0, restore.as_bytes(observed[1]), value)
   left = restore.as_bytes(observed[0])

@@ -14,7 +14,7 @@ from vaediff.experiments.base import NOISE
 from vaediff.modes import explore_controls as controls
 from vaediff.modes.interpolate import lerp, slerp
 from vaediff.run import images
-from vaediff.run.draw import HostArrays
+from vaediff.run.draw import HostArrays, own_image
 from vaediff.run.trained import Trained
 
 DRAWN, DATA, UPLOAD = 'drawn', 'data', 'upload'
@@ -207,7 +207,7 @@ def picture(value: np.ndarray, *, is_row: bool = False, least: int = LARGE) -> n
 
 def whole_picture(shown: Shown) -> np.ndarray:
   """Returns all that is shown as one picture: beside each other, rows below each other."""
-  own = shown.images[list(shown.images)[-1]]
+  own = own_image(shown.images)
   parts = [value for value in shown.images.values() if value.shape == own.shape]
   is_row = len(set(shown.wish.weights)) > 1
   return np.concatenate([picture(value, is_row=is_row) for value in parts], axis=0 if is_row else 1)

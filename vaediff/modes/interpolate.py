@@ -19,7 +19,7 @@ from vaediff.evaluation import report
 from vaediff.evaluation.frequencies import LOW, rms_by_band
 from vaediff.experiments.base import NOISE, Experiment
 from vaediff.modes import pictures
-from vaediff.run import clips, directions, images, log
+from vaediff.run import clips, directions, draw, images, log
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained, open_last, say_figures
@@ -245,7 +245,7 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
   check(trained)
   pairs = np.arange(settings.num_pairs)
   both = [trained.drawn(2 * pairs + end, trained.settings.seed) for end in (0, 1)]
-  base = own_image(trained.draw_all(both[0]))
+  base = draw.own_image(trained.draw_all(both[0]))
   part, rows = 1 / (settings.num_points - 1), []
   for name in sorted(kinds_of(trained.experiment) & both[0].keys(), key=(CODE, NOISE).index):
     between = lerp if name == CODE else slerp
@@ -253,7 +253,7 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
       weights = np.array([weight], np.float32)
       ends = zip(both[0][name], both[1][name], strict=True)
       moved = np.stack([between(a, b, weights)[0] for a, b in ends])
-      image = own_image(trained.draw_all({**both[0], name: moved}))
+      image = draw.own_image(trained.draw_all({**both[0], name: moved}))
       of_pairs = rms_by_band(base, image, settings.cutoff)
       figures = {f'rms {band}': float(value.mean()) for band, value in of_pairs.items()}
       share = float(np.mean(of_pairs[LOW] ** 2) / max(np.mean(of_pairs['all'] ** 2), 1e-12))
@@ -274,8 +274,3 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
     files.write_json(path, stored)
     log.say(f'wrote {path}')
   return rows
-
-
-def own_image(drawn: HostArrays) -> np.ndarray:
-  """Returns of what a stage draws what it makes itself: the last."""
-  return drawn[list(drawn)[-1]]

@@ -12,16 +12,16 @@ from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.modes import describe
 from vaediff.run import config as configs
-from vaediff.run import log, quantization, quantizing
+from vaediff.run import log, quantize_calibration, quantize_stage
 from vaediff.run.config import Run
 from vaediff.run.trained import Trained
 from vaediff.storage import files
 
 BOUNDS = {
-  **quantizing.BOUNDS,
+  **quantize_calibration.BOUNDS,
   'weights': stages.BOUNDS['weights'],
   'activations': stages.BOUNDS['activations'],
-  'method': checks.one_of(quantization.METHODS),
+  'method': checks.one_of(quantize_stage.METHODS),
   'time_buckets': stages.BOUNDS['time_buckets'],
   'num_images': checks.count(1),
 }
@@ -32,7 +32,7 @@ READS = ('vae', 'autoencoder')
 
 
 def mode(run: Run) -> None:
-  """Quantizes a stage."""
+  """Makes a quantized stage of a trained one."""
   if jax.process_count() > 1:
     raise UserError(f'--mode=quantize runs in one process, and this job has {jax.process_count()}')
   with files.lock(run.workdir, '--mode=quantize'):
@@ -55,12 +55,12 @@ def quantize(run: Run) -> str:
   check_read(run.config)
   trained = Trained(run.config, run.workdir, source, sharding.make_mesh(run.config.mesh))
   name = f'{source}_{stages.SUFFIX[settings.weights, settings.activations]}'
-  config = with_stage(run.config, source, name, quantizing.rows_of(trained, settings))
+  config = with_stage(run.config, source, name, quantize_calibration.rows_of(trained, settings))
   experiment = experiments.build(config, name)
   check_is_read(run.config, experiment, source)
   log.say(f'{name}: {settings.weights} weights, {settings.activations} activations, {settings.method}')
-  params = quantization.quantize(trained, experiment, settings)
-  quantization.save(config, trained, experiment, name, params)
+  params = quantize_stage.quantize(trained, experiment, settings)
+  quantize_stage.save(config, trained, experiment, name, params)
   # what else this call was asked is not the run's
   configs.save(configs.joined(configs.read(run.workdir), name, config[name]), run.workdir)
   describe.describe_quantized(config, run.workdir, name)

@@ -8,15 +8,18 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from vaediff.data import pixels
 from vaediff.errors import UserError
 from vaediff.evaluation import report
 from vaediff.evaluation.quality import mse, psnr
 from vaediff.experiments import restored as restoring
+from vaediff.experiments.base import NOISE
 from vaediff.modes import pictures
-from vaediff.run import images, log
+from vaediff.run import draw, images, log
 from vaediff.run.config import Run
+from vaediff.run.draw import HostArrays
 from vaediff.run.trained import Trained, open_last, say_figures
 from vaediff.storage import files
 
@@ -102,16 +105,15 @@ def through_noise(trained: Trained, out: pathlib.Path | None = None) -> dict[str
   given = {**trained.observe(data, labels, key_of(trained)), restoring.ORIGINAL: x0}
   rows, shown = [], [data]
   for num_steps in settings.num_steps:
-    result = trained.with_experiment(restoring.through_noise(diffusion, num_steps)).draw_all(given)
-    noise = (result[restoring.LATENT_NOISE] / 127.5 - 1) * restoring.NOISE_BOUND
-    again = result['x0']
+    through = trained.with_experiment(restoring.through_noise(diffusion, num_steps))
+    noise, again = noise_and_images(through, given)
     rows.append(
       {
         'steps': num_steps,
         'mse': mse(data, again),
         'psnr': psnr(data, again),
-        'mean of x_T': float(noise.mean()),
-        'deviation of x_T': float(noise.std()),
+        'mean of x_T': float(noise.mean(dtype=np.float64)),
+        'deviation of x_T': float(noise.std(dtype=np.float64)),
       }
     )
     shown.append(again)
@@ -123,3 +125,26 @@ def through_noise(trained: Trained, out: pathlib.Path | None = None) -> dict[str
     path = pictures.path_of(trained, 'reconstructions-noise', 'json', out)
     files.write_json(path, {'num_images': len(data), 'rows': rows, 'made_of': trained.made_of})
   return {f'{name}/{row["steps"]}': row[name] for row in rows for name in row if name != 'steps'}
+
+
+def noise_and_images(
+  through: Trained, given: HostArrays
+) -> tuple[Float[np.ndarray, 'n ...'], UInt8[np.ndarray, 'n h w c']]:
+  """Returns x_T, float32 and unbounded, and the images drawn again from it, of one row of `given` each.
+
+  In batches of the stage's sampling batch size.
+
+  Args:
+    through: the stage, drawn from by `experiments.restored.ThroughNoise`.
+    given: the images, as `restored.ORIGINAL`, and what is seen in them.
+
+  Raises:
+    NotFinite: where x_T or an image is not finite.
+  """
+  count = len(given[restoring.ORIGINAL])
+  size, noises, again = min(through.settings.batch_size, count), [], []
+  for indices, num_real in draw.padded_batches(count, size):
+    drawn = through.draw(indices, {name: value[indices] for name, value in given.items()}, handed=True)
+    noises.append(drawn[NOISE][:num_real])
+    again.append(drawn['x0'][:num_real])
+  return np.concatenate(noises), np.concatenate(again)

@@ -92,7 +92,7 @@ def first_of(shown: HostArrays) -> Iterator[np.ndarray]:
 
 
 def say(trained: Trained, rows: list[report.Row], count: int) -> None:
-  """Prints the table."""
+  """Prints the table of a restoration, with what it was done to."""
   settings = trained.config.restore
   log.say(
     f'{count} images of the evaluation split, stage {trained.stage!r}, restore.method = {settings.method!r}; '

@@ -18,7 +18,7 @@ from vaediff.storage import files
 
 
 def mode(run: Run) -> None:
-  """Samples the last stage."""
+  """Draws samples of the last stage and prints their figures."""
   out = pictures.out_of(run)
   say_figures(sample(open_last(run), out))
 
@@ -42,10 +42,9 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
   shown, stored, folder = {}, {}, pictures.folder_of(trained, out)
   with_vae = 'with_vae' not in settings or settings.with_vae
   with pictures.whole_set(folder) if settings.save_images else contextlib.nullcontext() as each:
-    for indices in draw.batches(count, min(settings.batch_size, count)):
+    for indices, num_real in draw.padded_batches(count, min(settings.batch_size, count)):
       first = int(indices[0])
-      fresh = min(len(indices), count - first)
-      drawn = {name: value[:fresh] for name, value in trained.draw(indices).items()}
+      drawn = {name: value[:num_real] for name, value in trained.draw(indices).items()}
       if each:
         pictures.write_each(each, first, drawn, with_vae, made_of)
       for name, value in drawn.items():
@@ -53,7 +52,7 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
           shown.setdefault(name, []).append(value)
         if settings.save_npz:
           whole = stored.setdefault(name, np.empty((count, *value.shape[1:]), np.uint8))
-          whole[first : first + fresh] = value
+          whole[first : first + num_real] = value
   columns = {name: np.concatenate(value)[: pictures.MAX_IN_GRID] for name, value in shown.items()}
   if not with_vae:
     columns = dict([columns.popitem()])  # the stage's own

@@ -33,7 +33,7 @@ LEAST = 1e-3
 
 
 def mode(run: Run) -> None:
-  """Moves images with the last stage."""
+  """Moves images with the last stage, as one caption differs from another."""
   out = pictures.out_of(run)
   text_diff(open_last(run), out)
 

@@ -24,11 +24,11 @@ from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.precomputed import precomputed
 from vaediff.run.trained import Trained
-from vaediff.storage import files, identity, places
+from vaediff.storage import files, identity
 
 
 def mode(run: Run) -> None:
-  """Trains the stages."""
+  """Trains the stages that the mode was called for."""
   run_stages(run.config, run.workdir, run.stages)
 
 
@@ -188,7 +188,7 @@ def finished(
   for source in experiment.frozen.values():
     if not isinstance(source, reads.FromStage):
       continue
-    folder = places.anywhere(source.workdir) if source.workdir else workdir
+    folder = reads.workdir_of(source, workdir)
     if not is_complete(configs.read(folder) if source.workdir else config, folder, source.stage):
       raise UserError(
         f'stage {stage!r} reads stage {source.stage!r} of {folder}, which is not trained to its last step; '

@@ -23,7 +23,7 @@ FIELD = 'config.vary.image'
 
 
 def mode(run: Run) -> None:
-  """Varies images with the last stage."""
+  """Draws variations of images with the last stage."""
   out = written.out_of(run)
   vary(open_last(run), out)
 

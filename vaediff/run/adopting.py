@@ -24,6 +24,7 @@ from vaediff.machine import sharding
 from vaediff.run import checkpoint, guard, log, loop, measurements
 from vaediff.run import config as configs
 from vaediff.run import frozen as frozen_networks
+from vaediff.run.opened import Opened
 from vaediff.run.published import ADOPT, FINISH
 from vaediff.run.published.base import ORIGINS, SECTION, Import, Network, parts_of
 from vaediff.spaces.latents import LATENTS, standard
@@ -373,8 +374,9 @@ def state_of(
 def write_scale(config: ConfigDict, place: pathlib.Path, stage: str, scale: float) -> None:
   """Writes what the latents of a stage are divided by as if it had been measured."""
   folder, mesh = place / stage, sharding.make_mesh(config.mesh)
-  of = measurements.Of(config=config, stage=stage, folder=folder, checkpoints=folder, mesh=mesh)
-  made_of = measurements.made_of(of, {})
+  own = Opened(stage, folder)
+  target = measurements.Target(config=config, stage=stage, folder=folder, opened=own, mesh=mesh)
+  made_of = measurements.made_of(target, {})
   found = standard(config[stage].model.latent_channels)
   arrays = {**found, 'min': scale * found['min'], 'max': scale * found['max'], 'count': np.int64(0)}
   path = folder / f'{LATENTS}-{identity.digest(made_of)}.npz'

@@ -132,10 +132,9 @@ def make(trained: Trained, diffusion: Diffusion, section: ConfigDict) -> Records
   log.say(f'{trained.stage}: recording {kept.size} states of {len(kept)} samples')
   drawer = trained.with_experiment(recorded.recorded(diffusion))
   parts, size = [], min(section.batch_size, len(kept))
-  for indices in draw.batches(len(kept), size):
-    fresh = min(size, len(kept) - int(indices[0]))
+  for indices, num_real in draw.padded_batches(len(kept), size):
     found = drawer.draw(indices, {recorded.KEPT: kept[indices]}, section.seed, handed=True)
-    parts.append({name: value[:fresh] for name, value in found.items()})
+    parts.append({name: value[:num_real] for name, value in found.items()})
   whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   count, per_image = kept.shape
   for name, value in whole.items():

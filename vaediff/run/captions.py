@@ -20,7 +20,7 @@ from vaediff.data import sources, words
 from vaediff.errors import UserError
 from vaediff.machine import distributed
 from vaediff.run import checkpoint, log
-from vaediff.storage import identity, places
+from vaediff.storage import identity
 
 FILE = 'tokenizer.json'
 TEXT = 'text'
@@ -98,7 +98,7 @@ def _taken_over(config: ConfigDict, stage: str, path: pathlib.Path) -> words.Tok
   """
   settings = settings_of(config, stage)
   for leader in _leaders(config[stage]):
-    workdir = places.anywhere(leader.workdir) if leader.workdir else path.parents[1]
+    workdir = reads.workdir_of(leader, path.parents[1])
     taken = workdir / leader.stage / FILE
     if taken == path or not distributed.agree(taken.exists() or bool(_digest_of(taken.parent))):
       continue
@@ -176,10 +176,15 @@ def need_captions(source: sources.Source, stage: str) -> None:
 
 
 def check_training(config: ConfigDict, stage: str, source: sources.Source) -> None:
-  """Does nothing where the captions of the training split are still true of what the stage is shown.
+  """Raises UserError when training mirrors images whose captions say left or right, and so would be wrong.
+
+  Args:
+    config: of the run.
+    stage: its name; one that reads no captions, or does not mirror images, passes.
+    source: the training images.
 
   Raises:
-    UserError: when images are mirrored and a caption says left or right.
+    UserError: names the field to change, and the first such caption.
   """
   if settings_of(config, stage) is None or not config[stage].train.flip:
     return
@@ -214,7 +219,7 @@ def table(
   Raises:
     UserError: for a caption with an unknown word, or one that is too long; names the field.
   """
-  folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
+  folder = reads.workdir_of(source, workdir) / source.stage
   tokenizer = tokenizer_of(config, source.stage, folder)
   chosen = not training and config[source.stage].sample.captions
   field = f'config.{source.stage}.sample.captions' if chosen else 'the captions of the evaluation split'

@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from vaediff.errors import UserError
-from vaediff.machine import distributed, sharding
+from vaediff.machine import digests, distributed, sharding
 from vaediff.models.functional import Model
-from vaediff.run import digests, quiet, spool
+from vaediff.run import quiet, spool
 from vaediff.storage import files, identity
 from vaediff.types import Params
 

@@ -11,10 +11,9 @@ from vaediff.diffusion.interpolation import unit
 from vaediff.errors import UserError
 from vaediff.experiments import restored
 from vaediff.experiments.base import NOISE
-from vaediff.run import same_run, scoring
+from vaediff.run import draw, same_run, scoring
 from vaediff.run.draw import HostArrays
 from vaediff.spaces.embeddings import CLIP, EMBEDDING
-from vaediff.storage import places
 
 MOST_NEUTRAL = 1024
 """Captions of the evaluation split whose mean is what no caption in particular says."""
@@ -42,10 +41,10 @@ def need_vectors(trained: Any, mode: str) -> None:
 def open_clip(trained: Any) -> Any:
   """Returns the CLIP stage whose vectors a stage reads, or draws."""
   source: reads.FromStage = trained.experiment.frozen[CLIP]
-  folder = places.anywhere(source.workdir) if source.workdir else trained.workdir
+  folder = reads.workdir_of(source, trained.workdir)
   config = trained.config
   if source.workdir:
-    config = same_run.beside(same_run.stored_config(folder / source.stage), config)
+    config = same_run.with_own_data_places(same_run.stored_config(folder / source.stage), config)
   return type(trained)(config, folder, source.stage, trained.mesh)
 
 
@@ -81,14 +80,15 @@ def noise_of(
 ) -> Float[np.ndarray, 'n ...']:
   """Returns the noise of images, given what they are made on, by DDIM inversion (`diffusion.inversion`).
 
-  It is x_T over `sample.temperature`, which samples multiply it by.
+  It is x_T over `sample.temperature`, which samples multiply it by. It is found in batches of the stage's
+  sampling batch size.
 
   Raises:
     UserError: where that is 0.
   """
   finder = trained.with_experiment(restored.inverted(trained.experiment.diffusion, num_steps))
   x0 = image.astype(np.float32) / 127.5 - 1
-  return finder.draw(np.arange(len(image)), {**given, restored.ORIGINAL: x0}, handed=True)[NOISE]
+  return finder.draw_all({**given, restored.ORIGINAL: x0}, handed=True)[NOISE]
 
 
 def drawn_from(
@@ -96,5 +96,4 @@ def drawn_from(
 ) -> UInt8[np.ndarray, 'n h w c']:
   """Returns the images that DDIM makes of noise; with eta = 0 of that of `noise_of` the images again."""
   sampler = trained.with_settings(sampler='ddim', num_steps=num_steps, eta=eta)
-  drawn = sampler.draw_all({**given, NOISE: noise})
-  return drawn[list(drawn)[-1]]
+  return draw.own_image(sampler.draw_all({**given, NOISE: noise}))

@@ -90,7 +90,7 @@ STAGE_BOUNDS = {
   'train.profile_steps': checks.each(checks.count(1)),
   'train.best_every_steps': checks.count(1),
   'train.best_images': checks.count(1),
-  'sample.checkpoint': checks.one_of(('latest', 'best')),
+  'sample.checkpoint': checks.checkpoint(),
   'sample.num_images': checks.count(1),
   'sample.batch_size': checks.count(1),
   'sample.seed': checks.seed(),

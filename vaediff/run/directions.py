@@ -29,7 +29,7 @@ def leading(trained: Trained, number: int) -> pca.Arrays:
   latent_dim = trained.config[stage].model.latent_dim
   settings = {'num_directions': min(number, latent_dim), 'min_signal': 0.0, 'floor': FLOOR}
   source = pca.measured(stage, workdir, latent_dim, settings)
-  own = trained.folder if stage == trained.stage and not workdir else None
+  own = trained.opened if stage == trained.stage and not workdir else None
   try:
     return measurements.load(source, trained.config, trained.workdir, trained.mesh, own)
   except pca.NoSignal as error:

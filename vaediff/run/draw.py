@@ -1,6 +1,7 @@
 """Images by index: image i depends on the seed and i alone, whatever the batch size or device count."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from vaediff.run import images
 from vaediff.types import Given, Read
 
 HostArrays = dict[str, np.ndarray]
+T = TypeVar('T')
 
 
 class NotFinite(UserError):
@@ -110,7 +112,7 @@ def make_draw(
   image_shape: tuple[int, int, int],
   source: Callable[[], sources.Source],
   about: str = '',
-) -> Callable[..., HostArrays]:
+) -> 'Drawer':
   """Returns draw(read, indices, given={}, seed=seed, *, handed=False, candidate=None) -> images by name.
 
   They are uint8, on the host. With `handed` what the stage hands to others is there too, before its images.
@@ -130,47 +132,83 @@ def make_draw(
     source: opens the images to observe; not called where all can be drawn.
     about: the stage and how it draws, for messages.
   """
-  where = sharding.batch_sharding(mesh)
-  begin = jax.jit(starter(experiment), out_shardings=where)
-  # every process gets all images: they are small beside what made them
-  finish = jax.jit(finisher(experiment), out_shardings=sharding.replicated(mesh))
-  observe, needed = make_observe(experiment, mesh), None
+  return Drawer(experiment, mesh, seed, image_shape, source, about)
 
-  def draw(
+
+class Drawer:
+  """Draws the images of an experiment, or what they start from; `make_draw` says how."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    mesh: Mesh,
+    seed: int,
+    image_shape: tuple[int, int, int],
+    source: Callable[[], sources.Source],
+    about: str,
+  ):
+    self._experiment, self._mesh, self._seed = experiment, mesh, seed
+    self._image_shape, self._source, self._about = image_shape, source, about
+    self._begin = jax.jit(starter(experiment), out_shardings=sharding.batch_sharding(mesh))
+    # every process gets all images: they are small beside what made them
+    self._finish = jax.jit(finisher(experiment), out_shardings=sharding.replicated(mesh))
+    self._observe = make_observe(experiment, mesh)
+    self._needed: set[str] | None = None
+
+  def __call__(
+    self,
     read: Read,
     indices: np.ndarray,
     given: HostArrays | None = None,
-    seed: int = seed,
+    seed: int | None = None,
     *,
     handed: bool = False,
     candidate: int | None = None,
   ) -> HostArrays:
-    nonlocal needed
-    if needed is None:
-      needed = observed_alone(experiment, read, image_shape)
-    given = given or {}
-    missing = needed - given.keys()
-    if missing:
-      images_seen = source()
-      batch = images_seen.read(indices % len(images_seen))
-      seen = observe(read, batch[sources.IMAGE], batch[sources.LABEL])
-      given = {**given, **{name: seen[name] for name in missing}}
-    count = len(indices)
-    padded = sharding.round_up(count, mesh)
-    rows = np.minimum(np.arange(padded), count - 1)
+    """Returns the images with these indices by name; see `make_draw`."""
+    seed, count = self._seed if seed is None else seed, len(indices)
+    given = self._with_observed(read, indices, given or {})
+    result, finite = jax.device_get(self._finish(read, *self._begun(read, indices, given, seed, candidate)))
+    distributed.beat('a batch of images')
+    check_finite(finite[:count], indices, seed, self._about)
+    # jit sorts the names; what an image was made from comes before it
+    others = self._experiment.handed
+    names = sorted(result, key=lambda name: (name not in others, name == 'x0', name))
+    names = names if handed else [name for name in names if name not in others]
+    return {name: result[name][:count] for name in names}
+
+  def start(self, read: Read, indices: np.ndarray, seed: int, candidate: int | None = None) -> HostArrays:
+    """Returns what the images with these indices start from as far as it is drawn: a row of each per index.
+
+    It is made by the program that a call runs first, so it has the very bits that the images are made of.
+    """
+    begun, _ = self._begun(read, indices, {}, seed, candidate)
+    found = jax.device_get(sharding.replicate(begun, self._mesh))
+    return {name: value[: len(indices)] for name, value in found.items()}
+
+  def _begun(
+    self, read: Read, indices: np.ndarray, given: HostArrays, seed: int, candidate: int | None
+  ) -> tuple[dict[str, jax.Array], SampleKeys]:
+    """Returns what samples start from and their keys, on the devices; the last row pads them."""
+    where, count = sharding.batch_sharding(self._mesh), len(indices)
+    rows = np.minimum(np.arange(sharding.round_up(count, self._mesh)), count - 1)
     given = {name: jax.device_put(np.asarray(value)[rows], where) for name, value in given.items()}
     chosen = jax.device_put(np.asarray(indices, np.int32)[rows], where)
     numbers = [np.int32(number) for number in (seed, candidate) if number is not None]
-    numbers = jax.device_put(numbers, sharding.replicated(mesh))
-    result, finite = jax.device_get(finish(read, *begin(read, chosen, given, *numbers)))
-    distributed.beat('a batch of images')
-    check_finite(finite[:count], indices, seed, about)
-    # jit sorts the names; what an image was made from comes before it
-    names = sorted(result, key=lambda name: (name not in experiment.handed, name == 'x0', name))
-    names = names if handed else [name for name in names if name not in experiment.handed]
-    return {name: result[name][:count] for name in names}
+    numbers = jax.device_put(numbers, sharding.replicated(self._mesh))
+    return self._begin(read, chosen, given, *numbers)
 
-  return draw
+  def _with_observed(self, read: Read, indices: np.ndarray, given: HostArrays) -> HostArrays:
+    """Returns what is given with what only an image can give, observed of the images of the source."""
+    if self._needed is None:
+      self._needed = observed_alone(self._experiment, read, self._image_shape)
+    missing = self._needed - given.keys()
+    if not missing:
+      return given
+    images_seen = self._source()
+    batch = images_seen.read(indices % len(images_seen))
+    seen = self._observe(read, batch[sources.IMAGE], batch[sources.LABEL])
+    return {**given, **{name: seen[name] for name in missing}}
 
 
 def check_limits(given: HostArrays, limits: Mapping[str, tuple[float, float]]) -> None:
@@ -185,10 +223,10 @@ def check_limits(given: HostArrays, limits: Mapping[str, tuple[float, float]]) -
 
 
 def check_finite(finite: np.ndarray, indices: np.ndarray, seed: int, about: str) -> None:
-  """Does nothing where all images are finite.
+  """Raises NotFinite when images that were drawn hold nan or infinity.
 
   Args:
-    finite: of each image.
+    finite: of each image, whether all its numbers are finite.
     indices: the images.
     seed: that they were drawn with.
     about: the stage and how it draws.
@@ -222,6 +260,21 @@ def batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
   """Yields the indices 0 .. count - 1 in batches of one size; the last is padded by its own last index."""
   for start in range(0, count, batch_size):
     yield np.minimum(np.arange(start, start + batch_size), count - 1)
+
+
+def padded_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+  """Yields the indices of every batch of `batches`, and how many of them, from the first, are no padding."""
+  for indices in batches(count, batch_size):
+    yield indices, min(batch_size, count - int(indices[0]))
+
+
+def own_image(drawn: Mapping[str, T]) -> T:
+  """Returns the stage's own image of what it draws: the last, after those that it is made from, as `x0_vae`.
+
+  Args:
+    drawn: by name, in the order in which a stage draws them; there is at least one.
+  """
+  return drawn[list(drawn)[-1]]
 
 
 def as_grid(value: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaediff.data import pixels, sources
+from vaediff.data import pixels, resize, sources
 from vaediff.errors import UserError
 from vaediff.experiments import quantized
 from vaediff.experiments.base import Experiment
@@ -60,8 +60,7 @@ def starts(trained: Trained, indices: np.ndarray) -> HostArrays:
   """Returns what the stage's own samples with these indices start from: drawn, made by others, observed."""
   found = trained.drawn(indices, trained.settings.seed)
   found |= trained.fed(indices, found, trained.settings.seed)
-  data = trained.config.data
-  shape = (data.image_size, data.image_size, data.channels)
+  shape = resize.image_shape(trained.config.data)
   if missing := draw.observed_alone(trained.experiment, trained.read, shape) - found.keys():
     batch = trained.eval_source.read(indices % len(trained.eval_source))
     seen = trained.observe(batch[sources.IMAGE], batch[sources.LABEL])
@@ -105,7 +104,7 @@ def of(trained: Trained, example: HostArrays, output: str, *, bfloat16: bool = F
 def image(experiment: Experiment, read: Read, given: Given, keys: draw.SampleKeys) -> jax.Array:
   """Returns the stage's own images, float32: the last of what it draws."""
   drawn = experiment.sample(read, given, keys)  # a tree that jax returns has its names sorted
-  return drawn[list(drawn)[-1]].astype(jnp.float32)
+  return draw.own_image(drawn).astype(jnp.float32)
 
 
 def abstract_keys(count: int) -> draw.SampleKeys:

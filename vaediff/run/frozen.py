@@ -13,7 +13,8 @@ from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.models import quantized
-from vaediff.run import captions, checkpoint, digests, measurements, same_run
+from vaediff.run import captions, checkpoint, measurements, same_run
+from vaediff.run.opened import Opened
 from vaediff.storage import identity, places
 
 
@@ -24,7 +25,7 @@ def load(
   mesh: Mesh,
   *,
   training: str = '',
-  own: tuple[str, pathlib.Path] | None = None,
+  own: Opened | None = None,
   as_stored: bool = False,
 ) -> dict[str, Any]:
   """Returns what an experiment reads: networks of this run or another, measurements, published arrays.
@@ -37,47 +38,56 @@ def load(
     workdir: the run's folder.
     mesh: the devices.
     training: the stage that is being trained; what is measured of it once it is trained is neutral so far.
-    own: a stage and the folder of the checkpoints that it is opened from, where that is not its latest: what
-      is measured of it is measured of those.
+    own: the stage whose samples are drawn, and the checkpoint that it is opened from: what is measured of it
+      is measured of that one.
     as_stored: quantized networks are read as they are stored, also where floats are made of them here.
 
   Raises:
     UserError: when something is missing, damaged, of another architecture or made of something else.
   """
-
-  def one(source: reads.Reads) -> Any:
-    match source:
-      case reads.FromStage():
-        folder = places.anywhere(source.workdir) if source.workdir else workdir
-        field = field_of(config, source) if source.workdir else ''
-        checkpoint.folder_of(folder / source.stage, source.step, field)
-        if not source.workdir:
-          same_run.check_stage(config, folder / source.stage, source.stage)
-        else:
-          check_same(same_run.stored_config(folder / source.stage), config, source, folder)
-        network = (folder / source.stage, source.network, checkpoint.abstract_params(source.model, mesh))
-        check_arrays = config.checkpoints.check_arrays
-        stored = checkpoint.load_frozen(*network, check_arrays=check_arrays, step=source.step)
-        return stored if as_stored else quantized.ready(source.model, stored)
-      case reads.Measured() if source.stage == training and not source.workdir:
-        return sharding.replicate(source.neutral(), mesh)
-      case reads.Measured():
-        of = own[1] if own and own[0] == source.stage and not source.workdir else None
-        return sharding.replicate(measurements.load(source, config, workdir, mesh, of), mesh)
-      case reads.Captions():
-        found = captions.table(source, config, workdir, training=source.stage == training)
-        return sharding.replicate(found, mesh)
-      case reads.Published():
-        return sharding.replicate(source.load(), mesh)
-
-  if training:
-    loaded = {name: one(source) for name, source in experiment.frozen.items()}
-    check_tokenizers(experiment.frozen, config, workdir)
-    return loaded
-  loaded = {name: one(source) for name, source in of(experiment).items()}
-  check_tokenizers(of(experiment), config, workdir)
-  check_guides(experiment, workdir, own)
+  sources = experiment.frozen if training else of(experiment)
+  loaded = {
+    name: _loaded(source, config, workdir, mesh, training, own, as_stored) for name, source in sources.items()
+  }
+  check_tokenizers(sources, config, workdir)
+  if not training:
+    check_guides(experiment, workdir, own)
   return loaded
+
+
+def _loaded(
+  source: reads.Reads,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  training: str,
+  own: Opened | None,
+  as_stored: bool,
+) -> Any:
+  """Returns what `load` has of one source; see there."""
+  match source:
+    case reads.FromStage():
+      folder = reads.workdir_of(source, workdir)
+      field = field_of(config, source) if source.workdir else ''
+      checkpoint.folder_of(folder / source.stage, source.step, field)
+      if not source.workdir:
+        same_run.check_stage(config, folder / source.stage, source.stage)
+      else:
+        check_same(same_run.stored_config(folder / source.stage), config, source, folder)
+      network = (folder / source.stage, source.network, checkpoint.abstract_params(source.model, mesh))
+      check_arrays = config.checkpoints.check_arrays
+      stored = checkpoint.load_frozen(*network, check_arrays=check_arrays, step=source.step)
+      return stored if as_stored else quantized.ready(source.model, stored)
+    case reads.Measured() if source.stage == training and not source.workdir:
+      return sharding.replicate(source.neutral(), mesh)
+    case reads.Measured():
+      its_own = own if own and own.stage == source.stage and not source.workdir else None
+      return sharding.replicate(measurements.load(source, config, workdir, mesh, its_own), mesh)
+    case reads.Captions():
+      found = captions.table(source, config, workdir, training=source.stage == training)
+      return sharding.replicate(found, mesh)
+    case reads.Published():
+      return sharding.replicate(source.value, mesh)
 
 
 def of(experiment: Experiment) -> dict[str, reads.Reads]:
@@ -100,18 +110,24 @@ def ids(experiment: Experiment, workdir: pathlib.Path, *, sampling: bool = False
   for name, source in (of(experiment) if sampling else experiment.frozen).items():
     match source:
       case reads.FromStage():
-        folder = places.anywhere(source.workdir) if source.workdir else workdir
+        folder = reads.workdir_of(source, workdir)
         found[name] = checkpoint.identity_of(folder / source.stage, source.step)
       case reads.Published():
-        found[name] = identity.digest(digests.of_parts(source.load()))
+        found[name] = source.digest
   return found
 
 
 def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathlib.Path) -> None:
-  """Does nothing where a trained stage's sources are still those that it was trained with.
+  """Raises Stale when a network or published array that a trained stage reads has changed since its training.
+
+  Args:
+    experiment: of the stage.
+    workdir: the run's folder.
+    stage_folder: holds the checkpoint of the stage: `<workdir>/<stage>`, or its best.
 
   Raises:
-    Stale: when a network that it reads was trained anew, or published weights are others.
+    Stale: names the stage's checkpoint and the first network or array that is another now.
+    UserError: when a run that holds one of them is not found.
   """
   meta = checkpoint.load_meta(stage_folder)
   for source in experiment.frozen.values():
@@ -135,20 +151,25 @@ def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathl
 def check_tokenizers(
   sources: Mapping[str, reads.Reads], config: ConfigDict, workdir: pathlib.Path
 ) -> None:
-  """Does nothing where all networks that read captions, such as a teacher, know words by the same numbers.
+  """Raises Stale when networks that read captions, such as a stage and its teacher, use different tokenizers.
+
+  Args:
+    sources: what a stage reads; without `reads.Captions` among them there is nothing to compare.
+    config: of the run.
+    workdir: the run's folder.
 
   Raises:
-    Stale: when one was trained with another tokenizer than the stage that reads it.
+    Stale: names the first network that was trained with another tokenizer than the stage that reads it.
   """
   own = next((source for source in sources.values() if isinstance(source, reads.Captions)), None)
   if own is None:
     return
-  place = places.anywhere(own.workdir) if own.workdir else workdir
+  place = reads.workdir_of(own, workdir)
   tokenizer = captions.tokenizer_of(config, own.stage, place / own.stage)
   for name, source in sources.items():
     if not isinstance(source, reads.FromStage):
       continue
-    folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
+    folder = reads.workdir_of(source, workdir) / source.stage
     meta = checkpoint.load_meta(folder, source.step)
     if captions.DIGEST in meta and meta[captions.DIGEST]:
       identity.compare(
@@ -159,8 +180,13 @@ def check_tokenizers(
       )
 
 
-def check_guides(experiment: Experiment, workdir: pathlib.Path, own: tuple[str, pathlib.Path] | None) -> None:
-  """Does nothing where what is read for sampling alone fits the stage.
+def check_guides(experiment: Experiment, workdir: pathlib.Path, own: Opened | None) -> None:
+  """Raises UserError when a network that is read for sampling alone, such as a guide, does not fit the stage.
+
+  Args:
+    experiment: of the stage.
+    workdir: the run's folder.
+    own: the stage and the checkpoint that it is opened from; None = a stage without one.
 
   Raises:
     Stale: when it was trained with another network than the stage reads by the same name, such as latents of
@@ -171,12 +197,12 @@ def check_guides(experiment: Experiment, workdir: pathlib.Path, own: tuple[str, 
   for name, source in experiment.for_sampling.items():
     if not isinstance(source, reads.FromStage):
       continue
-    folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
+    folder = reads.workdir_of(source, workdir) / source.stage
     meta = checkpoint.load_meta(folder, source.step)
-    if own and checkpoint.identity_of(folder, source.step) == checkpoint.identity_of(own[1]):
+    if own and checkpoint.identity_of(folder, source.step) == own.id:
       raise UserError(
         f'{name!r} is the checkpoint {checkpoint.folder_of(folder, source.step)}, which is that of stage '
-        f'{own[0]!r} itself: it differs from itself in nothing. Name an earlier step, or another stage'
+        f'{own.stage!r} itself: it differs from itself in nothing. Name an earlier step, or another stage'
       )
     begun = earlier_ids(meta.get('frozen', {}))
     shared = [other for other in source.same if other in begun and other in known]
@@ -262,7 +288,7 @@ def abstract(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
       case reads.Measured() | reads.Captions():
         return sharding.abstract_replicated(source.neutral(), mesh)
       case reads.Published():
-        return sharding.abstract_replicated(source.load(), mesh)
+        return sharding.abstract_replicated(source.value, mesh)
 
   return {name: one(source) for name, source in of(experiment).items()}
 
@@ -278,6 +304,6 @@ def fresh(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
       case reads.Measured() | reads.Captions():
         return sharding.replicate(source.neutral(), mesh)
       case reads.Published():
-        return sharding.replicate(source.load(), mesh)
+        return sharding.replicate(source.value, mesh)
 
   return {name: one(source) for name, source in of(experiment).items()}

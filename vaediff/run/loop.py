@@ -1,12 +1,9 @@
-"""The only loop. Reads from top to bottom: state, resume, compile, then step, log, save, evaluate.
+"""A stage is trained: its state, or where it was stopped, then its steps (`run.steps`), then its summary.
 
-Every way out of it, be it an error, a bad step, SIGTERM or Ctrl-C, waits for the save under way. What is
-evaluated comes after the save of its step: a run that resumes there does it first.
+Every way out of it, be it an error, a bad step, SIGTERM or Ctrl-C, waits for the save under way.
 """
 
-import collections
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -19,17 +16,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff.data import loader, sources
+from vaediff.data import sources
 from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import compiling, distributed, sharding
-from vaediff.run import captions, checkpoint, guard, log, review, same_run, wandb_log
+from vaediff.run import captions, checkpoint, guard, log, same_run
+from vaediff.run.steps import Steps
 from vaediff.storage import files, identity
 from vaediff.types import Params
 
 SUMMARY = 'summary.json'
-MAX_STEPS_AHEAD = 8
-"""Steps that may be dispatched before the host waits for one: bounds memory, hides the host's work."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,116 +139,74 @@ def train_with(
 ) -> dict[str, Any]:
   """Does what `train` says; whoever calls it waits for the save under way, however it ends."""
   started = time.monotonic()
-  section = stage.config[stage.name]
-  num_steps, batch_size = section.train.num_steps, section.train.batch_size
-
-  # State: born sharded, or restored ----------------------------------------------------------------
+  train = stage.config[stage.name].train
+  run_key = jax.random.fold_in(jax.random.key(stage.config.seed), _number(stage.name))
+  key_init, *keys = jax.random.split(run_key, 3)
+  frozen = sharding.replicate(stage.frozen, stage.mesh)
   abstract = abstract_state(stage.experiment, stage.mesh, sharding.rules_of(stage.config.mesh))
   where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  run_key = jax.random.fold_in(jax.random.key(stage.config.seed), _number(stage.name))
-  key_init, key_train, key_eval = jax.random.split(run_key, 3)
-  frozen = sharding.replicate(stage.frozen, stage.mesh)
-  start_step, before, last = 0, Spent(), {}
-  if checkpointer.latest_step() is None:
-    init = guard.with_counts(stage.experiment.init)
-    state = jax.jit(init, out_shardings=where, compiler_options=run_once_options())(key_init)
-    first = {**frozen, **sharding.replicate(stage.starts, stage.mesh)}
-    state = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)(state, first)
-    del first
-  else:
-    state, stored = checkpointer.restore(abstract)
-    start_step, before, last = position_of(checkpointer, stored)
-    log.say(f'{stage.name}: resuming at step {start_step} of {num_steps}')
+  state, start_step, before, last = begin(stage, checkpointer, abstract, frozen, key_init)
   for note in stage.experiment.notes:
     log.say(f'{stage.name}: {note}')
-
-  # Compile -----------------------------------------------------------------------------------------
-  batch_where, replicated = sharding.batch_sharding(stage.mesh), sharding.replicated(stage.mesh)
-  batches = loader.train_batches(
-    stage.train_source,
-    batch_size=batch_size,
-    seed=stage.config.seed,
-    start_step=start_step,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    num_threads=stage.config.data.num_threads,
-    prefetch=stage.config.data.prefetch,
-    extra=stage.extra,
-  )
-  step_fn = make_steps(stage.experiment, section.train, where, replicated)
-  also = wandb_log.writers(stage.config, stage.name, stage.folder, start_step)
-  board = log.StageLog(stage.folder, stage.name, start_step, num_steps, also)
-  reviewer = review.Reviewer(stage, key_eval, board, start_step, last)
-  key_train = sharding.replicate(key_train, stage.mesh)
-
-  # The loop ----------------------------------------------------------------------------------------
-  watch = Watch(stage.name, checkpointer)
-  profile = log.Profile(stage.folder, section.train.profile_steps)
-  clock = log.Clock()
-  last_step = start_step
 
   def spent() -> Spent:
     return before.plus(time.monotonic() - started, compiled.seconds)
 
   def meta(step: int) -> dict[str, Any]:
-    return {
-      'stage': stage.name,
-      'data_position': step,
-      **dataclasses.asdict(spent()),
-      'config': json.loads(stage.config.to_json()),
-      'last': last,
-      'frozen': stage.frozen_ids,
-      **({checkpoint.STARTS: stage.start_ids} if stage.start_ids else {}),
-      same_run.DATA: {'train': stage.train_source.fingerprint, 'eval': stage.eval_source.fingerprint},
-      **({captions.DIGEST: stage.tokenizer} if stage.tokenizer else {}),
-    }
+    return stored_beside(stage, step, spent(), last)
 
-  try:
-    if start_step:
-      with clock.paused():
-        reviewer(start_step, state, meta)  # where the run was ended between the save and this
-    for step in range(start_step + 1, num_steps + 1):
-      profile.before(step)
-      with clock.waiting('input'):
-        batch = next(batches)
-      batch = sharding.put_batch(batch, batch_where)
-      with jax.transfer_guard('disallow'):
-        state, metrics, healthy = step_fn(step - 1)(state, frozen, batch, key_train)
-      watch.add(step, healthy, metrics)
-      profile.after(step, state)
-      board.progress(step)
-      is_last = step == num_steps
+  steps = Steps(stage, state, where, start_step, frozen, keys, last)
+  del state  # each step takes the place of the one before
+  steps.run(checkpointer, preemption, meta)
+  return write_summary(stage, train.num_steps, train.batch_size, spent(), last)
 
-      if step % section.train.log_every_steps == 0 or is_last:
-        watch.drain()
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        times = clock.lap()
-        values['images_per_second'] = (step - last_step) * batch_size / times['seconds']
-        values |= {f'waiting/{name}': share for name, share in times['waiting'].items()}
-        board.scalars(step, values)
-        last.update(values)
-        last_step = step
-      stopping = preemption.reached()
-      if step % section.train.save_every_steps == 0 or is_last or stopping:
-        watch.drain()  # never save a state that is not finite
-        board.flush()
-        with clock.waiting('checkpoint'):
-          checkpointer.save(step, state, meta(step))
-      if stopping:
-        checkpointer.close()
-        text = f'stage {stage.name} was stopped and saved at step {step} of {num_steps}'
-        raise distributed.Preempted(text, preemption.status)
-      if reviewer.due(step):
-        watch.drain()  # nor one is evaluated
-        with clock.paused():
-          reviewer(step, state, meta)
-    checkpointer.close()
-    reviewer.close()
-  finally:
-    reviewer.wait()
-    profile.close()
-    board.close()
-  return write_summary(stage, num_steps, batch_size, spent(), last)
+
+def begin(
+  stage: Stage,
+  checkpointer: checkpoint.Checkpointer,
+  abstract: Any,
+  frozen: dict[str, Params],
+  key: jax.Array,
+) -> tuple[Any, int, Spent, dict[str, float]]:
+  """Returns the state, born sharded or restored, its step, the time trained before, and the last metrics.
+
+  Args:
+    stage: to train.
+    checkpointer: of its checkpoints; where there is one the state is that of the latest.
+    abstract: shapes, types and shardings of the state; see `abstract_state`.
+    frozen: parameters that the training reads, on the devices.
+    key: of the initial parameters.
+
+  Raises:
+    DamagedCheckpoint: when no state, or not where it stands, can be read of the checkpoints that there are.
+  """
+  if checkpointer.latest_step() is not None:
+    state, stored = checkpointer.restore(abstract)
+    start_step, before, last = position_of(checkpointer, stored)
+    num_steps = stage.config[stage.name].train.num_steps
+    log.say(f'{stage.name}: resuming at step {start_step} of {num_steps}')
+    return state, start_step, before, last
+  where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  init = guard.with_counts(stage.experiment.init)
+  state = jax.jit(init, out_shardings=where, compiler_options=run_once_options())(key)
+  first = {**frozen, **sharding.replicate(stage.starts, stage.mesh)}
+  state = jax.jit(stage.experiment.start, donate_argnums=0, out_shardings=where)(state, first)
+  return state, 0, Spent(), {}
+
+
+def stored_beside(stage: Stage, step: int, spent: Spent, last: dict[str, float]) -> dict[str, Any]:
+  """Returns what is stored beside the state of a step: where training was, and what it was made of."""
+  return {
+    'stage': stage.name,
+    'data_position': step,
+    **dataclasses.asdict(spent),
+    'config': json.loads(stage.config.to_json()),
+    'last': last,
+    'frozen': stage.frozen_ids,
+    **({checkpoint.STARTS: stage.start_ids} if stage.start_ids else {}),
+    same_run.DATA: {'train': stage.train_source.fingerprint, 'eval': stage.eval_source.fingerprint},
+    **({captions.DIGEST: stage.tokenizer} if stage.tokenizer else {}),
+  }
 
 
 def position_of(
@@ -291,66 +245,6 @@ def run_once_options() -> dict[str, Any]:
   if jax.default_backend() != 'cpu':
     return {}
   return {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-
-
-def make_steps(
-  experiment: Experiment, train: ConfigDict, where: Any, replicated: Any
-) -> Callable[[int], Callable[..., Any]]:
-  """Returns updates done -> the compiled step that follows; each kind of update is compiled once."""
-  compiled = {}
-
-  def step_after(step: int):
-    kind = experiment.kind_of(step)
-    if kind not in compiled:
-      compiled[kind] = make_step(experiment, train, where, replicated, kind)
-    return compiled[kind]
-
-  return step_after
-
-
-def make_step(experiment: Experiment, train: ConfigDict, where: Any, replicated: Any, kind: str = ''):
-  """Returns the compiled, guarded step: (state, frozen, batch, key) -> (state, metrics, whether to go on)."""
-  update = guard.guarded(functools.partial(experiment.train_step, kind=kind), train)
-
-  def step_fn(state, frozen, batch, key):
-    state, metrics = update(state, frozen, batch, jax.random.fold_in(key, state.step))
-    healthy = metrics.pop(guard.HEALTHY)
-    return state, metrics, healthy
-
-  return jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated, replicated))
-
-
-class Watch:
-  """Stops the run when a step is bad, without waiting for the device at each step."""
-
-  def __init__(self, stage: str, checkpointer: checkpoint.Checkpointer):
-    self._stage, self._checkpointer = stage, checkpointer
-    self._pending = collections.deque()
-
-  def add(self, step: int, healthy: jax.Array, metrics: dict[str, jax.Array]) -> None:
-    """Looks at the steps that are done; waits only when too many are under way."""
-    self._pending.append((step, healthy, metrics))
-    while self._pending and (self._pending[0][1].is_ready() or len(self._pending) > MAX_STEPS_AHEAD):
-      self._check(*self._pending.popleft())
-
-  def drain(self) -> None:
-    """Waits for all steps under way and looks at them."""
-    while self._pending:
-      self._check(*self._pending.popleft())
-
-  def _check(self, step: int, healthy: jax.Array, metrics: dict[str, jax.Array]) -> None:
-    good = jax.device_get(healthy)
-    distributed.beat(f'step {step}')
-    if good:
-      return
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    bad = ', '.join(f'{name} = {value}' for name, value in values.items() if not np.isfinite(value))
-    what = f'{bad} is not finite' if bad else f'loss = {values["loss"]:.5g} is a jump (train.spike_factor)'
-    raise UserError(
-      f'stage {self._stage}, step {step}: {what}. It was not saved; {self._checkpointer.kept()}. Lower '
-      f"config.{self._stage}.optim.learning_rate, set optim.clip_norm, or train.on_bad_step='skip' to leave "
-      'such updates out, and run again'
-    )
 
 
 def write_summary(

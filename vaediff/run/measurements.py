@@ -8,6 +8,7 @@ which are in use.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -27,13 +28,15 @@ from vaediff.experiments.base import Experiment
 from vaediff.machine import distributed, sharding
 from vaediff.models import codebook
 from vaediff.run import checkpoint, draw, log, same_run
+from vaediff.run.opened import Opened
 from vaediff.spaces import tokenizers
 from vaediff.spaces.embeddings import EMBEDDING
 from vaediff.spaces.latents import LATENTS
-from vaediff.storage import files, identity, places
+from vaediff.storage import files, identity
 from vaediff.types import Params, Read
 
 Arrays = dict[str, np.ndarray]
+Codes = Callable[[], tuple[np.ndarray, np.ndarray]]
 STATISTICS = ('mean', 'std', 'min', 'max')
 """Of latents: float32 [channels], over images and positions."""
 MADE_OF = 'made_of'
@@ -41,14 +44,14 @@ MADE_OF = 'made_of'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Of:
+class Target:
   """The trained stage that is measured.
 
   Attributes:
     config: of the run that asks.
     stage: its name.
     folder: `<workdir>/<stage>`: measurements are stored there.
-    checkpoints: the folder whose latest checkpoint is measured: that one, or the stage's best.
+    opened: the checkpoint that is measured: the stage's latest, its best, or that of a step.
     mesh: the devices.
     settings: of the reader; see `reads.Measured`.
   """
@@ -56,7 +59,7 @@ class Of:
   config: ConfigDict
   stage: str
   folder: pathlib.Path
-  checkpoints: pathlib.Path
+  opened: Opened
   mesh: Mesh
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -66,7 +69,7 @@ def load(
   config: ConfigDict,
   workdir: pathlib.Path,
   mesh: Mesh,
-  checkpoints: pathlib.Path | None = None,
+  opened: Opened | None = None,
 ) -> Arrays:
   """Returns the arrays of a measurement, made first if need be.
 
@@ -75,130 +78,128 @@ def load(
     config: of the run that asks.
     workdir: of that run.
     mesh: the devices.
-    checkpoints: the folder whose latest checkpoint is measured, where that is not the stage's.
+    opened: the checkpoint that is measured, where that is not the stage's latest.
 
   Raises:
     UserError: when the stage is not trained, or the stored file is damaged.
   """
-  folder = (places.anywhere(source.workdir) if source.workdir else workdir) / source.stage
-  of = Of(
+  folder = reads.workdir_of(source, workdir) / source.stage
+  target = Target(
     config=config,
     stage=source.stage,
     folder=folder,
-    checkpoints=checkpoints or folder,
+    opened=opened or Opened(source.stage, folder),
     mesh=mesh,
     settings=source.settings,
   )
-  return BY_NAME[source.measurement](of)
+  return BY_NAME[source.measurement](target)
 
 
 def ensure(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str, mesh: Mesh) -> None:
   """Makes what later stages read of a stage that is trained, unless it is there."""
   folder = workdir / stage
   for name in experiment.measures:
-    BY_NAME[name](Of(config=config, stage=stage, folder=folder, checkpoints=folder, mesh=mesh))
+    BY_NAME[name](Target(config=config, stage=stage, folder=folder, opened=Opened(stage, folder), mesh=mesh))
 
 
-def latents(of: Of) -> Arrays:
+def latents(target: Target) -> Arrays:
   """Returns `STATISTICS` of an autoencoder's latents, as a later stage draws them."""
-  return _statistics(of, LATENTS)
+  return _statistics(target, LATENTS)
 
 
-def embeddings(of: Of) -> Arrays:
+def embeddings(target: Target) -> Arrays:
   """Returns `STATISTICS` of a CLIP stage's vectors of images, of unit length."""
-  return _statistics(of, EMBEDDING)
+  return _statistics(target, EMBEDDING)
 
 
-def _statistics(of: Of, name: str) -> Arrays:
+def _statistics(target: Target, name: str) -> Arrays:
   """Returns `STATISTICS` of what a stage observes, by its name."""
 
   def make() -> Arrays:
-    experiment, read = opened(of)
-    source = same_run.open_images(of.config, 'train', of.checkpoints)
-    log.say(f'{of.stage}: measuring the {name} of {len(source)} training images')
-    size = of.config[of.stage].sample.batch_size
-    found = moments_of_latents(experiment, read, source, size, of.mesh, of.config.seed, name)
+    experiment, read, source, size = opened_with_images(target)
+    log.say(f'{target.stage}: measuring the {name} of {len(source)} training images')
+    found = moments_of_latents(experiment, read, source, size, target.mesh, target.config.seed, name)
     for key in STATISTICS:
       log.say(f'  {key} per channel: {" ".join(f"{value:.4g}" for value in found[key][:16])}')
     return found
 
-  stored = stored_or_made(of, name, {}, STATISTICS, make)
+  stored = stored_or_made(target, name, {}, STATISTICS, make)
   return {key: stored[key] for key in STATISTICS}
 
 
-def fitted_prior(of: Of) -> Arrays:
-  """Returns the prior of a VAE's z that `<stage>.prior` describes; {} = N(0, I)."""
-  section = of.config[of.stage].prior
+def fitted_prior(target: Target, codes: Codes | None = None) -> Arrays:
+  """Returns the prior of a VAE's z that `<stage>.prior` describes; {} = N(0, I).
+
+  It is fitted to what `codes` returns, that is asked for only then; None = `codes_to_fit`.
+  """
+  section = target.config[target.stage].prior
   if section.kind == 'normal':
     return {}
 
   def make() -> Arrays:
-    experiment, read = opened(of)
-    source = same_run.open_images(of.config, 'train', of.checkpoints)
-    count = min(section.num_encoded, len(source))
+    z, _ = codes() if codes else codes_to_fit(target)
     counts = '-'.join(map(str, section.num_components))
-    log.say(f'fitting a Gaussian mixture ({section.covariance}, {counts} components) to {count} latents')
-    size = of.config[of.stage].sample.batch_size
-    z = drawn_codes(experiment, read, source, count, size, of.mesh, of.config.seed)
-    arrays, scores = prior.fit(z, section, of.config.seed)
+    log.say(f'fitting a Gaussian mixture ({section.covariance}, {counts} components) to {len(z)} latents')
+    arrays, scores = prior.fit(z, section, target.config.seed)
     shown = ', '.join(f'{k}: {score:.2f}' for k, score in scores.items())
     log.say(f'held-out nats per latent by components: {shown}; {len(arrays["weights"])} used')
     return arrays
 
-  return stored_or_made(of, prior.PRIOR, section.to_dict(), prior.arrays_of(section), make)
+  return stored_or_made(target, prior.PRIOR, section.to_dict(), prior.arrays_of(section), make)
 
 
-def prior_of_classes(of: Of) -> Arrays:
+def prior_of_classes(target: Target) -> Arrays:
   """Returns the priors of a VAE's z of every class of the data set; {} for N(0, I)."""
-  section, num_classes = of.config[of.stage].prior, of.config.data.num_classes
-  arrays = fitted_prior(of)
+  section, num_classes = target.config[target.stage].prior, target.config.data.num_classes
+  codes = functools.cache(lambda: codes_to_fit(target))
+  arrays = fitted_prior(target, codes)
   if not arrays:
     return {}
 
   def make() -> Arrays:
-    experiment, read = opened(of)
-    source = same_run.open_images(of.config, 'train', of.checkpoints)
-    count, size = min(section.num_encoded, len(source)), of.config[of.stage].sample.batch_size
-    z = drawn_codes(experiment, read, source, count, size, of.mesh, of.config.seed)
-    chunks = np.array_split(np.arange(count), max(1, count // 1024))
-    labels = np.concatenate([source.read(chunk)[sources.LABEL] for chunk in chunks])
-    log.say(f'fitting a Gaussian mixture to the latents of each of {num_classes} classes: {count} in all')
-    return prior.fit_classes(arrays, z, labels, num_classes, section, of.config.seed)
+    z, labels = codes()
+    log.say(f'fitting a Gaussian mixture to the latents of each of {num_classes} classes: {len(z)} in all')
+    return prior.fit_classes(arrays, z, labels, num_classes, section, target.config.seed)
 
   settings = {**section.to_dict(), 'num_classes': num_classes, 'fewest': prior.FEWEST}
-  return stored_or_made(of, prior.OF_CLASSES, settings, prior.arrays_of_classes(section), make)
+  return stored_or_made(target, prior.OF_CLASSES, settings, prior.arrays_of_classes(section), make)
 
 
-def principal_directions(of: Of) -> Arrays:
+def codes_to_fit(target: Target) -> tuple[np.ndarray, np.ndarray]:
+  """Returns z ~ q(z | x) [n, d] and labels [n] of the first `<stage>.prior.num_encoded` training images."""
+  experiment, read, source, size = opened_with_images(target)
+  count = min(target.config[target.stage].prior.num_encoded, len(source))
+  log.say(f'{target.stage}: encoding {count} training images')
+  return drawn_codes(experiment, read, source, count, size, target.mesh, target.config.seed)
+
+
+def principal_directions(target: Target) -> Arrays:
   """Returns the PCA of a VAE's z that the reader's settings describe; what is stored is all of it."""
 
   def make() -> Arrays:
-    experiment, read = opened(of)
-    source = same_run.open_images(of.config, 'train', of.checkpoints)
-    log.say(f'{of.stage}: measuring the directions of the codes of {len(source)} training images')
-    size = of.config[of.stage].sample.batch_size
-    return pca.spectrum_of(posteriors(experiment, read, source, len(source), size, of.mesh), of.stage)
+    experiment, read, source, size = opened_with_images(target)
+    log.say(f'{target.stage}: measuring the directions of the codes of {len(source)} training images')
+    parts = posteriors(experiment, read, source, len(source), size, target.mesh)
+    return pca.spectrum_of(((mean, logvar) for mean, logvar, _ in parts), target.stage)
 
-  spectrum = stored_or_made(of, pca.PCA, {}, pca.SPECTRUM, make)
-  kept, fraction = pca.kept(spectrum, of.settings, of.stage), pca.signal_fraction(spectrum)
+  spectrum = stored_or_made(target, pca.PCA, {}, pca.SPECTRUM, make)
+  kept, fraction = pca.kept(spectrum, target.settings, target.stage), pca.signal_fraction(spectrum)
   log.say(
-    f'{of.stage}: the PCA of the code has {len(kept)} of {len(fraction)} directions, with signal fractions '
-    f'from {fraction[kept].max():.2g} to {fraction[kept].min():.2g}'
+    f'{target.stage}: the PCA of the code has {len(kept)} of {len(fraction)} directions, with signal '
+    f'fractions from {fraction[kept].max():.2g} to {fraction[kept].min():.2g}'
   )
-  return pca.arrays_of(spectrum, of.settings, of.stage)
+  return pca.arrays_of(spectrum, target.settings, target.stage)
 
 
-def code_frequencies(of: Of) -> Arrays:
+def code_frequencies(target: Target) -> Arrays:
   """Returns how often each code of a tokenizer occurs over the training images, by level; each sums to 1."""
-  tokenizer = tokenizers.tokenizer_of(of.config, of.stage, '', 'the measured stage')
+  tokenizer = tokenizers.tokenizer_of(target.config, target.stage, '', 'the measured stage')
   keys = tuple(tokenizers.level_key(level) for level in range(len(tokenizer.sizes)))
 
   def make() -> Arrays:
-    _, read = opened(of)
-    source = same_run.open_images(of.config, 'train', of.checkpoints)
-    log.say(f'{of.stage}: counting the codes of {len(source)} training images')
-    size = of.config[of.stage].sample.batch_size
-    counts = counts_of_codes(tokenizer, read[tokenizer.network], source, size, of.mesh)
+    _, read, source, size = opened_with_images(target)
+    log.say(f'{target.stage}: counting the codes of {len(source)} training images')
+    counts = counts_of_codes(tokenizer, read[tokenizer.network], source, size, target.mesh)
     found = {key: (count / count.sum()).astype(np.float32) for key, count in zip(keys, counts, strict=True)}
     for (height, width), values in zip(tokenizer.grids, found.values(), strict=True):
       log.say(
@@ -207,11 +208,11 @@ def code_frequencies(of: Of) -> Arrays:
       )
     return found
 
-  stored = stored_or_made(of, tokenizers.FREQUENCIES, {}, keys, make)
+  stored = stored_or_made(target, tokenizers.FREQUENCIES, {}, keys, make)
   return {key: stored[key] for key in keys}
 
 
-BY_NAME: dict[str, Callable[[Of], Arrays]] = {
+BY_NAME: dict[str, Callable[[Target], Arrays]] = {
   tokenizers.FREQUENCIES: code_frequencies,
   LATENTS: latents,
   EMBEDDING: embeddings,
@@ -221,31 +222,32 @@ BY_NAME: dict[str, Callable[[Of], Arrays]] = {
 }
 
 
-def made_of(of: Of, settings: dict[str, Any]) -> dict[str, str]:
+def made_of(target: Target, settings: dict[str, Any]) -> dict[str, str]:
   """Returns what a measurement is made of: the stage's checkpoint, the images that it saw, settings.
 
   Where others may take their place, with `data.check_fingerprint` off, it is those that are there.
   """
-  images = checkpoint.load_meta(of.checkpoints).get(same_run.DATA, {}).get('train', 'unknown')
-  if not of.config.data.check_fingerprint:
+  meta = checkpoint.load_meta(target.opened.folder, target.opened.step)
+  images = meta.get(same_run.DATA, {}).get('train', 'unknown')
+  if not target.config.data.check_fingerprint:
     with contextlib.suppress(UserError):  # what is stored is read without images too
-      images = sources.open_source(of.config.data, 'train').fingerprint
+      images = sources.open_source(target.config.data, 'train').fingerprint
   return {
-    f'the network {of.stage!r}': checkpoint.identity_of(of.checkpoints),
+    f'the network {target.stage!r}': target.opened.id,
     'the training images': images,
-    'the settings': identity.digest([settings, of.config.seed]),
+    'the settings': identity.digest([settings, target.config.seed]),
   }
 
 
 def stored_or_made(
-  of: Of, name: str, settings: dict[str, Any], arrays: tuple[str, ...], make: Callable[[], Arrays]
+  target: Target, name: str, settings: dict[str, Any], arrays: tuple[str, ...], make: Callable[[], Arrays]
 ) -> Arrays:
   """Returns the arrays of a stored measurement, which is made and stored first where it is not there.
 
   Where the folder cannot be written they are used without being stored, and that is said.
 
   Args:
-    of: the stage that is measured.
+    target: the stage that is measured.
     name: of the measurement, and of its file, which has the digest of what it was made of.
     settings: that it depends on.
     arrays: the names that it must have.
@@ -254,8 +256,8 @@ def stored_or_made(
   Raises:
     UserError: when the file is damaged, or was made of something else.
   """
-  wanted = made_of(of, settings)
-  path = of.folder / f'{name}-{identity.digest(wanted)}.npz'
+  wanted = made_of(target, settings)
+  path = target.folder / f'{name}-{identity.digest(wanted)}.npz'
   if not distributed.agree(path.exists()):
     made = make()
     if jax.process_index() == 0:
@@ -277,55 +279,57 @@ def stored_or_made(
   return stored
 
 
-def opened(of: Of) -> tuple[Experiment, dict[str, Any]]:
+def opened(target: Target) -> tuple[Experiment, dict[str, Any]]:
   """Returns the experiment of a trained stage, and its own networks."""
-  experiment = experiments.build(of.config, of.stage)
-  check = of.config.checkpoints.check_arrays
+  experiment = experiments.build(target.config, target.stage)
+  check, from_step = target.config.checkpoints.check_arrays, target.opened.step
+  models = experiment.networks.items()
+  shapes = {name: checkpoint.abstract_params(model, target.mesh) for name, model in models}
   read = {
-    name: checkpoint.load_frozen(
-      of.checkpoints, name, checkpoint.abstract_params(model, of.mesh), check_arrays=check
-    )
-    for name, model in experiment.networks.items()
+    name: checkpoint.load_frozen(target.opened.folder, name, shape, check_arrays=check, step=from_step)
+    for name, shape in shapes.items()
   }
   return experiment, read
 
 
+def opened_with_images(target: Target) -> tuple[Experiment, dict[str, Any], sources.Source, int]:
+  """Returns what `opened` does, the stage's training images, and how many of them are a batch."""
+  size = target.config[target.stage].sample.batch_size
+  return *opened(target), same_run.open_images(target.config, 'train', target.opened.folder), size
+
+
 def drawn_codes(
   experiment: Any, read: Read, source: sources.Source, count: int, batch_size: int, mesh: Mesh, seed: int
-) -> np.ndarray:
-  """Returns z ~ q(z | x) [count, d] of the first images of a source."""
-  codes = []
-  for k, (mean, logvar) in enumerate(posteriors(experiment, read, source, count, batch_size, mesh)):
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns z ~ q(z | x) [count, d] and the labels [count] of the first images of a source."""
+  codes, labels = [], []
+  for k, (mean, logvar, label) in enumerate(posteriors(experiment, read, source, count, batch_size, mesh)):
     noise = np.random.default_rng(seed + k).standard_normal(mean.shape, np.float32)
     codes.append(mean + np.exp(0.5 * logvar) * noise)
-  return np.concatenate(codes)
+    labels.append(label)
+  return np.concatenate(codes), np.concatenate(labels)
 
 
 def posteriors(
   experiment: Any, read: Read, source: sources.Source, count: int, batch_size: int, mesh: Mesh
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields mean and log variance of q(z | x) [n, d] of the first images of a source, in blocks."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  """Yields mean and log variance of q(z | x) [n, d] and labels [n] of the first images, in blocks."""
   where = sharding.batch_sharding(mesh)
   posterior = jax.jit(experiment.posterior, out_shardings=sharding.replicated(mesh))
   for k, chunk in enumerate(np.array_split(np.arange(count), max(1, count // 1024))):
-    image = source.read(chunk)['image']
+    batch = source.read(chunk)
+    image, parts = batch[sources.IMAGE], []
     size = sharding.round_up(min(batch_size, len(image)), mesh)
-    parts = []
-    for rows in draw.batches(len(image), size):
+    for rows, num_real in draw.padded_batches(len(image), size):
       x = jax.device_put(pixels.to_unit_range(jnp.asarray(image[rows])), where)
-      fresh = min(size, len(image) - int(rows[0]))
-      parts.append([part[:fresh] for part in jax.device_get(posterior(read, x))])
+      parts.append([part[:num_real] for part in jax.device_get(posterior(read, x))])
       distributed.beat(f'{k} blocks of codes')
     mean, logvar = (np.concatenate(part) for part in zip(*parts, strict=True))
-    yield mean, logvar
+    yield mean, logvar, batch[sources.LABEL]
 
 
 def counts_of_codes(
-  tokenizer: tokenizers.Tokenizer,
-  params: Params,
-  source: sources.Source,
-  batch_size: int,
-  mesh: Mesh,
+  tokenizer: tokenizers.Tokenizer, params: Params, source: sources.Source, batch_size: int, mesh: Mesh
 ) -> list[np.ndarray]:
   """Returns how often each code occurs over all images of a source, float64 [codes], by level."""
   where = sharding.batch_sharding(mesh)
@@ -337,10 +341,9 @@ def counts_of_codes(
   counting = jax.jit(count, out_shardings=sharding.replicated(mesh))
   total, size = len(source), sharding.round_up(min(batch_size, len(source)), mesh)
   counts = [np.zeros(codes) for codes in tokenizer.sizes]
-  for rows in draw.batches(total, size):
-    image = jax.device_put(source.read(rows)['image'], where)
-    number = min(size, total - int(rows[0]))
-    for level, found in enumerate(jax.device_get(counting(params, image, number))):
+  for rows, num_real in draw.padded_batches(total, size):
+    image = jax.device_put(source.read(rows)[sources.IMAGE], where)
+    for level, found in enumerate(jax.device_get(counting(params, image, num_real))):
       counts[level] += found
     distributed.beat(f'the codes of {int(rows[-1]) + 1} images')
   return counts
@@ -376,14 +379,14 @@ def moments_of_latents(
   total, size = len(source), sharding.round_up(min(batch_size, len(source)), mesh)
   shift, parts = None, []
   key = jax.device_put(jax.random.key(seed), everywhere)
-  for rows in draw.batches(total, size):
-    count = min(size, total - int(rows[0]))
-    image = jax.device_put(source.read(rows)['image'], where)
-    numbers = jax.device_put(rows.astype(np.int32), where)
+  for rows, num_real in draw.padded_batches(total, size):
+    image = jax.device_put(source.read(rows)[sources.IMAGE], where)
+    args = (read, image, jax.device_put(rows.astype(np.int32), where), key)
     if shift is None:  # a rough mean, so that squares do not cancel in float32
-      rough = jax.device_get(moments(read, image, numbers, key, jnp.float32(0), count))
-      shift = (rough['sum'] / (count * rough['positions'])).astype(np.float32)
-    parts.append(jax.device_get(moments(read, image, numbers, key, shift.reshape(1, 1, 1, -1), count)))
+      channels = jax.eval_shape(moments, *args, np.float32(0), num_real)['sum'].shape
+      rough = jax.device_get(moments(*args, np.zeros((1, 1, 1, *channels), np.float32), num_real))
+      shift = (rough['sum'] / (num_real * rough['positions'])).astype(np.float32)
+    parts.append(jax.device_get(moments(*args, shift.reshape(1, 1, 1, -1), num_real)))
     distributed.beat(f'{len(parts)} batches of latents')
   number = total * float(parts[0]['positions'])
   mean = sum(part['sum'].astype(np.float64) for part in parts) / number

@@ -122,14 +122,13 @@ def write(
       name: opened.enter_context(arrays.Writer(folder / f'{name}.npy', (count, *struct.shape), struct.dtype))
       for name, struct in experiment.stored.items()
     }
-    for rows in draw.batches(count, size):
+    for rows, num_real in draw.padded_batches(count, size):
       finite, seen = jax.device_get(run(frozen, jax.device_put(source.read(rows), where)))
       distributed.beat(f'image {rows[-1]} of the {count} that are precomputed')
       start = int(rows[0])
-      fresh = min(size, count - start)
       for name, value in seen.items():
-        check_finite(name, finite[name][:fresh], start)
-        writers[name].write(start, value[:fresh])
+        check_finite(name, finite[name][:num_real], start)
+        writers[name].write(start, value[:num_real])
 
 
 def check_finite(name: str, finite: np.ndarray, first: int) -> None:

@@ -55,6 +55,7 @@ class Reviewer:
 
   def __call__(self, step: int, state: Any, meta: Callable[[int], dict[str, Any]]) -> None:
     """Does what is due after a step; `meta` returns what is stored with a state."""
+    found = None
     if self._validates(step):
       if self._was_logged(step, 'val/'):
         self._last.update({name: x for name, x in self._board.logged.items() if name.startswith('val/')})
@@ -66,7 +67,7 @@ class Reviewer:
           log.say(f'step {step}: {line}')
         self._last.update(values)
     if self._compares(step):  # again after a resume: the save may not have been finished
-      value = self._measured(step, state)
+      value = self._measured(step, state, found)
       if not self._was_logged(step, 'best/'):
         self._board.scalars(step, {f'best/{self._keeper.measure}': value})
       self._keeper.consider(step, state, meta(step), value)
@@ -77,10 +78,16 @@ class Reviewer:
       except draw.NotFinite as error:
         log.say(f'no sample grid of step {step}: {error}')
 
-  def _measured(self, step: int, state: Any) -> float:
-    """Returns the figure by which the best is kept; nan, never the best, of images that are not finite."""
+  def _measured(self, step: int, state: Any, found: dict[str, float] | None) -> float:
+    """Returns the figure by which the best is kept; nan, never the best, of images that are not finite.
+
+    Args:
+      step: of the state.
+      state: that is measured.
+      found: its validation metrics; None where they were not computed in this call.
+    """
     try:
-      return self._evaluate.figure(state, self._keeper.measure)
+      return self._evaluate.figure(state, self._keeper.measure, found)
     except draw.NotFinite as error:
       log.say(f'no {self._keeper.measure} of step {step}: {error}')
       return float('nan')
@@ -218,11 +225,20 @@ class Evaluator:
     """Returns what the stage's experiment says of these metrics."""
     return self._stage.experiment.warnings(metrics)
 
-  def figure(self, state: Any, measure: str) -> float:
-    """Returns a validation metric ('val/loss') or what `Stage.measure` makes of the averaged parameters."""
+  def figure(self, state: Any, measure: str, found: dict[str, float] | None = None) -> float:
+    """Returns a validation metric ('val/loss') or what `Stage.measure` makes of the averaged parameters.
+
+    Args:
+      state: that is measured.
+      measure: name of the figure.
+      found: the metrics of the evaluation split of this state; None = they are computed for one of them.
+
+    Raises:
+      UserError: for a validation metric that the stage does not have.
+    """
     if not measure.startswith('val/'):
       return self._stage.measure(state.eval_params)
-    values = self(state)
+    values = self(state) if found is None else found
     if measure.removeprefix('val/') not in values:
       valid = ', '.join(f'val/{name}' for name in values)
       raise UserError(f'config.{self._stage.name}.train.best_measure is {measure!r}; metrics here: {valid}')

@@ -125,7 +125,7 @@ def stored_config(stage_folder: pathlib.Path) -> ConfigDict:
     raise checkpoint.damaged(folder, ValueError('there is no config in it')) from error
 
 
-def beside(config: ConfigDict, own: ConfigDict) -> ConfigDict:
+def with_own_data_places(config: ConfigDict, own: ConfigDict) -> ConfigDict:
   """Returns the config of another run, whose images are looked for where the run that asks has its own.
 
   Args:
@@ -154,7 +154,16 @@ def open_images(config: ConfigDict, split: str, stage_folder: pathlib.Path) -> s
 def check_images(
   config: ConfigDict, images: Mapping[str, sources.Source], stage_folder: pathlib.Path
 ) -> None:
-  """Does nothing where images, by split, are those that a stage was trained with; see `open_images`."""
+  """Raises Stale when images are not those that a stage was trained with.
+
+  Args:
+    config: of the run; with `data.check_fingerprint` off other images are said in a line, and used.
+    images: by split; one that the checkpoint has no fingerprint of is not compared.
+    stage_folder: holds the checkpoint of the stage: `<workdir>/<stage>`, or its best.
+
+  Raises:
+    Stale: names the checkpoint and the first split whose images are others.
+  """
   stored = checkpoint.load_meta(stage_folder).get(DATA, {})
   wanted = {split: source.fingerprint for split, source in images.items() if split in stored}
   try:

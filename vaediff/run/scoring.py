@@ -18,7 +18,7 @@ from vaediff.errors import UserError
 from vaediff.machine import sharding
 from vaediff.run import captions, checkpoint, draw, same_run
 from vaediff.run.draw import HostArrays
-from vaediff.storage import identity, places
+from vaediff.storage import identity
 
 CLIP_OWN = 'clip_own'
 """What the cosine is called, everywhere."""
@@ -58,10 +58,9 @@ class Scorer:
 
   def _of(self, compiled: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
     where, parts = sharding.batch_sharding(self._mesh), []
-    for indices in draw.batches(len(rows), self._batch_size):
-      fresh = min(self._batch_size, len(rows) - int(indices[0]))
+    for indices, num_real in draw.padded_batches(len(rows), self._batch_size):
       found = jax.device_get(compiled(self._read, jax.device_put(jnp.asarray(rows[indices]), where)))
-      parts.append(np.asarray(found)[:fresh])
+      parts.append(np.asarray(found)[:num_real])
     return np.concatenate(parts)
 
 
@@ -100,7 +99,7 @@ def open_scorer(asker: Any, named: ConfigDict, field: str) -> Scorer:
       captions.
     Stale: where it knows words by other numbers.
   """
-  folder = places.anywhere(named.workdir) if named.workdir else asker.workdir
+  folder = reads.workdir_of(named, asker.workdir)
   if asker.captioned is None:
     raise UserError(
       f'{field}.stage is {named.stage!r}, and samples of the stage {asker.stage!r} have no captions to be '
@@ -143,7 +142,7 @@ def made_of(asker: Any) -> dict[str, str]:
   if candidates_of(asker.settings) == 1:
     return {}
   named = asker.settings.rerank
-  folder = places.anywhere(named.workdir) if named.workdir else asker.workdir
+  folder = reads.workdir_of(named, asker.workdir)
   return {f'the CLIP stage {named.stage!r}': checkpoint.identity_of(folder / named.stage)}
 
 
@@ -166,10 +165,10 @@ def best_of(
     count: of candidates.
   """
   kept = candidate(0)
-  best = score(kept[list(kept)[-1]])
+  best = score(draw.own_image(kept))
   for number in range(1, count):
     drawn = candidate(number)
-    found = score(drawn[list(drawn)[-1]])
+    found = score(draw.own_image(drawn))
     better = found > best
     best = np.where(better, found, best)
     for name, value in drawn.items():

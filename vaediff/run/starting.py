@@ -30,10 +30,17 @@ FREE = (
 
 
 def check(experiment: Experiment, config: ConfigDict, workdir: pathlib.Path, stage: str) -> None:
-  """Does nothing where a stage begins as a network that is there, or has begun as one.
+  """Raises UserError when a stage cannot begin as the networks of other runs that its config names.
+
+  Args:
+    experiment: of the stage; `starts` declares those networks, and without any there is nothing to check.
+    config: of the run.
+    workdir: the run's folder.
+    stage: its name.
 
   Raises:
-    UserError: when there is none, when it is the stage itself, or when the stage has begun as it was born.
+    UserError: when a network is not there, when it is that of the stage itself, or when the stage has already
+      been trained without it.
   """
   own = workdir / stage
   step = checkpoint.latest_step(own)

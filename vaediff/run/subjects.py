@@ -57,8 +57,8 @@ class Subject:
 def batches(records: Any, count: int, size: int) -> Iterator[tuple[Any, int]]:
   """Yields rows of arrays in batches of one size, the last padded by its last, and how many are real."""
   size = min(size, count)
-  for rows in draw.batches(count, size):
-    yield jax.tree.map(lambda x: x[rows], records), min(size, count - int(rows[0]))  # noqa: B023
+  for rows, num_real in draw.padded_batches(count, size):
+    yield jax.tree.map(lambda x: x[rows], records), num_real  # noqa: B023
 
 
 def branches(denoiser: Denoiser) -> tuple[tuple[str, ...], ...]:

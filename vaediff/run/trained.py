@@ -6,26 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vaediff import experiments, reads
-from vaediff.data import sources, words
+from vaediff.data import resize, sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment, InSpace
 from vaediff.machine import sharding
 from vaediff.models import quantized
-from vaediff.run import best, captions, chain, checkpoint, draw, guides, log, same_run, scoring
+from vaediff.run import captions, chain, checkpoint, draw, guides, log, opened, same_run, scoring
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.config import Run
 from vaediff.run.draw import HostArrays
-from vaediff.storage import identity, places
+from vaediff.storage import identity
 
 
 class Trained:
-  """A stage loaded from its latest checkpoint.
+  """A stage loaded from the checkpoint that `sample.checkpoint` names: the latest, the best, or of a step.
 
   Args:
     config: of the run.
@@ -44,35 +43,33 @@ class Trained:
   ):
     self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
     self._as_stored = as_stored
-    self.folder = checkpoint_folder(workdir / stage, self.settings.checkpoint)
+    self.opened = opened.choose(workdir / stage, stage, self.settings.checkpoint)
     same_run.check_stage(config, self.folder, stage)
     self.experiment = experiments.build(config, stage)
     frozen_networks.check_ids(self.experiment, workdir, self.folder)
     check = config.checkpoints.check_arrays
     stored = {
       name: checkpoint.load_frozen(
-        self.folder, name, checkpoint.abstract_params(model, mesh), check_arrays=check
+        self.folder, name, checkpoint.abstract_params(model, mesh), check_arrays=check, step=self.opened.step
       )
       for name, model in self.experiment.networks.items()
     }
     models = self.experiment.networks
     ready = (lambda _, params: params) if as_stored else quantized.ready
     self.params = {name: ready(models[name], params) for name, params in stored.items()}
-    own = (stage, self.folder)
-    frozen = frozen_networks.load(self.experiment, config, workdir, mesh, own=own, as_stored=as_stored)
+    where = (self.experiment, config, workdir, mesh)
+    frozen = frozen_networks.load(*where, own=self.opened, as_stored=as_stored)
     self.read = {**frozen, **self.params}
     self._ids = frozen_networks.ids(self.experiment, workdir, sampling=True)
     self._sources, self._makers, self._scorers = {}, {}, {}
     self._prepare()
 
   def _prepare(self) -> None:
-    data = self.config.data
-    shape = (data.image_size, data.image_size, data.channels)
-    self._draw = draw.make_draw(
-      self.experiment, self.mesh, self.settings.seed, shape, lambda: self.eval_source, self._about()
-    )
+    seed, shape = self.settings.seed, resize.image_shape(self.config.data)
+    source = lambda: self.eval_source
+    self._draw = draw.make_draw(self.experiment, self.mesh, seed, shape, source, self._about())
     self._observe = draw.make_observe(self.experiment, self.mesh)
-    self.spent = chain.Spent()
+    self.spent, self._made_of = chain.Spent(), None
 
   def _about(self) -> str:
     """Returns the stage and how it draws, for messages."""
@@ -91,9 +88,8 @@ class Trained:
     guides.resolve(other.config)
     other.experiment = experiments.build(other.config, self.stage)
     if other.experiment.for_sampling != self.experiment.for_sampling or 'captions' in changes:
-      own = (self.stage, self.folder)
       where = (other.experiment, other.config, self.workdir, self.mesh)
-      frozen = frozen_networks.load(*where, own=own, as_stored=self._as_stored)
+      frozen = frozen_networks.load(*where, own=self.opened, as_stored=self._as_stored)
       other.read = {**frozen, **self.params}
       other._ids = frozen_networks.ids(other.experiment, self.workdir, sampling=True)
     other._prepare()
@@ -105,6 +101,16 @@ class Trained:
     other.experiment = experiment
     other._prepare()
     return other
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """Folder whose `checkpoints` hold the one that is opened: `<workdir>/<stage>`, or that of its best."""
+    return self.opened.folder
+
+  @property
+  def step(self) -> int:
+    """Updates that the opened checkpoint has."""
+    return self.opened.step or checkpoint.latest_step(self.folder)
 
   @property
   def settings(self) -> ConfigDict:
@@ -155,8 +161,15 @@ class Trained:
   def made_of(self) -> dict[str, str]:
     """What its images are made of: ids of networks and of what was measured, the digest of settings.
 
-    Also those of the stages that feed it, where they are trained: without them it repeats images alone.
+    Also those of the stages that feed it, where they are trained: without them it repeats images alone. It is
+    made once, at the first access.
     """
+    if self._made_of is None:
+      self._made_of = self._all_made_of()
+    return dict(self._made_of)
+
+  def _all_made_of(self) -> dict[str, str]:
+    """Returns what `made_of` says; it reads the id of each stage, and makes digests of measurements."""
     measured = {
       f'the measurement {name!r}': _digest(self.read[name])
       for name, source in frozen_networks.of(self.experiment).items()
@@ -168,7 +181,7 @@ class Trained:
       if self.has_maker(source)
     }
     return {
-      f'the stage {self.stage!r}': checkpoint.identity_of(self.folder),
+      f'the stage {self.stage!r}': self.opened.id,
       **{f'the network {name!r}': value for name, value in self._ids.items()},
       **measured,
       **makers,
@@ -193,13 +206,12 @@ class Trained:
   @property
   def draws_alone(self) -> bool:
     """Whether it draws samples, and they need no image but one to follow, which they can borrow."""
-    data = self.config.data
-    shape = (data.image_size, data.image_size, data.channels)
     if not self.experiment.draws_images:
       return False
     makers = [source for source in self.experiment.makers if self.has_maker(source)]
     made = {name for source in makers for name in (source.feeds, *self.handed(source))}
     made |= set(self.experiment.borrowed)
+    shape = resize.image_shape(self.config.data)
     return draw.observed_alone(self.experiment, self.read, shape) <= made
 
   def draw(
@@ -271,7 +283,7 @@ class Trained:
         found |= {name: drawn[name] for name in handed if name not in given}
       else:
         images = maker.draw(indices, same, seed, candidate=candidate)
-        found[source.feeds] = images[list(images)[-1]].astype(np.float32) / 127.5 - 1
+        found[source.feeds] = draw.own_image(images).astype(np.float32) / 127.5 - 1
     return found
 
   def handed(self, source: reads.Sampled) -> tuple[str, ...]:
@@ -296,13 +308,13 @@ class Trained:
   def maker(self, source: reads.Sampled) -> 'Trained':
     """Returns a stage that feeds this one, opened once."""
     if source not in self._makers:
-      config, folder = self._config_of(source), self._folder_of(source)
+      config, folder = self._config_of(source), reads.workdir_of(source, self.workdir)
       self._makers[source] = Trained(config, folder, source.stage, self.mesh)
     return self._makers[source]
 
   def has_maker(self, source: reads.Sampled) -> bool:
     """Returns whether a stage that feeds this one is trained, and those that feed that."""
-    if checkpoint.latest_step(self._folder_of(source) / source.stage) is None:
+    if checkpoint.latest_step(reads.workdir_of(source, self.workdir) / source.stage) is None:
       return False
     maker = self.maker(source)
     return all(maker.has_maker(before) for before in maker.experiment.makers)
@@ -321,7 +333,7 @@ class Trained:
 
     Of another run it is that inside the checkpoint. Images, and how stages are sampled, are said by this run.
     """
-    folder = self._folder_of(source) / source.stage
+    folder = reads.workdir_of(source, self.workdir) / source.stage
     if not source.workdir or checkpoint.latest_step(folder) is None:
       return self.config
     config = same_run.stored_config(folder)
@@ -332,28 +344,27 @@ class Trained:
           config[stage].sample = self.config[stage].sample
     return guides.resolve(config)
 
-  def _folder_of(self, source: reads.Sampled) -> pathlib.Path:
-    return places.anywhere(source.workdir) if source.workdir else self.workdir
-
-  def draw_all(self, given: HostArrays, first: int = 0) -> HostArrays:
-    """Returns the images `first`, `first` + 1, ... drawn from one row of `given` each.
+  def draw_all(self, given: HostArrays, first: int = 0, *, handed: bool = False) -> HostArrays:
+    """Returns the images `first`, `first` + 1, ... drawn from one row of `given` each; see `draw`.
 
     In batches of the stage's sampling batch size.
+
+    Args:
+      given: what they start from, by name; at least one, with a row for each image.
+      first: the index of the first image.
+      handed: what the stage hands to others is returned too.
     """
     count = len(next(iter(given.values())))
     size, parts = min(self.settings.batch_size, count), {}
-    for indices in draw.batches(count, size):
-      fresh = min(size, count - int(indices[0]))
+    for indices, num_real in draw.padded_batches(count, size):
       chunk = {name: value[indices] for name, value in given.items()}
-      for name, value in self.draw(first + indices, chunk).items():
-        parts.setdefault(name, []).append(value[:fresh])
+      for name, value in self.draw(first + indices, chunk, handed=handed).items():
+        parts.setdefault(name, []).append(value[:num_real])
     return {name: np.concatenate(part) for name, part in parts.items()}
 
   def drawn(self, indices: np.ndarray, seed: int, candidate: int | None = None) -> HostArrays:
-    """Returns what the images with these indices start from, where a seed draws it."""
-    rows = jnp.asarray(indices, jnp.int32)
-    keys = draw.image_keys(seed, rows, self.experiment.depth, candidate)
-    return jax.device_get(self.experiment.draw(self.read, keys, rows))
+    """Returns what the images with these indices start from, where a seed draws it; see `Drawer.start`."""
+    return self._draw.start(self.read, np.asarray(indices), seed, candidate)
 
   def observe(self, image: np.ndarray, label: np.ndarray, key: jax.Array | None = None) -> HostArrays:
     """Returns what samples would be given to be like images, uint8 or float in [-1, 1]; a row per image.
@@ -361,11 +372,10 @@ class Trained:
     Without a key it is the mean of what could be seen in them. Batches have the stage's sampling batch size.
     """
     size, parts = min(self.settings.batch_size, len(image)), {}
-    for number, indices in enumerate(draw.batches(len(image), size)):
+    for number, (indices, num_real) in enumerate(draw.padded_batches(len(image), size)):
       own = None if key is None else jax.random.fold_in(key, number)
-      fresh = min(size, len(image) - int(indices[0]))
       for name, value in self._observe(self.read, image[indices], label[indices], own).items():
-        parts.setdefault(name, []).append(value[:fresh])
+        parts.setdefault(name, []).append(value[:num_real])
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
@@ -385,15 +395,3 @@ def say_figures(figures: dict[str, float]) -> None:
   """Prints what a mode has measured, a line each."""
   for name, value in figures.items():
     log.say(f'{name} {value:.5g}')
-
-
-def checkpoint_folder(stage_folder: pathlib.Path, choice: str) -> pathlib.Path:
-  """Returns the folder of a stage's latest checkpoints, or of its best one."""
-  if choice not in ('latest', 'best'):
-    raise UserError(f"sample.checkpoint must be 'latest' or 'best', got {choice!r}")
-  folder = stage_folder / best.FOLDER if choice == 'best' else stage_folder
-  if choice == 'best' and checkpoint.latest_step(folder) is None:
-    raise UserError(
-      f'{folder} holds no checkpoint: none is kept unless train.best_measure is set while the stage trains'
-    )
-  return folder

@@ -21,7 +21,7 @@ from vaediff.experiments import quantized as stages
 from vaediff.experiments.base import Experiment
 from vaediff.models.functional import Model
 from vaediff.models.quantized import Quantized
-from vaediff.run import checkpoint, draw, quantizing, same_run
+from vaediff.run import checkpoint, draw, quantize_calibration, same_run
 from vaediff.run import frozen as frozen_networks
 from vaediff.run.trained import Trained
 from vaediff.storage import buckets
@@ -71,7 +71,7 @@ def minmax(context: Context) -> dict[str, Any]:
 
 
 def on_records(context: Context) -> dict[str, Any]:
-  """Returns what is measured on records of what the network is called with; see `run.quantizing`.
+  """Returns what is measured on records of what the network is called with; see `run.quantize_calibration`.
 
   Raises:
     UserError: for a stage of which no records are known.
@@ -79,12 +79,12 @@ def on_records(context: Context) -> dict[str, Any]:
   diffusion = context.trained.experiment.diffusion
   if diffusion is not None and context.network != diffusion.denoiser.network:
     return minmax(context)  # an encoder that is trained with it
-  return quantizing.hand_over(context.trained, context.settings, context.quantized, context.network)
+  return quantize_calibration.hand_over(context.trained, context.settings, context.quantized, context.network)
 
 
 METHODS: Mapping[str, Callable[[Context], dict[str, Any]]] = {
   'minmax': minmax,
-  **dict.fromkeys(quantizing.METHODS, on_records),
+  **dict.fromkeys(quantize_calibration.METHODS, on_records),
 }
 """By name, as `config.quantize.method` has it."""
 
@@ -118,20 +118,15 @@ def by_time(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns the last time of each bucket but the last [buckets - 1], and ranges [buckets, parts, 2] by path.
 
-  All buckets hold as many of the times that occur; where there are fewer times, each has a bucket of its own.
-  One that no time falls in has the ranges of its neighbour.
+  The buckets are those of `quantize_calibration.time_edges`. One that no time falls in has the ranges of its
+  neighbour.
 
   Args:
     times: of each part, one for each row.
     ranges: of each part, those of each row [rows, parts, 2] by path.
     buckets: how many.
   """
-  occurring = np.unique(np.concatenate(times))
-  groups = np.array_split(occurring, min(buckets, len(occurring)))
-  edges = [(a[-1] + b[0]) / 2 for a, b in zip(groups, groups[1:], strict=False)]
-  edges += [edges[-1] if edges else occurring[-1]] * (buckets - 1 - len(edges))
-  edges = np.asarray(edges, np.float32)
-  found = {}
+  edges, found = quantize_calibration.time_edges(np.concatenate(times), buckets), {}
   for path in ranges[0]:
     low = np.full((buckets, *ranges[0][path].shape[1:-1]), np.inf, np.float32)
     high = -low
@@ -167,7 +162,7 @@ def quantize(trained: Trained, experiment: Experiment, settings: ConfigDict) -> 
       )
       found = METHODS[settings.method](context)
       if whole.rows:
-        found['correction'] = quantizing.correction(trained, whole, found, settings)
+        found['correction'] = quantize_calibration.correction(trained, whole, found, settings)
       params = jax.jit(lambda params, found, whole=whole: whole.quantize(params, **found))(params, found)
     made[name] = params
   return made
@@ -182,8 +177,7 @@ def save(
   moved to `earlier`.
   """
   folder, started = trained.workdir / stage, time.monotonic()
-  of = checkpoint.load_meta(trained.folder)
-  step = checkpoint.latest_step(trained.folder)
+  of, step = checkpoint.load_meta(trained.folder, trained.opened.step), trained.step
   floats = {name: trained.params[name] for name in params}
   with tempfile.TemporaryDirectory(dir=buckets.Beside(trained.workdir).here) as place:
     in_floats = write(pathlib.Path(place), floats, step, {})

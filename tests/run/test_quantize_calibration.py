@@ -15,7 +15,7 @@ from vaediff.errors import UserError
 from vaediff.models import adaround, learned_ranges, ranges
 from vaediff.models.observed import block_io, inputs_of, layers_of, quantizable, subtree
 from vaediff.models.quantized import Quantized
-from vaediff.run import calibration, quantizing, rounding, subjects
+from vaediff.run import calibration, quantize_calibration, rounding, subjects
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from test_calibration import SECTION, stage  # noqa: E402, F401
@@ -40,18 +40,19 @@ def made(stage):  # noqa: F811
   """Two blocks of the network, in four bits with inputs of eight."""
   model = stage.experiment.denoiser.model
   layers = tuple(layer for layer in quantizable(layers_of(model)) if layer.path.startswith(BLOCKS))
-  rows = quantizing.rows_of(stage, QUANTIZE)
+  rows = quantize_calibration.rows_of(stage, QUANTIZE)
   quantized = Quantized.of(model, layers=layers, bits=4, quantized_inputs=True, buckets=3, rows=rows)
-  found = quantizing.hand_over(stage, QUANTIZE, quantized, 'denoiser')
-  return quantized, {**found, 'correction': quantizing.correction(stage, quantized, found, QUANTIZE)}
+  found = quantize_calibration.hand_over(stage, QUANTIZE, quantized, 'denoiser')
+  correction = quantize_calibration.correction(stage, quantized, found, QUANTIZE)
+  return quantized, {**found, 'correction': correction}
 
 
 def test_edges_lie_between_the_times_of_buckets():
   t = np.float32([1.0, 0.5, 0.2, 0.1, 0.5, 1.0])
-  np.testing.assert_allclose(quantizing.time_edges(t, 2), [0.35])
-  np.testing.assert_allclose(quantizing.time_edges(t, 4), [0.15, 0.35, 0.75])
-  np.testing.assert_allclose(quantizing.time_edges(np.float32([1.0]), 3), [1, 1])
-  assert len(quantizing.time_edges(t, 1)) == 0
+  np.testing.assert_allclose(quantize_calibration.time_edges(t, 2), [0.35])
+  np.testing.assert_allclose(quantize_calibration.time_edges(t, 4), [0.15, 0.35, 0.75])
+  np.testing.assert_allclose(quantize_calibration.time_edges(np.float32([1.0]), 3), [1, 1])
+  assert len(quantize_calibration.time_edges(t, 1)) == 0
 
 
 @pytest.mark.slow
@@ -160,9 +161,9 @@ def test_the_corrected_network_has_no_bias(stage, made):  # noqa: F811
 
 def test_what_cannot_be_is_refused(stage):  # noqa: F811
   plain = dataclasses.replace(stage, experiment=type('Plain', (), {'diffusion': None})())
-  assert quantizing.rows_of(plain, ConfigDict({'correction': 'none'})) == 0
+  assert quantize_calibration.rows_of(plain, ConfigDict({'correction': 'none'})) == 0
   with pytest.raises(UserError, match="correction is 'mean'.*'refiner' has none: set it to 'none'"):
-    quantizing.rows_of(plain, ConfigDict({'correction': 'mean'}))
+    quantize_calibration.rows_of(plain, ConfigDict({'correction': 'mean'}))
   with pytest.raises(
     UserError, match="stage 'refiner' has no sampler .* does not read what follows from an image"
   ):
@@ -170,4 +171,4 @@ def test_what_cannot_be_is_refused(stage):  # noqa: F811
   wrong = ConfigDict({**QUANTIZE.to_dict(), 'percentile': 40.0})
   none = Quantized.of(stage.experiment.denoiser.model, layers=(), bits=4, quantized_inputs=True, buckets=1)
   with pytest.raises(UserError, match='config.quantize.percentile'):
-    quantizing.hand_over(stage, wrong, none, 'denoiser')
+    quantize_calibration.hand_over(stage, wrong, none, 'denoiser')
