@@ -22,12 +22,12 @@ class Stub(Trained):
     known = {name: value for name, value in changes.items() if name in self.settings}
     return Stub(self.log, **{**self.settings.to_dict(), **known})
 
-  def drawn(self, indices, seed):
+  def draw_inputs(self, indices, seed):
     numbers = np.random.default_rng(seed).standard_normal((2, 100))
     return {'z': numbers[0, indices], 'noise': numbers[1, indices]}
 
   def draw(self, indices, given=None, seed=None):
-    given = {**self.drawn(indices, seed), **(given or {})}
+    given = {**self.draw_inputs(indices, seed), **(given or {})}
     self.log.append((indices, given, seed, self.settings.temperature))
     value = 100 + 20 * given['z'] + self.amplitude * self.settings.temperature * given['noise']
     return {'x0': np.clip(value, 0, 255).astype(np.uint8)[:, None, None, None]}
@@ -64,5 +64,5 @@ def test_a_student_that_leaves_noise_out_has_less_diversity_than_its_teacher():
   """Squares of half as much: a quarter, of the student over the teacher."""
   found = against_teacher.Teacher(Stub(), 4, 60).compare(Quiet())
   assert found['diversity ratio'] == pytest.approx(0.25, rel=0.1)
-  noise = Stub().drawn(np.arange(60), 5)['noise']
+  noise = Stub().draw_inputs(np.arange(60), 5)['noise']
   assert found['rmse to teacher'] == pytest.approx(2.5 * np.sqrt(np.mean(noise**2)) / 255, rel=0.1)

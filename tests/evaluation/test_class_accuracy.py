@@ -44,7 +44,7 @@ class Trained(opened_stages.Trained):
   """A stage whose samples are asked to be of classes 0 and 2 in turn, or of none."""
 
   eval_source = range(297)
-  captioned = None
+  caption_stage = None
 
   def __init__(self, classes=(0, 2)):
     classes_of = lambda indices: np.array(classes)[indices % len(classes)] if classes else None
@@ -91,7 +91,7 @@ class Told(Trained):
       images=np.zeros((len(labels), 1, 1, 1), np.uint8), labels=labels, label_names=(), num_classes=3
     )
     section = types.SimpleNamespace(sample=types.SimpleNamespace(captions=chosen))
-    self.captioned = types.SimpleNamespace(config={'refiner': section}, stage='refiner')
+    self.caption_stage = types.SimpleNamespace(config={'refiner': section}, stage='refiner')
 
 
 def test_captions_of_evaluation_images_ask_for_their_classes():

@@ -14,20 +14,20 @@ COUNT = 60
 class Stage(opened_stages.Trained):
   """Draws what it is told, as `wrong` leaves it."""
 
-  draws_alone, captioned, eval_source, experiment = True, None, None, Experiment
+  draws_alone, caption_stage, eval_source, experiment = True, None, None, Experiment
 
   def __init__(self, name='shapes/16', wrong=lambda index, attributes: attributes, told=True):
     data = {'source': 'tfds', 'name': name, 'caption_feature': 'caption'}
     self.config = ConfigDict({'data': data, 'evaluate': {'num_captions': COUNT}})
     self.texts = []
-    self.captioned, self._wrong, mini = self if told else None, wrong, name.endswith('mini')
+    self.caption_stage, self._wrong, mini = self if told else None, wrong, name.endswith('mini')
     scenes = [shapes.scene('test', i, mini=mini) for i in range(20)]
     self.eval_source = sources.ArraySource(
       images=shapes.images('test', range(20), 16, mini=mini), labels=np.zeros(20, np.int32), label_names=(),
       num_classes=6, captions=tuple(scene.caption for scene in scenes),
     )  # fmt: skip
 
-  def told(self, texts):
+  def caption_inputs(self, texts):
     self.texts.append(list(texts))
     return {'texts': texts}
 

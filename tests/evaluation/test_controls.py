@@ -53,7 +53,7 @@ class Stage(opened_stages.Trained):
   def __init__(self, name='shapes/mini', experiment=None, strength=1.0):
     self.config = ConfigDict({'data': {'source': 'tfds', 'name': name}, 'evaluate': {'num_controls': COUNT}})
     self.experiment, self.strength = experiment or Following(), strength
-    self.captioned = self if shapes.is_named(self.config.data) else None
+    self.caption_stage = self if shapes.is_named(self.config.data) else None
     self.eval_source = scenes()
 
   captions = property(lambda self: self.eval_source.captions)
@@ -62,7 +62,7 @@ class Stage(opened_stages.Trained):
     seen = CONTROL.observe({}, {}, pixels.to_unit_range(jnp.asarray(image)), None)
     return {**{name: np.asarray(value) for name, value in seen.items()}, 'z': np.zeros((len(image), 2))}
 
-  def told(self, captions):
+  def caption_inputs(self, captions):
     assert captions == [''] * COUNT
     return {words.TOKENS: np.full((COUNT, 4), words.EOS)}
 

@@ -57,7 +57,8 @@ def test_shapes_mini_learns_vectors_and_what_they_mean(tmp_path):
     assert rows[embedded.OF_IMAGES][f'accuracy_{name}'].value >= 0.9
     assert rows[embedded.OF_PRIOR][f'accuracy_{name}'].value >= 0.8
   assert rows[embedded.OF_PRIOR]['accuracy_joint'].value > rows[embedded.OF_CAPTIONS]['accuracy_joint'].value
-  told = np.repeat(prior.told(['a large red square on a black background'])[words.TOKENS], 8, axis=0)
+  caption = prior.caption_inputs(['a large red square on a black background'])
+  told = np.repeat(caption[words.TOKENS], 8, axis=0)
   vectors = embedded.vectors(prior, told)
   drawn = decoder.draw_all({clips.EMBEDDING: vectors, **clips.no_words(decoder, 8)})['x0']
   assert len(set(oracle.Oracle(16, mini=True).read(drawn).attributes[:, 3])) >= 3  # of the four corners

@@ -54,7 +54,7 @@ class SeesAll:
 class Stage(Trained):
   """Stands for a trained stage."""
 
-  captioned = None
+  caption_stage = None
   draws_alone = True
 
   def __init__(self, config, **more):
@@ -86,7 +86,7 @@ def test_samples_are_compared_with_captions_of_others_in_whatever_batches(batch,
   monkeypatch.setattr(retrieval.scoring, 'tokens_of', lambda trained, indices, given: SEEN[indices % 4])
   stage = Stage(
     {'refiner': {'sample': {'batch_size': batch}}}, stage='refiner',
-    captioned=types.SimpleNamespace(eval_source=Four()),
+    caption_stage=types.SimpleNamespace(eval_source=Four()),
     draw=lambda indices: {'x0': SEEN[indices % 4]}, as_drawn=lambda image: image,
   )  # fmt: skip
   found = retrieval.of_samples.__wrapped__(stage, Vectors(), 4)
@@ -100,7 +100,7 @@ def test_scenes_are_found_by_what_they_show(monkeypatch):
   monkeypatch.setattr(retrieval.scoring, 'Scorer', SeesAll)
   monkeypatch.setattr(retrieval, 'MOST', 256)
   data = {'source': 'tfds', 'name': 'shapes/mini', 'image_size': 16}
-  found = retrieval.of_shapes(Stage({'data': data}, told=lambda texts: {words.TOKENS: texts}))
+  found = retrieval.of_shapes(Stage({'data': data}, caption_inputs=lambda texts: {words.TOKENS: texts}))
   assert len(found) == 10 and 'recall_5_images_held_out' in found
   assert {figure.value for figure in found.values()} == {1.0}
   assert found['zero_shot_shape'].n == 256
@@ -109,7 +109,7 @@ def test_scenes_are_found_by_what_they_show(monkeypatch):
 def test_stages_without_captions_have_no_such_figures():
   for stage, captioned in (('', True), ('clip', None)):
     config = {'evaluate': {'clip': {'stage': stage}, 'num_captions': 3}}
-    assert retrieval.figures(Stage(config, captioned=captioned)) == {}
+    assert retrieval.figures(Stage(config, caption_stage=captioned)) == {}
 
 
 def test_a_stage_that_cannot_score_is_said_in_the_table():
@@ -117,5 +117,5 @@ def test_a_stage_that_cannot_score_is_said_in_the_table():
     raise retrieval.UserError(f'{field}: no such stage')
 
   config = {'evaluate': {'clip': {'stage': 'clip'}, 'num_captions': 3}}
-  (figure,) = retrieval.figures(Stage(config, captioned=True, scorer=refused)).values()
+  (figure,) = retrieval.figures(Stage(config, caption_stage=True, scorer=refused)).values()
   assert figure.value is None and figure.missing == 'evaluate.clip: no such stage'

@@ -101,7 +101,7 @@ def measure(prior):
   print(found)
   assert found['nats_per_token/rise by captions of others'] >= 0.1
   source = prior.eval_source
-  drawn = lambda texts: prior.draw_all(prior.told(texts))['x0']
+  drawn = lambda texts: prior.draw_all(prior.caption_inputs(texts))['x0']
   light, dark = one_tone(source)
   assert len(light) >= 10
   of = lambda rows: [source.captions[row] for row in rows]

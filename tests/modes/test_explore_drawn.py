@@ -273,7 +273,7 @@ def test_a_guidance_weight_is_no_part_of_the_program(tmp_path, compiled):
       choice.found = explorer.draw(choice.wish()).images['x0']
 
   assert compiled(move) == 0
-  given = {**trained.drawn(np.arange(1), 0), 'label': np.full(1, 3, np.int32)}
+  given = {**trained.draw_inputs(np.arange(1), 0), 'label': np.full(1, 3, np.int32)}
   np.testing.assert_allclose(plain, trained.draw(np.arange(1), given)['x0'], atol=1)
   other = trained.with_settings(guidance_weight=1.5)
   np.testing.assert_allclose(choice.found, other.draw(np.arange(1), given)['x0'], atol=1)

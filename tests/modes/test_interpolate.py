@@ -50,7 +50,7 @@ def test_nothing_else_is_changed(tmp_path, one_device, monkeypatch):
   )
   interpolate.changes(trained)
   base, whole_z, step_z, whole_x, step_x = given
-  other = trained.drawn(np.array([1, 3, 5]), 0)
+  other = trained.draw_inputs(np.array([1, 3, 5]), 0)
   assert base['label'].tolist() == [0, 2, 4] == whole_z['label'].tolist() == step_x['label'].tolist()
   np.testing.assert_array_equal(whole_z['z'], other['z'])
   np.testing.assert_array_equal(whole_z['noise'], base['noise'])
@@ -73,7 +73,7 @@ def test_a_row_walks_along_a_direction_and_changes_nothing_else(tmp_path, one_de
   trained = fresh.Fresh('formulation1,label', tmp_path, **changes)
   weights = np.linspace(0, 1, 5, dtype=np.float32)
   rows = interpolate.rows_of(trained, 1, weights, two_directions(16))
-  drawn = trained.drawn(np.array([2]), 0)
+  drawn = trained.draw_inputs(np.array([2]), 0)
   walk, second = rows['direction 0'], rows['direction 1']
   np.testing.assert_allclose(walk.given['z'][:, -2], 0.5 + np.float32([-2, -1, 0, 1, 2]), atol=1e-5)
   np.testing.assert_allclose(second.given['z'][:, -1], 0.5 + np.float32([-4, -2, 0, 2, 4]), atol=1e-5)

@@ -266,7 +266,7 @@ def test_a_stage_that_reads_captions_is_given_those_of_the_images(tmp_path, one_
 def test_images_without_captions_are_told_no_words_or_refused(tmp_path, one_device):
   nothing = restore.observe(degradation('inpaint'), jnp.zeros((2, 8, 8, 1)), 0)
   trained, tokens = reads_captions(tmp_path)
-  trained.told = lambda texts: {words.TOKENS: tokens[[len(text) for text in texts]]}
+  trained.caption_inputs = lambda texts: {words.TOKENS: tokens[[len(text) for text in texts]]}
   _, given = restore.by_method(trained, degradation('inpaint'), nothing, np.zeros(2))
   np.testing.assert_array_equal(given[words.TOKENS], tokens[[0, 0]])
   (text,) = trained.experiment.conditions.each

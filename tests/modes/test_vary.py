@@ -71,7 +71,7 @@ def test_a_sample_is_the_prior_s_vector_of_its_caption_decoded(decoder, tmp_path
   indices, prior = np.arange(3), decoder.maker(decoder.experiment.makers[0])
   assert decoder.draws_alone and not prior.draws_alone
   images = decoder.draw(indices)['x0']
-  told = {words.TOKENS: decoder.drawn(indices, 0)[words.TOKENS]}
+  told = {words.TOKENS: decoder.draw_inputs(indices, 0)[words.TOKENS]}
   vectors = prior.draw(indices, told, handed=True)[Z]
   np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
   np.testing.assert_array_equal(decoder.draw(indices, {Z: vectors})['x0'], images)
@@ -79,7 +79,7 @@ def test_a_sample_is_the_prior_s_vector_of_its_caption_decoded(decoder, tmp_path
   moved = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), decoder.read['denoiser'])
   rough.read = {**decoder.read, 'denoiser': moved}
   assert (rough.draw(indices, {Z: -vectors})['x0'] != rough.draw(indices, {Z: vectors})['x0']).any()
-  np.testing.assert_allclose(decoder.fed(indices, {}, 0)[Z], vectors, atol=1e-6)
+  np.testing.assert_allclose(decoder.inputs_from_makers(indices, {}, 0)[Z], vectors, atol=1e-6)
   assert "the samples of 'embedding_prior'" in decoder.made_of and "the network 'clip'" in decoder.made_of
   lines = []
   monkeypatch.setattr(log, 'say', lines.append)
@@ -190,7 +190,7 @@ def test_a_decoder_of_captions_vectors_draws_and_is_none_of_images(run, tmp_path
   own = opened((config, tmp_path / 'run'))
   indices = np.arange(3)
   images = own.draw(indices)['x0']
-  told = {words.TOKENS: own.drawn(indices, 0)[words.TOKENS]}
+  told = {words.TOKENS: own.draw_inputs(indices, 0)[words.TOKENS]}
   vectors = scoring.Scorer(clips.open_clip(own)).texts(told[words.TOKENS])
   np.testing.assert_array_equal(own.draw(indices, {Z: vectors})['x0'], images)
   with pytest.raises(UserError, match=r"--mode=vary needs .*of = 'image'.* stage 'refiner' is none"):

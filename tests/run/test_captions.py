@@ -181,7 +181,7 @@ def test_a_trained_stage_keeps_its_tokenizer(config, folder, one_device):
   asked = opened.with_settings(captions=('gray', DISC))
   indices = np.arange(4)
   found = asked.draw(indices)['x0']
-  told = opened.draw(indices, opened.told(['gray', DISC] * 2))['x0']
+  told = opened.draw(indices, opened.caption_inputs(['gray', DISC] * 2))['x0']
   assert np.abs(found.astype(int) - told).max() <= 1  # two programs; of two updates captions change little
   drawn = [
     np.asarray(one.experiment.draw(one.read, *keys_of(indices))[words.TOKENS]) for one in (opened, asked)

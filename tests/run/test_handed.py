@@ -115,7 +115,7 @@ def trained_makers(one_device, monkeypatch):
 
 def test_ids_are_handed_over_as_they_are():
   reader, maker = opened(Reader(), Maker())
-  found = reader.fed(np.array([3, 5]), {}, 4)
+  found = reader.inputs_from_makers(np.array([3, 5]), {}, 4)
   assert set(found) == {'codes_0', 'codes_1'} and found['codes_0'].dtype == np.int32
   np.testing.assert_array_equal(found['codes_0'][:, 0, 1], [4001, 6001])
   np.testing.assert_array_equal(found['codes_1'], -found['codes_0'])
@@ -125,10 +125,10 @@ def test_ids_are_handed_over_as_they_are():
 
 def test_samples_are_of_the_classes_of_the_stage_that_feeds_them():
   reader, maker = opened(Reader(), OfClasses())
-  assert reader.asked is maker.experiment and maker.asked is maker.experiment
-  np.testing.assert_array_equal(reader.asked.classes_of(np.arange(3)), [7, 3, 7])
+  assert reader.class_source is maker.experiment and maker.class_source is maker.experiment
+  np.testing.assert_array_equal(reader.class_source.classes_of(np.arange(3)), [7, 3, 7])
   reader, _ = opened(Reader(), Maker())
-  assert reader.asked is reader.experiment and reader.asked.classes_of(np.arange(3)) is None
+  assert reader.class_source is reader.experiment and reader.class_source.classes_of(np.arange(3)) is None
 
 
 def test_images_alone_are_shown_and_the_rest_is_asked_for():
@@ -142,7 +142,7 @@ def test_images_alone_are_shown_and_the_rest_is_asked_for():
 
 def test_ids_are_handed_over_where_there_is_no_image_of_them():
   reader, maker = opened(Reader(), IdsAlone())
-  assert set(reader.fed(np.array([3, 5]), {}, 4)) == {'codes_0', 'codes_1'}
+  assert set(reader.inputs_from_makers(np.array([3, 5]), {}, 4)) == {'codes_0', 'codes_1'}
   assert reader.draws_alone and not maker.draws_alone
   assert list(reader.draw(np.array([3]))) == ['x0']
   with pytest.raises(UserError, match="stage 'maker' draws no images"):
@@ -152,22 +152,22 @@ def test_ids_are_handed_over_where_there_is_no_image_of_them():
 def test_what_is_given_is_not_drawn():
   reader, _ = opened(Reader(), Maker())
   ids = np.full((1, 2, 2), 7, np.int32)
-  assert set(reader.fed(np.array([3]), {'codes_0': ids}, 4)) == {'codes_1'}
-  assert reader.fed(np.array([3]), {'codes_0': ids, 'codes_1': ids}, 4) == {}
+  assert set(reader.inputs_from_makers(np.array([3]), {'codes_0': ids}, 4)) == {'codes_1'}
+  assert reader.inputs_from_makers(np.array([3]), {'codes_0': ids, 'codes_1': ids}, 4) == {}
 
 
 def test_an_image_of_the_name_of_the_input_is_not_what_feeds_it():
   """The maker shows its own small image by that name: what it hands on is its sample."""
   reader, _ = opened(ReaderOfImages(), ImagesAlone())
-  np.testing.assert_array_equal(reader.fed(np.array([3]), {}, 4)['low'], np.ones((1, 2, 2, 1)))
+  np.testing.assert_array_equal(reader.inputs_from_makers(np.array([3]), {}, 4)['low'], np.ones((1, 2, 2, 1)))
   reader, _ = opened(ReaderOfImages(), Maker())  # it hands over ids too, which are no input here
-  np.testing.assert_array_equal(reader.fed(np.array([3]), {}, 4)['low'], np.ones((1, 2, 2, 1)))
+  np.testing.assert_array_equal(reader.inputs_from_makers(np.array([3]), {}, 4)['low'], np.ones((1, 2, 2, 1)))
 
 
 def test_ids_of_another_grid_are_refused():
   reader, _ = opened(Reader(), OtherGrid())
   with pytest.raises(UserError, match=r"'reader' reads codes_1 of shape \(2, 2\).* stage 'maker'.*\(4, 4\)"):
-    reader.fed(np.array([3]), {}, 4)
+    reader.inputs_from_makers(np.array([3]), {}, 4)
 
 
 class Uneven(Maker):
@@ -191,11 +191,11 @@ def test_what_is_drawn_has_the_bits_that_samples_are_made_of(count):
   indices, Uneven.traced[:] = np.arange(5, 5 + count), []
   for candidate in (None, 0, 1):
     samples = maker.draw(indices, seed=7, handed=True, candidate=candidate)['start']
-    np.testing.assert_array_equal(maker.drawn(indices, 7, candidate)['start'], samples)
+    np.testing.assert_array_equal(maker.draw_inputs(indices, 7, candidate)['start'], samples)
   traced = len(Uneven.traced)
   for seed in range(8, 12):  # another seed or candidate is no other program
-    maker.drawn(indices, seed)
-    maker.drawn(indices, seed, seed)
+    maker.draw_inputs(indices, seed)
+    maker.draw_inputs(indices, seed, seed)
   assert len(Uneven.traced) == traced
 
 

@@ -385,7 +385,7 @@ def test_training_grids_draw_from_the_prior_that_is_configured(opened):
   assert shown.shape == wanted.shape and np.abs(shown.astype(int) - wanted).max() <= 1
   keys = draw.image_keys(seed, jnp.asarray(indices)).conditions
   codes = prior.draw(opened.read['prior'], keys, 16)
-  np.testing.assert_allclose(opened.drawn(indices, seed)['z'], codes, atol=1e-5)
+  np.testing.assert_allclose(opened.draw_inputs(indices, seed)['z'], codes, atol=1e-5)
   opened.read = {**opened.read, 'prior': {}}
   standard = draw.as_grid(opened.draw(indices, seed=seed)['x0_vae'])
   assert np.abs(standard.astype(int) - wanted).max() > 1  # N(0, I) would have been seen

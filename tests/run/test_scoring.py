@@ -123,7 +123,7 @@ def test_candidates_of_codes_are_those_of_the_prior_too(once):
   plain = opened(run)
   ranked = opened(run, **{'refiner.sample.rerank.stage': 'clip', 'refiner.sample.rerank.candidates': 2})
   indices, name = np.arange(3), 'codes'
-  ids = [plain.fed(indices, {}, 0, candidate) for candidate in (None, 0, 1)]
+  ids = [plain.inputs_from_makers(indices, {}, 0, candidate) for candidate in (None, 0, 1)]
   assert all((one[name] != other[name]).any() for one, other in zip(ids, [*ids[1:], ids[0]], strict=True))
   prior = Trained(plain.config, plain.workdir, 'prior', plain.mesh)  # its own decoder has the same ids
   np.testing.assert_array_equal(ids[0][name], prior.draw(indices, {}, 0, handed=True)[name])

@@ -103,10 +103,10 @@ def pairs(trained: Trained, count: int, seed: int) -> tuple[np.ndarray, np.ndarr
   size = min(trained.settings.batch_size, count)
   sets = ([], [])
   for indices, num_real in draw.padded_batches(count, size):
-    given = trained.drawn(indices, seed)
+    given = trained.draw_inputs(indices, seed)
     for k, images in enumerate(sets):
       of_noise = (seed + k * SECOND_SEED) % 2**31
-      noise = trained.drawn(indices, of_noise)[NOISE]
+      noise = trained.draw_inputs(indices, of_noise)[NOISE]
       drawn = trained.draw(indices, {**given, NOISE: noise}, seed=of_noise)
       images.append(draw.own_image(drawn)[:num_real].astype(np.float64) / 255)
   return np.concatenate(sets[0]), np.concatenate(sets[1])

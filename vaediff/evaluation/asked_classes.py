@@ -61,8 +61,8 @@ def classifier_accuracy(
 
 def classes_asked(trained: Trained, count: int) -> np.ndarray | None:
   """Returns the class that each of the first samples is asked to be of; None where it is asked for none."""
-  asked = trained.asked.classes_of(np.arange(count))
-  reader = trained.captioned
+  asked = trained.class_source.classes_of(np.arange(count))
+  reader = trained.caption_stage
   if asked is not None or reader is None or reader.config[reader.stage].sample.captions:
     return asked
   source = trained.eval_source

@@ -40,7 +40,7 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
     UserError: as `Trained.draw`.
   """
   data, count = trained.config.data, trained.config.evaluate.num_captions
-  if not (shapes.is_named(data) and count and trained.draws_alone and trained.captioned):
+  if not (shapes.is_named(data) and count and trained.draws_alone and trained.caption_stage):
     return []
   mini, rows, reader = shapes.is_mini(data), [], None
   for title in (TEST, REORDERED, HELD_OUT):
@@ -49,7 +49,7 @@ def composition_rows(trained: Trained, opened: Networks) -> list[dict[str, Any]]
     log.say(f'drawing {count} samples: {title}')
     texts = [scene.telling(data.caption_feature) for scene in scenes]
     other = [scene.reordered(data.caption_feature) for scene in scenes]
-    given = trained.told(other if title == REORDERED else texts)
+    given = trained.caption_inputs(other if title == REORDERED else texts)
     drawn = trained.draw_all({**given, **followed_by(trained, split, count)})
     image = draw.own_image(drawn)
     reader = reader or oracle.Oracle(image.shape[1], mini=mini)

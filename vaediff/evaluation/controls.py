@@ -79,7 +79,7 @@ def row_of(
 def told(trained: Trained, image: np.ndarray, *, is_data: bool) -> dict[str, Figure]:
   """Returns how often images of the data set `shapes` show what their captions say; {} of others."""
   data = trained.config.data
-  if not (shapes.is_named(data) and trained.captioned):
+  if not (shapes.is_named(data) and trained.caption_stage):
     return {}
   known = trained.eval_source.captions if is_data else trained.captions
   asked = compositions.asked_by([known[i % len(known)] for i in range(len(image))])

@@ -65,7 +65,7 @@ def examples(trained: Trained, count: int) -> tuple[np.ndarray, np.ndarray, np.n
     return rows[sources.IMAGE], rows[words.TOKENS], rows[words.TOKENS]
   scenes = scenes_of(trained, count)
   image = np.stack([shapes.render(scene, data.image_size) for scene in scenes])
-  tokens = trained.told([scene.caption_full for scene in scenes])[words.TOKENS]
+  tokens = trained.caption_inputs([scene.caption_full for scene in scenes])[words.TOKENS]
   return image, tokens, np.array([scene.attributes for scene in scenes], np.int32)
 
 
@@ -92,7 +92,7 @@ def decoder_rows(trained: Trained) -> list[dict[str, Any]]:
   scenes, clip = scenes_of(trained, count), clips.open_clip(trained)
   asked = np.array([scene.attributes for scene in scenes], np.int32)
   captions, scorer = [scene.caption_full for scene in scenes], scoring.Scorer(clip)
-  tokens = clip.told(captions)[words.TOKENS]
+  tokens = clip.caption_inputs(captions)[words.TOKENS]
   image = np.stack([shapes.render(scene, data.image_size) for scene in scenes])
   if not clips.sees_vectors(trained):
     return [decoded(trained, TRAINED_ON_CAPTIONS, asked, scorer.texts(tokens))]

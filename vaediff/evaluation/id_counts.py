@@ -92,7 +92,7 @@ def measured(
   count = len(source)
   size = sharding.round_up(min(trained.settings.batch_size, count), mesh)
   nats, ids, labels, of_others = {}, {}, [], []
-  told = trained.told(source.captions) if trained.captioned is trained else {}
+  told = trained.caption_inputs(source.captions) if trained.caption_stage is trained else {}
   for rows, num_real in draw.padded_batches(count, size):
     batch = source.read(rows)
     other = {name: tokens[(rows + count // 2) % count] for name, tokens in told.items()}

@@ -38,7 +38,7 @@ def figures(trained: Trained) -> dict[str, Figure]:
   if isinstance(trained.experiment, Clip):
     return of_shapes(trained) if shapes.is_named(trained.config.data) else of_split(trained)
   settings = trained.config.evaluate
-  if not (settings.clip.stage and settings.num_captions and trained.draws_alone and trained.captioned):
+  if not (settings.clip.stage and settings.num_captions and trained.draws_alone and trained.caption_stage):
     return {}
   try:
     scorer = trained.scorer(settings.clip, FIELD)
@@ -55,7 +55,7 @@ def of_samples(trained: Trained, scorer: scoring.Scorer, count: int) -> dict[str
     images.append(scorer.images(draw.own_image(trained.draw(indices)))[:num_real])
     texts.append(scorer.texts(scoring.tokens_of(trained, indices, {}))[:num_real])
   seen, told = np.concatenate(images), np.concatenate(texts)
-  source = trained.captioned.eval_source
+  source = trained.caption_stage.eval_source
   real = source.read(np.arange(min(count, len(source))))
   floor = scorer.cosines(trained.as_drawn(real[sources.IMAGE]), scorer.texts(real[words.TOKENS]))
   mean = lambda of: float(np.sum(seen * of, axis=1).mean())
@@ -84,10 +84,10 @@ def of_shapes(trained: Trained) -> dict[str, Figure]:
     scenes = [shapes.scene(split, index, mini=mini) for index in range(MOST)]
     attributes = np.array([scene.attributes for scene in scenes], np.int32)
     seen = scorer.images(np.stack([shapes.render(scene, data.image_size) for scene in scenes]))
-    told = scorer.texts(trained.told([scene.caption_full for scene in scenes])[words.TOKENS])
+    told = scorer.texts(trained.caption_inputs([scene.caption_full for scene in scenes])[words.TOKENS])
     found |= {f'{name}{suffix}': figure for name, figure in recalls(seen, told, attributes).items()}
     known = np.unique(attributes[:, 0])
-    prompts = trained.told([f'a {shapes.NAMES[0][number]}' for number in known])[words.TOKENS]
+    prompts = trained.caption_inputs([f'a {shapes.NAMES[0][number]}' for number in known])[words.TOKENS]
     nearest = known[np.argmax(seen @ scorer.texts(prompts).T, axis=1)]
     right = float(np.mean(nearest == attributes[:, 0]))
     found[f'zero_shot_shape{suffix}'] = Figure(value=right, n=len(scenes))

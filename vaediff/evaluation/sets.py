@@ -289,7 +289,7 @@ def data_row(trained: Trained, opened: Networks, real: Real, count: int, keep: i
   count = min(count, len(trained.eval_source))
   count = min([count, *(len(held_out.features) for held_out in real.held_out.values())])
   figures = {}
-  if trained.asked.classes and measures.CLASSIFIER in opened.features:
+  if trained.class_source.classes and measures.CLASSIFIER in opened.features:
     accuracy = Figure(value=opened.features[measures.CLASSIFIER].accuracy)
     figures[measures.CLASS_ACCURACY] = with_image_count(accuracy, len(trained.eval_source), count)
   for network, held_out in real.held_out.items():

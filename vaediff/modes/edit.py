@@ -243,7 +243,7 @@ def strip_of(trained: Trained, image: Picture, etas: Sequence[int | float], numb
     number: of the sample, whose noise it is.
   """
   count = len(etas)
-  noise = trained.drawn(np.array([number]), trained.settings.seed)[NOISE]
+  noise = trained.draw_inputs(np.array([number]), trained.settings.seed)[NOISE]
   seen = {**trained.observe(image[None], np.zeros(1, np.int32)), NOISE: noise}
   given = {name: np.repeat(value, count, axis=0) for name, value in seen.items()}
   drawn = trained.draw(np.full(count, number), {**given, ETA: np.asarray(etas, np.float32)})
@@ -279,7 +279,7 @@ def ranking(run: Run, stage: str) -> Score | None:
   scorer = scoring.open_scorer(reader, run.config.edit.clip, 'config.edit.clip')
 
   def score(strip: np.ndarray, caption: str) -> float:
-    (ids,) = reader.told([caption]).values()
+    (ids,) = reader.caption_inputs([caption]).values()
     return float(np.mean(scorer.cosines(strip, np.repeat(scorer.texts(ids), len(strip), axis=0))))
 
   return score

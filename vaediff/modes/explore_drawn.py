@@ -156,7 +156,7 @@ class Explorer:
     """Returns the caption of a wish as the stage reads it, a row; {} where there is none."""
     names = [one.name for one in self.offer(wish.stage).controls if one.kind == controls.CAPTION]
     written = [wish.captions[name] for name in names if name in wish.captions]
-    return self.trained(wish.stage).told(written[:1]) if written else {}
+    return self.trained(wish.stage).caption_inputs(written[:1]) if written else {}
 
   def _end(self, wish: Wish, end: End) -> HostArrays:
     """Returns what the pictures of one end are made of."""
@@ -237,7 +237,8 @@ class Explorer:
 
     def find() -> HostArrays:
       one, program = np.arange(1), self.program(wish)
-      whole = {**program.fed(one, given, program.settings.seed), **given, restored.ORIGINAL: original}
+      fed = program.inputs_from_makers(one, given, program.settings.seed)
+      whole = {**fed, **given, restored.ORIGINAL: original}
       return self._programs[key].draw(one, whole, handed=True)
 
     return self._keep((*key, *end.key, seen), find)[NOISE]

@@ -109,7 +109,7 @@ def rows_of(trained: Trained, row: int, weights: np.ndarray, found: pca.Arrays) 
   settings, kinds = trained.config.interpolate, {}
   possible = kinds_of(trained.experiment)
   ends = np.array([2 * row, 2 * row + 1])
-  drawn = trained.drawn(ends, trained.settings.seed)
+  drawn = trained.draw_inputs(ends, trained.settings.seed)
   first = {name: np.repeat(value[:1], len(weights), axis=0) for name, value in drawn.items()}
   others = {name: value for name, value in first.items() if name not in (CODE, NOISE)}
   stays = ', one x_T' if NOISE in possible else ''
@@ -244,7 +244,7 @@ def changes(trained: Trained, out: pathlib.Path | None = None) -> list[dict[str,
   settings = trained.config.interpolate
   check(trained)
   pairs = np.arange(settings.num_pairs)
-  both = [trained.drawn(2 * pairs + end, trained.settings.seed) for end in (0, 1)]
+  both = [trained.draw_inputs(2 * pairs + end, trained.settings.seed) for end in (0, 1)]
   base = draw.own_image(trained.draw_all(both[0]))
   part, rows = 1 / (settings.num_points - 1), []
   for name in sorted(kinds_of(trained.experiment) & both[0].keys(), key=(CODE, NOISE).index):

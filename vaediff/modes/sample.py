@@ -56,13 +56,13 @@ def sample(trained: Trained, out: pathlib.Path | None = None) -> dict[str, float
   columns = {name: np.concatenate(value)[: pictures.MAX_IN_GRID] for name, value in shown.items()}
   if not with_vae:
     columns = dict([columns.popitem()])  # the stage's own
-  kinds = trained.asked.num_groups
+  kinds = trained.class_source.num_groups
   order = images.in_groups(len(next(iter(columns.values()))), kinds)
   groups = len(order) // kinds if 0 < kinds <= len(order) else max(1, round(np.sqrt(len(order))))
   picture = images.side_by_side(*(value[order] for value in columns.values()))
   texts = captions_of(trained, np.repeat(order, len(columns)))
   pictures.write_captioned(trained, 'samples', picture, groups * len(columns), texts, out)
-  asked = trained.asked.classes_of(np.arange(count))
+  asked = trained.class_source.classes_of(np.arange(count))
   if asked is not None:
     say_classes(trained, order)
   if settings.save_npz:
@@ -93,11 +93,11 @@ def say_classes(trained: Trained, order: np.ndarray) -> None:
     trained: the stage.
     order: the images of the grid, as they are shown.
   """
-  numbers = tuple(dict.fromkeys(trained.asked.classes_of(order).tolist()))
+  numbers = tuple(dict.fromkeys(trained.class_source.classes_of(order).tolist()))
   try:
     names = sources.open_source(trained.config.data, 'eval').label_names
   except UserError as error:
     log.say(f'the names of the classes are those of the data set, which cannot be opened: {error}')
     names = ()
-  a_row_each = len(order) >= trained.asked.num_groups > 0
+  a_row_each = len(order) >= trained.class_source.num_groups > 0
   log.say(f'{"rows" if a_row_each else "classes"}: {classes.listed(names, numbers)}')

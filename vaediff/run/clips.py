@@ -50,7 +50,7 @@ def open_clip(trained: Any) -> Any:
 
 def vectors_of(clip: Any, captions: list[str]) -> Float[np.ndarray, 'n d']:
   """Returns captions as vectors of unit length by a CLIP stage; raises UserError for one it cannot read."""
-  return scoring.Scorer(clip).texts(clip.told(captions)[words.TOKENS])
+  return scoring.Scorer(clip).texts(clip.caption_inputs(captions)[words.TOKENS])
 
 
 def neutral(clip: Any) -> Float[np.ndarray, ' d']:
@@ -67,7 +67,7 @@ def no_words(trained: Any, count: int) -> HostArrays:
   reading = next((one for one in conditions.each if words.TOKENS in one.inputs), None)
   if reading is None or not reading.dropout:
     return {}
-  return {name: np.asarray(value) for name, value in trained.told([''] * count).items()}
+  return {name: np.asarray(value) for name, value in trained.caption_inputs([''] * count).items()}
 
 
 def given_of(trained: Any, image: UInt8[np.ndarray, 'n h w c'], label: np.ndarray) -> HostArrays:

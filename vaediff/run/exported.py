@@ -58,8 +58,8 @@ class Exported:
 
 def starts(trained: Trained, indices: np.ndarray) -> HostArrays:
   """Returns what the stage's own samples with these indices start from: drawn, made by others, observed."""
-  found = trained.drawn(indices, trained.settings.seed)
-  found |= trained.fed(indices, found, trained.settings.seed)
+  found = trained.draw_inputs(indices, trained.settings.seed)
+  found |= trained.inputs_from_makers(indices, found, trained.settings.seed)
   shape = resize.image_shape(trained.config.data)
   if missing := draw.observed_alone(trained.experiment, trained.read, shape) - found.keys():
     batch = trained.eval_source.read(indices % len(trained.eval_source))

@@ -100,7 +100,7 @@ def open_scorer(asker: Any, named: ConfigDict, field: str) -> Scorer:
     Stale: where it knows words by other numbers.
   """
   folder = reads.workdir_of(named, asker.workdir)
-  if asker.captioned is None:
+  if asker.caption_stage is None:
     raise UserError(
       f'{field}.stage is {named.stage!r}, and samples of the stage {asker.stage!r} have no captions to be '
       'compared with. Set it to an empty text, or sample a stage that reads captions'
@@ -120,7 +120,7 @@ def open_scorer(asker: Any, named: ConfigDict, field: str) -> Scorer:
       f'of the stage {asker.stage!r} have {drawn[0]} and {drawn[1]}'
     )
   clip = type(asker)(config, folder, named.stage, asker.mesh)
-  check_tokenizer(asker.captioned, clip)
+  check_tokenizer(asker.caption_stage, clip)
   return Scorer(clip)
 
 
@@ -150,7 +150,7 @@ def tokens_of(asker: Any, indices: np.ndarray, given: HostArrays) -> Int[np.ndar
   """Returns the captions, as ids, that samples with these indices have: those given, or those in turn."""
   if words.TOKENS in given:
     return np.asarray(given[words.TOKENS])
-  known = np.asarray(asker.captioned.read[reads.CAPTIONS][words.TOKENS])
+  known = np.asarray(asker.caption_stage.read[reads.CAPTIONS][words.TOKENS])
   return known[indices % len(known)]
 
 

@@ -134,26 +134,26 @@ class Trained:
     return self._sources[split]
 
   @property
-  def captioned(self) -> 'Trained | None':
+  def caption_stage(self) -> 'Trained | None':
     """The stage that reads the captions of its samples: it, or one that feeds it; None = they have none."""
     if captions.length_of(self.config, self.stage):
       return self
     makers = (self.maker(source) for source in filter(self.has_maker, self.experiment.makers))
-    return next((maker.captioned for maker in makers if maker.captioned), None)
+    return next((maker.caption_stage for maker in makers if maker.caption_stage), None)
 
   @property
   def captions(self) -> tuple[str, ...]:
     """Those of its samples, in turn; () where they have none."""
-    reader = self.captioned
+    reader = self.caption_stage
     return captions.asked(reader.config, reader.stage) if reader else ()
 
-  def told(self, texts: Sequence[str]) -> HostArrays:
-    """Returns what its samples are given, to have these captions; of a stage that has `captioned`.
+  def caption_inputs(self, texts: Sequence[str]) -> HostArrays:
+    """Returns what its samples are given, to have these captions; of a stage that has `caption_stage`.
 
     Raises:
       UserError: for a word that it does not know, or a caption that is too long.
     """
-    reader = self.captioned
+    reader = self.caption_stage
     tokenizer = captions.tokenizer_of(reader.config, reader.stage, reader.workdir / reader.stage)
     return {words.TOKENS: tokenizer.encode(texts, captions.length_of(reader.config, reader.stage))}
 
@@ -246,7 +246,7 @@ class Trained:
       texts = scorer.texts(scoring.tokens_of(self, indices, given))
       one = lambda number: self.draw(indices, given, seed, candidate=number)
       return scoring.best_of(one, lambda image: scorer.cosines(image, texts), count)
-    whole = {**self.fed(indices, given, seed, candidate), **given}
+    whole = {**self.inputs_from_makers(indices, given, seed, candidate), **given}
     with self.spent.on(len(indices)):
       return self._draw(self.read, indices, whole, seed, handed=handed, candidate=candidate)
 
@@ -257,7 +257,7 @@ class Trained:
       self._scorers[key] = scoring.open_scorer(self, named, field)
     return self._scorers[key]
 
-  def fed(
+  def inputs_from_makers(
     self, indices: np.ndarray, given: HostArrays, seed: int, candidate: int | None = None
   ) -> HostArrays:
     """Returns what the stages that feed this one draw, of its inputs that are not given.
@@ -271,7 +271,7 @@ class Trained:
     missing = [source for source in self.experiment.makers if source.feeds not in given]
     if not missing:
       return {}
-    shared, found = {**self.drawn(indices, seed, candidate), **given}, {}
+    shared, found = {**self.draw_inputs(indices, seed, candidate), **given}, {}
     for source in missing:
       maker = self.maker(source)
       inputs, own = chain.inputs_of(maker), self.experiment.inputs
@@ -320,11 +320,11 @@ class Trained:
     return all(maker.has_maker(before) for before in maker.experiment.makers)
 
   @property
-  def asked(self) -> Any:
+  def class_source(self) -> Any:
     """The experiment whose classes its samples are of: its own, or that of a stage that feeds it."""
     if not self.experiment.classes:
       for source in filter(self.has_maker, self.experiment.makers):
-        if (found := self.maker(source).asked).classes:
+        if (found := self.maker(source).class_source).classes:
           return found
     return self.experiment
 
@@ -362,7 +362,7 @@ class Trained:
         parts.setdefault(name, []).append(value[:num_real])
     return {name: np.concatenate(part) for name, part in parts.items()}
 
-  def drawn(self, indices: np.ndarray, seed: int, candidate: int | None = None) -> HostArrays:
+  def draw_inputs(self, indices: np.ndarray, seed: int, candidate: int | None = None) -> HostArrays:
     """Returns what the images with these indices start from, where a seed draws it; see `Drawer.start`."""
     return self._draw.start(self.read, np.asarray(indices), seed, candidate)
 
