@@ -74,7 +74,7 @@ class Noising:
 
   @property
   def ranges(self) -> Mapping[str, str]:
-    """What both are."""
+    """What the values of level and noise mean."""
     return {self.level_name: f'a level of noise in [0, {self.max_level:g}]', self.noise_name: UNIT_NOISE}
 
   def train(self, key: jax.Array, count: int) -> Given:

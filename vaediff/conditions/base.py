@@ -23,7 +23,7 @@ LAST = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainedNetwork:
   """A network of a condition that the stage trains beside its own.
 
   Attributes:
@@ -80,7 +80,7 @@ class Condition(abc.ABC):
   maker: reads.Sampled | None = None
   max_level = 0.0
   bounds_images = True
-  trained: Mapping[str, Trained] = {}
+  trained: Mapping[str, TrainedNetwork] = {}
   losses: Mapping[str, float] = {}
   seen: tuple[str, ...] = ()
   borrowed: tuple[str, ...] = ()
@@ -176,16 +176,16 @@ class Conditions:
 
   @property
   def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """What can be given."""
+    """All inputs of which an image can be made, by name."""
     return {name: struct for one in self.each for name, struct in one.inputs.items()}
 
   @property
   def frozen(self) -> dict[str, reads.Reads]:
-    """What they read."""
+    """What all conditions read of other stages, by name."""
     return {name: source for one in self.each for name, source in one.frozen.items()}
 
   @property
-  def trained(self) -> dict[str, Trained]:
+  def trained(self) -> dict[str, TrainedNetwork]:
     """Networks that the stage trains beside its own."""
     return {name: network for one in self.each for name, network in one.trained.items()}
 
@@ -259,7 +259,7 @@ class Conditions:
 
   @property
   def bounds_images(self) -> bool:
-    """Whether all do."""
+    """Whether a bound on the likelihood of images holds with every one of them."""
     return all(one.bounds_images for one in self.each)
 
   @property

@@ -69,7 +69,7 @@ class ClipImage(Condition):
 
   @property
   def title(self) -> str:
-    """What is read."""
+    """Whether the vector is of an image or of a caption, for tables."""
     return 'clip_caption' if self.of_captions else CLIP_IMAGE
 
   @property
@@ -101,17 +101,17 @@ class ClipImage(Condition):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The vector."""
+    """The CLIP vector, of length 1."""
     return {EMBEDDING: jax.ShapeDtypeStruct((self.size,), jnp.float32)}
 
   @property
   def ranges(self) -> Mapping[str, str]:
-    """Of the vector."""
+    """What the values of the vector mean."""
     return {EMBEDDING: 'a vector of CLIP, of length 1'}
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
-    """The CLIP stage."""
+    """The CLIP stage that makes the vectors."""
     return {CLIP: self.clip}
 
   @property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vaediff import checks, reads
-from vaediff.conditions.base import Condition, Trained
+from vaediff.conditions.base import Condition, TrainedNetwork
 from vaediff.errors import UserError
 from vaediff.models import codebook, token_injection
 from vaediff.models.ports import Port
@@ -80,7 +80,7 @@ class Codes(Condition):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The ids."""
+    """Ids of every level of the tokenizer."""
     grids = self.tokenizer.grids
     return {
       name: jax.ShapeDtypeStruct(grid, jnp.int32)
@@ -89,12 +89,12 @@ class Codes(Condition):
 
   @property
   def seen(self) -> tuple[str, ...]:
-    """All."""
+    """All levels: an image or a prior supplies them."""
     return tuple(self.inputs)
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
-    """The tokenizer."""
+    """The tokenizer, whose codebook turns ids into a map."""
     return {TOKENIZER: self.tokenizer.source}
 
   @property
@@ -120,7 +120,7 @@ class Codes(Condition):
     return {CODES: self.tokenizer.embed(read[TOKENIZER], self.ids(given))}
 
   def shown(self, given: Given) -> dict[str, Image]:
-    """Returns that image."""
+    """Returns the image that the tokenizer's own decoder makes of the codes."""
     return {DECODED: given[DECODED]} if self.tokenizer.decodes else {}
 
   def nats(self, read: Read, x: Image) -> Values:
@@ -164,14 +164,14 @@ class JointCodes(Codes):
 
   @property
   def frozen(self) -> Mapping[str, reads.Reads]:
-    """What it begins as."""
+    """The trained tokenizer that it begins as, if any."""
     return {START: self.start} if self.start else {}
 
   @property
-  def trained(self) -> Mapping[str, Trained]:
-    """The tokenizer."""
+  def trained(self) -> Mapping[str, TrainedNetwork]:
+    """The tokenizer, which is trained beside the decoder."""
     start = START if self.start else ''
-    return {TOKENIZER: Trained(model=self.tokenizer.source.model, settings=self.settings, start=start)}
+    return {TOKENIZER: TrainedNetwork(model=self.tokenizer.source.model, settings=self.settings, start=start)}
 
   @property
   def losses(self) -> Mapping[str, float]:

@@ -85,7 +85,7 @@ class Control(Condition):
 
   @property
   def title(self) -> str:
-    """What is followed."""
+    """Kind of the control image, for tables."""
     return f'{CONTROL} {self.kind}'
 
   @property
@@ -120,12 +120,12 @@ class Control(Condition):
 
   @property
   def seen(self) -> tuple[str, ...]:
-    """It: nothing draws it."""
+    """The control image: nothing draws it."""
     return (self.name,)
 
   @property
   def borrowed(self) -> tuple[str, ...]:
-    """It."""
+    """The control image: samples take those of evaluation images in order."""
     return (self.name,)
 
   def of(self, x: Image) -> Array:

@@ -59,7 +59,7 @@ class Degraded(Condition):
 
   @property
   def title(self) -> str:
-    """What is undone."""
+    """Name of the degradation that the network undoes."""
     return self.degradation.task
 
   @property
@@ -87,12 +87,12 @@ class Degraded(Condition):
 
   @property
   def ranges(self) -> Mapping[str, str]:
-    """Of the mask."""
+    """What the values of the mask mean."""
     return {KNOWN: 'a mask: 1 where a pixel is known, 0 in the hole'} if self.has_hole else {}
 
   @property
   def seen(self) -> tuple[str, ...]:
-    """All."""
+    """All inputs: an image alone can supply them."""
     return tuple(self.inputs)
 
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:

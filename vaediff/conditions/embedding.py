@@ -71,7 +71,7 @@ class Embedding(Condition):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The eta."""
+    """The weight eta between the two sets of vectors."""
     return {ETA: jax.ShapeDtypeStruct((), jnp.float32)}
 
   @property

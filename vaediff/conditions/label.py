@@ -81,7 +81,7 @@ class Label(Condition):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The label."""
+    """The class, a whole number."""
     return {LABEL: jax.ShapeDtypeStruct((), jnp.int32)}
 
   def for_training(self) -> 'Label':
@@ -101,7 +101,7 @@ class Label(Condition):
     return {LABEL: jnp.asarray(self.chosen, jnp.int32)[indices % len(self.chosen)]}
 
   def values(self, read: Read, given: Given) -> Values:
-    """Returns the labels."""
+    """Returns the classes, which the network looks up in a table."""
     del read
     return {LABEL: given[LABEL]}
 

@@ -70,7 +70,7 @@ class LowResolution(Condition):
 
   @property
   def max_level(self) -> float:
-    """Of its noise."""
+    """Largest level of the noise on the small image; 0 without noise."""
     return self.noising.max_level if self.noising else 0.0
 
   @property

@@ -18,7 +18,7 @@ class Target(Label):
 
   @property
   def ports(self) -> Mapping[str, Port]:
-    """None."""
+    """No ports: the network does not read it."""
     return {}
 
 

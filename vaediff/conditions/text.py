@@ -109,7 +109,7 @@ class Text(Condition):
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The ids."""
+    """Ids of the caption."""
     return {TOKENS: jax.ShapeDtypeStruct((self.length,), jnp.int32)}
 
   @property

@@ -76,12 +76,12 @@ class VaeCondition(Condition):
 
   @property
   def max_level(self) -> float:
-    """Of its noise."""
+    """Largest level of the noise on the image that is read; 0 without noise."""
     return self.noising.max_level if self.noising else 0.0
 
   @property
   def model(self) -> Model:
-    """The VAE's architecture."""
+    """Architecture of the VAE."""
     return self.source.model
 
   @property

@@ -32,12 +32,12 @@ class Weight(Condition):
 
   @property
   def ports(self) -> Mapping[str, Port]:
-    """A number."""
+    """One number, beside the time."""
     return {WEIGHT: Port(enters='vector', shape=())}
 
   @property
   def inputs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The weight."""
+    """The guidance weight."""
     return {WEIGHT: jax.ShapeDtypeStruct((), jnp.float32)}
 
   def observe(self, read: Read, batch: Batch, x: Image, key: jax.Array | None) -> Given:
@@ -51,7 +51,7 @@ class Weight(Condition):
     return {WEIGHT: jnp.full(keys.shape[0], self.weight)}
 
   def values(self, read: Read, given: Given) -> Values:
-    """Returns the weight."""
+    """Returns the guidance weight."""
     del read
     return {WEIGHT: given[WEIGHT]}
 
@@ -62,5 +62,5 @@ class FreeWeight(Weight):
 
   @property
   def ports(self) -> Mapping[str, Port]:
-    """None."""
+    """No ports: the network does not read it."""
     return {}

@@ -89,7 +89,7 @@ class FeatureNetwork:
 
   @property
   def name(self) -> str:
-    """The extractor's name."""
+    """Name of the feature extractor."""
     return self.extractor.name
 
   def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:

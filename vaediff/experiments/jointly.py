@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from vaediff.conditions.base import Conditions, Trained
+from vaediff.conditions.base import Conditions, TrainedNetwork
 from vaediff.data import pixels
 from vaediff.experiments import base, bottlenecks
 from vaediff.models.functional import Model
@@ -80,6 +80,6 @@ def update(
   return base.TrainState(step=state.step + 1, networks=networks, extra=state.extra), norms
 
 
-def _bottleneck(trained: Trained) -> bottlenecks.Bottleneck:
+def _bottleneck(trained: TrainedNetwork) -> bottlenecks.Bottleneck:
   kind = bottlenecks.BY_KIND[trained.model.module.bottleneck]
   return kind(model=trained.model, loss=trained.settings)

@@ -197,7 +197,7 @@ class Preemption:
     self._noticed = False  # no lock, which a second signal would wait for
     self._before = {}
     self.status = PREEMPTED
-    """To exit with."""
+    """Exit status of a process that was asked to end."""
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._before = {
         number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)
@@ -253,7 +253,7 @@ class Watchdog:
     self._silence, self._last = 0.0, what
 
   def close(self) -> None:
-    """Stops watching."""
+    """Ends the watch: a silence is no longer a fault."""
     self._stop.set()
     if self in WATCHING:
       WATCHING.remove(self)

@@ -198,7 +198,7 @@ class Decoder(nn.Module):
     return self.body(z, deterministic=deterministic)
 
   def last_conv(self, features: Features) -> Image:
-    """Returns the image."""
+    """Returns the image that the last convolution makes of `features`."""
     image = self.conv_out(features)
     return jnp.tanh(image) if self.tanh_out else image
 

@@ -103,7 +103,7 @@ class _Predictor(nn.Module):
 
   @property
   def num_tokens(self) -> int:
-    """Of the grid."""
+    """Number of positions of the grid."""
     return self.grid[0] * self.grid[1]
 
   @property

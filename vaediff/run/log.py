@@ -265,7 +265,7 @@ class Profile:
 
 
 def duration(seconds: float) -> str:
-  """Returns h:mm:ss."""
+  """Returns a time as h:mm:ss."""
   minutes, seconds = divmod(int(round(seconds)), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02d}:{seconds:02d}'

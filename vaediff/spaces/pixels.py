@@ -38,6 +38,6 @@ class Pixels(Space):
     return x if self.factor == 1 else layers.average_pool(x, self.factor)
 
   def decode_map(self, read: Read, y: LatentMap) -> Image:
-    """Returns y."""
+    """Returns y: pixels are the map."""
     del read
     return y

@@ -130,7 +130,7 @@ class Coder(Vq):
     return cls(source=reads.FromStage(stage=stage, network=cls.network, workdir=workdir, model=model))
 
   def decode(self, params: Params, codes: Grids) -> Image:
-    """There is none."""
+    """Raises UserError: such a tokenizer has no decoder of its own."""
     raise UserError(f'the tokenizer of stage {self.source.stage!r} has no decoder but its diffusion')
 
   def straight_through(self, params: Params, x: Image) -> tuple[Grids, LatentMap, Float[Array, ' batch']]:

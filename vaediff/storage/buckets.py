@@ -100,7 +100,7 @@ class BucketPath(pathlib.PosixPath):
     return found is not None and found['type'] == 'directory'
 
   def is_symlink(self) -> bool:
-    """Returns False."""
+    """Returns False: a bucket has no links."""
     return False
 
   def stat(self, **_: Any) -> Any:
