@@ -47,7 +47,7 @@ def scenes():
 class Stage(opened_stages.Trained):
   """Draws the very image whose control is given; at strength 0 a grey one."""
 
-  draws_alone, captioned, eval_source, experiment = True, None, None, None
+  draws_alone, caption_stage, eval_source, experiment = True, None, None, None
   settings = ConfigDict({'rerank': {'stage': 'clip', 'candidates': 4}})
 
   def __init__(self, name='shapes/mini', experiment=None, strength=1.0):

@@ -32,6 +32,7 @@ from vaediff.evaluation.measures import Figure
 from vaediff.features.extractor import Extractor
 from vaediff.machine import sharding
 from vaediff.run import trained as opened
+from vaediff.run.opened import Opened
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 SIDE, DIMENSIONS = 4, 3
@@ -80,7 +81,7 @@ class Trained(opened.Trained):
     self.config = importlib.import_module('configs.digits').get_config('debug')
     self.config.data.data_dir = str(tmp_path / 'data')
     self.config.evaluate.update({'num_memorisation': 0, 'kernel_subset_size': 8, **evaluation})
-    self.workdir = self.folder = tmp_path / 'run'
+    self.workdir, self.opened = tmp_path / 'run', Opened('refiner', tmp_path / 'run', 4)
     self.mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:1])
     self.experiment = types.SimpleNamespace(
       titles={'x0': 'refined'},

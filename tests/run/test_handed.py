@@ -14,6 +14,7 @@ from vaediff.experiments import base
 from vaediff.machine import sharding
 from vaediff.reads import Sampled
 from vaediff.run import checkpoint
+from vaediff.run.opened import Opened
 from vaediff.run.trained import Trained
 
 IDS = jax.ShapeDtypeStruct((2, 2), jnp.int32)
@@ -203,7 +204,7 @@ def test_what_images_are_made_of_is_found_out_once(monkeypatch):
   reader, maker = opened(Reader(), Maker())
   asked = []
   for trained in (reader, maker):
-    trained.folder, trained._ids = pathlib.Path(trained.stage), {'vae': 'an id'}
+    trained.opened, trained._ids = Opened(trained.stage, pathlib.Path(trained.stage)), {'vae': 'an id'}
   monkeypatch.setattr(checkpoint, 'identity_of', lambda folder, step=0: asked.append(folder.name) or 'its id')
   found = reader.made_of
   assert found["the stage 'reader'"] == 'its id' and found["the network 'vae'"] == 'an id'
