@@ -50,7 +50,7 @@ def test_a_stage_keeps_its_kind_and_the_networks_that_it_draws_with(
     assert isinstance(model, Quantized) and len(model.layers) > 2
     own, before = shapes(dataclasses.replace(model, arithmetic=lambda: PRODUCTS)), shapes(model.in_floats)
     assert jax.tree.map(lambda x: x.shape, own) == jax.tree.map(lambda x: x.shape, before)
-    assert whole.made_of[f'float_{name}'].stage == stage
+    assert whole.made_of[f'float_{name}'] == (stage, 'latest')
   assert whole.num_function_evaluations == floats.num_function_evaluations
   kept = {name for name, source in whole.frozen.items() if isinstance(source, reads.FromStage)}
   assert 'teacher' not in kept

@@ -245,7 +245,7 @@ def test_the_noise_of_a_picture_is_found_on_the_images_of_the_stages_before(tmp_
   for grey in (0.5, -0.5):
     low = np.full((1, 4, 4, 1), grey, np.float32)
     fed = lambda self, indices, given, seed, low=low: asked.append((len(indices), seed)) or {'low': low}
-    monkeypatch.setattr(type(trained), 'fed', fed)
+    monkeypatch.setattr(type(trained), 'inputs_from_makers', fed)
     program = explorer.program(wish)
     explorer._kept.clear()
     found.append(explorer._noise_of(wish, end, end.image))

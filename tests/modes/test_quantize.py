@@ -1,5 +1,7 @@
 """`--mode=quantize` makes a stage that is drawn from as any other; what it cannot make is refused by name."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -73,6 +75,22 @@ def test_a_quantized_refiner_draws_what_the_refiner_draws_on_one_device_and_on_e
     patch.setattr(checkpoint, 'identity_of', lambda f, step=0: 'x' if f.name == 'refiner' else copy(f, step))
     with pytest.raises(identity.Stale, match="the network 'float_denoiser'"):
       Trained(stored, run.workdir, 'refiner_int8', one)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_the_latest_is_what_is_quantized_and_what_is_compared(
+  trained, tmp_path, one_device
+):
+  run = opened(trained, tmp_path / 'run', num_images=4)
+  run.config.refiner.sample.checkpoint = '2'
+  assert quantize.quantize(run) == 'refiner_int8'
+  meta, folder = checkpoint.load_meta(run.workdir / 'refiner_int8'), run.workdir / 'refiner'
+  assert meta['frozen']['float_denoiser'] == checkpoint.identity_of(folder, 2)
+  mesh, stored = sharding.make_mesh(run.config.mesh, jax.devices()[:1]), configs.read(run.workdir)
+  whole = Trained(stored, run.workdir, 'refiner_int8', mesh)
+  assert whole.step == 2 and meta['frozen']['float_denoiser'] != checkpoint.identity_of(folder)
+  shutil.rmtree(folder / 'checkpoints' / '4')  # the latest has no part in it
+  Trained(stored, run.workdir, 'refiner_int8', mesh)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from vaediff.conditions import pca
 from vaediff.errors import UserError
 from vaediff.run import directions, measurements
+from vaediff.run.opened import Opened
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'modes'))
 import fresh  # noqa: E402
@@ -21,7 +22,7 @@ import fresh  # noqa: E402
 def test_they_are_those_of_the_vae(variant, stage, workdir, tmp_path, one_device, monkeypatch):
   changes = {'refiner.vae.workdir': workdir} if workdir else {}
   trained, asked = fresh.Fresh(variant, tmp_path, stage, **changes), []
-  trained.folder = tmp_path / 'checkpoints'
+  trained.opened = Opened(trained.stage, tmp_path / 'checkpoints')
 
   def load(source, config, workdir, mesh, checkpoints):
     asked.append((source, checkpoints))
@@ -36,7 +37,7 @@ def test_they_are_those_of_the_vae(variant, stage, workdir, tmp_path, one_device
   assert (source.stage, source.workdir, source.measurement) == ('vae', workdir, 'pca')
   assert source.settings == {'num_directions': 3, 'min_signal': 0.0, 'floor': 0.01}
   # of the VAE itself it is the checkpoint that is opened, such as its best
-  assert checkpoints == (trained.folder if stage else None)
+  assert checkpoints == (trained.opened if stage else None)
 
 
 def test_a_collapsed_vae_has_none_and_that_is_said(tmp_path, one_device, monkeypatch):

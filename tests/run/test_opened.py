@@ -37,6 +37,28 @@ def test_a_step_that_is_kept_is_what_draws_and_what_is_said(trained, one_device)
 
 
 @pytest.mark.slow
+def test_a_step_is_opened_where_the_latest_is_damaged(trained, one_device, tmp_path):
+  run = trained('digits').copy(tmp_path / 'run')
+  images = opened(run, '2').draw(np.arange(2))['x0']
+  latest = checkpoint.latest_folder(run / 'refiner')
+  (latest / 'meta' / 'metadata').write_text('{')
+  again = opened(run, '2')
+  assert len(again.eval_source) and again.made_of
+  np.testing.assert_array_equal(again.draw(np.arange(2))['x0'], images)
+  with pytest.raises(checkpoint.DamagedCheckpoint):
+    opened(run, 'latest')
+
+
+def test_what_is_opened_stays_that_where_training_goes_on(trained, one_device, tmp_path):
+  run = trained('digits').copy(tmp_path / 'run')
+  found = opened(run, 'latest')
+  own = checkpoint.identity_of(run / 'refiner', 4)
+  (run / 'refiner' / 'checkpoints' / '4').rename(tmp_path / 'away')
+  assert found.step == 4 and found.made_of["the stage 'refiner'"] == own
+  assert opened(run, 'latest').step == 2
+
+
+@pytest.mark.slow
 def test_the_step_of_the_latest_is_the_latest(trained, one_device):
   run = trained('digits').run
   latest, same = opened(run, 'latest'), opened(run, '4')

@@ -14,7 +14,7 @@ from vaediff.errors import UserError
 from vaediff.evaluation import id_counts, retrieval
 from vaediff.machine import sharding
 from vaediff.modes import train
-from vaediff.run import captions, draw, scoring
+from vaediff.run import captions, checkpoint, draw, scoring
 from vaediff.run.trained import Trained
 from vaediff.storage import identity
 
@@ -100,7 +100,11 @@ def test_the_sample_that_fits_its_caption_best_is_kept(run):
   np.testing.assert_array_equal(ranked.draw(indices)['x0'], wanted)
   np.testing.assert_array_equal(ranked.draw(indices[2:])['x0'], wanted[2:])  # whatever the batch
   assert (plain.draw(indices)['x0'] != wanted).any()
-  assert "the CLIP stage 'clip'" in ranked.made_of and "the CLIP stage 'clip'" not in plain.made_of
+  name = "the CLIP stage 'clip'"
+  assert ranked.made_of[name] == checkpoint.identity_of(plain.workdir / 'clip') and name not in plain.made_of
+  first, *_ = checkpoint.finished_steps(plain.workdir / 'clip' / checkpoint.FOLDER)
+  by_first = opened(run, **ranks, **{'clip.sample.checkpoint': str(first)})
+  assert by_first.made_of[name] == checkpoint.identity_of(plain.workdir / 'clip', first)
   figures = retrieval.figures(plain)
   assert set(figures) == {'clip_own', 'clip_own_others'}
   assert -1 <= figures['clip_own'].value <= 1 and figures['clip_own'].floor_n == 8

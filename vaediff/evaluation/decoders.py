@@ -110,7 +110,7 @@ def students(root: Trained, trained: Trained) -> list[Trained]:
       except identity.Stale as error:
         log.say(f'without the student {stage!r}: {error}')
         continue
-      if (first.stage, first.folder) == (root.stage, root.folder):
+      if (first.stage, first.opened.id) == (root.stage, root.opened.id):
         found.append(student)
   return found
 

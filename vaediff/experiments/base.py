@@ -102,7 +102,8 @@ class Experiment(abc.ABC):
     frozen: what it reads of earlier stages, measurements and published arrays.
     starts: networks of other runs that its own begin as: read before the first update, and never again.
     for_sampling: what it reads beside that when it is sampled, and training does not know of.
-    made_of: networks of other stages that a mode, not the loop, made its own of: it is not `trainable`.
+    made_of: by name, stage and checkpoint ('latest', 'best' or a step) of networks that a mode, not the loop,
+      made its own of: it is not `trainable`.
     draws_images: it can be sampled.
     handed: of what `sample` returns, what is no image, such as ids: stages that it feeds get it as it is.
     inputs: what its samples can be given, for one image; of these, `draw` and `observe` make what is needed.
@@ -132,7 +133,7 @@ class Experiment(abc.ABC):
   frozen: Mapping[str, reads.Reads] = {}
   starts: Mapping[str, reads.FromStage] = {}
   for_sampling: Mapping[str, reads.Reads] = {}
-  made_of: Mapping[str, reads.FromStage] = {}
+  made_of: Mapping[str, tuple[str, str]] = {}
   trainable = draws_images = True
   handed: Mapping[str, jax.ShapeDtypeStruct] = {}
   inputs: Mapping[str, jax.ShapeDtypeStruct] = {}

@@ -72,6 +72,7 @@ BOUNDS = {
   'time_buckets': checks.count(1),
   'correction': checks.one_of(noise_correction.CORRECTIONS),
   'correction_rows': checks.count(0),
+  'checkpoint': checks.checkpoint(),
 }
 """Of a stage's section `quantized`."""
 
@@ -104,10 +105,12 @@ class OfWholeNumbers:
 
   Attributes:
     made_of_stage: the stage it is made of.
+    made_of_checkpoint: the checkpoint of it: 'latest', 'best' or a step.
     suffix: how its name ends.
   """
 
   made_of_stage: str
+  made_of_checkpoint: str
   suffix: str
   trainable = False
 
@@ -117,15 +120,10 @@ class OfWholeNumbers:
     return {name: model for name, model in super().networks.items() if name not in FOR_TRAINING}
 
   @property
-  def made_of(self) -> Mapping[str, reads.FromStage]:
-    """The networks of floats, which are not read any more."""
-    return {
-      f'float_{name}': reads.FromStage(
-        stage=self.made_of_stage, network=name, workdir='', model=model.in_floats
-      )
-      for name, model in self.networks.items()
-      if isinstance(model, Quantized)
-    }
+  def made_of(self) -> Mapping[str, tuple[str, str]]:
+    """Stage and checkpoint of the networks of floats, which are not read any more."""
+    whole = (name for name, model in self.networks.items() if isinstance(model, Quantized))
+    return {f'float_{name}': (self.made_of_stage, self.made_of_checkpoint) for name in whole}
 
   @property
   def notes(self) -> tuple[str, ...]:
@@ -182,7 +180,11 @@ def quantize_experiment(experiment: base.Experiment, made: Mapping[str, Any], fi
     correction = NoiseCorrection(direction=made['correction'] == 'published')
     experiment = dataclasses.replace(experiment, noise_correction=correction)
   kind = type(experiment)
-  known = {'made_of_stage': made['stage'], 'suffix': SUFFIX[made['weights'], made['activations']]}
+  known = {
+    'made_of_stage': made['stage'],
+    'made_of_checkpoint': made['checkpoint'],
+    'suffix': SUFFIX[made['weights'], made['activations']],
+  }
   own = type(f'Quantized{kind.__name__}', (OfWholeNumbers, kind), known)
   return own(**{field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)})
 

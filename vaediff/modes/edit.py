@@ -112,6 +112,12 @@ def check(run: Run, stage: str) -> None:
       f'config.edit.caption is {settings.caption!r}, and config.edit.image names no picture: give the file '
       'that is to be changed, or leave both empty for evaluation images'
     )
+  choice = run.config[stage].sample.checkpoint
+  if choice != 'latest':
+    raise UserError(
+      f'config.{stage}.sample.checkpoint is {choice!r}, and an edit begins at the latest checkpoint: set it '
+      "to 'latest'"
+    )
   if settings.num_seeds > 1 and not settings.clip.stage:
     raise UserError(
       f'config.edit.num_seeds is {settings.num_seeds}: which of them is best says a CLIP stage, and '

@@ -124,6 +124,7 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
     'experiment': config[source].experiment,
     **{field: settings[field] for field in AS_MADE},
     'correction_rows': rows,
+    'checkpoint': config[source].sample.checkpoint if 'sample' in config[source] else 'latest',
   }
   section = config[source].copy_and_resolve_references()
   with section.unlocked():

@@ -45,6 +45,8 @@ def open_clip(trained: Any) -> Any:
   config = trained.config
   if source.workdir:
     config = same_run.with_own_data_places(same_run.stored_config(folder / source.stage), config)
+  config = config.copy_and_resolve_references()
+  config[source.stage].sample.checkpoint = 'latest'  # the one that the stage reads
   return type(trained)(config, folder, source.stage, trained.mesh)
 
 

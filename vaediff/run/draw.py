@@ -152,6 +152,7 @@ class Drawer:
     self._begin = jax.jit(starter(experiment), out_shardings=sharding.batch_sharding(mesh))
     # every process gets all images: they are small beside what made them
     self._finish = jax.jit(finisher(experiment), out_shardings=sharding.replicated(mesh))
+    self._gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
     self._observe = make_observe(experiment, mesh)
     self._needed: set[str] | None = None
 
@@ -183,7 +184,7 @@ class Drawer:
     It is made by the program that a call runs first, so it has the very bits that the images are made of.
     """
     begun, _ = self._begun(read, indices, {}, seed, candidate)
-    found = jax.device_get(sharding.replicate(begun, self._mesh))
+    found = jax.device_get(self._gather(begun))
     return {name: value[: len(indices)] for name, value in found.items()}
 
   def _begun(
@@ -240,9 +241,10 @@ def check_finite(finite: np.ndarray, indices: np.ndarray, seed: int, about: str)
   raise NotFinite(
     f'{about or "the stage"}: {len(bad)} of the {len(finite)} images drawn at once are not finite, the first '
     f'is image {indices[bad[0]]} of seed {seed}. They are not written: nan would be black. Either the '
-    "training has diverged (take a checkpoint from before: sample.checkpoint = 'best', or train anew with a "
-    'lower optim.learning_rate or optim.clip_norm), or these settings of the sampler do not suit it (another '
-    'sample.sampler, more sample.num_steps, a lower sample.guidance_weight)'
+    "training has diverged (take a checkpoint from before: sample.checkpoint = 'best', or a step that is "
+    'kept, as 8000; or train anew with a lower optim.learning_rate or optim.clip_norm), or these settings of '
+    'the sampler do not suit it (another sample.sampler, more sample.num_steps, a lower '
+    'sample.guidance_weight)'
   )
 
 

@@ -185,6 +185,8 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
       section['loss'].setdefault('renoise_side', 0)
     _upgrade_diffusion(section)
     _upgrade_autoencoder(section)
+    if 'quantized' in section:
+      section['quantized'].setdefault('checkpoint', 'latest')
     if 'sample' in section and 'guidance' in section['sample']:
       section['sample'] = {**GUIDES, **section['sample']}
     if 'sample' in section and 'labels' in section['sample']:

@@ -13,7 +13,7 @@ from vaediff.errors import UserError
 from vaediff.experiments.base import Experiment
 from vaediff.machine import sharding
 from vaediff.models import quantized
-from vaediff.run import captions, checkpoint, measurements, same_run
+from vaediff.run import captions, checkpoint, measurements, opened, same_run
 from vaediff.run.opened import Opened
 from vaediff.storage import identity, places
 
@@ -104,8 +104,8 @@ def ids(experiment: Experiment, workdir: pathlib.Path, *, sampling: bool = False
   """
   found = {
     name: own
-    for name, source in experiment.made_of.items()
-    if (own := checkpoint.identity_of(workdir / source.stage))
+    for name, (stage, choice) in experiment.made_of.items()
+    if (own := opened.id_of(workdir / stage, choice))
   }
   for name, source in (of(experiment) if sampling else experiment.frozen).items():
     match source:
@@ -117,22 +117,25 @@ def ids(experiment: Experiment, workdir: pathlib.Path, *, sampling: bool = False
   return found
 
 
-def check_ids(experiment: Experiment, workdir: pathlib.Path, stage_folder: pathlib.Path) -> None:
+def check_ids(
+  experiment: Experiment, workdir: pathlib.Path, stage_folder: pathlib.Path, step: int = 0
+) -> None:
   """Raises Stale when a network or published array that a trained stage reads has changed since its training.
 
   Args:
     experiment: of the stage.
     workdir: the run's folder.
     stage_folder: holds the checkpoint of the stage: `<workdir>/<stage>`, or its best.
+    step: of the checkpoint; 0 = the latest.
 
   Raises:
     Stale: names the stage's checkpoint and the first network or array that is another now.
     UserError: when a run that holds one of them is not found.
   """
-  meta = checkpoint.load_meta(stage_folder)
+  meta = checkpoint.load_meta(stage_folder, step)
   for source in experiment.frozen.values():
     if isinstance(source, reads.FromStage) and source.workdir:  # a run that may have been moved
-      stored = same_run.stored_config(stage_folder)
+      stored = same_run.stored_config(stage_folder, step)
       checkpoint.latest_folder(places.anywhere(source.workdir) / source.stage, field_of(stored, source))
   now, begun = ids(experiment, workdir), earlier_ids(meta.get('frozen', {}))
   for name in experiment.starts.keys() & begun.keys():  # of an earlier version

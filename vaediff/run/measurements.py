@@ -282,9 +282,8 @@ def stored_or_made(
 def opened(target: Target) -> tuple[Experiment, dict[str, Any]]:
   """Returns the experiment of a trained stage, and its own networks."""
   experiment = experiments.build(target.config, target.stage)
-  check, from_step = target.config.checkpoints.check_arrays, target.opened.step
-  models = experiment.networks.items()
-  shapes = {name: checkpoint.abstract_params(model, target.mesh) for name, model in models}
+  check, from_step, mesh = target.config.checkpoints.check_arrays, target.opened.step, target.mesh
+  shapes = {name: checkpoint.abstract_params(model, mesh) for name, model in experiment.networks.items()}
   read = {
     name: checkpoint.load_frozen(target.opened.folder, name, shape, check_arrays=check, step=from_step)
     for name, shape in shapes.items()
@@ -295,7 +294,8 @@ def opened(target: Target) -> tuple[Experiment, dict[str, Any]]:
 def opened_with_images(target: Target) -> tuple[Experiment, dict[str, Any], sources.Source, int]:
   """Returns what `opened` does, the stage's training images, and how many of them are a batch."""
   size = target.config[target.stage].sample.batch_size
-  return *opened(target), same_run.open_images(target.config, 'train', target.opened.folder), size
+  own = target.opened
+  return *opened(target), same_run.open_images(target.config, 'train', own.folder, own.step), size
 
 
 def drawn_codes(

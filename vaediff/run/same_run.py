@@ -76,9 +76,9 @@ UNKNOWN = {'num_classes': 0, 'caption_feature': ''}
 
 
 def check_stage(
-  config: ConfigDict, stage_folder: pathlib.Path, stage: str, *, training: bool = False
+  config: ConfigDict, stage_folder: pathlib.Path, stage: str, *, training: bool = False, step: int = 0
 ) -> ConfigDict:
-  """Returns the config that a stage was trained with, inside its latest checkpoint.
+  """Returns the config that a stage was trained with, inside a checkpoint of it.
 
   Args:
     config: what is asked for now.
@@ -86,11 +86,12 @@ def check_stage(
     stage: its name.
     training: it may go on from there; what the training of a student reads of how it, or its teacher, is
       sampled must then be the same.
+    step: of the checkpoint; 0 = the latest.
 
   Raises:
     UserError: for the first field that is another: names it, and both values.
   """
-  stored = stored_config(stage_folder)
+  stored = stored_config(stage_folder, step)
   problems = []
   if config.seed != stored.seed:
     problems.append(('seed', stored.seed, config.seed))
@@ -109,19 +110,19 @@ def check_stage(
   return stored
 
 
-def stored_config(stage_folder: pathlib.Path) -> ConfigDict:
-  """Returns the config inside the latest checkpoint of a stage.
+def stored_config(stage_folder: pathlib.Path, step: int = 0) -> ConfigDict:
+  """Returns the config inside the checkpoint of a step of a stage, for 0 of the latest.
 
   Raises:
     DamagedCheckpoint: when there is none in it.
   """
-  meta = checkpoint.load_meta(stage_folder)
+  meta = checkpoint.load_meta(stage_folder, step)
   try:
     return configs.from_stored(meta['config'])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     if identity.SEAL in meta and 'config' in meta:  # it is whole: what cannot be read of it is no damage
       raise
-    folder = checkpoint.latest_folder(stage_folder)
+    folder = checkpoint.folder_of(stage_folder, step)
     raise checkpoint.damaged(folder, ValueError('there is no config in it')) from error
 
 
@@ -140,19 +141,23 @@ def with_own_data_places(config: ConfigDict, own: ConfigDict) -> ConfigDict:
   return config
 
 
-def open_images(config: ConfigDict, split: str, stage_folder: pathlib.Path) -> sources.Source:
+def open_images(
+  config: ConfigDict, split: str, stage_folder: pathlib.Path, step: int = 0
+) -> sources.Source:
   """Returns the images of a split ('train' or 'eval'), which must be those that a stage was trained with.
+
+  They are compared with those of the checkpoint of `step`, for 0 of the latest.
 
   Raises:
     Stale: when they are others; with `data.check_fingerprint` off that is only said.
   """
   source = sources.open_source(config.data, split)
-  check_images(config, {split: source}, stage_folder)
+  check_images(config, {split: source}, stage_folder, step)
   return source
 
 
 def check_images(
-  config: ConfigDict, images: Mapping[str, sources.Source], stage_folder: pathlib.Path
+  config: ConfigDict, images: Mapping[str, sources.Source], stage_folder: pathlib.Path, step: int = 0
 ) -> None:
   """Raises Stale when images are not those that a stage was trained with.
 
@@ -160,11 +165,12 @@ def check_images(
     config: of the run; with `data.check_fingerprint` off other images are said in a line, and used.
     images: by split; one that the checkpoint has no fingerprint of is not compared.
     stage_folder: holds the checkpoint of the stage: `<workdir>/<stage>`, or its best.
+    step: of the checkpoint; 0 = the latest.
 
   Raises:
     Stale: names the checkpoint and the first split whose images are others.
   """
-  stored = checkpoint.load_meta(stage_folder).get(DATA, {})
+  stored = checkpoint.load_meta(stage_folder, step).get(DATA, {})
   wanted = {split: source.fingerprint for split, source in images.items() if split in stored}
   try:
     identity.compare(

@@ -16,7 +16,7 @@ from vaediff import reads
 from vaediff.data import pixels, words
 from vaediff.errors import UserError
 from vaediff.machine import sharding
-from vaediff.run import captions, checkpoint, draw, same_run
+from vaediff.run import captions, checkpoint, draw, opened, same_run
 from vaediff.run.draw import HostArrays
 from vaediff.storage import identity
 
@@ -143,7 +143,9 @@ def made_of(asker: Any) -> dict[str, str]:
     return {}
   named = asker.settings.rerank
   folder = reads.workdir_of(named, asker.workdir)
-  return {f'the CLIP stage {named.stage!r}': checkpoint.identity_of(folder / named.stage)}
+  config = same_run.stored_config(folder / named.stage) if named.workdir else asker.config
+  choice = config[named.stage].sample.checkpoint
+  return {f'the CLIP stage {named.stage!r}': opened.id_of(folder / named.stage, choice)}
 
 
 def tokens_of(asker: Any, indices: np.ndarray, given: HostArrays) -> Int[np.ndarray, 'n words']:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vaediff import experiments, reads
+from vaediff import checks, experiments, reads
 from vaediff.data import resize, sources, words
 from vaediff.errors import UserError
 from vaediff.experiments.base import NOISE, Experiment, InSpace
@@ -44,13 +44,13 @@ class Trained:
     self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
     self._as_stored = as_stored
     self.opened = opened.choose(workdir / stage, stage, self.settings.checkpoint)
-    same_run.check_stage(config, self.folder, stage)
+    same_run.check_stage(config, self.folder, stage, step=self.step)
     self.experiment = experiments.build(config, stage)
-    frozen_networks.check_ids(self.experiment, workdir, self.folder)
+    frozen_networks.check_ids(self.experiment, workdir, self.folder, self.step)
     check = config.checkpoints.check_arrays
     stored = {
       name: checkpoint.load_frozen(
-        self.folder, name, checkpoint.abstract_params(model, mesh), check_arrays=check, step=self.opened.step
+        self.folder, name, checkpoint.abstract_params(model, mesh), check_arrays=check, step=self.step
       )
       for name, model in self.experiment.networks.items()
     }
@@ -110,7 +110,7 @@ class Trained:
   @property
   def step(self) -> int:
     """Updates that the opened checkpoint has."""
-    return self.opened.step or checkpoint.latest_step(self.folder)
+    return self.opened.step
 
   @property
   def settings(self) -> ConfigDict:
@@ -129,7 +129,8 @@ class Trained:
       Stale: when they are others.
     """
     if split not in self._sources:
-      source = same_run.open_images(self.config, split, self.folder)
+      step = checks.step_of(self.settings.checkpoint)  # 0 = the latest, also where it is another by now
+      source = same_run.open_images(self.config, split, self.folder, step)
       self._sources[split] = captions.with_tokens(self.config, self.stage, self.workdir / self.stage, source)
     return self._sources[split]
 
