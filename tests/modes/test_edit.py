@@ -139,7 +139,10 @@ def refused(message, tmp_path, workdir=None, **changes):
     ({'edit.etas': (-0.1,)}, r'config.edit.etas must be numbers in \[0, 1.5\]'),
     ({'edit.etas': ()}, r'config.edit.etas must be numbers in \[0, 1.5\]'),
     ({'edit.name': 'a/b'}, "config.edit.name is 'a/b'"),
-    ({'refiner.sample.checkpoint': '8'}, "sample.checkpoint is '8', and an edit begins at the latest"),
+    (
+      {'refiner.sample.checkpoint': '8', 'edit.image': 'there.png'},
+      "sample.checkpoint is '8', and an edit begins at the latest",
+    ),
     ({'edit.finetune.num_steps': 0}, 'config.edit.finetune.num_steps must be >= 1'),
     ({'edit.embedding.learning_rate': 0.0}, r'config.edit.embedding.learning_rate must be in \(0, 1\]'),
     ({'edit.image': 'there.png', 'edit.caption': ' '}, 'config.edit.caption is .*write what the picture'),

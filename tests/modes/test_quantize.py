@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_not_the_latest_is_what_is_quantized_and_what_is_co
   assert quantize.quantize(run) == 'refiner_int8'
   meta, folder = checkpoint.load_meta(run.workdir / 'refiner_int8'), run.workdir / 'refiner'
   assert meta['frozen']['float_denoiser'] == checkpoint.identity_of(folder, 2)
-  mesh, stored = sharding.make_mesh(run.config.mesh, jax.devices()[:1]), configs.read(run.workdir)
+  mesh, stored = sharding.make_mesh(run.config.mesh), configs.read(run.workdir)
   whole = Trained(stored, run.workdir, 'refiner_int8', mesh)
   assert whole.step == 2 and meta['frozen']['float_denoiser'] != checkpoint.identity_of(folder)
   shutil.rmtree(folder / 'checkpoints' / '4')  # the latest has no part in it
