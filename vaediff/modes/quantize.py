@@ -119,12 +119,13 @@ def with_stage(config: ConfigDict, source: str, name: str, rows: int = 0) -> Con
   `rows` are those of the correction of its output.
   """
   settings = config.quantize
+  sample = config[source].sample if 'sample' in config[source] else {}
   made: dict[str, Any] = {
     'stage': source,
     'experiment': config[source].experiment,
     **{field: settings[field] for field in AS_MADE},
     'correction_rows': rows,
-    'checkpoint': config[source].sample.checkpoint if 'sample' in config[source] else 'latest',
+    'checkpoint': sample['checkpoint'] if 'checkpoint' in sample else 'latest',
   }
   section = config[source].copy_and_resolve_references()
   with section.unlocked():
