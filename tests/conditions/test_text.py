@@ -138,7 +138,7 @@ def test_an_image_is_the_same_on_one_device_and_on_eight():
   for count in (1, 8):
     mesh = jax.make_mesh((count, 1), ('data', 'fsdp'), devices=jax.devices()[:count],
                          axis_types=(jax.sharding.AxisType.Auto,) * 2)  # fmt: skip
-    drawing = draw.make_draw(experiment, mesh, 0, (8, 8, 1), lambda: None)
+    drawing = draw.Drawer(experiment, mesh, 0, (8, 8, 1), lambda: None)
     found.append(drawing(sharding.replicate(read, mesh), np.arange(8))['x0'].astype(int))
   assert np.abs(found[0] - found[1]).max() <= 1 and found[0].max() > found[0].min()
 

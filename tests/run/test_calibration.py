@@ -55,7 +55,7 @@ class Stage(Trained):
   def draw(self, indices, given, seed, *, handed):
     config = importlib.import_module('configs.base').default()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: self.devices])
-    run = MADE.setdefault(self.devices, draw.make_draw(self.experiment, mesh, 0, (8, 8, 1), no_source))
+    run = MADE.setdefault(self.devices, draw.Drawer(self.experiment, mesh, 0, (8, 8, 1), no_source))
     return run(jax.device_put(self.read, sharding.replicated(mesh)), indices, given, seed, handed=handed)
 
 

@@ -53,7 +53,7 @@ def drawn(parts, indices, devices, given=None, **seed):
   if devices not in MADE:
     experiment, read = parts
     mesh = mesh_of(devices)
-    run = draw.make_draw(experiment, mesh, 3, (8, 8, 1), no_source)
+    run = draw.Drawer(experiment, mesh, 3, (8, 8, 1), no_source)
     MADE[devices] = run, jax.device_put(read, sharding.replicated(mesh))
   run, read = MADE[devices]
   return run(read, np.asarray(indices), given, **seed)
@@ -152,7 +152,7 @@ def opened():
 @pytest.mark.parametrize('devices', [1, 8])
 def test_given_else_drawn_else_observed(devices):
   open_images, times = opened()
-  run = draw.make_draw(Sources(), mesh_of(devices), 0, (2, 2, 1), open_images)
+  run = draw.Drawer(Sources(), mesh_of(devices), 0, (2, 2, 1), open_images)
   images = {name: value.ravel().tolist() for name, value in run({}, np.array([1, 2, 3, 40])).items()}
   assert images['a'] == bytes_of(0.01, 0.02, 0.03, 0.4)  # drawn, though it could have been observed
   assert images['b'] == [204, 0, 255, 204]  # observed: image i modulo their number
@@ -177,7 +177,7 @@ class Traced(Sources):
 def test_one_program_draws_whatever_is_given():
   experiment = Traced()
   object.__setattr__(experiment, 'times', [])
-  run = draw.make_draw(experiment, mesh_of(8), 0, (2, 2, 1), opened()[0])
+  run = draw.Drawer(experiment, mesh_of(8), 0, (2, 2, 1), opened()[0])
   half = np.full(4, 0.5, np.float32)
   for given in ({}, {'a': half}, {'b': half}, {'a': half, 'b': half}):
     found = run({}, np.arange(4), given)
@@ -187,7 +187,7 @@ def test_one_program_draws_whatever_is_given():
 
 
 def test_images_are_not_opened_where_all_can_be_drawn():
-  run = draw.make_draw(OnlyDraws(), mesh_of(1), 0, (2, 2, 1), no_source)
+  run = draw.Drawer(OnlyDraws(), mesh_of(1), 0, (2, 2, 1), no_source)
   assert run({}, np.array([0, 100]))['a'].ravel().tolist() == bytes_of(0.0, 1.0)
   assert draw.observed_alone(OnlyDraws(), {}, (2, 2, 1)) == set()
   assert draw.observed_alone(Sources(), {}, (2, 2, 1)) == {'b'}
@@ -208,7 +208,7 @@ class Broken(OnlyDraws):
 
 @pytest.mark.parametrize('devices', some_slow([1, 8], 1))
 def test_images_that_are_not_finite_are_refused(devices):
-  run = draw.make_draw(
+  run = draw.Drawer(
     Broken(), mesh_of(devices), 7, (2, 2, 1), no_source, "stage 'refiner' (sampler ddim, num_steps 4)"
   )
   assert run({}, np.array([0, 1, 2, 4]))['b'].tolist() == np.full((4, 2, 2, 1), 128).tolist()

@@ -43,7 +43,7 @@ def make_measure(
   extractor, accuracy = networks.load(name, config, mesh)
   network = networks.FeatureNetwork(extractor, mesh, config.evaluate.batch_size, accuracy)
   known = reference(config, 'train', network)
-  run = draw.make_draw(
+  run = draw.Drawer(
     experiment, mesh, config[stage].sample.seed, source.image_shape, lambda: source
   )
   size = min(config[stage].sample.batch_size, train.best_images)

@@ -302,7 +302,7 @@ def measure_sampler(
     return {}
   count = sharding.round_up(min(section.sample.batch_size, section.sample.num_images), mesh)
   size, channels = config.data.image_size, config.data.channels
-  run = draw.make_draw(experiment, mesh, 0, (size, size, channels), lambda: None)
+  run = draw.Drawer(experiment, mesh, 0, (size, size, channels), lambda: None)
   model = experiment.networks[DENOISER]
   where = sharding.batch_sharding(mesh)
   args = jax.tree.map(

@@ -38,7 +38,7 @@ def measure(config: ConfigDict, stage: str, mesh: Mesh) -> dict[str, Any]:
   for name, experiment in (('float32', quantized.in_floats(own)), ('quantized', own)):
     models, frozen = experiment.networks.items(), frozen_networks.fresh(experiment, mesh)
     params = {network: ready(model, fresh(model.init, mesh)) for network, model in models}
-    run = draw.make_draw(experiment, mesh, 0, (size, size, config.data.channels), lambda: None)
+    run = draw.Drawer(experiment, mesh, 0, (size, size, config.data.channels), lambda: None)
     calls[name] = functools.partial(run, {**frozen, **params}, np.arange(count), given)
     memory[name] = cost.device_bytes(params)
   times = in_turn(calls, config.benchmark.num_repeats)

@@ -105,24 +105,13 @@ def make_observe(experiment: Experiment, mesh: Mesh) -> Callable[..., HostArrays
   return observe
 
 
-def make_draw(
-  experiment: Experiment,
-  mesh: Mesh,
-  seed: int,
-  image_shape: tuple[int, int, int],
-  source: Callable[[], sources.Source],
-  about: str = '',
-) -> 'Drawer':
-  """Returns draw(read, indices, given={}, seed=seed, *, handed=False, candidate=None) -> images by name.
-
-  They are uint8, on the host. With `handed` what the stage hands to others is there too, before its images.
-  With a `candidate` they are the images of that number for each index, which differ from those without.
+class Drawer:
+  """Draws the images of an experiment by index, or what they start from; uint8, on the host.
 
   Where what a sample starts from comes from: what is `given`, with one row per index, by the caller or by the
   stages that feed this one (`run.trained`); else what the stage draws; else what it observes of the images of
   `source`, in order. One compiled program of the networks serves every call of the same size, whatever the
-  seed, and whatever of it is given and what is drawn: a small one before it draws. It raises NotFinite where
-  an image is not.
+  seed, and whatever of it is given and what is drawn: a small one before it draws.
 
   Args:
     experiment: that draws.
@@ -132,11 +121,6 @@ def make_draw(
     source: opens the images to observe; not called where all can be drawn.
     about: the stage and how it draws, for messages.
   """
-  return Drawer(experiment, mesh, seed, image_shape, source, about)
-
-
-class Drawer:
-  """Draws the images of an experiment, or what they start from; `make_draw` says how."""
 
   def __init__(
     self,
@@ -145,7 +129,7 @@ class Drawer:
     seed: int,
     image_shape: tuple[int, int, int],
     source: Callable[[], sources.Source],
-    about: str,
+    about: str = '',
   ):
     self._experiment, self._mesh, self._seed = experiment, mesh, seed
     self._image_shape, self._source, self._about = image_shape, source, about
@@ -166,7 +150,19 @@ class Drawer:
     handed: bool = False,
     candidate: int | None = None,
   ) -> HostArrays:
-    """Returns the images with these indices by name; see `make_draw`."""
+    """Returns the images with these indices by name; what an image was made from comes before it.
+
+    Args:
+      read: the networks, and all that the experiment reads.
+      indices: of the images.
+      given: of what they start from, a row per index.
+      seed: of the images; None = that of the object.
+      handed: with what the stage hands to others, before its images.
+      candidate: the images of that number for each index, which differ from those without.
+
+    Raises:
+      NotFinite: where an image is not.
+    """
     seed, count = self._seed if seed is None else seed, len(indices)
     given = self._with_observed(read, indices, given or {})
     result, finite = jax.device_get(self._finish(read, *self._begun(read, indices, given, seed, candidate)))

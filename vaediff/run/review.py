@@ -190,7 +190,7 @@ class Evaluator:
       out_shardings=sharding.replicated(stage.mesh),
     )
     shape, source = stage.eval_source.image_shape, stage.eval_source
-    self._draw = draw.make_draw(
+    self._draw = draw.Drawer(
       stage.experiment, stage.mesh, stage.config.seed, shape, lambda: source, f'stage {stage.name!r}'
     )
 

@@ -67,7 +67,7 @@ class Trained:
   def _prepare(self) -> None:
     seed, shape = self.settings.seed, resize.image_shape(self.config.data)
     source = lambda: self.eval_source
-    self._draw = draw.make_draw(self.experiment, self.mesh, seed, shape, source, self._about())
+    self._draw = draw.Drawer(self.experiment, self.mesh, seed, shape, source, self._about())
     self._observe = draw.make_observe(self.experiment, self.mesh)
     self.spent, self._made_of = chain.Spent(), None
 
@@ -230,7 +230,7 @@ class Trained:
     best of several, unless one `candidate` is asked for, or the noise is given, or `handed`.
 
     Where what they start from comes from: what is `given`; else the samples of the stages that feed this one,
-    of the same indices and seed; else see `draw.make_draw`.
+    of the same indices and seed; else see `draw.Drawer`.
 
     Raises:
       UserError: for a stage that draws none, when a stage that feeds it is not trained, or for numbers that
